@@ -1,0 +1,1 @@
+"""The laboratory: trains, measures and reports, with the `stochastic_depth` library."""
