@@ -1,1 +1,32 @@
 """Stochastic depth (Huang et al. 2016) for residual networks, with every dropped branch really skipped."""
+
+from stochastic_depth import models
+from stochastic_depth.residual import Residual
+from stochastic_depth.retrofit import Controller, controller, make_stochastic_, restore_
+from stochastic_depth.schedules import (
+    SCHEDULES,
+    Schedule,
+    convnext,
+    efficientnet,
+    expected_depth,
+    linear_decay,
+    timm,
+    uniform,
+)
+
+__all__ = [
+    "SCHEDULES",
+    "Controller",
+    "Residual",
+    "Schedule",
+    "controller",
+    "convnext",
+    "efficientnet",
+    "expected_depth",
+    "linear_decay",
+    "make_stochastic_",
+    "models",
+    "restore_",
+    "timm",
+    "uniform",
+]

@@ -1,0 +1,266 @@
+"""What a schedule saves: training FLOPs, saved activations and gradients, per branch and in all, counted on an example.
+
+One forward and backward of the whole network is measured with every branch open. What belongs to a branch is told by
+where it happens: in the forward, inside the branch's call; in the backward, by the number of the autograd node, which
+was made inside that call.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from stochastic_depth.passes import ForwardPasses, Observer, evaluated_node, next_node
+
+_REST = -1
+
+
+@dataclass(frozen=True)
+class BranchCost:
+    """What one branch costs when it runs, not counting branches inside of it.
+
+    Attributes:
+        name: its name.
+        survival_prob: the chance that its gate is open.
+        outer: indices of the branches that it lies in, which must be open for it to be reached.
+        training_flops: floating-point operations of forward and backward (a multiply-add counts as two).
+        activation_bytes: bytes kept for the backward.
+        gradient_bytes: bytes of its parameters' gradients.
+    """
+
+    name: str
+    survival_prob: float
+    outer: tuple[int, ...]
+    training_flops: int
+    activation_bytes: int
+    gradient_bytes: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a training step costs, in shares of the same step at constant depth.
+
+    Attributes:
+        training_flops: expected share of the floating-point operations, in (0, 1].
+        activation_bytes: expected share of the bytes kept for the backward.
+        gradient_bytes: expected share of the gradients that are not known to be zero.
+        branches: the absolute numbers of each branch.
+        total: the absolute numbers of the whole step at constant depth.
+    """
+
+    training_flops: float
+    activation_bytes: float
+    gradient_bytes: float
+    branches: tuple[BranchCost, ...]
+    total: BranchCost
+
+    def share(self, gates: Sequence[float]) -> float:
+        """Share of the training FLOPs of constant depth that a step with these gates executes.
+
+        Args:
+            gates: for each branch the share of the samples for which it is open, in 0..1.
+        """
+        return _share(self.branches, self.total, gates, "training_flops")
+
+    def __str__(self) -> str:
+        rows = [
+            f"{branch.name}  {branch.survival_prob:.3f}  "
+            + "  ".join(f"{getattr(branch, field) / max(getattr(self.total, field), 1):7.2%}" for field in _FIELDS)
+            for branch in self.branches
+        ]
+        header = "branch, survival probability, share of training FLOPs, activations, gradients when open"
+        expected = "  ".join(f"{getattr(self, field):7.2%}" for field in _FIELDS)
+        return "\n".join([header, *rows, f"expected share of constant depth: {expected}"])
+
+
+_FIELDS = ("training_flops", "activation_bytes", "gradient_bytes")
+
+
+def measure_cost(root: nn.Module, passes: ForwardPasses, parts: Sequence[nn.Module], inputs: Sequence[Any]) -> Cost:
+    """Count what a training step of `root` costs with every branch open, and what the schedule leaves of it.
+
+    Nothing of the model changes: parameters, gradients, buffers, training modes and random states are as before.
+
+    Args:
+        root: the stochastic model.
+        passes: its passes.
+        parts: for each branch the module that holds its parameters.
+        inputs: arguments of a forward.
+
+    Raises:
+        ValueError: if no output of the forward depends on a parameter that requires gradients.
+    """
+    meter = _Meter(root)
+    with undisturbed(root), all_gates_open(passes), observed(passes, meter.run_branch):
+        root.train()
+        with torch.enable_grad(), meter, torch.autograd.graph.saved_tensors_hooks(meter.save, lambda saved: saved):
+            output = root(*inputs)
+            outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+            if not outputs:
+                raise ValueError("No output of the model requires gradients: there is no training step to measure.")
+            parameters = [parameter for parameter in root.parameters() if parameter.requires_grad]
+            torch.autograd.grad([leaf.sum() for leaf in outputs], parameters, allow_unused=True)
+    gradient_bytes = _gradient_bytes(root, parts)
+    branches = tuple(
+        BranchCost(
+            name=name,
+            survival_prob=passes.survival_probs[index],
+            outer=meter.outer.get(index, ()),
+            training_flops=meter.flops.get(index, 0),
+            activation_bytes=meter.activation_bytes.get(index, 0),
+            gradient_bytes=gradient_bytes[index],
+        )
+        for index, name in enumerate(passes.names)
+    )
+    total = BranchCost(
+        name="constant depth",
+        survival_prob=1.0,
+        outer=(),
+        training_flops=sum(meter.flops.values()),
+        activation_bytes=sum(meter.activation_bytes.values()),
+        gradient_bytes=sum(_bytes(p) for p in root.parameters() if p.requires_grad),
+    )
+    shares = {field: _share(branches, total, passes.survival_probs, field) for field in _FIELDS}
+    return Cost(**shares, branches=branches, total=total)
+
+
+def _share(branches: Sequence[BranchCost], total: BranchCost, gates: Sequence[float], field: str) -> float:
+    closed = 0.0
+    for branch, gate in zip(branches, gates, strict=True):
+        reached = gate
+        for index in branch.outer:
+            reached *= gates[index]
+        closed += (1 - reached) * getattr(branch, field)
+    whole = getattr(total, field)
+    return 1.0 if whole == 0 else 1 - closed / whole
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _gradient_bytes(root: nn.Module, parts: Sequence[nn.Module]) -> list[int]:
+    """Bytes of each branch's own parameters: those that no other branch and nothing else of the model uses."""
+    holders: dict[Tensor, set[int]] = {}
+    inside: set[int] = set()
+    for index, part in enumerate(parts):
+        for module in part.modules():
+            inside.add(id(module))
+            for parameter in module.parameters(recurse=False):
+                holders.setdefault(parameter, set()).add(index)
+    for module in root.modules():
+        if id(module) not in inside:
+            for parameter in module.parameters(recurse=False):
+                holders.setdefault(parameter, set()).add(_REST)
+    gradient_bytes = [0] * len(parts)
+    for parameter, indices in holders.items():
+        if parameter.requires_grad and len(indices) == 1 and _REST not in indices:
+            gradient_bytes[next(iter(indices))] += _bytes(parameter)
+    return gradient_bytes
+
+
+def _storage(tensor: Tensor) -> int:
+    # Not data_ptr(), which is 0 for all tensors on the meta device.
+    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
+
+
+class _Meter(TorchDispatchMode):
+    """Counts FLOPs and saved bytes, and books them on the branch in whose call they arise (-1: on none)."""
+
+    def __init__(self, root: nn.Module) -> None:
+        super().__init__()
+        self.flops: dict[int, int] = {}
+        self.activation_bytes: dict[int, int] = {}
+        self.outer: dict[int, tuple[int, ...]] = {}
+        self._open: list[int] = []
+        # From which autograd node on the nodes belong to which branch.
+        self._first_nodes: list[int] = [0]
+        self._owners: list[int] = [_REST]
+        self._seen = {_storage(tensor) for tensor in [*root.parameters(), *root.buffers()]}
+
+    def run_branch(self, index: int, branch: Callable[[Any], Any], x: Any) -> Any:
+        self.outer[index] = tuple(self._open)
+        self._open.append(index)
+        self._mark()
+        try:
+            return branch(x)
+        finally:
+            self._open.pop()
+            self._mark()
+
+    def _mark(self) -> None:
+        self._first_nodes.append(next_node())
+        self._owners.append(self._owner())
+
+    def _owner(self) -> int:
+        return self._open[-1] if self._open else _REST
+
+    def save(self, tensor: Tensor) -> Tensor:
+        storage = _storage(tensor)
+        if storage not in self._seen:
+            self._seen.add(storage)
+            owner = self._owner()
+            nbytes = tensor.untyped_storage().nbytes()
+            self.activation_bytes[owner] = self.activation_bytes.get(owner, 0) + nbytes
+        return tensor.detach()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        count = flop_registry.get(func._overloadpacket)
+        if count is None and func is not torch.ops.prim.device.default:
+            with self:
+                decomposed = func.decompose(*args, **kwargs)
+            if decomposed is not NotImplemented:
+                return decomposed
+        output = func(*args, **kwargs)
+        if count is not None:
+            node = evaluated_node()
+            owner = self._owner() if node is None else self._owners[bisect.bisect_right(self._first_nodes, node) - 1]
+            self.flops[owner] = self.flops.get(owner, 0) + count(*args, **kwargs, out_val=output)
+        return output
+
+
+@contextmanager
+def undisturbed(root: nn.Module) -> Generator[None]:
+    """Afterwards training modes, buffers and random states of the model and of PyTorch are as before."""
+    modes = [(module, module.training) for module in root.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in root.buffers()]
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
+@contextmanager
+def all_gates_open(passes: ForwardPasses) -> Generator[None]:
+    """Within, every branch runs for every sample and no draw is made."""
+    before = passes.forced
+    passes.forced = (True,) * len(passes.names)
+    try:
+        yield
+    finally:
+        passes.forced = before
+
+
+@contextmanager
+def observed(passes: ForwardPasses, observer: Observer) -> Generator[None]:
+    """Within, `observer(index, branch, x)` is called in place of `branch(x)`."""
+    passes.observer = observer
+    try:
+        yield
+    finally:
+        passes.observer = None

@@ -1,0 +1,255 @@
+"""Which forward pass a branch's call belongs to, and that pass's gates.
+
+Every forward of the root module in training mode is a pass with a draw of its own. Two kinds of calls arrive outside
+a forward of the root: a model used by its parts (`model.forward_features`), which starts a new draw, and the
+recomputation of activation checkpointing in the backward pass, which must see the gates of the forward that it
+repeats. The latter is recognised by the autograd node that is being evaluated: nodes are numbered in the order of
+their creation, so a node's number tells in which pass it was made.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from stochastic_depth.gates import Draw, draw_counts, draw_order
+
+Granularity = Literal["batch", "sample"]
+Ranks = Literal["agree", "decorrelate"]
+
+Observer = Callable[[int, Callable[[Any], Any], Any], Any]
+
+# How many passes may wait for their backward at once under activation checkpointing.
+_NUM_REMEMBERED = 1024
+
+
+class Gate(NamedTuple):
+    """The gate of one branch in one pass.
+
+    Attributes:
+        num_open: for how many samples of the batch it is open, 0..N.
+        order: (N,) int64, indices of the samples, the open ones first; None where all or none are open.
+    """
+
+    num_open: int
+    order: Tensor | None
+
+
+@dataclass
+class Pass:
+    """The gates of one forward pass: drawn from its counter, or forced.
+
+    Attributes:
+        counter: number of its draw.
+        survival_probs: one per branch, as they were when it began.
+        forced: gates given by the user, one entry per branch, in place of the draw.
+        counts: the draw, for each number of separately gated samples that was asked for.
+        served: the branches that asked, where the pass is no forward of the root: who asks again starts a new pass.
+    """
+
+    counter: int
+    survival_probs: tuple[float, ...]
+    forced: tuple[bool | Tensor, ...] | None
+    counts: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
+    served: set[int] = field(default_factory=set[int])
+
+
+class ForwardPasses:
+    """The passes of one stochastic model: its counter, its draws and its forced gates.
+
+    Args:
+        names: names of the branches, for messages.
+        survival_probs: one per branch.
+        seed: seed of all draws.
+        granularity: "batch", one gate per mini-batch, or "sample", each sample its own.
+        draw: how gates are drawn, see `gates.draw_counts`.
+        ranks: "agree", the same gates on every rank, or "decorrelate".
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        survival_probs: Sequence[float],
+        *,
+        seed: int,
+        granularity: Granularity,
+        draw: Draw,
+        ranks: Ranks,
+    ) -> None:
+        self.names = tuple(names)
+        self.survival_probs = tuple(survival_probs)
+        self.seed = seed
+        self.granularity: Granularity = granularity
+        self.draw: Draw = draw
+        self.ranks: Ranks = ranks
+        self.counter = 0
+        self.forced: tuple[bool | Tensor, ...] | None = None
+        self.latest: Pass | None = None
+        """The latest pass with a draw."""
+        self.observer: Observer | None = None
+        """Runs every branch in place of its plain call, while something is measured."""
+        self._forget()
+
+    def _forget(self) -> None:
+        """Forget what holds for this process and its autograd graphs only."""
+        self._passes: deque[tuple[int, Pass | None]] = deque(maxlen=_NUM_REMEMBERED)
+        self._current: Pass | None = None
+        self._in_root = False
+        # From which autograd number on nodes belong to no pass yet; None where a pass may still be making some.
+        self._unclaimed_from: int | None = 0
+        self._orders: tuple[tuple[int, int, torch.device], Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        for name in ("_passes", "_current", "_in_root", "_unclaimed_from", "_orders", "observer"):
+            del state[name]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.observer = None
+        self._forget()
+
+    def start(self, root: nn.Module, _args: Any) -> None:
+        """Forward pre-hook of the root: starts a pass, and with it a new draw in training mode."""
+        if evaluated_node() is not None:
+            return  # The whole root is being recomputed: its branches find their pass by the node.
+        self._in_root = True
+        self._current = self._new_pass() if root.training or self.forced is not None else None
+        self._remember(self._current)
+
+    def stop(self, _root: nn.Module, _args: Any, _output: Any) -> None:
+        """Forward hook of the root, called after errors too: ends the pass."""
+        if evaluated_node() is not None:
+            return
+        self._in_root = False
+        self._current = None
+        self._unclaimed_from = next_node()
+
+    def gate(self, index: int, num_samples: int, device: torch.device, *, training: bool) -> Gate | None:
+        """The gate of branch `index` in the call that is being made.
+
+        Args:
+            index: index of the branch in `names`.
+            num_samples: N, the batch size that the branch sees.
+            device: where the order of the samples is needed.
+            training: whether the branch is in training mode.
+
+        Returns:
+            The gate, or None where the rule of evaluation holds: no gates, every branch runs.
+
+        Raises:
+            ValueError: if a forced gate of single samples does not fit the batch.
+        """
+        this = self._pass_of_call(index, training=training)
+        if this is None:
+            return None
+        if this.forced is not None:
+            return self._forced_gate(this.forced[index], index, num_samples, device)
+        if not training:
+            return None
+        if self.granularity == "batch":
+            return Gate(num_samples * self.draw_of(this, 1)[index], None)
+        num_open = self.draw_of(this, num_samples)[index]
+        if num_open in (0, num_samples):
+            return Gate(num_open, None)
+        return Gate(num_open, self._order_of(this, num_samples, device)[index])
+
+    def draw_of(self, this: Pass, num_samples: int) -> list[int]:
+        """For how many of `num_samples` separately gated samples each branch is open in a pass that is not forced."""
+        counts = this.counts.get(num_samples)
+        if counts is None:
+            # How many samples of a batch a branch takes is agreed in any case, so that no rank waits for another;
+            # only which samples they are differs between decorrelated ranks.
+            rank = self._rank() if self.granularity == "batch" else None
+            counts = this.counts[num_samples] = draw_counts(
+                this.survival_probs, num_samples, seed=self.seed, counter=this.counter, draw=self.draw, rank=rank
+            )
+        return counts
+
+    def _order_of(self, this: Pass, num_samples: int, device: torch.device) -> Tensor:
+        key = (this.counter, num_samples, device)
+        if self._orders is None or self._orders[0] != key:
+            order = draw_order(len(self.names), num_samples, seed=self.seed, counter=this.counter, rank=self._rank())
+            self._orders = (key, order.to(device, non_blocking=True))
+        return self._orders[1]
+
+    def _forced_gate(self, forced: bool | Tensor, index: int, num_samples: int, device: torch.device) -> Gate:
+        if isinstance(forced, bool):
+            return Gate(num_samples * forced, None)
+        if len(forced) != num_samples:
+            raise ValueError(
+                f"The gate of {self.names[index]!r} has {len(forced)} entries, but the batch has {num_samples} samples."
+            )
+        num_open = int(forced.sum())
+        if num_open in (0, num_samples):
+            return Gate(num_open, None)
+        return Gate(num_open, forced.int().argsort(descending=True, stable=True).to(device))
+
+    def _rank(self) -> int | None:
+        if self.ranks == "agree":
+            return None
+        return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+    def _pass_of_call(self, index: int, *, training: bool) -> Pass | None:
+        node = evaluated_node()
+        if node is not None:
+            return self._pass_of_node(node)
+        if self._in_root:
+            if self._current is None and training:
+                # A branch in training mode under a root in evaluation mode.
+                self._current = self._new_pass()
+                self._passes[-1] = (self._passes[-1][0], self._current)
+            return self._current
+        if self.forced is None and not training:
+            return None
+        if self._current is None or index in self._current.served or self._current.forced is not self.forced:
+            self._current = self._new_pass()
+            self._remember(self._current)
+            self._unclaimed_from = None
+        self._current.served.add(index)
+        return self._current
+
+    def _new_pass(self) -> Pass:
+        new = Pass(self.counter, self.survival_probs, self.forced)
+        if self.forced is None:
+            self.counter += 1
+            self.latest = new
+        return new
+
+    def _remember(self, new: Pass | None) -> None:
+        first = self._unclaimed_from
+        if first is None:
+            # Reentrant checkpointing makes its node just before it runs the function without gradients: it is ours.
+            first = next_node() - (not torch.is_grad_enabled())
+        self._passes.append((first, new))
+
+    def _pass_of_node(self, node: int) -> Pass | None:
+        if not torch.is_grad_enabled():
+            raise RuntimeError(
+                "Reentrant activation checkpointing inside a reentrant checkpoint cannot be attributed to its forward "
+                "pass. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+            )
+        for first, this in reversed(self._passes):
+            if first <= node:
+                return this
+        raise RuntimeError(
+            f"The forward pass that is being recomputed is not among the latest {_NUM_REMEMBERED} of this model."
+        )
+
+
+# PyTorch has no public name for either number; the tests of activation checkpointing pin them.
+def evaluated_node() -> int | None:
+    """Number of the autograd node whose backward is being computed in this thread, None outside a backward."""
+    node = torch._C._current_autograd_node()  # pyright: ignore
+    return None if node is None else node._sequence_nr()  # pyright: ignore
+
+
+def next_node() -> int:
+    """Number that the next autograd node of this thread gets."""
+    return torch.autograd._get_sequence_nr()  # pyright: ignore

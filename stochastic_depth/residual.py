@@ -1,0 +1,166 @@
+"""The residual sum, plain and with a gate: shortcut + gate * branch, where a closed gate runs nothing of the branch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
+
+from stochastic_depth.passes import ForwardPasses, Gate, Observer
+
+Rescale = Literal["eval", "train", "none"]
+SkippedGrad = Literal["zero", "none"]
+
+
+class Residual(nn.Module):
+    """The plain sum of a shortcut and a residual branch, `shortcut(x) + branch(x)`, and nothing more.
+
+    Args:
+        branch: the residual branch f_l.
+        shortcut: what the branch is added to; None is the identity.
+
+    Shapes:
+        x: (N, ...); `branch(x)` and `shortcut(x)` have one shape, which starts with N.
+
+    Example:
+        >>> Residual(nn.Identity())(torch.ones(2))
+        tensor([2., 2.])
+    """
+
+    def __init__(self, branch: nn.Module, shortcut: nn.Module | None = None) -> None:
+        super().__init__()
+        self.branch = branch
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The sum. x: (N, ...)."""
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        return shortcut + self.branch(x)
+
+
+@dataclass(eq=False)
+class GatedBranch:
+    """What a stochastic module knows about one of its branches.
+
+    Attributes:
+        passes: draws the gates of the whole model.
+        index: index of the branch among the model's branches.
+        rescale: where the survival probability enters: in evaluation, in training or nowhere.
+        skipped_grad: whether the parameters of a branch that did not run get zero gradients or none.
+    """
+
+    passes: ForwardPasses
+    index: int
+    rescale: Rescale
+    skipped_grad: SkippedGrad
+
+    @property
+    def survival_prob(self) -> float:
+        """The chance of the branch to run, in (0, 1]."""
+        return self.passes.survival_probs[self.index]
+
+    def add(
+        self, shortcut: Tensor, x: Tensor, branch: Callable[[Tensor], Tensor], *, parts: nn.Module, training: bool
+    ) -> Tensor:
+        """The gated sum `shortcut + gate * branch(x)`, which runs the branch only where its gate is open.
+
+        Args:
+            shortcut: (N, ...), what the branch is added to; `x` itself or a view of it where it is the identity.
+            x: (N, ...), input of the branch.
+            branch: computes the branch, for any number of samples.
+            parts: holds the branch's parameters.
+            training: whether the rule of training holds.
+
+        Returns:
+            (N, ...), a tensor of its own, safe to be changed in place.
+        """
+        gate = self.passes.gate(self.index, len(x), x.device, training=training)
+        if self.passes.observer is not None:
+            branch = _Observed(self.passes.observer, self.index, branch)
+        if gate is None:
+            return _plain_sum(shortcut, branch(x), self.survival_prob if self.rescale == "eval" else 1.0)
+        factor = 1 / self.survival_prob if self.rescale == "train" else 1.0
+        if gate.num_open == 0:
+            return self._skip(shortcut, parts)
+        if gate.num_open == len(x):
+            return _plain_sum(shortcut, branch(x), factor)
+        return _sum_over_subset(shortcut, x, branch, gate, factor, parts)
+
+    def _skip(self, shortcut: Tensor, parts: nn.Module) -> Tensor:
+        if self.skipped_grad == "zero" and torch.is_grad_enabled():
+            parameters = [parameter for parameter in parts.parameters() if parameter.requires_grad]
+            if parameters:
+                return cast(Tensor, _WithZeroGradients.apply(shortcut, *parameters))
+        # A copy: whoever changes the sum in place must not change the shortcut, which is somebody else's tensor.
+        return shortcut.clone()
+
+
+@dataclass
+class _Observed:
+    observer: Observer
+    index: int
+    branch: Callable[[Tensor], Tensor]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.observer(self.index, self.branch, x)
+
+
+def _plain_sum(shortcut: Tensor, branch: Tensor, factor: float) -> Tensor:
+    return shortcut + branch if factor == 1.0 else torch.add(shortcut, branch, alpha=factor)
+
+
+def _sum_over_subset(
+    shortcut: Tensor, x: Tensor, branch: Callable[[Tensor], Tensor], gate: Gate, factor: float, parts: nn.Module
+) -> Tensor:
+    assert gate.order is not None
+    num_run = gate.num_open
+    if num_run == 1 and _has_one_value_per_channel(shortcut, x) and any(_batch_norms(parts)):
+        # BatchNorm cannot normalise a single value per channel: a second sample, of weight 0, gives it another.
+        num_run = 2
+    order = gate.order[:num_run]
+    output = branch(x.index_select(0, order))
+    open_ = gate.order[: gate.num_open]
+    return shortcut.index_add(0, open_, output[: gate.num_open].to(shortcut.dtype), alpha=factor)
+
+
+def _has_one_value_per_channel(*tensors: Tensor) -> bool:
+    return any(tensor.shape[2:].numel() == 1 for tensor in tensors)
+
+
+def _batch_norms(module: nn.Module) -> Iterator[nn.Module]:
+    return (part for part in module.modules() if isinstance(part, _BatchNorm) and part.training)
+
+
+class _WithZeroGradients(torch.autograd.Function):
+    """A copy of `x` through which `parameters` get gradients of zero, as if they had been used with factor 0.
+
+    That is what the authors' optimiser sees for a dropped block, and what a mask gives; and it makes plain
+    DistributedDataParallel right, which waits for a gradient of every parameter.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, *_parameters: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG004
+        ctx.parameters = inputs[1:]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        return grad_outputs[0], *(torch.zeros_like(parameter) for parameter in ctx.parameters)
+
+
+class StochasticResidual(Residual):
+    """A `Residual` whose branch runs only where its gate is open. `make_stochastic_` gives this class to modules."""
+
+    _stochastic_depth_branch: GatedBranch
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The gated sum. x: (N, ...)."""
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        return self._stochastic_depth_branch.add(shortcut, x, self.branch, parts=self.branch, training=self.training)

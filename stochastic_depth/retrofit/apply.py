@@ -1,0 +1,168 @@
+"""`make_stochastic_`, `controller` and `restore_`: on, look, off."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import get_args
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from stochastic_depth.gates import Draw
+from stochastic_depth.passes import ForwardPasses, Granularity, Ranks
+from stochastic_depth.residual import GatedBranch, Rescale, SkippedGrad, StochasticResidual
+from stochastic_depth.retrofit.classes import restore_class_, swap_class_
+from stochastic_depth.retrofit.controller import Controller
+from stochastic_depth.retrofit.find import Where, find_branches
+from stochastic_depth.schedules import Schedule, check_survival_probs
+
+_CONTROLLER = "_stochastic_depth"
+_BRANCH = "_stochastic_depth_branch"
+
+
+def make_stochastic_(
+    model: nn.Module,
+    schedule: Schedule | Sequence[float] | None = None,
+    *,
+    granularity: Granularity = "batch",
+    rescale: Rescale = "eval",
+    skipped_grad: SkippedGrad = "zero",
+    draw: Draw = "bernoulli",
+    ranks: Ranks = "agree",
+    where: Where | None = None,
+    seed: int = 0,
+) -> Controller:
+    """Give a model stochastic depth (Huang et al. 2016), in place: dropped branches are not run at all.
+
+    Every `Residual` of the model becomes a branch with a gate. In training a closed gate means that nothing of the
+    branch runs: no forward, no backward, no activations, no update of BatchNorm statistics. Parameter names, and with
+    them `state_dict`, stay as they are; `restore_` takes it off again.
+
+    Args:
+        model: a model built from `Residual`.
+        schedule: survival over depth, such as `linear_decay(0.5)`, or one survival probability per branch.
+        granularity: "batch": one gate per mini-batch and branch (the paper). "sample": each sample its own; a branch
+            runs on floor or ceil of p * N of the N samples, with mean p * N exactly, all equally likely.
+        rescale: "eval": a branch counts with factor p in evaluation (the paper). "train": with 1/p in training.
+            "none": neither.
+        skipped_grad: "zero": parameters of a branch that did not run get gradients of zero, so that momentum and
+            weight decay still act on them (the authors' code, and what masks give). "none": `.grad` is left alone.
+        draw: "bernoulli": independent gates (the paper). "equal_cost": floor or ceil of the expected number of
+            branches in every step, each p_l kept.
+        ranks: "agree": the same gates on every rank. "decorrelate": each rank its own.
+        where: which branches: a predicate (name, module) -> bool, or fnmatch patterns of their names. The schedule
+            spans the branches that are left.
+        seed: seed of the gates. No global random state is read or changed.
+
+    Returns:
+        The controller, also to be had as `controller(model)`.
+
+    Raises:
+        ValueError: if an argument is not one of those allowed, the model has no branch, is stochastic already, or is
+            wrapped or compiled.
+        TypeError: if `schedule` is a single number.
+
+    Example:
+        >>> import stochastic_depth as sd
+        >>> net = sd.models.cifar_resnet(20)
+        >>> sd.make_stochastic_(net, sd.linear_decay(0.5))
+        <Controller of 9 branches, expected depth 6.50>
+    """
+    for name, value, allowed in (
+        ("granularity", granularity, get_args(Granularity)),
+        ("rescale", rescale, get_args(Rescale)),
+        ("skipped_grad", skipped_grad, get_args(SkippedGrad)),
+        ("draw", draw, get_args(Draw)),
+        ("ranks", ranks, get_args(Ranks)),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, but is {value!r}.")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be a whole number, but is {seed!r}.")
+    _refuse_wrapped(model)
+    _refuse_stochastic(model)
+    branches = find_branches(model, where)
+    survival_probs = _survival_probs(schedule, len(branches))
+    passes = ForwardPasses(
+        [branch.name for branch in branches],
+        survival_probs,
+        seed=seed,
+        granularity=granularity,
+        draw=draw,
+        ranks=ranks,
+    )
+    for index, branch in enumerate(branches):
+        swap_class_(branch.module, StochasticResidual)
+        setattr(branch.module, _BRANCH, GatedBranch(passes, index, rescale, skipped_grad))
+    made = Controller(model, branches, passes, rescale=rescale, skipped_grad=skipped_grad)
+    setattr(model, _CONTROLLER, made)
+    return made
+
+
+def controller(model: nn.Module) -> Controller:
+    """The controller of a stochastic model, also after deepcopy, `torch.load`, or inside a wrapper.
+
+    Raises:
+        ValueError: if the model is not stochastic, or holds several models that are.
+    """
+    found = [module.__dict__[_CONTROLLER] for module in model.modules() if _CONTROLLER in module.__dict__]
+    if len(found) != 1:
+        state = "is not stochastic: call make_stochastic_ first" if not found else f"holds {len(found)} controllers"
+        raise ValueError(f"This {type(model).__name__} {state}.")
+    return found[0]
+
+
+def restore_(model: nn.Module) -> None:
+    """Take stochastic depth off: the model is as it was before `make_stochastic_`, with the weights it has now.
+
+    Raises:
+        ValueError: if the model is not stochastic.
+    """
+    made = controller(model)
+    made.detach()
+    for module in model.modules():
+        if _BRANCH in module.__dict__:
+            delattr(module, _BRANCH)
+            restore_class_(module)
+        if _CONTROLLER in module.__dict__:
+            delattr(module, _CONTROLLER)
+
+
+def _survival_probs(schedule: Schedule | Sequence[float] | None, num_branches: int) -> list[float]:
+    if schedule is None:
+        raise ValueError(
+            "The model has no drop paths whose rates could be kept: give a schedule, such as linear_decay(0.5)."
+        )
+    if isinstance(schedule, (int, float)):
+        raise TypeError(
+            f"schedule must be a schedule, such as linear_decay({schedule}) or uniform({schedule}), or one survival "
+            f"probability per branch, but is the number {schedule}. (A drop rate r is a survival probability of 1 - r.)"
+        )
+    survival_probs = schedule(num_branches) if callable(schedule) else list(schedule)
+    if len(survival_probs) != num_branches:
+        raise ValueError(
+            f"The schedule must give one survival probability per branch, {num_branches} in all, "
+            f"but gives {len(survival_probs)}."
+        )
+    check_survival_probs(survival_probs)
+    return [float(survival_prob) for survival_prob in survival_probs]
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    order = "Call make_stochastic_ on the plain model first, and wrap or compile it afterwards."
+    for module in model.modules():
+        kind = type(module).__name__
+        if isinstance(module, (DataParallel, DistributedDataParallel)) or kind.startswith(("FSDP", "FullySharded")):
+            raise ValueError(f"The model is wrapped in {kind}. {order}")
+    # torch.compile(model) wraps it, model.compile() compiles it in place.
+    if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:  # pyright: ignore[reportPrivateUsage]
+        raise ValueError(f"The model is compiled. {order}")
+
+
+def _refuse_stochastic(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if _CONTROLLER in module.__dict__ or _BRANCH in module.__dict__:
+            raise ValueError(
+                f"The model is stochastic already ({name or 'its root'}). Change it by controller(model)."
+                "set_survival_probs, or take it off by restore_(model) first."
+            )

@@ -1,0 +1,229 @@
+"""The controller of a stochastic model: what is gated and how, forced gates, state, cost and proof."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stochastic_depth.cost import Cost, measure_cost
+from stochastic_depth.passes import ForwardPasses
+from stochastic_depth.residual import Rescale, SkippedGrad
+from stochastic_depth.retrofit.verify import Verification, verify
+from stochastic_depth.schedules import check_survival_probs, expected_depth
+
+
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """One residual branch of a stochastic model.
+
+    Attributes:
+        name: its name, see `make_stochastic_`.
+        module: the module whose class was swapped.
+        parts: the module that holds the branch's parameters.
+    """
+
+    name: str
+    module: nn.Module
+    parts: nn.Module
+
+
+class Controller:
+    """Draws the gates of a model that `make_stochastic_` made stochastic, and answers for them.
+
+    Print it for a table of the branches. Attributes of interest: `names`, `survival_probs`, `expected_depth`,
+    `last_gates`.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        branches: Sequence[Branch],
+        passes: ForwardPasses,
+        *,
+        rescale: Rescale,
+        skipped_grad: SkippedGrad,
+    ) -> None:
+        self._root = root
+        self._branches = tuple(branches)
+        self._passes = passes
+        self._rescale = rescale
+        self._skipped_grad = skipped_grad
+        self._hooks = (
+            root.register_forward_pre_hook(passes.start),
+            root.register_forward_hook(passes.stop, always_call=True),
+        )
+
+    def detach(self) -> None:
+        """Take the hooks off the root. `restore_` calls it."""
+        for hook in self._hooks:
+            hook.remove()
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the branches, in the order of `model.named_modules()`."""
+        return list(self._passes.names)
+
+    @property
+    def survival_probs(self) -> list[float]:
+        """Survival probability of each branch, in (0, 1]."""
+        return list(self._passes.survival_probs)
+
+    @property
+    def expected_depth(self) -> float:
+        """Expected number of branches that run in a training step."""
+        return expected_depth(self._passes.survival_probs)
+
+    @property
+    def last_gates(self) -> list[float] | None:
+        """For each branch the share of the samples for which it was open in the latest training pass, in 0..1.
+
+        None before the first pass.
+        """
+        latest = self._passes.latest
+        if latest is None:
+            return None
+        num_samples = 1 if self._passes.granularity == "batch" else next(reversed(latest.counts), 1)
+        return [count / num_samples for count in self._passes.draw_of(latest, num_samples)]
+
+    def set_survival_probs(self, survival_probs: Sequence[float]) -> None:
+        """Change the survival probabilities, from the next forward on. Schedules over time use it.
+
+        Raises:
+            ValueError: if there is not one number in (0, 1] per branch.
+        """
+        _check_length(survival_probs, len(self.names), "survival_probs", "survival probabilities")
+        check_survival_probs(survival_probs)
+        self._passes.survival_probs = tuple(survival_probs)
+
+    @contextmanager
+    def gates(self, gates: Sequence[bool | Tensor]) -> Generator[None]:
+        """Within, force one sub-network: open branches run, closed ones do not, in training and in evaluation.
+
+        The training rule holds in either mode: an open branch has factor 1 (`rescale` "eval" or "none") or 1/p
+        ("train"). No draw is made and the counter stands still.
+
+        Args:
+            gates: one entry per branch; with granularity "sample" an entry may be a bool tensor (N,).
+
+        Raises:
+            ValueError: if there is not one entry per branch.
+            TypeError: if an entry is neither a bool nor, with granularity "sample", a bool tensor (N,).
+        """
+        _check_length(gates, len(self.names), "gates", "gates")
+        forced = tuple(self._checked_gate(index, gate) for index, gate in enumerate(gates))
+        before = self._passes.forced
+        self._passes.forced = forced
+        try:
+            yield
+        finally:
+            self._passes.forced = before
+
+    def _checked_gate(self, index: int, gate: bool | Tensor) -> bool | Tensor:
+        if isinstance(gate, bool):
+            return gate
+        name = self.names[index]
+        if not isinstance(gate, Tensor):
+            raise TypeError(f"gates[{index}] ({name}) must be True or False, but is {gate!r}.")
+        if self._passes.granularity == "batch":
+            raise TypeError(
+                f"gates[{index}] ({name}) is a tensor, but with granularity 'batch' a gate is True or False: "
+                "one for the whole mini-batch."
+            )
+        if gate.dtype != torch.bool or gate.dim() != 1:
+            raise TypeError(
+                f"gates[{index}] ({name}) must be a bool tensor (N,), but is {gate.dtype} of shape {tuple(gate.shape)}."
+            )
+        return gate.detach().clone().cpu()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Names, survival probabilities, seed and counter: with them a resumed run draws the same gates."""
+        return {
+            "names": self.names,
+            "survival_probs": self.survival_probs,
+            "seed": self._passes.seed,
+            "counter": self._passes.counter,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken.
+
+        Raises:
+            ValueError: if the state is not that of a model with the same branches; nothing is changed then.
+        """
+        expected = set(self.state_dict())
+        if set(state) != expected:
+            raise ValueError(f"The state must have the entries {sorted(expected)}, but has {sorted(map(str, state))}.")
+        if list(state["names"]) != self.names:
+            raise ValueError(
+                f"The state is that of a model with {len(state['names'])} branches, this one has {len(self.names)}; "
+                f"the first names that differ: {_first_difference(list(state['names']), self.names)}."
+            )
+        for name in ("seed", "counter"):
+            if isinstance(state[name], bool) or not isinstance(state[name], int):
+                raise ValueError(f"The state's {name} must be a whole number, but is {state[name]!r}.")
+        if state["counter"] < 0:
+            raise ValueError(f"The state's counter must be at least 0, but is {state['counter']}.")
+        self.set_survival_probs(state["survival_probs"])
+        self._passes.seed = state["seed"]
+        self._passes.counter = state["counter"]
+
+    def cost(self, *inputs: Any) -> Cost:
+        """What the schedule saves, counted on one forward and backward with every branch open; nothing is changed.
+
+        Args:
+            *inputs: arguments of a forward. Shares depend on their shapes only, and hardly on the batch size.
+        """
+        return measure_cost(self._root, self._passes, [branch.parts for branch in self._branches], inputs)
+
+    def verify(self, *inputs: Any) -> Verification:
+        """Run an example and prove that every branch is gated, runs nothing when closed, and evaluation is repeatable.
+
+        Args:
+            *inputs: arguments of a forward.
+
+        Returns:
+            What was found; print it.
+
+        Raises:
+            RuntimeError: if one of these does not hold; the message names the branches.
+        """
+        return verify(self._root, self._passes, [branch.parts for branch in self._branches], inputs)
+
+    def __str__(self) -> str:
+        treatment = {"batch": "skip: one gate per mini-batch", "sample": "subset: each sample its own gate"}
+        rows = [("branch", "survival", "treatment")]
+        rows += [
+            (name, f"{survival_prob:.4f}", treatment[self._passes.granularity] if survival_prob < 1 else "always runs")
+            for name, survival_prob in zip(self.names, self.survival_probs, strict=True)
+        ]
+        width = max(len(row[0]) for row in rows)
+        lines = [f"{name:<{width}}  {survival:>8}  {treatment}" for name, survival, treatment in rows]
+        lines.append(
+            f"expected depth: {self.expected_depth:.2f} of {len(self.names)} branches; rescale {self._rescale!r}, "
+            f"skipped_grad {self._skipped_grad!r}, draw {self._passes.draw!r}, ranks {self._passes.ranks!r}, "
+            f"seed {self._passes.seed}"
+        )
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"<Controller of {len(self.names)} branches, expected depth {self.expected_depth:.2f}>"
+
+
+def _check_length(values: Sequence[object], num_branches: int, name: str, what: str) -> None:
+    if len(values) != num_branches:
+        raise ValueError(
+            f"{name} must have one entry per branch, {num_branches} in all, but {len(values)} {what} were given."
+        )
+
+
+def _first_difference(theirs: list[str], ours: list[str]) -> str:
+    for their, our in zip(theirs, ours, strict=False):
+        if their != our:
+            return f"{their!r} and {our!r}"
+    shorter = min(len(theirs), len(ours))
+    return repr((theirs + ours)[shorter] if len(theirs) > shorter else ours[shorter])
