@@ -1,0 +1,145 @@
+"""The report: one self-contained page, the figures and the data beside it."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import cast
+
+from stochastic_depth_lab.report.atomic import write_whole
+from stochastic_depth_lab.report.figures import Drawing, drawings, epochs_csv, rendered, save, survival_csv
+from stochastic_depth_lab.report.inline import inline_svg
+from stochastic_depth_lab.report.runs import ReportError, Run, labels, printable, read_runs
+from stochastic_depth_lab.report.table import NOTHING, constant_depth_of, html_table, remarks, summary_csv, time_share
+from stochastic_depth_lab.report.theme import CSS_NAMES, DARK, figure_style
+
+
+def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
+    """Write `report.html`, `figures/` and `data/` into `out` and return the page's path.
+
+    The page holds everything it shows; it comes last, and every file appears whole or not at all.
+
+    Args:
+        folders: The run folders to compare.
+        out: A folder. Without it the run's own, or the folder that holds all the runs.
+
+    Raises:
+        ReportError: if a folder holds no run to report on, or the report cannot be written.
+    """
+    runs = read_runs(folders)
+    out = out or _own_folder(folders)
+    try:
+        with figure_style():
+            figures = drawings(runs)
+            for figure in figures:
+                save(figure.figure, out / "figures", figure.name)
+            for name, text in {"runs": summary_csv, "epochs": epochs_csv, "survival": survival_csv}.items():
+                write_whole(out / "data" / f"{name}.csv", text(runs).encode("utf-8", "replace"))
+            return write_whole(out / "report.html", _page(runs, figures).encode("utf-8", "replace"))
+    except OSError as error:
+        raise ReportError(f"the report cannot be written to {out}: {error.strerror}") from None
+
+
+def _own_folder(folders: Sequence[Path]) -> Path:
+    if len(folders) == 1:
+        return folders[0]
+    parents = {folder.resolve().parent for folder in folders}
+    if len(parents) > 1:
+        raise ReportError("the runs lie in different folders: say with --out where their report is to be written")
+    return parents.pop()
+
+
+def _page(runs: Sequence[Run], figures: Sequence[Drawing]) -> str:
+    template = Template(
+        resources.files("stochastic_depth_lab.report").joinpath("page.html").read_text(encoding="utf-8")
+    )
+    return template.substitute(
+        title=escape(_title(runs)),
+        light=_variables({name: colour for colour, name in CSS_NAMES.items()}),
+        dark=_variables(DARK),
+        lead=escape(_lead(runs)),
+        table=html_table(runs),
+        remarks="".join(f"<li>{escape(remark)}</li>" for remark in remarks(runs)),
+        figures="\n".join(_figure(figure) for figure in figures),
+        configuration=_settings(runs, [_flat(run.config) for run in runs], leave_out=("name", "title", "published")),
+        environment=_settings(runs, [_flat(run.environment) for run in runs]),
+    )
+
+
+def _title(runs: Sequence[Run]) -> str:
+    if len(runs) == 1:
+        return printable(str(runs[0].config.get("title") or runs[0].name))
+    kinds = {run.stochastic for run in runs}
+    return "Constant and stochastic depth, side by side" if len(kinds) == 2 else f"{len(runs)} runs, side by side"
+
+
+def _lead(runs: Sequence[Run]) -> str:
+    """The comparison in a sentence where there is one to make, otherwise what there is to see."""
+    stochastic = [run for run in runs if run.stochastic]
+    constant = constant_depth_of(stochastic[0], runs) if len(runs) == 2 and len(stochastic) == 1 else None
+    if constant:
+        run, share = stochastic[0], time_share(stochastic[0], runs)
+        time = f" Training took {share:.3f} of the time" if share else " Training"
+        return (
+            f"Test error {run.test_error:.2f} % with stochastic depth, {constant.test_error:.2f} % with constant depth."
+            f"{time} and {run.realised_cost:.3f} of the FLOPs. One run of each (n = 1): how much such runs differ from "
+            "seed to seed, they do not say."
+        )
+    if len(runs) == 1:
+        kind = "stochastic" if runs[0].stochastic else "constant"
+        return f"Test error {runs[0].test_error:.2f} % with {kind} depth, after epoch {runs[0].best_epoch}."
+    return ", ".join(labels(runs)) + "."
+
+
+def _figure(drawing: Drawing) -> str:
+    svg = inline_svg(rendered(drawing.figure, "svg", transparent=True), drawing.name, drawing.title)
+    files = [f"figures/{drawing.name}.svg", f"figures/{drawing.name}.png", f"data/{drawing.data}.csv"]
+    links = " · ".join(f'<a href="{file}">{file.rpartition(".")[2].upper()}</a>' for file in files)
+    return (
+        f'<figure>\n<h2>{escape(drawing.title)}</h2>\n<div class="wide">{svg}</div>\n'
+        f'<figcaption>{escape(drawing.caption)} <span class="files">{links}</span></figcaption>\n</figure>'
+    )
+
+
+def _settings(runs: Sequence[Run], settings: Sequence[Mapping[str, str]], leave_out: Sequence[str] = ()) -> str:
+    """What differs between the runs, a column each; what is the same for all of them, folded away."""
+    every = dict.fromkeys(key for flat in settings for key in flat if key.partition(".")[0] not in leave_out)
+    values = {key: [flat.get(key, NOTHING) for flat in settings] for key in every}
+    same = {key: row[:1] for key, row in values.items() if len(set(row)) == 1}
+    different = {key: row for key, row in values.items() if key not in same}
+    if len(runs) == 1:
+        return _rows(same)
+    return (
+        _rows(different, labels(runs)) if different else "<p>Nothing differs.</p>"
+    ) + f"<details><summary>The same for all runs ({len(same)})</summary>{_rows(same)}</details>"
+
+
+def _rows(values: Mapping[str, Sequence[str]], head: Sequence[str] = ()) -> str:
+    top = "".join(f'<th scope="col">{escape(label)}</th>' for label in head)
+    body = "\n".join(
+        f'<tr><th scope="row">{escape(printable(key))}</th>'
+        + "".join(f"<td>{escape(printable(value))}</td>" for value in row)
+        + "</tr>"
+        for key, row in values.items()
+    )
+    return (
+        '<div class="wide"><table class="settings">'
+        + (f"<thead><tr><td></td>{top}</tr></thead>" if head else "")
+        + f"<tbody>\n{body}\n</tbody></table></div>"
+    )
+
+
+def _flat(settings: Mapping[str, object], above: str = "") -> dict[str, str]:
+    """Nested settings as `recipe.batch_size: 128`. What is null is left out: it is shown as missing."""
+    flat: dict[str, str] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flat(cast("dict[str, object]", value), f"{above}{key}.")
+        elif value is not None:
+            flat[above + key] = str(value)
+    return flat
+
+
+def _variables(colours: Mapping[str, str]) -> str:
+    return " ".join(f"{name}: {colour};" for name, colour in colours.items())

@@ -1,0 +1,88 @@
+"""What a schedule promises, before anything is trained: the survival probability of each block as text and figure."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from stochastic_depth_lab.report.atomic import write_whole
+from stochastic_depth_lab.report.figures import rendered
+from stochastic_depth_lab.report.runs import ReportError, printable
+from stochastic_depth_lab.report.theme import MUTED, SERIES, figure_style
+
+_MOST_LINES = 30
+_BAR = 40
+
+
+def schedule_text(names_or_numbers: Sequence[str | int], survival_probs: Sequence[float]) -> str:
+    """A bar per block, or per every so many blocks of a deep network; expected depth and saving below.
+
+    Raises:
+        ReportError: if there is not one probability in (0, 1] for each block.
+
+    Example:
+        >>> print(schedule_text([1, 2], [0.75, 0.5]))
+        block  survival probability
+            1  0.750  ██████████████████████████████
+            2  0.500  ████████████████████
+        expected depth 1.25 of 2 blocks: 37.5 % of the work is saved if all blocks cost the same
+    """
+    _check(names_or_numbers, survival_probs)
+    names = [printable(str(name)) for name in names_or_numbers]
+    width = max(len("block"), *map(len, names))
+    every = math.ceil(len(names) / _MOST_LINES)
+    # The last block is the one that is known by name: p_L.
+    shown = sorted({*range(0, len(names), every), len(names) - 1})
+    bars = [f"{names[i]:>{width}}  {survival_probs[i]:.3f}  {'█' * round(_BAR * survival_probs[i])}" for i in shown]
+    of_every = f", every {every} blocks and the last" if every > 1 else ""
+    return "\n".join([f"{'block':>{width}}  survival probability{of_every}", *bars, _summary(survival_probs)])
+
+
+def schedule_figure(names_or_numbers: Sequence[str | int], survival_probs: Sequence[float], path: Path) -> Path:
+    """Write the survival probabilities as a PNG or SVG file, as the ending of `path` says.
+
+    Raises:
+        ReportError: if there is not one probability in (0, 1] for each block, or for another ending.
+    """
+    _check(names_or_numbers, survival_probs)
+    form = path.suffix.lower().removeprefix(".")
+    if form not in {"png", "svg"}:
+        raise ReportError(f"a figure's file name ends in .png or .svg, but {path.name} was given")
+    with figure_style():
+        figure = Figure(figsize=(8, 3), layout="constrained")
+        axes = figure.subplots()
+        blocks = range(1, len(survival_probs) + 1)
+        axes.vlines(blocks, 0, survival_probs, color=SERIES[1], linewidth=1.2 if len(blocks) <= 100 else 0.4)
+        axes.plot(blocks, survival_probs, "o", color=SERIES[1], markersize=4 if len(blocks) <= 100 else 2)
+        mean = sum(survival_probs) / len(survival_probs)
+        axes.axhline(mean, color=MUTED, linewidth=1.2, linestyle="--")
+        axes.set_ylim(0, 1.05)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
+        axes.set_xlabel(f"block, {printable(str(names_or_numbers[0]))} to {printable(str(names_or_numbers[-1]))}")
+        axes.set_ylabel("survival probability (mean: dashed)")
+        axes.set_title(_summary(survival_probs))
+        try:
+            return write_whole(path, rendered(figure, form))
+        except OSError as error:
+            raise ReportError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def _check(names: Sequence[str | int], survival_probs: Sequence[float]) -> None:
+    if not survival_probs or len(names) != len(survival_probs):
+        raise ReportError(f"one survival probability per block is expected: {len(survival_probs)} for {len(names)}")
+    for name, prob in zip(names, survival_probs, strict=True):
+        if not 0 < prob <= 1:
+            raise ReportError(
+                f"the survival probability of block {printable(str(name))} must be in (0, 1], but is {prob}"
+            )
+
+
+def _summary(survival_probs: Sequence[float]) -> str:
+    expected, num_blocks = math.fsum(survival_probs), len(survival_probs)
+    saving = 100 * (1 - expected / num_blocks)
+    return (
+        f"expected depth {expected:.2f} of {num_blocks} blocks: "
+        f"{saving:.1f} % of the work is saved if all blocks cost the same"
+    )

@@ -1,0 +1,152 @@
+"""The side-by-side table: its rows once, shown as text, HTML and CSV."""
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from stochastic_depth_lab.report.runs import Run, labels, printable
+
+NOTHING = "\N{EN DASH}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantity of every run; None where a run does not have it. `key` is its name in CSV files."""
+
+    key: str
+    label: str
+    form: Callable[[float], str]
+    values: tuple[float | None, ...]
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The values as shown."""
+        return tuple(NOTHING if value is None else self.form(value) for value in self.values)
+
+
+def rows(runs: Sequence[Run]) -> tuple[Row, ...]:
+    """Every row of the table; the published results only where there are any."""
+
+    def row(key: str, label: str, form: Callable[[float], str], value: Callable[[Run], float | None]) -> Row:
+        return Row(key, label, form, tuple(value(run) for run in runs))
+
+    published = row(
+        "published_test_error",
+        "published test error, %",
+        _two_decimals,
+        lambda r: r.published and r.published.test_error,
+    )
+    table = (
+        row("test_error", "test error at lowest validation error, %", _two_decimals, lambda r: r.test_error),
+        published,
+        row("final_test_error", "final test error, %", _two_decimals, lambda r: r.epochs[-1].test_error),
+        row("validation_error", "lowest validation error, %", _two_decimals, lambda r: r.validation_error),
+        row("best_epoch", "reached at epoch", _count, lambda r: r.best_epoch),
+        row("epochs", "epochs", _count, lambda r: len(r.epochs)),
+        row("train_s", "training time, s", _seconds, lambda r: r.train_s),
+        row("time_share", "training time per epoch, share of constant depth", _share, lambda r: time_share(r, runs)),
+        row("expected_depth", "expected depth, blocks", _two_decimals, lambda r: r.expected_depth),
+        row("realised_depth", "realised depth, blocks", _two_decimals, lambda r: r.realised_depth),
+        row("expected_cost", "expected cost, share of training FLOPs", _share, lambda r: r.expected_cost),
+        row("realised_cost", "realised cost, share of training FLOPs", _share, lambda r: r.realised_cost),
+        row("first_conv_grad", "mean |gradient| of first convolution", _three_digits, lambda r: r.first_conv_grad),
+        row("num_parameters", "parameters", _count, lambda r: r.result and r.result.num_parameters),
+    )
+    return tuple(r for r in table if r is not published or any(v is not None for v in published.values))
+
+
+def constant_depth_of(run: Run, runs: Sequence[Run]) -> Run | None:
+    """The constant-depth run of the same network on the same data, with the same seed if there is one."""
+    same = [
+        other
+        for other in runs
+        if not other.stochastic and all(other.config.get(key) == run.config.get(key) for key in ("model", "data"))
+    ]
+    return next((other for other in same if other.config.get("seed") == run.config.get("seed")), next(iter(same), None))
+
+
+def time_share(run: Run, runs: Sequence[Run]) -> float | None:
+    """Training time per epoch as a share of constant depth's; per epoch, as one of the two may be unfinished."""
+    constant = constant_depth_of(run, runs)
+    if constant is None or constant.train_s == 0:
+        return None
+    return (run.train_s / len(run.epochs)) / (constant.train_s / len(constant.epochs))
+
+
+def remarks(runs: Sequence[Run]) -> tuple[str, ...]:
+    """What a reader must know beside the numbers: what is missing of a run, and where published numbers stand."""
+    named = tuple(zip(labels(runs), runs, strict=True))
+    notes = [f"{label}: {note}" for label, run in named for note in run.notes]
+    sources = [
+        f"{label}: published test error {_two_decimals(run.published.test_error)} %, {printable(run.published.source)}"
+        for label, run in named
+        if run.published
+    ]
+    return (*notes, *sources)
+
+
+def text_table(runs: Sequence[Run]) -> str:
+    """The table as aligned plain text, four runs side by side, its remarks below."""
+    table = rows(runs)
+    titles = ["", *(row.label for row in table)]
+    width = max(map(len, titles))
+    columns = [[label, *(row.cells[i] for row in table)] for i, label in enumerate(labels(runs))]
+    padded = [[cell.rjust(max(map(len, column))) for cell in column] for column in columns]
+    blocks = [
+        "\n".join(
+            "  ".join([title.ljust(width), *cells])
+            for title, *cells in zip(titles, *padded[start : start + 4], strict=True)
+        )
+        for start in range(0, len(runs), 4)
+    ]
+    return "\n\n".join([*blocks, *(["\n".join(remarks(runs))] if remarks(runs) else [])])
+
+
+def html_table(runs: Sequence[Run]) -> str:
+    """The table as HTML, everything in it escaped."""
+    head = "".join(f'<th scope="col">{escape(label)}</th>' for label in labels(runs))
+    body = "\n".join(
+        f'<tr class="{row.key}"><th scope="row">{escape(row.label)}</th>'
+        + "".join(f"<td>{escape(cell)}</td>" for cell in row.cells)
+        + "</tr>"
+        for row in rows(runs)
+    )
+    return f"<table>\n<thead><tr><td></td>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+
+
+def csv_text(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
+    """Lines of a CSV file, numbers at full precision, nothing for None."""
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows([header, *lines])
+    return file.getvalue()
+
+
+def summary_csv(runs: Sequence[Run]) -> str:
+    """One line per run, one column per row of the table, numbers at full precision."""
+    table = rows(runs)
+    return csv_text(
+        ["run", *(row.key for row in table)],
+        [[label, *(row.values[i] for row in table)] for i, label in enumerate(labels(runs))],
+    )
+
+
+def _two_decimals(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def _share(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:#.3g}".rstrip(".")
