@@ -142,7 +142,15 @@ def _gradient(series: Sequence[_Series]) -> Drawing:
     _plot_epochs(axes, series, lambda e: e.first_conv_grad, log=True)
     for place, _, after in _drops(series):
         # Curves fall at a drop: the corner above, right of it, is free.
-        axes.text(place, 0.99, f" → {_plain(after)}", transform=axes.get_xaxis_transform(), va="top", color=MUTED)
+        axes.annotate(
+            f"→ {_plain(after)}",
+            (place, 1),
+            xycoords=axes.get_xaxis_transform(),
+            xytext=(4, -2),
+            textcoords="offset points",
+            va="top",
+            color=MUTED,
+        )
     axes.set_title("mean |gradient| of the first convolution's weights")
     _runs_legend(figure, series)
     return Drawing(

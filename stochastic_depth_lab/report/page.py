@@ -83,13 +83,13 @@ def _lead(runs: Sequence[Run]) -> str:
         time = f" Training took {share:.3f} of the time" if share else " Training"
         return (
             f"Test error {run.test_error:.2f} % with stochastic depth, {constant.test_error:.2f} % with constant depth."
-            f"{time} and {run.realised_cost:.3f} of the FLOPs. One run of each (n = 1): how much such runs differ from "
-            "seed to seed, they do not say."
+            f"{time} and {run.realised_cost:.3f} of the FLOPs. One run of each (n = 1): nothing here tells how much such "
+            "runs differ from seed to seed."
         )
     if len(runs) == 1:
         kind = "stochastic" if runs[0].stochastic else "constant"
         return f"Test error {runs[0].test_error:.2f} % with {kind} depth, after epoch {runs[0].best_epoch}."
-    return ", ".join(labels(runs)) + "."
+    return f"{len(runs)} runs, {len(stochastic)} of them with stochastic depth."
 
 
 def _figure(drawing: Drawing) -> str:

@@ -51,7 +51,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder says. `result` is None while the run is unfinished, `published` where nothing is."""
+    """What a run folder says.
+
+    `granularity` is None at constant depth, `result` while the run is unfinished, `published` where nothing is.
+    """
 
     folder: Path
     config: Mapping[str, object]
@@ -60,6 +63,7 @@ class Run:
     survival_probs: tuple[float, ...]
     expected_depth: float
     expected_cost: float
+    granularity: str | None
     epochs: tuple[Epoch, ...]
     published: Published | None
     result: Result | None
@@ -73,13 +77,7 @@ class Run:
     @property
     def stochastic(self) -> bool:
         """Whether the run has stochastic depth; otherwise it is a constant-depth run."""
-        return self.config["depth"] is not None
-
-    @property
-    def granularity(self) -> str | None:
-        """`batch` or `sample`; None at constant depth."""
-        depth = self.config["depth"]
-        return str(cast("dict[str, object]", depth)["granularity"]) if isinstance(depth, dict) else None
+        return self.granularity is not None
 
     @property
     def best_epoch(self) -> int:
@@ -149,10 +147,11 @@ def read_run(folder: Path) -> Run:
         raise ReportError(f"{folder} is not a run folder: it has no config.json.{hint}")
     config = _Reader.of_file(folder / "config.json")
     config.text("name")
-    config.require("depth")
     branches = _Reader.of_file(folder / "branches.json")
     names = branches.texts("names")
     survival_probs = branches.numbers("survival_probs", length=len(names))
+    if max(survival_probs) > 1:
+        raise ReportError(f"{branches.where} is damaged: a survival probability is {max(survival_probs)}, above 1")
     epochs, notes = _read_epochs(folder / "metrics.jsonl", num_branches=len(names))
     result = _read_result(folder / "result.json", num_epochs=len(epochs))
     if result is None:
@@ -165,6 +164,7 @@ def read_run(folder: Path) -> Run:
         survival_probs=survival_probs,
         expected_depth=branches.number("expected_depth"),
         expected_cost=branches.number("expected_cost"),
+        granularity=_read_granularity(config),
         epochs=epochs,
         published=_read_published(config),
         result=result,
@@ -348,6 +348,15 @@ def _read_result(path: Path, *, num_epochs: int) -> Result | None:
         test_error=fields.number("test_error"),
         num_parameters=fields.whole("num_parameters"),
     )
+
+
+def _read_granularity(config: _Reader) -> str | None:
+    if config.require("depth") is None:
+        return None
+    depth = config.inner("depth")
+    if depth is None:
+        raise ReportError(f"{config.where} is damaged: depth is neither null nor an object")
+    return depth.text("granularity")
 
 
 def _read_published(config: _Reader) -> Published | None:

@@ -1,5 +1,6 @@
 """The look of the figures: one palette, which a page's style sheet can replace for the dark."""
 
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 
@@ -26,7 +27,9 @@ DARK = {
 @contextmanager
 def figure_style() -> Generator[None, None, None]:
     """Matplotlib's defaults with our changes, whatever the user's matplotlibrc says; undone at the end."""
-    with mpl.rc_context():
+    with mpl.rc_context(), warnings.catch_warnings():
+        # A run's name in a script that the font lacks is drawn as boxes in a PNG; an SVG leaves the font to the reader.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         mpl.rcdefaults()
         mpl.rcParams.update(
             {
