@@ -83,8 +83,8 @@ def _lead(runs: Sequence[Run]) -> str:
         time = f" Training took {share:.3f} of the time" if share else " Training"
         return (
             f"Test error {run.test_error:.2f} % with stochastic depth, {constant.test_error:.2f} % with constant depth."
-            f"{time} and {run.realised_cost:.3f} of the FLOPs. One run of each (n = 1): nothing here tells how much such "
-            "runs differ from seed to seed."
+            f"{time} and {run.realised_cost:.3f} of the FLOPs. One run of each (n = 1): nothing here tells how "
+            "much such runs differ from seed to seed."
         )
     if len(runs) == 1:
         kind = "stochastic" if runs[0].stochastic else "constant"

@@ -1,0 +1,174 @@
+"""The figures: valid, not blank, the same bytes every time, and drawn from the right numbers."""
+
+import csv
+import io
+import math
+import statistics
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import pytest
+from PIL import Image
+
+from stochastic_depth_lab.report import read_run, write_figures
+from stochastic_depth_lab.report.binomial import central_band
+from stochastic_depth_lab.report.figures import drawings, epochs_csv, survival_csv
+from stochastic_depth_lab.report.theme import figure_style
+
+NAMES = ("curves", "gradient", "survival", "expectation")
+
+
+@pytest.fixture
+def pair(write_run):
+    return [read_run(write_run("constant")), read_run(write_run("stochastic", stochastic=True))]
+
+
+def assert_picture(path) -> None:
+    """A PNG file with something in it."""
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        assert image.width > 800
+        pixels = image.convert("L").resize((200, 100)).tobytes()
+    assert statistics.pvariance(pixels) > 50
+
+
+def texts(svg: bytes | str) -> list[str]:
+    return ["".join(e.itertext()) for e in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_files_are_pictures_and_the_same_every_time(pair, tmp_path):
+    first, second = write_figures(pair, tmp_path / "a"), write_figures(pair, tmp_path / "b")
+    assert [path.name for path in first] == [f"{name}.{form}" for name in NAMES for form in ("png", "svg")]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(path.name for path in first)
+    for path, again in zip(first, second, strict=True):
+        assert path.read_bytes() == again.read_bytes()
+        if path.suffix == ".png":
+            assert_picture(path)
+        else:
+            assert texts(path.read_bytes())
+
+
+def test_figures_have_units_and_every_run(pair, tmp_path):
+    write_figures(pair, tmp_path)
+    shown = {name: texts((tmp_path / f"{name}.svg").read_bytes()) for name in NAMES}
+    for name in ("curves", "gradient"):
+        assert {"digits-constant", "digits-stochastic", "epoch"} <= set(shown[name])
+    assert {"training loss", "test error, % (above 25 not shown)"} <= set(shown["curves"])
+    # The learning rate falls between the second and the third epoch.
+    assert "→ 0.01" in shown["gradient"]
+    assert "digits-stochastic: share of 100 steps" in shown["survival"]
+    # Realised and expected share of depth, FLOPs and time: 2.781 / 4, 0.6875 - 0.0031, 0.7.
+    assert {"0.695 (expected 0.688)", "0.684 (expected 0.688)", "0.700 (expected 0.688)"} <= set(shown["expectation"])
+
+
+def test_lines_hold_the_numbers(pair):
+    with figure_style():
+        curves, gradient, survival, _ = (drawing.figure for drawing in drawings(pair))
+    loss, error = curves.axes
+    for line in loss.lines[:2]:
+        assert list(line.get_ydata()) == pytest.approx([2, 1, 2 / 3, 0.5])
+    for line in error.lines[:2]:
+        assert list(line.get_ydata()) == [52.0, 21.0, 5.125, 4.5]
+    # The learning rate's drop, then the dots at the lowest validation error.
+    assert list(error.lines[2].get_xdata()) == [2.5, 2.5]
+    assert [(list(dot.get_xdata()), list(dot.get_ydata())) for dot in error.lines[3:]] == [([3], [5.125])] * 2
+    assert list(gradient.axes[0].lines[0].get_ydata()) == [0.001, 0.002, 0.003, 0.004]
+    assert gradient.axes[0].get_yscale() == "log"
+    frequencies, differences = (axes.lines[-1].get_ydata() for axes in survival.axes)
+    assert list(frequencies) == pytest.approx([0.875, 0.75, 0.625, 0.5])
+    assert list(differences) == pytest.approx([0, 0, 0, 0], abs=1e-12)
+
+
+def test_a_rate_that_falls_in_every_epoch_has_no_drops(write_run):
+    folder = write_run()
+    text = (folder / "metrics.jsonl").read_text()
+    for number, rate in zip((1, 2, 3, 4), (0.1, 0.07, 0.03, 0.001), strict=True):
+        line = text.splitlines()[number - 1]
+        text = text.replace(
+            line, line.replace(f'"learning_rate": {[0.1, 0.1, 0.01, 0.01][number - 1]}', f'"learning_rate": {rate}')
+        )
+    (folder / "metrics.jsonl").write_text(text)
+    run = read_run(folder)
+    assert [e.learning_rate for e in run.epochs] == [0.1, 0.07, 0.03, 0.001]
+    with figure_style():
+        gradient = drawings([run])[1]
+    assert "Dotted" not in gradient.caption
+    assert not gradient.figure.axes[0].texts
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        [{}],
+        [{"stochastic": True, "granularity": "sample"}],
+        [{"stochastic": True, "num_epochs": 1, "finished": False}],
+        [{"stochastic": True, "probs": [1 - i / 1200 for i in range(1, 601)]}],
+        [{"folder": f"run{i}", "stochastic": i % 2 == 1, "config": {"seed": i}} for i in range(8)],
+        [{"config": {"name": "_hidden $x_1$ \N{CJK UNIFIED IDEOGRAPH-6DF1}"}}],
+    ],
+    ids=["constant depth alone", "per sample", "one epoch", "600 blocks", "eight runs", "odd name"],
+)
+def test_unusual_runs_are_drawn(write_run, tmp_path, runs):
+    read = [read_run(write_run(**run)) for run in runs]
+    for path in write_figures(read, tmp_path / "figures"):
+        if path.suffix == ".png":
+            assert_picture(path)
+    if len(read) == 1:
+        assert read[0].name in texts((tmp_path / "figures" / "curves.svg").read_bytes())
+
+
+def test_all_zero_is_drawn_without_a_logarithm(write_run):
+    folder = write_run()
+    lines = (folder / "metrics.jsonl").read_text().replace('"train_loss": 2.0', '"train_loss": 0.0').splitlines()
+    (folder / "metrics.jsonl").write_text(lines[0].replace("52.0", "0") + "\n")
+    (folder / "result.json").unlink()
+    with figure_style():
+        curves = drawings([read_run(folder)])[0].figure
+    assert curves.axes[0].get_yscale() == "linear"
+    assert curves.axes[1].get_ylim() == (0, 1)
+
+
+def test_csv_of_epochs_and_blocks(pair):
+    epochs = list(csv.DictReader(io.StringIO(epochs_csv(pair))))
+    assert [(e["run"], e["epoch"]) for e in epochs] == [
+        (name, str(number)) for name in ("digits-constant", "digits-stochastic") for number in (1, 2, 3, 4)
+    ]
+    assert [float(e["test_error"]) for e in epochs[:4]] == [52.0, 21.0, 5.125, 4.5]
+    blocks = list(csv.DictReader(io.StringIO(survival_csv(pair))))
+    assert [(b["run"], b["block"], b["name"]) for b in blocks[4:6]] == [
+        ("digits-stochastic", "1", "layer1.0"),
+        ("digits-stochastic", "2", "layer2.0"),
+    ]
+    assert float(blocks[7]["realised_frequency"]) == pytest.approx(0.5)
+    assert (float(blocks[7]["band_low"]), float(blocks[7]["band_high"])) == (0.40, 0.60)
+
+
+def test_no_band_for_gates_per_sample(write_run):
+    run = read_run(write_run(stochastic=True, granularity="sample"))
+    assert [line["band_low"] for line in csv.DictReader(io.StringIO(survival_csv([run])))] == [""] * 4
+
+
+@pytest.mark.parametrize("num_draws", [1, 7, 100, 2000])
+@pytest.mark.parametrize("prob", [0.005, 0.3, 0.5, 0.991])
+def test_band_is_the_exact_binomial_one(prob, num_draws):
+    factorials = [math.lgamma(k + 1) for k in range(num_draws + 1)]
+    choices = [factorials[-1] - factorials[k] - factorials[-1 - k] for k in range(num_draws + 1)]
+    weights = [math.exp(c + k * math.log(prob) + (num_draws - k) * math.log1p(-prob)) for k, c in enumerate(choices)]
+    low, high = (round(bound * num_draws) for bound in central_band(prob, num_draws))
+    assert sum(weights[:low]) <= 0.025 < sum(weights[: low + 1])
+    assert sum(weights[high + 1 :]) <= 0.025 < sum(weights[high:])
+
+
+def test_nothing_global_is_left_behind_and_no_torch_needed(write_run):
+    code = f"""
+import sys, matplotlib
+from pathlib import Path
+from stochastic_depth_lab.report import write_report
+keys = [key for key in matplotlib.rcParams if key != "backend"]
+before = [matplotlib.rcParams[key] for key in keys]
+write_report([Path({str(write_run())!r})])
+assert [matplotlib.rcParams[key] for key in keys] == before
+assert not {{"torch", "matplotlib.pyplot", "tkinter"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)

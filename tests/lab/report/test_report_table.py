@@ -1,0 +1,124 @@
+"""The table: every number against an independent computation from the files."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from stochastic_depth_lab.report import read_run, text_table
+from stochastic_depth_lab.report.table import NOTHING, constant_depth_of, html_table, rows, summary_csv, time_share
+
+PUBLISHED = {"test_error": 5.23, "source": "Huang et al. 2016"}
+
+
+@pytest.fixture
+def pair(write_run):
+    constant = write_run("constant", config={"published": {**PUBLISHED, "test_error": 6.41}})
+    return constant, write_run("stochastic", stochastic=True, config={"name": "digits-stochastic"})
+
+
+def test_text_table_word_for_word(pair):
+    table = text_table([read_run(folder) for folder in pair])
+    assert table.replace(NOTHING, "-").splitlines() == [
+        "                                                  digits-constant  digits-stochastic",
+        "test error at lowest validation error, %                     5.12               5.12",
+        "published test error, %                                      6.41                  -",
+        "final test error, %                                          4.50               4.50",
+        "lowest validation error, %                                   4.00               4.00",
+        "reached at epoch                                                3                  3",
+        "epochs                                                          4                  4",
+        "training time, s                                             10.0                7.0",
+        "training time per epoch, share of constant depth            1.000              0.700",
+        "expected depth, blocks                                       4.00               2.75",
+        "realised depth, blocks                                       4.03               2.78",
+        "expected cost, share of training FLOPs                      1.000              0.688",
+        "realised cost, share of training FLOPs                      0.997              0.684",
+        "mean |gradient| of first convolution                      0.00310            0.00310",
+        "parameters                                                173,210            173,210",
+        "",
+        "digits-constant: published test error 6.41 %, Huang et al. 2016",
+    ]
+
+
+def independently(folder: Path, constant: Path) -> dict[str, float | None]:
+    """The table's numbers, computed from the files by nothing but the definition."""
+    epochs, of_constant = (
+        [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+        for place in (folder, constant)
+    )
+    config, branches, result = (
+        json.loads((folder / f"{name}.json").read_text()) for name in ("config", "branches", "result")
+    )
+    best = min(epochs, key=lambda e: (e["validation_error"], e["epoch"]))
+    steps = sum(e["num_steps"] for e in epochs)
+    seconds = sum(e["train_s"] for e in epochs)
+    return {
+        "test_error": best["test_error"],
+        "published_test_error": config["published"] and config["published"]["test_error"],
+        "final_test_error": epochs[-1]["test_error"],
+        "validation_error": best["validation_error"],
+        "best_epoch": best["epoch"],
+        "epochs": len(epochs),
+        "train_s": seconds,
+        "time_share": seconds / len(epochs) / (sum(e["train_s"] for e in of_constant) / len(of_constant)),
+        "expected_depth": sum(branches["survival_probs"]),
+        "realised_depth": sum(e["realised_depth"] * e["num_steps"] for e in epochs) / steps,
+        "expected_cost": branches["expected_cost"],
+        "realised_cost": sum(e["realised_cost"] * e["num_steps"] for e in epochs) / steps,
+        "first_conv_grad": sum(e["first_conv_grad"] * e["num_steps"] for e in epochs) / steps,
+        "num_parameters": result["num_parameters"],
+    }
+
+
+def test_every_number_of_table_and_csv(pair):
+    runs = [read_run(folder) for folder in pair]
+    expected = [independently(folder, constant=pair[0]) for folder in pair]
+    table = {row.key: row.values for row in rows(runs)}
+    assert list(table) == list(expected[0])
+    for key, values in table.items():
+        for value, numbers in zip(values, expected, strict=True):
+            assert value == (None if numbers[key] is None else pytest.approx(numbers[key])), key
+    for line, numbers in zip(csv.DictReader(io.StringIO(summary_csv(runs))), expected, strict=True):
+        line.pop("run")
+        assert {key: float(text) if text else None for key, text in line.items()} == pytest.approx(numbers)
+
+
+def test_no_published_row_where_nothing_is_published(write_run):
+    assert "published" not in text_table([read_run(write_run())])
+
+
+def test_unfinished_run_is_compared_per_epoch_and_said_so(write_run):
+    constant = read_run(write_run("constant"))
+    half = read_run(write_run("half", stochastic=True, finished=False, num_epochs=2))
+    # (0.7 + 1.4) / 2 epochs against (1 + 2 + 3 + 4) / 4 epochs
+    assert time_share(half, [constant, half]) == pytest.approx(0.42)
+    assert text_table([constant, half]).splitlines()[-1] == "digits-stochastic: unfinished: 2 of 4 epochs so far"
+    assert rows([constant, half])[-1].cells == ("173,210", NOTHING)
+
+
+def test_constant_depth_is_that_of_the_same_network_and_seed(write_run):
+    other_network = read_run(write_run("a", config={"model": {"num_layers": 20}}))
+    other_data = read_run(write_run("b", config={"data": {"dataset": "cifar10"}}))
+    other_seed = read_run(write_run("c", config={"seed": 1}))
+    same_seed = read_run(write_run("d", config={"seed": 2}))
+    run = read_run(write_run("e", stochastic=True, config={"seed": 2}))
+    assert constant_depth_of(run, [other_network, other_data, run]) is None
+    assert time_share(run, [other_network, other_data, run]) is None
+    assert constant_depth_of(run, [other_network, other_seed, run]) is other_seed
+    assert constant_depth_of(run, [other_seed, same_seed, run]) is same_seed
+
+
+def test_more_than_four_runs_are_put_below_each_other(write_run):
+    runs = [read_run(write_run(f"run{i}", config={"seed": i})) for i in range(5)]
+    first, second = text_table(runs).split("\n\n")
+    assert first.splitlines()[0].count("seed") == 4
+    assert second.splitlines()[0].split() == ["digits-constant,", "seed", "4"]
+    assert len(first.splitlines()) == len(second.splitlines())
+
+
+def test_html_table_escapes_names(write_run):
+    html = html_table([read_run(write_run(config={"name": "<script>alert(1)</script>"}))])
+    assert "<script" not in html
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
