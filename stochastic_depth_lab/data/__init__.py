@@ -1,0 +1,20 @@
+"""Images in memory: digits, CIFAR-10, CIFAR-100 and SVHN, read from their authors' files, and their batches."""
+
+from stochastic_depth_lab.data.augmentation import Augmentation
+from stochastic_depth_lab.data.batches import batches, num_batches
+from stochastic_depth_lab.data.catalogue import default_data_root, load
+from stochastic_depth_lab.data.errors import DataError
+from stochastic_depth_lab.data.image_data import ImageData, Split
+from stochastic_depth_lab.data.normalisation import Normalisation
+
+__all__ = [
+    "Augmentation",
+    "DataError",
+    "ImageData",
+    "Normalisation",
+    "Split",
+    "batches",
+    "default_data_root",
+    "load",
+    "num_batches",
+]

@@ -1,0 +1,88 @@
+"""From a split to the batches of an epoch: order, augmentation and normalisation."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from stochastic_depth_lab.data.augmentation import Augmentation
+from stochastic_depth_lab.data.image_data import Split
+from stochastic_depth_lab.data.normalisation import Normalisation
+from stochastic_depth_lab.data.seeding import generator
+
+
+def num_batches(num_images: int, batch_size: int, *, drop_last: bool = False) -> int:
+    """Batches in an epoch; the last, shorter one counts unless it is dropped.
+
+    Example:
+        >>> num_batches(45_000, 128), num_batches(45_000, 128, drop_last=True)
+        (352, 351)
+    """
+    return num_images // batch_size if drop_last else math.ceil(num_images / batch_size)
+
+
+def batches(
+    split: Split,
+    batch_size: int,
+    *,
+    normalisation: Normalisation,
+    augmentation: Augmentation | None = None,
+    seed: int | None = None,
+    epoch: int = 0,
+    start: int = 0,
+    drop_last: bool = False,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of one epoch, on the split's device: inputs, float32 (B, C, H, W), and labels, int64 (B,).
+
+    With a seed the images come in random order. Order and augmentation are drawn up front and depend on nothing but
+    (seed, epoch) and the place in the epoch: neither on the device, nor on the batch size, nor on what was read before.
+    A run that stopped after k batches continues with `start=k`, bit for bit. Global random state is not touched.
+
+    Args:
+        split: the part to read.
+        batch_size: images in a batch; the last batch of an epoch may be shorter.
+        normalisation: fitted on the training part.
+        augmentation: for training; needs a seed.
+        seed: of the run. None: all images in their own order, for evaluation.
+        epoch: number of the epoch: each has its own order and augmentation.
+        start: batches to skip.
+        drop_last: leave out a last batch that is shorter. (The authors keep it.)
+
+    Raises:
+        ValueError: if the batch size is not positive, `start` is negative or beyond the epoch, or augmentation is asked
+            for without a seed.
+    """
+    end = num_batches(len(split), max(batch_size, 1), drop_last=drop_last)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, but is {batch_size}.")
+    if not 0 <= start <= end:
+        raise ValueError(f"start must be in 0..{end}, the batches of this epoch, but is {start}: another batch size?")
+    if augmentation is not None and seed is None:
+        raise ValueError("augmentation is random and needs a seed: give both, or neither for evaluation.")
+    return _batches(split, batch_size, normalisation, augmentation, seed, epoch, range(start, end))
+
+
+def _batches(
+    split: Split,
+    batch_size: int,
+    normalisation: Normalisation,
+    augmentation: Augmentation | None,
+    seed: int | None,
+    epoch: int,
+    indices: range,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    device = split.images.device
+    normalisation = normalisation.to(device)
+    order = draws = None
+    if seed is not None:  # drawn on the CPU: every device sees the same epoch
+        order = torch.randperm(len(split), generator=generator("order", seed, epoch)).to(device)
+        if augmentation is not None:
+            draws = augmentation.draw(len(split), generator("augmentation", seed, epoch)).to(device)
+    for index in indices:
+        places = slice(index * batch_size, (index + 1) * batch_size)
+        chosen = places if order is None else order[places]
+        inputs = normalisation(split.images[chosen])
+        if augmentation is not None and draws is not None:
+            inputs = augmentation(inputs, draws[places])
+        yield inputs, split.labels[chosen]

@@ -1,0 +1,194 @@
+"""A data set in memory: whole, as bytes, on the device that trains."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from stochastic_depth_lab.data.errors import DataError
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """One part of a data set (training, validation or test), all of it on one device.
+
+    CIFAR-10 is 184 MB like this, SVHN 1.9 GB: it fits on the device, and no worker process has to feed it.
+
+    Args:
+        images: uint8, (N, C, H, W).
+        labels: int64, (N,), class indices from 0.
+
+    Raises:
+        DataError: for another type or shape, or if there are not as many labels as images.
+
+    Example:
+        >>> split = Split(torch.zeros(5, 3, 32, 32, dtype=torch.uint8), torch.arange(5))
+        >>> len(split), split[torch.tensor([4, 0])].labels.tolist()
+        (5, [4, 0])
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        images, labels = self.images, self.labels
+        if images.dtype != torch.uint8 or images.ndim != 4:
+            raise DataError(f"images must be uint8 of shape (N, C, H, W), but are {_form(images)}.")
+        if labels.dtype != torch.int64 or labels.ndim != 1:
+            raise DataError(f"labels must be int64 of shape (N,), but are {_form(labels)}.")
+        if len(images) != len(labels):
+            raise DataError(
+                f"every image needs one label, but there are {len(images)} images and {len(labels)} labels."
+            )
+        if images.device != labels.device:
+            raise DataError(f"images and labels must share a device, but are on {images.device} and {labels.device}.")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, indices: Tensor) -> "Split":
+        return Split(self.images[indices], self.labels[indices])
+
+    def to(self, device: torch.device | str) -> "Split":
+        """The same part on another device."""
+        return Split(self.images.to(device), self.labels.to(device))
+
+    @classmethod
+    def from_dataset(cls, source: Dataset[Any] | DataLoader[Any]) -> "Split":
+        """Any PyTorch data set of pairs (image, label), read once, in its order, into a split.
+
+        A random transform in it is frozen by that: each image is read once. Leave augmentation and normalisation to
+        `Augmentation` and `Normalisation`, which work a batch at a time on the device.
+
+        Args:
+            source: a map-style data set, an iterable one, or a `DataLoader` (its batches are taken apart). An image is
+                a PIL image, a uint8 array (H, W) or (H, W, C), a uint8 tensor (C, H, W) or (H, W), or what
+                torchvision's `ToTensor` makes of those: a float tensor of multiples of 1/255. All have one size. A
+                label is an integer.
+
+        Raises:
+            DataError: if an image or a label is something else; it names the example.
+        """
+        images: list[Tensor] = []
+        labels: list[int] = []
+        for index, example in enumerate(_examples(source)):
+            try:
+                image, label = example
+            except (TypeError, ValueError) as error:
+                raise DataError(f"example {index} must be a pair (image, label), but is {_form(example)}.") from error
+            images.append(_as_bytes(image, index))
+            labels.append(_as_label(label, index))
+            if images[-1].shape != images[0].shape:
+                raise DataError(
+                    f"all images must have one size, but image {index} is {tuple(images[-1].shape)} and image 0 is "
+                    f"{tuple(images[0].shape)}: resize or crop them in the data set."
+                )
+        if not images:
+            raise DataError("the data set holds no image.")
+        return cls(torch.stack(images), torch.tensor(labels))
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """A data set for classification: its classes and its three parts.
+
+    Args:
+        name: as the command line knows it, `"cifar10"`.
+        num_classes: number of classes.
+        class_names: one per class, in the order of the labels.
+        train: what is learnt from, and what normalisation is fitted on.
+        validation: what chooses the epoch whose test error is reported.
+        test: what is reported.
+
+    Raises:
+        DataError: if names, labels or image sizes disagree.
+    """
+
+    name: str
+    num_classes: int
+    class_names: tuple[str, ...]
+    train: Split
+    validation: Split
+    test: Split
+
+    def __post_init__(self) -> None:
+        if len(self.class_names) != self.num_classes:
+            raise DataError(f"{self.name}: {self.num_classes} classes, but {len(self.class_names)} class names.")
+        for part in ("train", "validation", "test"):
+            split = cast(Split, getattr(self, part))
+            if not len(split):
+                raise DataError(f"{self.name}: the {part} part is empty.")
+            if split.images.shape[1:] != self.train.images.shape[1:]:
+                shapes = tuple(split.images.shape[1:]), tuple(self.train.images.shape[1:])
+                raise DataError(f"{self.name}: images are {shapes[0]} in the {part} part, {shapes[1]} in training.")
+            check_labels(split.labels, self.num_classes, f"{self.name}, {part} part")
+
+    def to(self, device: torch.device | str) -> "ImageData":
+        """The same data on another device."""
+        parts = (part.to(device) for part in (self.train, self.validation, self.test))
+        return ImageData(self.name, self.num_classes, self.class_names, *parts)
+
+
+def check_labels(labels: Tensor, num_classes: int, where: str) -> None:
+    """Raises DataError unless all labels, int64 (N,), are in 0..num_classes-1; `where` opens the message."""
+    wrong = (labels < 0) | (labels >= num_classes)
+    if bool(wrong.any()):
+        index = int(wrong.nonzero()[0])
+        raise DataError(
+            f"{where}: label {int(labels[index])} of image {index} is not in 0..{num_classes - 1}: "
+            "the file is damaged, or belongs to a data set with other classes."
+        )
+
+
+def _examples(source: Dataset[Any] | DataLoader[Any]) -> Iterator[Any]:
+    if isinstance(source, DataLoader):
+        for batch in source:
+            yield from zip(*batch, strict=True)
+    elif hasattr(source, "__len__"):
+        # Not iter(): many map-style data sets never raise the IndexError by which it would know the end.
+        for index in range(len(cast(Any, source))):
+            yield source[index]
+    else:
+        yield from cast(Any, source)
+
+
+def _as_bytes(image: object, index: int) -> Tensor:
+    """Image as a uint8 tensor (C, H, W)."""
+    if isinstance(image, Tensor):
+        tensor = image.detach().cpu()
+        if tensor.is_floating_point():
+            levels = tensor.double() * 255
+            tensor = levels.round().to(torch.uint8)
+            if not math.isclose(float((levels - tensor).abs().max()), 0, abs_tol=1e-3):
+                raise DataError(
+                    f"image {index} is a float tensor with values that are not multiples of 1/255 in 0..1: "
+                    "it seems normalised or augmented already. Give the data set without that transform."
+                )
+    else:
+        array = np.array(image)  # PIL images and arrays: channels last
+        if array.dtype == object:
+            raise DataError(f"image {index} must be a tensor, an array or a PIL image, but is {_form(image)}.")
+        tensor = torch.from_numpy(array)
+        tensor = tensor.permute(2, 0, 1) if tensor.ndim == 3 else tensor
+    if tensor.dtype != torch.uint8 or tensor.ndim not in (2, 3):
+        raise DataError(f"image {index} must be uint8 with 2 or 3 dimensions, but is {_form(image)}.")
+    return tensor.reshape(-1, *tensor.shape[-2:])
+
+
+def _as_label(label: object, index: int) -> int:
+    value = label.item() if isinstance(label, Tensor | np.generic) and np.ndim(cast(Any, label)) == 0 else label
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise DataError(f"label {index} must be an integer class index, but is {_form(label)}.")
+    return value
+
+
+def _form(value: object) -> str:
+    """What a value is, briefly: `torch.float32 of shape (3, 32, 32)`, or its type."""
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"{cast(Any, value).dtype} of shape {tuple(cast(Any, value).shape)}"
+    return type(value).__name__

@@ -1,0 +1,133 @@
+"""Files as the authors of a data set publish them: found or downloaded, and verified before anything opens them."""
+
+import hashlib
+import shutil
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, cast
+
+import pooch
+from requests.exceptions import RequestException
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from stochastic_depth_lab.data.errors import DataError
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """A file on its authors' server.
+
+    Args:
+        url: where it is; the last part is its name on disk too.
+        num_bytes: its size.
+        md5: its MD5 digest, 32 hexadecimal digits. It is what the authors publish and what tells a damaged file.
+    """
+
+    url: str
+    num_bytes: int
+    md5: str
+
+    @property
+    def name(self) -> str:
+        """Name of the file, without folders."""
+        return self.url.rsplit("/", 1)[-1]
+
+    def in_folder(self, folder: Path, *, download: bool) -> Path:
+        """Path of this file in a folder, where it is put if it is not there; its content is the published one.
+
+        A download is complete and verified before it gets its name; progress goes to stderr.
+
+        Args:
+            folder: made if it does not exist.
+            download: whether a missing file is downloaded.
+
+        Raises:
+            DataError: if the file is missing and not to be downloaded, if its download fails, or if it is not the
+                published one (it is left alone then).
+        """
+        path = folder / self.name
+        if not path.exists():
+            if not download:
+                raise DataError(f"{path} does not exist. {self._by_hand(folder)}")
+            self._download(folder)
+        self._check(path)
+        return path
+
+    def _download(self, folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(folder).free
+            if free < self.num_bytes:
+                raise DataError(
+                    f"{self.name} needs {self.num_bytes:,} bytes, but {folder} has {free:,} left: "
+                    "free some, or choose another folder with --data-root or STOCHASTIC_DEPTH_DATA."
+                )
+            with _DownloadProgress(self.name) as progress:
+                # cast: pooch takes any bar with tqdm's methods, and its own downloader, but its annotations deny both.
+                downloader = cast(Any, pooch.HTTPDownloader(progressbar=cast(Any, progress), chunk_size=1 << 20))
+                pooch.retrieve(self.url, f"md5:{self.md5}", fname=self.name, path=folder, downloader=downloader)
+        except DataError:
+            raise
+        except (RequestException, OSError, ValueError) as error:  # ValueError: pooch, about the digest
+            reason = textwrap.shorten(f"{type(error).__name__}: {error}", 160, placeholder=" ...")
+            raise DataError(f"{self.url} could not be downloaded ({reason}). {self._by_hand(folder)}") from error
+
+    def _by_hand(self, folder: Path) -> str:
+        return f"Fetch {self.url} ({self.num_bytes:,} bytes, MD5 {self.md5}) and put it into {folder}."
+
+    def _check(self, path: Path) -> None:
+        num_bytes = path.stat().st_size
+        if num_bytes != self.num_bytes:
+            damage = "truncated" if num_bytes < self.num_bytes else "another file"
+            found = f"{path} has {num_bytes:,} bytes instead of {self.num_bytes:,}: it is {damage}."
+        elif (digest := _md5_of_file(path)) != self.md5:
+            found = f"{path} has MD5 {digest} instead of {self.md5}: it is damaged or altered."
+        else:
+            return
+        raise DataError(f"{found} Remove it, and the next run downloads it again from {self.url}.")
+
+
+def check_md5(content: bytes, md5: str, where: str, remedy: str) -> None:
+    """Raises DataError unless the content has this digest; `where` opens the message, `remedy` closes it."""
+    digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if digest != md5:
+        raise DataError(f"{where} has MD5 {digest} instead of {md5}: it is truncated or altered. {remedy}")
+
+
+def _md5_of_file(path: Path) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class _DownloadProgress:
+    """A bar on stderr, in the form that pooch asks for: `total`, `update`, `reset`, `close`."""
+
+    def __init__(self, name: str) -> None:
+        columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+        self._bar = Progress(*columns, console=Console(stderr=True))
+        self._task = self._bar.add_task(name, total=None)
+        self.total = 0
+
+    def __enter__(self) -> "_DownloadProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def update(self, num_bytes: int) -> None:
+        self._bar.update(self._task, total=self.total, advance=num_bytes)
+
+    def reset(self) -> None:
+        self._bar.reset(self._task)
+
+    def close(self) -> None:
+        self._bar.stop()
