@@ -121,10 +121,10 @@ def _sum_over_subset(
     if num_run == 1 and _has_one_value_per_channel(shortcut, x) and any(_batch_norms(parts)):
         # BatchNorm cannot normalise a single value per channel: a second sample, of weight 0, gives it another.
         num_run = 2
-    order = gate.order[:num_run]
-    output = branch(x.index_select(0, order))
-    open_ = gate.order[: gate.num_open]
-    return shortcut.index_add(0, open_, output[: gate.num_open].to(shortcut.dtype), alpha=factor)
+    output = branch(cast(Tensor, _Take.apply(x, gate.order[:num_run])))
+    if num_run > gate.num_open:
+        output = output[: gate.num_open]
+    return cast(Tensor, _AddSubset.apply(shortcut, output, gate.order[: gate.num_open], factor))
 
 
 def _has_one_value_per_channel(*tensors: Tensor) -> bool:
@@ -133,6 +133,60 @@ def _has_one_value_per_channel(*tensors: Tensor) -> bool:
 
 def _batch_norms(module: nn.Module) -> Iterator[nn.Module]:
     return (part for part in module.modules() if isinstance(part, _BatchNorm) and part.training)
+
+
+# Samples are taken and added in the order of memory, forward and backward: PyTorch's own index_select and index_add
+# turn channels-last tensors into contiguous ones, and convolutions and BatchNorm then run several times slower.
+class _Take(torch.autograd.Function):
+    """Some samples (K, ...) of a batch (N, ...), by their indices (K,)."""
+
+    @staticmethod
+    def forward(x: Tensor, indices: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _take(x, indices)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG004
+        ctx.indices = inputs[1]
+        ctx.num_samples = len(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (grad,) = grad_outputs
+        dims, back = _memory_order(grad)
+        grad = grad.permute(dims)
+        return grad.new_zeros(ctx.num_samples, *grad.shape[1:]).index_add(0, ctx.indices, grad).permute(back), None
+
+
+class _AddSubset(torch.autograd.Function):
+    """A batch (N, ...) plus `factor` times other samples (K, ...), added to those with the indices (K,)."""
+
+    @staticmethod
+    def forward(batch: Tensor, samples: Tensor, indices: Tensor, factor: float) -> Tensor:  # pyright: ignore
+        dims, back = _memory_order(batch)
+        samples = samples.to(batch.dtype).permute(dims)
+        return batch.permute(dims).index_add(0, indices, samples, alpha=factor).permute(back)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: Tensor) -> None:  # noqa: ARG004
+        _, samples, ctx.indices, ctx.factor = inputs
+        ctx.dtype = samples.dtype
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (grad,) = grad_outputs
+        taken = _take(grad, ctx.indices).to(ctx.dtype)
+        return grad, taken if ctx.factor == 1.0 else taken * ctx.factor, None, None
+
+
+def _take(batch: Tensor, indices: Tensor) -> Tensor:
+    dims, back = _memory_order(batch)
+    return batch.permute(dims).index_select(0, indices).permute(back)
+
+
+def _memory_order(tensor: Tensor) -> tuple[list[int], list[int]]:
+    """Dimensions from the outermost in memory to the innermost, samples first; and the permutation back."""
+    dims = [0, *sorted(range(1, tensor.dim()), key=tensor.stride, reverse=True)]
+    return dims, [dims.index(dim) for dim in range(tensor.dim())]
 
 
 class _WithZeroGradients(torch.autograd.Function):
