@@ -42,7 +42,7 @@ def draw_counts(
         seed: the user's seed.
         counter: the number of the draw.
         draw: "bernoulli" rounds each branch independently; "equal_cost" rounds them together, so that the total cost
-            is that of every other draw to within one largest branch (for equal costs: one branch).
+            is the expected one to within one largest branch (for equal costs: its floor or ceil).
         costs: for "equal_cost", what one sample of each branch costs, in any unit; None: all the same.
         rank: None draws the same on every rank, a number decorrelates it. With "equal_cost" and equal costs the total
             is the same on every rank all the same.
