@@ -9,10 +9,11 @@ their creation, so a node's number tells in which pass it was made.
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +23,33 @@ from stochastic_depth.gates import Draw, draw_counts, draw_order
 Granularity = Literal["batch", "sample"]
 Ranks = Literal["agree", "decorrelate"]
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 Observer = Callable[[int, Callable[[Any], Any], Any], Any]
 
 # How many passes may wait for their backward at once under activation checkpointing.
 _NUM_REMEMBERED = 1024
+
+
+def graph_break(function: Function, *, recursive: bool) -> Function:
+    """Keep `function`, and with `recursive` what it calls, out of the graphs of torch.compile, but not of export.
+
+    torch.compile must never see a draw, which it would freeze. What is exported is in evaluation, where there is none.
+    """
+    outside = torch._disable_dynamo(function, recursive=recursive)  # pyright: ignore
+
+    @functools.wraps(function)
+    def either(*args: Any, **kwargs: Any) -> Any:
+        return (function if is_exporting() else outside)(*args, **kwargs)
+
+    return cast(Function, either)
+
+
+def is_exporting() -> bool:
+    """Whether torch.export is tracing; PyTorch 2.6 cannot tell."""
+    return torch.compiler.is_exporting() if hasattr(torch.compiler, "is_exporting") else False
+
+
+eager = functools.partial(graph_break, recursive=True)
 
 
 class Gate(NamedTuple):
@@ -115,22 +139,27 @@ class ForwardPasses:
         self.observer = None
         self._forget()
 
+    @eager
     def start(self, root: nn.Module, _args: Any) -> None:
         """Forward pre-hook of the root: starts a pass, and with it a new draw in training mode."""
+        if is_exporting():
+            return
         if evaluated_node() is not None:
             return  # The whole root is being recomputed: its branches find their pass by the node.
         self._in_root = True
         self._current = self._new_pass() if root.training or self.forced is not None else None
         self._remember(self._current)
 
+    @eager
     def stop(self, _root: nn.Module, _args: Any, _output: Any) -> None:
         """Forward hook of the root, called after errors too: ends the pass."""
-        if evaluated_node() is not None:
+        if is_exporting() or evaluated_node() is not None:
             return
         self._in_root = False
         self._current = None
         self._unclaimed_from = next_node()
 
+    @eager
     def gate(self, index: int, num_samples: int, device: torch.device, *, training: bool) -> Gate | None:
         """The gate of branch `index` in the call that is being made.
 
@@ -145,7 +174,12 @@ class ForwardPasses:
 
         Raises:
             ValueError: if a forced gate of single samples does not fit the batch.
+            RuntimeError: if the model is exported in training mode or with forced gates.
         """
+        if is_exporting():
+            if training or self.forced is not None:
+                raise RuntimeError("An export would freeze the gates: export the model after model.eval().")
+            return None
         this = self._pass_of_call(index, training=training)
         if this is None:
             return None

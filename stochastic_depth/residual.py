@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
-from stochastic_depth.passes import ForwardPasses, Gate, Observer
+from stochastic_depth.passes import ForwardPasses, Gate, Observer, graph_break
+
+# The gated sum stays out of torch.compile's graphs, which would be one per pattern of gates; the branches that it calls
+# are compiled, one graph per shape.
+compiled_inside = partial(graph_break, recursive=False)
 
 Rescale = Literal["eval", "train", "none"]
 SkippedGrad = Literal["zero", "none"]
@@ -63,6 +68,7 @@ class GatedBranch:
         """The chance of the branch to run, in (0, 1]."""
         return self.passes.survival_probs[self.index]
 
+    @compiled_inside
     def add(
         self, shortcut: Tensor, x: Tensor, branch: Callable[[Tensor], Tensor], *, parts: nn.Module, training: bool
     ) -> Tensor:
@@ -78,7 +84,7 @@ class GatedBranch:
         Returns:
             (N, ...), a tensor of its own, safe to be changed in place.
         """
-        gate = self.passes.gate(self.index, len(x), x.device, training=training)
+        gate = self.passes.gate(self.index, x.shape[0], x.device, training=training)
         if self.passes.observer is not None:
             branch = _Observed(self.passes.observer, self.index, branch)
         if gate is None:
@@ -86,7 +92,7 @@ class GatedBranch:
         factor = 1 / self.survival_prob if self.rescale == "train" else 1.0
         if gate.num_open == 0:
             return self._skip(shortcut, parts)
-        if gate.num_open == len(x):
+        if gate.num_open == x.shape[0]:
             return _plain_sum(shortcut, branch(x), factor)
         return _sum_over_subset(shortcut, x, branch, gate, factor, parts)
 
@@ -147,7 +153,7 @@ class _Take(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG004
         ctx.indices = inputs[1]
-        ctx.num_samples = len(inputs[0])
+        ctx.num_samples = inputs[0].shape[0]
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
@@ -214,6 +220,7 @@ class StochasticResidual(Residual):
 
     _stochastic_depth_branch: GatedBranch
 
+    @compiled_inside
     def forward(self, x: Tensor) -> Tensor:
         """The gated sum. x: (N, ...)."""
         shortcut = x if self.shortcut is None else self.shortcut(x)
