@@ -1,0 +1,34 @@
+"""Files that appear whole or not at all, also when the process is killed or the power fails."""
+
+import os
+from pathlib import Path
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write beside `path`, flush to the disk, then rename: whoever looks sees the old file or the new one.
+
+    An interruption may leave `NAME.tmp`, which the next write takes over; a full disk leaves nothing but the old file.
+
+    Raises:
+        OSError: if it cannot be written, such as on a full disk.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    flush_folder(path.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Make renames in a folder last: they are entries of the folder, not of the file."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,205 @@
+"""What a training run is made of: frozen dataclasses of plain values.
+
+The docstring under a field is its help text on the command line. Nothing here imports torch, so that `--help` is
+instant: schedules, shortcuts and the like are named by strings.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
+
+Precision = Literal["fp32", "bf16", "fp16"]
+LrSchedule = Literal["step_text", "step_code", "one_cycle"]
+
+
+@dataclass(frozen=True)
+class Data:
+    """The images and what happens to them before the network sees them."""
+
+    dataset: Literal["digits", "cifar10", "cifar100", "svhn"]
+    """The data set."""
+    normalisation: Literal["channel", "pixel"] = "channel"
+    """Mean and standard deviation per channel (the paper's text), or the mean image and one standard deviation (the
+    authors' code)."""
+    translation: int = 0
+    """Training images are moved by up to that many pixels, zeros come in from the border."""
+    flip: bool = False
+    """Training images are mirrored left to right with probability 1/2."""
+    num_validation: int | None = None
+    """Images held out of the training part for validation. None: as many as in the paper."""
+    split_seed: int = 0
+    """Which ones these are."""
+    limit: int | None = None
+    """Use only the first so many images of each part: for trials."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """The residual network of the paper for small images."""
+
+    num_layers: int
+    """6n + 2: 20, 32, 44, 56, 110, 152, 1202."""
+    shortcut: Literal["pad", "subsample", "projection", "projection_all"] = "pad"
+    """What carries the image past a block that halves it: average pooling and channels of zeros (the paper's text),
+    every second pixel and channels of zeros, or a 1x1 convolution, there or in every block."""
+    init: Literal["he", "authors"] = "he"
+    """Initial weights: He et al.'s, or those of the authors' code (BatchNorm gains from U(0, 1))."""
+
+
+@dataclass(frozen=True)
+class Depth:
+    """Stochastic depth. Without it a network has constant depth."""
+
+    schedule: Literal["linear_decay", "uniform"] = "linear_decay"
+    """How survival falls with depth."""
+    final_survival_prob: float = 0.5
+    """Survival probability of the last block, p_L, in (0, 1]."""
+    granularity: Literal["batch", "sample"] = "batch"
+    """One gate for a whole mini-batch (the paper), or one for each sample."""
+    rescale: Literal["eval", "train", "none"] = "eval"
+    """Branches count with p in evaluation (the paper), with 1/p in training, or neither."""
+    skipped_grad: Literal["zero", "none"] = "zero"
+    """Momentum and weight decay still move the parameters of a dropped branch (the authors' code), or pass them by."""
+    draw: Literal["bernoulli", "equal_cost"] = "bernoulli"
+    """Independent gates (the paper), or nearly the same work in every step."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the network is trained: SGD with Nesterov momentum, weight decay on every parameter."""
+
+    epochs: int
+    """Passes over the training images."""
+    batch_size: int = 128
+    """Images in a step. The last batch of an epoch may be shorter; it is used."""
+    learning_rate: float = 0.1
+    """The highest learning rate."""
+    lr_schedule: LrSchedule = "step_text"
+    """`step_text`: divided by 10 after each of lr_drops, as the paper writes; `step_code`: one epoch earlier, as the
+    authors' code does; `one_cycle`: up along a cosine in the first three tenths of the steps, then down to nothing."""
+    lr_drops: tuple[float, ...] = (0.5, 0.75)
+    """When a step schedule drops the rate, in shares of the epochs: 0.5 and 0.75 of 500 are the paper's 250 and 375."""
+    warmup_epochs: int = 0
+    """So many epochs come first at warmup_learning_rate. The paper's 1202 layers need 10."""
+    warmup_learning_rate: float = 0.01
+    """The learning rate of these epochs."""
+    momentum: float = 0.9
+    """Nesterov momentum, without dampening."""
+    weight_decay: float = 1e-4
+    """On every parameter, BatchNorm and biases too."""
+    validate_every: int | None = None
+    """Look for the lowest validation error every so many steps too, counted over all epochs (SVHN: 200). None: at the
+    end of each epoch only."""
+    checkpoint_every: int = 200
+    """A checkpoint is written at the end of each epoch, and every so many steps within it."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published result to compare with."""
+
+    test_error: float
+    """In percent."""
+    source: str
+    """Where it stands."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One named run: everything that decides its numbers, apart from the machine."""
+
+    name: str
+    """What the command line calls it."""
+    title: str
+    """What a report calls it."""
+    data: Data
+    model: Model
+    depth: Depth | None
+    """None: constant depth."""
+    recipe: Recipe
+    precision: Precision = "fp32"
+    """fp32, or mixed precision with bf16 or fp16."""
+    seed: int = 0
+    """Of the initial weights, the order of the images, their augmentation and the gates."""
+    published: Published | None = None
+
+
+def quick(experiment: Experiment) -> Experiment:
+    """The same network and recipe on few images for five epochs: shows that everything works, not what it gives.
+
+    The images are so few that an epoch takes a second or two on two cores at any depth; digits are small as they are.
+    """
+    recipe = replace(experiment.recipe, epochs=5)
+    if recipe.warmup_epochs:
+        recipe = replace(recipe, warmup_epochs=1)
+    data = experiment.data
+    if data.dataset != "digits":
+        limit = max(8, 2000 // experiment.model.num_layers)
+        data = replace(data, limit=limit)
+        # Three batches, so that there is an order, and a last one that may be shorter.
+        recipe = replace(recipe, batch_size=-(-limit // 3), validate_every=recipe.validate_every and 2)
+    return replace(experiment, data=data, recipe=recipe, published=None)
+
+
+def check(experiment: Experiment) -> None:
+    """Refuse numbers that cannot be trained with.
+
+    What the library and the data sets check themselves (survival probabilities, 6n + 2) is left to them.
+
+    Raises:
+        ValueError: in one line; it names the field.
+    """
+    data, recipe = experiment.data, experiment.recipe
+    for name, value, least in (
+        ("recipe.epochs", recipe.epochs, 1),
+        ("recipe.batch_size", recipe.batch_size, 1),
+        ("recipe.warmup_epochs", recipe.warmup_epochs, 0),
+        ("recipe.validate_every", recipe.validate_every, 1),
+        ("recipe.checkpoint_every", recipe.checkpoint_every, 1),
+        ("data.limit", data.limit, 1),
+        ("data.num_validation", data.num_validation, 1),
+        ("data.translation", data.translation, 0),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, but is {value}.")
+    for name, rate in (
+        ("recipe.learning_rate", recipe.learning_rate),
+        ("recipe.warmup_learning_rate", recipe.warmup_learning_rate),
+    ):
+        if not 0 < rate < float("inf"):
+            raise ValueError(f"{name} must be a positive number, but is {rate}.")
+    if not 0 < recipe.momentum < 1:
+        raise ValueError(f"recipe.momentum must be in (0, 1), but is {recipe.momentum}: Nesterov's needs one.")
+    if not 0 <= recipe.weight_decay < float("inf"):
+        raise ValueError(f"recipe.weight_decay must be 0 or a positive number, but is {recipe.weight_decay}.")
+    if not all(0 < share < 1 for share in recipe.lr_drops):
+        raise ValueError(
+            f"recipe.lr_drops must be shares of the epochs in (0, 1), but are {recipe.lr_drops}: "
+            "250 of 500 epochs is 0.5."
+        )
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """The fields in which two experiments, as nested dictionaries, differ: `"recipe.epochs: 5, not 500"`.
+
+    Names and titles are left out: they decide nothing.
+
+    Args:
+        ours: the experiment asked for.
+        theirs: the one found.
+    """
+    left, right = dict(_leaves(ours)), dict(_leaves(theirs))
+    names = [name for name in {**left, **right} if name not in ("name", "title") and not name.startswith("published")]
+    return [
+        f"{name}: {right.get(name, 'absent')}, not {left.get(name, 'absent')}"
+        for name in names
+        if left.get(name, ...) != right.get(name, ...)
+    ]
+
+
+def _leaves(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(cast("Mapping[str, Any]", value), f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -1,0 +1,35 @@
+"""The two experiments that every comparison needs: the same network, data, seed and recipe, without and with gates."""
+
+from stochastic_depth_lab.config import Data, Depth, Experiment, Model, Published, Recipe
+
+SOURCE = "Huang et al. 2016, table of results, as given by public summaries"
+LATER_SOURCE = "Huang et al. 2016, as quoted by later papers"
+
+
+def pair(
+    name: str,
+    title: str,
+    data: Data,
+    recipe: Recipe,
+    *,
+    num_layers: int,
+    published: tuple[float, float] | None = None,
+    source: str = SOURCE,
+) -> tuple[Experiment, Experiment]:
+    """`name-constant` and `name-stochastic`, which has linear decay to 0.5 (Huang et al. 2016).
+
+    Args:
+        name: common part of their names.
+        title: common part of their titles.
+        data: the images.
+        recipe: how both are trained.
+        num_layers: depth of the network, 6n + 2.
+        published: test errors in percent, constant and stochastic.
+        source: where these stand.
+    """
+    constant, stochastic = (Published(error, source) for error in published) if published else (None, None)
+    model = Model(num_layers)
+    return (
+        Experiment(f"{name}-constant", f"{title}, constant depth", data, model, None, recipe, published=constant),
+        Experiment(f"{name}-stochastic", f"{title}, stochastic depth", data, model, Depth(), recipe, published=stochastic),
+    )

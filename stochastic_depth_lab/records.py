@@ -1,0 +1,209 @@
+"""The run folder: what a run is, where it ran, what it measured. Whoever reads it later needs nothing else."""
+
+import fcntl
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from stochastic_depth_lab.atomic import write_whole
+from stochastic_depth_lab.config import Experiment, differences
+
+_LOCK = ".lock"
+
+
+class RunError(ValueError):
+    """A run folder that cannot be used as asked: one line with the reason and the remedy."""
+
+
+class RunFolder:
+    """A run folder that this process writes; `opened` makes it.
+
+    Args:
+        path: the folder.
+        experiment: what runs in it.
+    """
+
+    def __init__(self, path: Path, experiment: Experiment) -> None:
+        self.path = path
+        self.experiment = as_json(experiment)
+        self.checkpoints = path / "checkpoints"
+
+    def write_beginning(self, environment: Mapping[str, Any], branches: Mapping[str, Any]) -> None:
+        """Write `config.json`, `environment.json` and `branches.json`; a resumed run adds its environment."""
+        path = self.path / "environment.json"
+        if path.exists():
+            first = read_json(path)
+            environment = {**first, "resumed": [*first.get("resumed", []), environment]}
+        _write_json(path, environment)
+        _write_json(self.path / "branches.json", branches)
+        _write_json(self.path / "config.json", self.experiment)
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Add an epoch to `metrics.jsonl`; it is on the disk when this returns."""
+        with (self.path / "metrics.jsonl").open("ab") as file:
+            file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def keep_epochs(self, num_epochs: int) -> None:
+        """Leave the first epochs of `metrics.jsonl`, those that the checkpoint knows, and drop the rest.
+
+        A run that was killed may have written one epoch more, or part of it, which it is about to repeat.
+
+        Raises:
+            RunError: if one of the epochs to keep is missing or damaged.
+        """
+        path = self.path / "metrics.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True)[:num_epochs] if path.exists() else []
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith(b"\n") or _epoch_of(line) != number:
+                raise RunError(f"{path} is damaged: line {number} is not epoch {number}. Begin anew in another folder.")
+        if len(lines) < num_epochs:
+            raise RunError(f"{path} has {len(lines)} epochs, the checkpoint {num_epochs}. Begin anew in another folder.")
+        write_whole(path, b"".join(lines))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The epochs so far."""
+        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """Write `result.json`: the run is finished."""
+        _write_json(self.path / "result.json", result)
+
+
+def look(path: Path, experiment: Experiment, *, resume: bool) -> dict[str, Any] | None:
+    """Whether a run may go into a folder; nothing is written.
+
+    Returns:
+        The result if the run is finished already, else None.
+
+    Raises:
+        RunError: if there is something in the folder and `resume` is not asked for, or if it holds another run.
+    """
+    if path.exists() and not path.is_dir():
+        raise RunError(f"--out must be a folder, but {path} is a file.")
+    if not path.exists() or all(entry.name == _LOCK for entry in path.iterdir()):
+        return None
+    if not resume:
+        raise RunError(f"{path} exists and is not empty: give another folder, or --resume to go on with its run.")
+    config = path / "config.json"
+    if not config.exists():
+        return None
+    if others := differences(as_json(experiment), read_json(config)):
+        raise RunError(f"{path} holds another run: {'; '.join(others)} (there, not here). Give another folder.")
+    result = path / "result.json"
+    return read_json(result) if result.exists() else None
+
+
+@contextmanager
+def opened(path: Path, experiment: Experiment, *, resume: bool) -> Iterator[RunFolder]:
+    """A run folder to write into; while it is open no other process can open it.
+
+    Raises:
+        RunError: as `look`, or if another run is writing in it.
+    """
+    look(path, experiment, resume=resume)
+    path.mkdir(parents=True, exist_ok=True)
+    with _locked(path):
+        yield RunFolder(path, experiment)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    # The operating system drops this lock with the process that holds it, however it ends: no lock is ever stale.
+    with (path / _LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise RunError(f"another run is writing in {path} (process {file.read().strip() or '?'}).") from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def as_json(experiment: Experiment) -> dict[str, Any]:
+    """The experiment as `config.json` holds it."""
+    return cast("dict[str, Any]", json.loads(json.dumps(asdict(experiment))))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a file.
+
+    Raises:
+        RunError: if the file is missing or holds no object.
+    """
+    try:
+        fields = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise RunError(f"{path.parent} is not a run folder: it has no {path.name}.") from None
+    except ValueError:
+        raise RunError(f"{path} is damaged: not JSON.") from None
+    if not isinstance(fields, dict):
+        raise RunError(f"{path} is damaged: not an object.")
+    return cast("dict[str, Any]", fields)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, hardware, threads, command and time: what a number needs to be repeated."""
+    packages = ("stochastic-depth", "torch", "numpy")
+    return {
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
+        "system": platform.platform(),
+        "cpu": _cpu(),
+        "num_cpus": os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+        "device": str(device),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": _commit(),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _commit() -> str | None:
+    """The commit this package runs from, with a + if files were changed since; None outside of a checkout."""
+    if not (Path(__file__).parents[1] / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        command: Sequence[str] = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _epoch_of(line: bytes) -> int | None:
+    try:
+        return json.loads(line)["epoch"]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    write_whole(path, json.dumps(fields, indent=2, allow_nan=False).encode() + b"\n")
