@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from stochastic_depth_lab.report.atomic import write_whole
+from stochastic_depth_lab.atomic import write_whole
 from stochastic_depth_lab.report.binomial import central_band
 from stochastic_depth_lab.report.runs import Epoch, Run, labels
 from stochastic_depth_lab.report.table import csv_text, time_share
@@ -67,7 +67,11 @@ def write_figures(runs: Sequence[Run], folder: Path) -> tuple[Path, ...]:
 
 def save(figure: Figure, folder: Path, name: str) -> tuple[Path, ...]:
     """Write a figure as `name.png` and `name.svg`."""
-    return tuple(write_whole(folder / f"{name}.{form}", rendered(figure, form)) for form in ("png", "svg"))
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = tuple(folder / f"{name}.{form}" for form in ("png", "svg"))
+    for path in paths:
+        write_whole(path, rendered(figure, path.suffix[1:]))
+    return paths
 
 
 def rendered(figure: Figure, form: str, *, transparent: bool = False) -> bytes:
@@ -291,14 +295,15 @@ def _plain(value: float, _position: int | None = None) -> str:
 def _drops(series: Sequence[_Series]) -> list[tuple[float, float, float]]:
     """Where the learning rate of any run drops by a step: (between which epochs, rate before, rate after).
 
-    A step lies between two plateaus; schedules that fall in every epoch have none.
+    A step halves the rate at least, and has a plateau before or after it; a cosine has no steps.
     """
     found: set[tuple[float, float, float]] = set()
     for s in series:
         rates = [e.learning_rate for e in s.run.epochs]
         for i in range(1, len(rates)):
             before, after = rates[max(i - 2, 0) : i], rates[i : i + 2]
-            if after[0] < before[-1] and len(set(before)) == len(set(after)) == 1:
+            plateau = len(set(before)) < len(before) or len(set(after)) < len(after)
+            if plateau and after[0] <= before[-1] / 2:
                 found.add((i + 0.5, before[-1], after[0]))
     return sorted(found)
 

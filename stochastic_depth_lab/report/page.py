@@ -7,7 +7,7 @@ from pathlib import Path
 from string import Template
 from typing import cast
 
-from stochastic_depth_lab.report.atomic import write_whole
+from stochastic_depth_lab.atomic import write_whole
 from stochastic_depth_lab.report.figures import Drawing, drawings, epochs_csv, rendered, save, survival_csv
 from stochastic_depth_lab.report.inline import inline_svg
 from stochastic_depth_lab.report.runs import ReportError, Run, labels, printable, read_runs
@@ -34,9 +34,12 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
             figures = drawings(runs)
             for figure in figures:
                 save(figure.figure, out / "figures", figure.name)
+            (out / "data").mkdir(exist_ok=True)
             for name, text in {"runs": summary_csv, "epochs": epochs_csv, "survival": survival_csv}.items():
                 write_whole(out / "data" / f"{name}.csv", text(runs).encode("utf-8", "replace"))
-            return write_whole(out / "report.html", _page(runs, figures).encode("utf-8", "replace"))
+            page = out / "report.html"
+            write_whole(page, _page(runs, figures).encode("utf-8", "replace"))
+            return page
     except OSError as error:
         raise ReportError(f"the report cannot be written to {out}: {error.strerror}") from None
 
@@ -136,6 +139,11 @@ def _flat(settings: Mapping[str, object], above: str = "") -> dict[str, str]:
     for key, value in settings.items():
         if isinstance(value, dict):
             flat |= _flat(cast("dict[str, object]", value), f"{above}{key}.")
+        elif (
+            isinstance(value, list) and value and all(isinstance(entry, dict) for entry in cast("list[object]", value))
+        ):
+            # The environments in which a run was resumed.
+            flat[above + key] = f"{len(cast('list[object]', value))} times"
         elif value is not None:
             flat[above + key] = str(value)
     return flat

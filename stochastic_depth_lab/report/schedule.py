@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from stochastic_depth_lab.report.atomic import write_whole
+from stochastic_depth_lab.atomic import write_whole
 from stochastic_depth_lab.report.figures import rendered
 from stochastic_depth_lab.report.runs import ReportError, printable
 from stochastic_depth_lab.report.theme import MUTED, SERIES, figure_style
@@ -64,9 +64,10 @@ def schedule_figure(names_or_numbers: Sequence[str | int], survival_probs: Seque
         axes.set_ylabel("survival probability (mean: dashed)")
         axes.set_title(_summary(survival_probs))
         try:
-            return write_whole(path, rendered(figure, form))
+            write_whole(path, rendered(figure, form))
         except OSError as error:
             raise ReportError(f"{path} cannot be written: {error.strerror}") from None
+    return path
 
 
 def _check(names: Sequence[str | int], survival_probs: Sequence[float]) -> None:

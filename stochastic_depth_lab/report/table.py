@@ -9,6 +9,7 @@ from html import escape
 from stochastic_depth_lab.report.runs import Run, labels, printable
 
 NOTHING = "\N{EN DASH}"
+_HARDWARE = ("cpu", "num_threads", "device", "gpu")
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,19 @@ def remarks(runs: Sequence[Run]) -> tuple[str, ...]:
         for label, run in named
         if run.published
     ]
-    return (*notes, *sources)
+    return (*notes, *_unlike(named, runs), *sources)
+
+
+def _unlike(named: Sequence[tuple[str, Run]], runs: Sequence[Run]) -> list[str]:
+    """The runs whose time is compared with that of another machine or precision."""
+    warnings: list[str] = []
+    for label, run in named:
+        if constant := constant_depth_of(run, runs):
+            keys = [k for k in _HARDWARE if run.environment.get(k) != constant.environment.get(k)]
+            keys += ["precision"] if run.config.get("precision") != constant.config.get("precision") else []
+            if keys:
+                warnings.append(f"{label}: its time is compared across a difference in {', '.join(keys)}")
+    return warnings
 
 
 def text_table(runs: Sequence[Run]) -> str:

@@ -2,9 +2,12 @@
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import pytest
+
+from stochastic_depth_lab.report import write_report
 
 RunWriter = Callable[..., Path]
 
@@ -50,47 +53,62 @@ def epoch_line(number: int, *, probs: list[float], slowness: float) -> dict[str,
     }
 
 
+def write(
+    root: Path,
+    folder: str = "constant",
+    *,
+    stochastic: bool = False,
+    granularity: str = "batch",
+    probs: list[float] | None = None,
+    config: Mapping[str, object] | None = None,
+    finished: bool = True,
+    num_epochs: int = 4,
+    num_parameters: int = 173_210,
+) -> Path:
+    """Write a run folder of 4 epochs and 4 blocks into `root`; returns its path."""
+    probs = probs or ([0.875, 0.75, 0.625, 0.5] if stochastic else [1.0] * 4)
+    path = root / folder
+    path.mkdir(parents=True)
+    own = {"name": "digits-stochastic", "depth": {**DEPTH, "granularity": granularity}} if stochastic else {}
+    (path / "config.json").write_text(json.dumps({**CONFIG, **own, **(config or {})}))
+    (path / "environment.json").write_text(json.dumps({"torch": "2.13.0", "command": f"train --out {folder}"}))
+    branches = {
+        "names": [f"layer{i}.0" for i in range(1, len(probs) + 1)],
+        "survival_probs": probs,
+        "expected_depth": sum(probs),
+        "expected_cost": sum(probs) / len(probs),
+    }
+    (path / "branches.json").write_text(json.dumps(branches))
+    slowness = 0.7 if stochastic else 1.0
+    lines = [epoch_line(number, probs=probs, slowness=slowness) for number in range(1, num_epochs + 1)]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if finished:
+        result = {
+            "best_epoch": 3,
+            "validation_error": 4.0,
+            "test_error": 5.125,
+            "final_test_error": 4.5,
+            "epochs": num_epochs,
+            "num_parameters": num_parameters,
+        }
+        (path / "result.json").write_text(json.dumps(result))
+    return path
+
+
 @pytest.fixture
 def write_run(tmp_path: Path) -> RunWriter:
-    """Write a run folder of 4 epochs and 4 blocks; returns its path."""
+    """Writes a run folder of this test's own; returns its path."""
+    return partial(write, tmp_path / "runs")
 
-    def write(
-        folder: str = "constant",
-        *,
-        stochastic: bool = False,
-        granularity: str = "batch",
-        probs: list[float] | None = None,
-        config: Mapping[str, object] | None = None,
-        finished: bool = True,
-        num_epochs: int = 4,
-        num_parameters: int = 173_210,
-    ) -> Path:
-        probs = probs or ([0.875, 0.75, 0.625, 0.5] if stochastic else [1.0] * 4)
-        path = tmp_path / "runs" / folder
-        path.mkdir(parents=True)
-        own = {"name": "digits-stochastic", "depth": {**DEPTH, "granularity": granularity}} if stochastic else {}
-        (path / "config.json").write_text(json.dumps({**CONFIG, **own, **(config or {})}))
-        (path / "environment.json").write_text(json.dumps({"torch": "2.13.0", "command": f"train --out {folder}"}))
-        branches = {
-            "names": [f"layer{i}.0" for i in range(1, len(probs) + 1)],
-            "survival_probs": probs,
-            "expected_depth": sum(probs),
-            "expected_cost": sum(probs) / len(probs),
-        }
-        (path / "branches.json").write_text(json.dumps(branches))
-        slowness = 0.7 if stochastic else 1.0
-        lines = [epoch_line(number, probs=probs, slowness=slowness) for number in range(1, num_epochs + 1)]
-        (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        if finished:
-            result = {
-                "best_epoch": 3,
-                "validation_error": 4.0,
-                "test_error": 5.125,
-                "final_test_error": 4.5,
-                "epochs": num_epochs,
-                "num_parameters": num_parameters,
-            }
-            (path / "result.json").write_text(json.dumps(result))
-        return path
 
-    return write
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The folders of a constant-depth and a stochastic run of the same network, to be read only."""
+    root = tmp_path_factory.mktemp("pair")
+    return write(root, "constant"), write(root, "stochastic", stochastic=True)
+
+
+@pytest.fixture(scope="session")
+def pair_report(pair: tuple[Path, Path]) -> Path:
+    """The page that compares them, beside them."""
+    return write_report(pair)

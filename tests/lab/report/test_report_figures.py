@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import math
 import statistics
 import subprocess
@@ -19,9 +20,9 @@ from stochastic_depth_lab.report.theme import figure_style
 NAMES = ("curves", "gradient", "survival", "expectation")
 
 
-@pytest.fixture
-def pair(write_run):
-    return [read_run(write_run("constant")), read_run(write_run("stochastic", stochastic=True))]
+@pytest.fixture(scope="module")
+def runs(pair):
+    return [read_run(folder) for folder in pair]
 
 
 def assert_picture(path) -> None:
@@ -37,21 +38,20 @@ def texts(svg: bytes | str) -> list[str]:
     return ["".join(e.itertext()) for e in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
 
 
-def test_files_are_pictures_and_the_same_every_time(pair, tmp_path):
-    first, second = write_figures(pair, tmp_path / "a"), write_figures(pair, tmp_path / "b")
-    assert [path.name for path in first] == [f"{name}.{form}" for name in NAMES for form in ("png", "svg")]
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(path.name for path in first)
-    for path, again in zip(first, second, strict=True):
-        assert path.read_bytes() == again.read_bytes()
+def test_files_are_pictures_and_the_same_every_time(runs, pair_report, tmp_path):
+    paths = write_figures(runs, tmp_path)
+    assert [path.name for path in paths] == [f"{name}.{form}" for name in NAMES for form in ("png", "svg")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in paths)
+    for path in paths:
+        assert path.read_bytes() == (pair_report.parent / "figures" / path.name).read_bytes()
         if path.suffix == ".png":
             assert_picture(path)
         else:
             assert texts(path.read_bytes())
 
 
-def test_figures_have_units_and_every_run(pair, tmp_path):
-    write_figures(pair, tmp_path)
-    shown = {name: texts((tmp_path / f"{name}.svg").read_bytes()) for name in NAMES}
+def test_figures_have_units_and_every_run(pair_report):
+    shown = {name: texts((pair_report.parent / "figures" / f"{name}.svg").read_bytes()) for name in NAMES}
     for name in ("curves", "gradient"):
         assert {"digits-constant", "digits-stochastic", "epoch"} <= set(shown[name])
     assert {"training loss", "test error, % (above 25 not shown)"} <= set(shown["curves"])
@@ -62,9 +62,9 @@ def test_figures_have_units_and_every_run(pair, tmp_path):
     assert {"0.695 (expected 0.688)", "0.684 (expected 0.688)", "0.700 (expected 0.688)"} <= set(shown["expectation"])
 
 
-def test_lines_hold_the_numbers(pair):
+def test_lines_hold_the_numbers(runs):
     with figure_style():
-        curves, gradient, survival, _ = (drawing.figure for drawing in drawings(pair))
+        curves, gradient, survival, _ = (drawing.figure for drawing in drawings(runs))
     loss, error = curves.axes
     for line in loss.lines[:2]:
         assert list(line.get_ydata()) == pytest.approx([2, 1, 2 / 3, 0.5])
@@ -80,37 +80,43 @@ def test_lines_hold_the_numbers(pair):
     assert list(differences) == pytest.approx([0, 0, 0, 0], abs=1e-12)
 
 
-def test_a_rate_that_falls_in_every_epoch_has_no_drops(write_run):
+@pytest.mark.parametrize(
+    ("rates", "labels"),
+    [
+        ((0.1, 0.07, 0.03, 0.001), []),
+        ((0.1, 0.1, 0.09, 0.08), []),
+        ((0.1, 0.1, 0.01, 0.001), ["→ 0.01"]),
+        ((0.1, 0.01, 0.00005, 0.00005), ["→ 0.00005"]),
+        ((0.01, 0.1, 0.1, 0.1), []),
+    ],
+    ids=["falls in every epoch", "slowly", "step after a plateau", "step before a plateau", "warm-up"],
+)
+def test_steps_of_the_learning_rate(write_run, rates, labels):
     folder = write_run()
-    text = (folder / "metrics.jsonl").read_text()
-    for number, rate in zip((1, 2, 3, 4), (0.1, 0.07, 0.03, 0.001), strict=True):
-        line = text.splitlines()[number - 1]
-        text = text.replace(
-            line, line.replace(f'"learning_rate": {[0.1, 0.1, 0.01, 0.01][number - 1]}', f'"learning_rate": {rate}')
-        )
-    (folder / "metrics.jsonl").write_text(text)
-    run = read_run(folder)
-    assert [e.learning_rate for e in run.epochs] == [0.1, 0.07, 0.03, 0.001]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps({**line, "learning_rate": rate}) + "\n" for line, rate in zip(lines, rates, strict=True))
+    )
     with figure_style():
-        gradient = drawings([run])[1]
-    assert "Dotted" not in gradient.caption
-    assert not gradient.figure.axes[0].texts
+        gradient = drawings([read_run(folder)])[1]
+    assert ("Dotted" in gradient.caption) == bool(labels)
+    assert [text.get_text() for text in gradient.figure.axes[0].texts] == labels
 
 
 @pytest.mark.parametrize(
-    "runs",
+    "unusual",
     [
         [{}],
         [{"stochastic": True, "granularity": "sample"}],
         [{"stochastic": True, "num_epochs": 1, "finished": False}],
         [{"stochastic": True, "probs": [1 - i / 1200 for i in range(1, 601)]}],
-        [{"folder": f"run{i}", "stochastic": i % 2 == 1, "config": {"seed": i}} for i in range(8)],
+        [{"folder": f"run{i}", "stochastic": i % 2 == 1, "config": {"seed": i}} for i in range(7)],
         [{"config": {"name": "_hidden $x_1$ \N{CJK UNIFIED IDEOGRAPH-6DF1}"}}],
     ],
-    ids=["constant depth alone", "per sample", "one epoch", "600 blocks", "eight runs", "odd name"],
+    ids=["constant depth alone", "per sample", "one epoch", "600 blocks", "seven runs", "odd name"],
 )
-def test_unusual_runs_are_drawn(write_run, tmp_path, runs):
-    read = [read_run(write_run(**run)) for run in runs]
+def test_unusual_runs_are_drawn(write_run, tmp_path, unusual):
+    read = [read_run(write_run(**run)) for run in unusual]
     for path in write_figures(read, tmp_path / "figures"):
         if path.suffix == ".png":
             assert_picture(path)
@@ -129,13 +135,13 @@ def test_all_zero_is_drawn_without_a_logarithm(write_run):
     assert curves.axes[1].get_ylim() == (0, 1)
 
 
-def test_csv_of_epochs_and_blocks(pair):
-    epochs = list(csv.DictReader(io.StringIO(epochs_csv(pair))))
+def test_csv_of_epochs_and_blocks(runs):
+    epochs = list(csv.DictReader(io.StringIO(epochs_csv(runs))))
     assert [(e["run"], e["epoch"]) for e in epochs] == [
         (name, str(number)) for name in ("digits-constant", "digits-stochastic") for number in (1, 2, 3, 4)
     ]
     assert [float(e["test_error"]) for e in epochs[:4]] == [52.0, 21.0, 5.125, 4.5]
-    blocks = list(csv.DictReader(io.StringIO(survival_csv(pair))))
+    blocks = list(csv.DictReader(io.StringIO(survival_csv(runs))))
     assert [(b["run"], b["block"], b["name"]) for b in blocks[4:6]] == [
         ("digits-stochastic", "1", "layer1.0"),
         ("digits-stochastic", "2", "layer2.0"),

@@ -46,10 +46,9 @@ def read_page(path: Path) -> Reader:
     return reader
 
 
-def test_page_holds_table_figures_and_settings(write_run):
-    constant, stochastic = write_run("constant"), write_run("stochastic", stochastic=True)
-    path = write_report([constant, stochastic])
-    assert path == constant.parent / "report.html"
+def test_page_holds_table_figures_and_settings(pair, pair_report):
+    path = pair_report
+    assert path == pair[0].parent / "report.html"
     page = read_page(path)
     assert sum(tag == "svg" for tag, _ in page.elements) == 4
     for text in (
@@ -70,20 +69,13 @@ def test_page_holds_table_figures_and_settings(write_run):
     assert not [name for name in written if name.endswith(".tmp")]
 
 
-def test_one_run_is_written_into_its_folder(write_run):
-    folder = write_run(stochastic=True)
-    path = write_report([folder])
-    assert path == folder / "report.html"
-    assert "Digits, 14 layers" in read_page(path).text
-
-
-def test_page_asks_for_nothing_from_outside(write_run):
-    html = write_report([write_run("a"), write_run("b", stochastic=True)]).read_text()
+def test_page_asks_for_nothing_from_outside(pair_report):
+    html = pair_report.read_text()
     assert not re.search(r"https?:|//[a-z]|@import|<script|<link|<img|<iframe|url\((?!#)", html)
 
 
-def test_identifiers_are_unique_and_references_lead_somewhere(write_run):
-    html = write_report([write_run("a"), write_run("b", stochastic=True)]).read_text()
+def test_identifiers_are_unique_and_references_lead_somewhere(pair_report):
+    html = pair_report.read_text()
     page = Reader()
     page.feed(html)
     identifiers = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
@@ -92,8 +84,8 @@ def test_identifiers_are_unique_and_references_lead_somewhere(write_run):
     assert {first or second for first, second in references} <= set(identifiers)
 
 
-def test_dark_has_a_colour_for_every_light_one(write_run):
-    html = write_report([write_run("a"), write_run("b", stochastic=True)]).read_text()
+def test_dark_has_a_colour_for_every_light_one(pair_report):
+    html = pair_report.read_text()
     assert set(DARK) == set(CSS_NAMES.values())
     svgs = "".join(re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL))
     assert not re.search(r"(fill|stroke|color)[:=]\s*\"?(#|black|white|rgb)", svgs)
@@ -123,27 +115,26 @@ def test_colours_can_be_read(page, colours):
             assert contrast(page, colour) >= (4.5 if name in ("--ink", "--muted") else 3), name
 
 
-def test_names_from_outside_stay_harmless(write_run):
+@pytest.mark.parametrize("num_runs", [1, 2], ids=["alone", "compared"])
+def test_names_from_outside_stay_harmless(write_run, num_runs):
     evil = {"name": EVIL, "title": EVIL, "published": {"test_error": 1.0, "source": EVIL}, "model": {EVIL: EVIL}}
-    single = write_run("evil", stochastic=True, config=evil)
-    for path in (write_report([single]), write_report([single, write_run("other")])):
-        html = path.read_text()
-        assert "<script" not in html
-        page = read_page(path)
-        assert not [name for _, attrs in page.elements for name in attrs if name.startswith("on")]
-        assert sum(tag == "svg" for tag, _ in page.elements) == 4
-    assert EVIL in read_page(single / "report.html").text
-    assert "<script" not in (single / "figures" / "survival.svg").read_text()
+    folders = [write_run("evil", stochastic=True, config=evil), write_run("other")][:num_runs]
+    path = write_report(folders)
+    html = path.read_text()
+    assert "<script" not in html
+    page = read_page(path)
+    assert not [name for _, attrs in page.elements for name in attrs if name.startswith("on")]
+    assert sum(tag == "svg" for tag, _ in page.elements) == 4
+    assert EVIL in page.text
+    assert "<script" not in (path.parent / "figures" / "survival.svg").read_text()
 
 
-def test_same_bytes_every_time(write_run, tmp_path):
-    folders = [write_run("a"), write_run("b", stochastic=True)]
-    write_report(folders, tmp_path / "one")
-    write_report(folders, tmp_path / "two")
-    files = sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*.*"))
+def test_same_bytes_every_time(pair, pair_report, tmp_path):
+    write_report(pair, tmp_path)
+    files = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*.*"))
     assert len(files) == 12
     for file in files:
-        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
+        assert (tmp_path / file).read_bytes() == (pair_report.parent / file).read_bytes(), file
 
 
 def test_interrupted_report_leaves_the_old_page(write_run, monkeypatch):
@@ -155,9 +146,8 @@ def test_interrupted_report_leaves_the_old_page(write_run, monkeypatch):
 
     monkeypatch.setattr("os.fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        page_module.write_whole(folder / "report.html", b"half a pa")
+        write_report([folder])
     assert (folder / "report.html").read_bytes() == old
-    assert not list(folder.glob(".*tmp"))
 
 
 def test_page_comes_last(write_run, monkeypatch):
@@ -167,11 +157,20 @@ def test_page_comes_last(write_run, monkeypatch):
     assert written[-1] == "report.html"
 
 
-def test_runs_in_different_folders_need_a_place(write_run, tmp_path):
-    folders = [write_run("a"), write_run("deeper/b")]
+def test_one_run_is_written_into_its_folder_its_resumptions_counted(write_run):
+    folder = write_run()
+    (folder / "environment.json").write_text(
+        '{"versions": {"torch": "2.13.0"}, "resumed": [{"cpu": "A"}, {"cpu": "B"}]}'
+    )
+    path = write_report([folder])
+    assert path == folder / "report.html"
+    for text in ("Digits, 14 layers", "versions.torch", "2 times"):
+        assert text in read_page(path).text
+
+
+def test_runs_in_different_folders_need_a_place(write_run):
     with pytest.raises(ReportError, match="say with --out"):
-        write_report(folders)
-    assert write_report(folders, tmp_path / "out") == tmp_path / "out" / "report.html"
+        write_report([write_run("a"), write_run("deeper/b")])
 
 
 def test_place_that_cannot_be_written(write_run, tmp_path):

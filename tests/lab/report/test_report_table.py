@@ -14,13 +14,13 @@ PUBLISHED = {"test_error": 5.23, "source": "Huang et al. 2016"}
 
 
 @pytest.fixture
-def pair(write_run):
+def published_pair(write_run):
     constant = write_run("constant", config={"published": {**PUBLISHED, "test_error": 6.41}})
     return constant, write_run("stochastic", stochastic=True, config={"name": "digits-stochastic"})
 
 
-def test_text_table_word_for_word(pair):
-    table = text_table([read_run(folder) for folder in pair])
+def test_text_table_word_for_word(published_pair):
+    table = text_table([read_run(folder) for folder in published_pair])
     assert table.replace(NOTHING, "-").splitlines() == [
         "                                                  digits-constant  digits-stochastic",
         "test error at lowest validation error, %                     5.12               5.12",
@@ -72,7 +72,8 @@ def independently(folder: Path, constant: Path) -> dict[str, float | None]:
     }
 
 
-def test_every_number_of_table_and_csv(pair):
+def test_every_number_of_table_and_csv(published_pair):
+    pair = published_pair
     runs = [read_run(folder) for folder in pair]
     expected = [independently(folder, constant=pair[0]) for folder in pair]
     table = {row.key: row.values for row in rows(runs)}
@@ -122,3 +123,11 @@ def test_html_table_escapes_names(write_run):
     html = html_table([read_run(write_run(config={"name": "<script>alert(1)</script>"}))])
     assert "<script" not in html
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+
+
+def test_time_across_machines_is_said(write_run):
+    constant, run = write_run("constant"), write_run("stochastic", stochastic=True, config={"precision": "bf16"})
+    (constant / "environment.json").write_text('{"cpu": "A", "num_threads": 2, "started": "then"}')
+    (run / "environment.json").write_text('{"cpu": "B", "num_threads": 2, "started": "now"}')
+    remark = "digits-stochastic: its time is compared across a difference in cpu, precision"
+    assert text_table([read_run(constant), read_run(run)]).splitlines()[-1] == remark
