@@ -160,7 +160,8 @@ class _Take(torch.autograd.Function):
         (grad,) = grad_outputs
         dims, back = _memory_order(grad)
         grad = grad.permute(dims)
-        return grad.new_zeros(ctx.num_samples, *grad.shape[1:]).index_add(0, ctx.indices, grad).permute(back), None
+        full = grad.new_zeros(ctx.num_samples, *grad.shape[1:]).index_add_(0, ctx.indices, grad)
+        return full.permute(back), None
 
 
 class _AddSubset(torch.autograd.Function):

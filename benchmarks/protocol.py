@@ -1,0 +1,59 @@
+"""What the benchmarks share: interleaved rounds, medians of ratios, and a table that says where it was measured."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+
+def interleaved(steps: Mapping[str, Callable[[], None]], *, rounds: int, warm_up: int) -> dict[str, list[float]]:
+    """Process time in seconds of each step in each round; every round runs every step once, in turn."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(warm_up + rounds):
+        for name, step in steps.items():
+            begin = time.process_time()
+            step()
+            if number >= warm_up:
+                times[name].append(time.process_time() - begin)
+    return times
+
+
+def ratio(times: Sequence[float], reference: Sequence[float]) -> tuple[float, float]:
+    """Median over the rounds of the ratio of two steps of one round; and the ratio of the means."""
+    return (
+        statistics.median(a / b for a, b in zip(times, reference, strict=True)),
+        statistics.mean(times) / statistics.mean(reference),
+    )
+
+
+def processor() -> str:
+    """The processor's name, as the system gives it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def write_table(name: str, title: str, header: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> None:
+    """Print a table in Markdown and write it to `benchmarks/tables/NAME.md`."""
+    lines = [f"## {title}", "", f"`python {' '.join(sys.argv)}`", ""]
+    lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    machine = (
+        f"{processor()}, {torch.get_num_threads()} thread(s), Python {platform.python_version()}, "
+        f"PyTorch {torch.__version__}, {time.strftime('%Y-%m-%d')}."
+    )
+    lines += ["", f"{note} {machine}"]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    folder = Path(__file__).parent / "tables"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.md").write_text(text)
