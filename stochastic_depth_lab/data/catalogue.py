@@ -43,7 +43,13 @@ def load(
         >>> load("digits").train.images.shape
         torch.Size([1257, 1, 8, 8])
     """
-    root = default_data_root() if data_root is None else data_root
+    try:
+        return _load(name, default_data_root() if data_root is None else data_root, validation, split_seed, download)
+    except OSError as error:
+        raise DataError(f"{name}: {error.filename} cannot be read: {error.strerror}.") from error
+
+
+def _load(name: str, root: Path, validation: int | None, split_seed: int, download: bool) -> ImageData:
     match name:
         case "digits":
             return digits.load(validation, split_seed)

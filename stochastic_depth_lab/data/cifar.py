@@ -4,8 +4,8 @@ Source: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 
 The folder that the authors' archive unpacks to (torchvision's layout) is read where it is there; otherwise the archive
 itself, member by member, without unpacking it: nothing in it can be written anywhere.
 
-The files are Python 2 pickles, and a pickle can run any code. They are read by `_ArrayUnpickler`, which knows numpy
-arrays and nothing else.
+The files are Python 2 pickles, and a pickle can run any code. They are read by `_ArrayUnpickler`, which knows arrays of
+bytes and nothing else.
 """
 
 import io
@@ -146,9 +146,8 @@ def read_batch(content: bytes, labels_key: str, num_classes: int, where: str) ->
         raise DataError(f"{where}: {data.shape[0]} images, but {len(labels)} labels: the file is damaged.")
     # Checked before they become int64, which cannot hold what is far out of range.
     if wrong := [index for index, label in enumerate(labels) if not 0 <= label < num_classes]:
-        raise DataError(
-            f"{where}: label {labels[wrong[0]]} of image {wrong[0]} is not in 0..{num_classes - 1}: the file is damaged."
-        )
+        found = f"label {labels[wrong[0]]} of image {wrong[0]}"
+        raise DataError(f"{where}: {found} is not in 0..{num_classes - 1}: the file is damaged.")
     images = torch.frombuffer(bytearray(data.content), dtype=torch.uint8).view(-1, 3, 32, 32)
     return Split(images, torch.tensor(labels, dtype=torch.int64))
 
@@ -184,7 +183,7 @@ def _members(archive: Path, wanted: Mapping[str, str]) -> dict[str, bytes]:
     try:
         with tarfile.open(archive, "r:gz") as tar:
             for member in tar:
-                if member.name in wanted and (file := tar.extractfile(member)) is not None and member.isfile():
+                if member.name in wanted and member.isfile() and (file := tar.extractfile(member)):
                     contents[wanted[member.name]] = file.read()
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(f"{archive} is no readable .tar.gz ({error}): it is damaged. Remove it.") from error
@@ -209,7 +208,7 @@ def _text(value: object) -> str:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Admits the names by which numpy 1 and 2 pickle an array, and no object of numpy's: a pickle can reach into those."""
+    """Admits the names by which numpy 1 and 2 pickle an array, without numpy's objects: a pickle could change those."""
 
     def find_class(self, module: str, name: str) -> object:
         match module, name:

@@ -171,8 +171,8 @@ def _as_bytes(image: object, index: int) -> Tensor:
                 )
     else:
         array = np.array(image)  # PIL images and arrays: channels last
-        if array.dtype == object:
-            raise DataError(f"image {index} must be a tensor, an array or a PIL image, but is {_form(image)}.")
+        if array.dtype != np.uint8:
+            raise DataError(f"image {index} must be a uint8 tensor, array or PIL image, but is {_form(image)}.")
         tensor = torch.from_numpy(array)
         tensor = tensor.permute(2, 0, 1) if tensor.ndim == 3 else tensor
     if tensor.dtype != torch.uint8 or tensor.ndim not in (2, 3):

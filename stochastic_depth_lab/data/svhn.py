@@ -94,6 +94,8 @@ def read_file(path: Path) -> Split:
     """
     from scipy.io import loadmat, whosmat  # scipy is for this one format
 
+    if not path.is_file():
+        raise DataError(f"{path} does not exist.")
     try:
         shapes = {
             name: tuple(shape) for name, shape, _ in cast("Sequence[tuple[str, Sequence[int], str]]", whosmat(path))
@@ -104,8 +106,6 @@ def read_file(path: Path) -> Split:
             content: dict[str, Any] = loadmat(path, variable_names=["X", "y"])
     except DataError:
         raise
-    except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist.") from error
     except Exception as error:  # a damaged file can fail in any way
         raise DataError(
             f"{path}: not read, {type(error).__name__}: {error}. It is truncated or no MATLAB 5 file."
