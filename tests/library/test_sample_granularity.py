@@ -1,0 +1,248 @@
+"""Each sample its own gate: the library runs the survivors only, and equals a mask over all of them."""
+
+from __future__ import annotations
+
+import pytest
+import reference
+import torch
+from reference import (
+    assert_binomial,
+    assert_close,
+    buffers,
+    conv_net,
+    copied,
+    counted_calls,
+    gradients,
+    images,
+    loss_of,
+    mlp,
+    training_factors,
+    vectors,
+)
+from torch import Tensor, nn
+
+import stochastic_depth as sd
+from stochastic_depth.gates import draw_counts, draw_order
+
+SURVIVAL_PROBS = [0.9, 0.7, 0.5, 0.3]
+
+
+def drawn_masks(survival_probs: list[float], num_samples: int, *, seed: int, counter: int) -> list[Tensor]:
+    """The gates of a step, from the pure functions that promise them."""
+    counts = draw_counts(survival_probs, num_samples, seed=seed, counter=counter)
+    order = draw_order(len(survival_probs), num_samples, seed=seed, counter=counter)
+    masks = torch.zeros(len(survival_probs), num_samples, dtype=torch.bool)
+    for mask, row, count in zip(masks, order, counts, strict=True):
+        mask[row[:count]] = True
+    return list(masks)
+
+
+def masked_forward(net: nn.Module, x: Tensor, masks: list[Tensor], factors: list[float]) -> Tensor:
+    """What timm and torchvision do: every branch runs on all samples and is multiplied by a mask."""
+    h = net.stem(x)
+    for block, mask, factor in zip(net.blocks, masks, factors, strict=True):
+        residual = block.residual
+        shortcut = h if residual.shortcut is None else residual.shortcut(h)
+        output = residual.branch(h)
+        h = block.after(shortcut + factor * output * mask.to(output.dtype).view(-1, *[1] * (output.dim() - 1)))
+    return net.head(h)
+
+
+@pytest.mark.parametrize("num_samples", range(1, 65))
+@pytest.mark.parametrize("kind", ["mlp", "conv"])
+def test_every_batch_size_equals_the_mask(kind: str, num_samples: int) -> None:
+    """Without BatchNorm no sample depends on another: survivors alone give what a mask gives, gradients too."""
+    plain = mlp() if kind == "mlp" else conv_net(batch_norm=False)
+    x = (vectors if kind == "mlp" else images)(num_samples)
+    net = copied(plain)
+    rescale = ("eval", "train", "none")[num_samples % 3]
+    depth = sd.make_stochastic_(net, SURVIVAL_PROBS, granularity="sample", rescale=rescale, seed=num_samples)
+    factors = training_factors(SURVIVAL_PROBS, rescale)
+    for step in range(2):
+        masks = drawn_masks(SURVIVAL_PROBS, num_samples, seed=num_samples, counter=step)
+        net.zero_grad()
+        plain.zero_grad()
+        with counted_calls(net) as calls:
+            ours = net(x)
+        assert calls == [[int(mask.sum())] if mask.any() else [] for mask in masks]
+        assert depth.last_gates == [pytest.approx(mask.double().mean().item()) for mask in masks]
+        theirs = masked_forward(plain, x, masks, factors)
+        loss_of(ours).backward()
+        loss_of(theirs).backward()
+        assert_close({"output": ours.detach()}, {"output": theirs.detach()})
+        assert_close(gradients(net), gradients(plain))
+
+
+@pytest.mark.parametrize("num_samples", range(1, 65))
+def test_every_batch_size_equals_the_survivors_with_batch_norm(num_samples: int) -> None:
+    """With BatchNorm the statistics are those of the survivors."""
+    plain, x = conv_net(), images(num_samples)
+    net = copied(plain)
+    sd.make_stochastic_(net, SURVIVAL_PROBS, granularity="sample", seed=num_samples)
+    for step in range(2):
+        masks = drawn_masks(SURVIVAL_PROBS, num_samples, seed=num_samples, counter=step)
+        net.zero_grad()
+        plain.zero_grad()
+        ours, theirs = net(x), reference.forward(plain, x, masks)
+        loss_of(ours).backward()
+        loss_of(theirs).backward()
+        reference.fill_skipped_gradients(plain, masks, "zero")
+        assert_close({"output": ours.detach()}, {"output": theirs.detach()})
+        assert_close(gradients(net), gradients(plain), atol=1e-9)
+        assert_close(buffers(net), buffers(plain))
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 5, 64])
+def test_each_sample_is_kept_with_its_probability(num_samples: int) -> None:
+    """Seen from outside, by exact binomial tests: which rows a branch of ones has changed."""
+
+    class One(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.ones_like(x)
+
+    survival_probs = [0.8, 0.45]
+    num_steps = 1500 if num_samples < 64 else 400
+    kept = torch.zeros(2, num_samples, dtype=torch.int64)
+    both = torch.zeros(num_samples, dtype=torch.int64)
+    net = nn.Sequential(*[sd.Residual(One()) for _ in survival_probs])
+    sd.make_stochastic_(net, survival_probs, granularity="sample")
+    zeros = torch.zeros(num_samples, 1)
+    for _ in range(num_steps):
+        rows = []
+        hook = net[0].register_forward_hook(lambda _m, _i, y, rows=rows: rows.append(y.clone()))
+        output = net(zeros)
+        hook.remove()
+        first = rows[0][:, 0] > 0
+        second = (output - rows[0])[:, 0] > 0
+        kept += torch.stack([first, second])
+        both += first & second
+    for sample in range(min(num_samples, 8)):
+        for branch, survival_prob in enumerate(survival_probs):
+            assert_binomial(int(kept[branch, sample]), num_steps, survival_prob, f"branch {branch}, sample {sample}")
+        assert_binomial(int(both[sample]), num_steps, 0.8 * 0.45, f"both, sample {sample}")
+
+
+def test_the_factor_is_one_over_p_and_never_n_over_k() -> None:
+    net = sd.Residual(nn.Identity())
+    sd.make_stochastic_(net, [0.3], granularity="sample", rescale="train")
+    x = torch.ones(5, 1, dtype=torch.float64)
+    for _ in range(20):
+        values = net(x).unique().tolist()
+        assert values == [1.0, pytest.approx(1 + 1 / 0.3, abs=1e-12)]
+
+
+# ---------------------------------------------------------------------------------------------- BatchNorm, one sample
+
+
+class _Pooled(nn.Module):
+    """A branch with BatchNorm on vectors inside, as in squeeze-and-excitation, while its input has an extent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.norm(x.mean((2, 3))).sigmoid()[:, :, None, None]
+
+
+ONE_VALUE = {
+    "vectors": (lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh()), (4,)),
+    "one-pixel": (lambda: nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Tanh()), (4, 1, 1)),
+    "one-step": (lambda: nn.Sequential(nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4), nn.Tanh()), (4, 1)),
+}
+POOLED = pytest.param(
+    _Pooled,
+    (4, 2, 2),
+    id="pooled-inside",
+    marks=pytest.mark.xfail(strict=True, raises=ValueError, reason="the rule looks at the branch's ends only"),
+)
+
+
+@pytest.mark.parametrize("num_samples", [2, 3, 8])
+@pytest.mark.parametrize(
+    ("make", "shape"), [pytest.param(*case, id=name) for name, case in ONE_VALUE.items()] + [POOLED]
+)
+@pytest.mark.parametrize("how", ["forced", "drawn"])
+def test_one_survivor_where_batch_norm_would_see_one_value(make, shape, num_samples: int, how: str) -> None:
+    """Enlarged by a sample of weight 0: statistics of the two, but only the survivor's row changes."""
+    torch.manual_seed(0)
+    plain = sd.Residual(make()).double()
+    net = copied(plain)
+    depth = sd.make_stochastic_(net, [1 / num_samples], granularity="sample", rescale="train")
+    x = torch.randn(num_samples, *shape, dtype=torch.float64)
+    if how == "forced":
+        with depth.gates([torch.arange(num_samples) == 1]):
+            ours = net(x)
+    else:
+        ours = net(x)
+    changed = [index for index in range(num_samples) if not torch.equal(ours[index], x[index])]
+    assert len(changed) == 1
+    (survivor,) = changed
+    loss_of(ours).backward()
+    matches = 0
+    for other in range(num_samples):
+        if other == survivor:
+            continue
+        theirs_net = copied(plain)
+        pair = theirs_net.branch(torch.stack([x[survivor], x[other]]))
+        rows = list(x)
+        rows[survivor] = x[survivor] + num_samples * pair[0]
+        theirs = torch.stack(rows)
+        if torch.allclose(ours, theirs, atol=1e-12):
+            matches += 1
+            loss_of(theirs).backward()
+            assert_close(gradients(net), gradients(theirs_net))
+            assert_close(buffers(net), buffers(theirs_net))
+    assert matches >= 1
+
+
+def test_a_batch_of_one_fails_as_the_plain_network_does() -> None:
+    plain = sd.Residual(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+    net = copied(plain)
+    depth = sd.make_stochastic_(net, [0.5], granularity="sample")
+    x = torch.randn(1, 4)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        plain(x)
+    with depth.gates([True]), pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        net(x)
+    with depth.gates([False]):
+        assert torch.equal(net(x), x)
+
+
+def test_one_survivor_is_alone_where_batch_norm_is_in_evaluation_mode() -> None:
+    """A frozen BatchNorm normalises by its buffers: no second sample is paid for."""
+    net = sd.Residual(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+    depth = sd.make_stochastic_(net, [0.5], granularity="sample")
+    net.branch[1].eval()
+    with depth.gates([torch.tensor([True, False, False])]), counted_calls(net) as calls:
+        net(torch.randn(3, 4))
+    assert calls == [[1]]
+
+
+def test_an_empty_batch() -> None:
+    plain = mlp()
+    net = copied(plain)
+    sd.make_stochastic_(net, SURVIVAL_PROBS, granularity="sample")
+    assert net(vectors(0)).shape == plain(vectors(0)).shape == (0, 3)
+
+
+def test_a_forced_gate_of_the_wrong_length_leaves_the_model_usable() -> None:
+    net, x = mlp(), vectors(3)
+    depth = sd.make_stochastic_(net, SURVIVAL_PROBS, granularity="sample")
+    gates = [True, torch.tensor([True, False]), True, True]
+    expected = r"^The gate of 'blocks\.1\.residual' has 2 entries, but the batch has 3 samples\.$"
+    with depth.gates(gates), pytest.raises(ValueError, match=expected):
+        net(x)
+    assert depth.state_dict()["counter"] == 0
+    net(x)
+    assert depth.state_dict()["counter"] == 1
+
+
+def test_forced_masks_are_copied() -> None:
+    net, x = mlp(1), vectors(3)
+    depth = sd.make_stochastic_(net, [0.5], granularity="sample")
+    mask = torch.tensor([True, False, False])
+    with depth.gates([mask]):
+        before = net(x)
+        mask.fill_(True)
+        assert torch.equal(net(x), before)
