@@ -179,6 +179,26 @@ def check(experiment: Experiment) -> None:
         )
 
 
+def from_json(fields: Mapping[str, Any]) -> Experiment:
+    """The experiment that a `config.json` holds.
+
+    Raises:
+        ValueError: if a field is missing or unknown.
+    """
+    try:
+        recipe: dict[str, Any] = {**fields["recipe"], "lr_drops": tuple(fields["recipe"]["lr_drops"])}
+        parts: dict[str, Any] = {
+            "data": Data(**fields["data"]),
+            "model": Model(**fields["model"]),
+            "depth": fields["depth"] and Depth(**fields["depth"]),
+            "recipe": Recipe(**recipe),
+            "published": fields["published"] and Published(**fields["published"]),
+        }
+        return Experiment(**{**fields, **parts})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"this is not the configuration of an experiment of this version: {error}.") from None
+
+
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """The fields in which two experiments, as nested dictionaries, differ: `"recipe.epochs: 5, not 500"`.
 

@@ -7,7 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -71,7 +71,9 @@ class RunFolder:
             if not line.endswith(b"\n") or _epoch_of(line) != number:
                 raise RunError(f"{path} is damaged: line {number} is not epoch {number}. Begin anew in another folder.")
         if len(lines) < num_epochs:
-            raise RunError(f"{path} has {len(lines)} epochs, the checkpoint {num_epochs}. Begin anew in another folder.")
+            raise RunError(
+                f"{path} has {len(lines)} epochs, the checkpoint {num_epochs}. Begin anew in another folder."
+            )
         write_whole(path, b"".join(lines))
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -108,7 +110,7 @@ def look(path: Path, experiment: Experiment, *, resume: bool) -> dict[str, Any] 
 
 
 @contextmanager
-def opened(path: Path, experiment: Experiment, *, resume: bool) -> Iterator[RunFolder]:
+def opened(path: Path, experiment: Experiment, *, resume: bool) -> Generator[RunFolder]:
     """A run folder to write into; while it is open no other process can open it.
 
     Raises:
@@ -121,7 +123,7 @@ def opened(path: Path, experiment: Experiment, *, resume: bool) -> Iterator[RunF
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Generator[None]:
     # The operating system drops this lock with the process that holds it, however it ends: no lock is ever stale.
     with (path / _LOCK).open("a+") as file:
         try:

@@ -6,8 +6,12 @@ from stochastic_depth_lab.config import Experiment
 from stochastic_depth_lab.experiments import cifar, digits, svhn
 
 EXPERIMENTS: dict[str, Experiment] = {
-    experiment.name: experiment for experiment in (*digits.EXPERIMENTS, *cifar.EXPERIMENTS, *svhn.EXPERIMENTS)
+    constant.name: constant
+    for module in (digits, cifar, svhn)
+    for constant in vars(module).values()
+    if isinstance(constant, Experiment)
 }
+"""All of them by name: every experiment that is a constant of one of these files."""
 
 
 def find(name: str) -> Experiment:
@@ -17,11 +21,11 @@ def find(name: str) -> Experiment:
         ValueError: if there is none; it names the nearest.
 
     Example:
-        >>> find("cifar10-110-stochastic").depth.final_survival_prob
-        0.5
-        >>> find("cifar10-110-stochastik")
+        >>> find("cifar10-110-stochastic").recipe.epochs
+        500
+        >>> find("digit-constant")
         Traceback (most recent call last):
-        ValueError: there is no experiment 'cifar10-110-stochastik'. Nearest: cifar10-110-stochastic, ...
+        ValueError: there is no experiment 'digit-constant'. Nearest: digits-constant, ...
     """
     if name not in EXPERIMENTS:
         raise ValueError(f"there is no experiment {name!r}. {_nearest(name, list(EXPERIMENTS))}")

@@ -18,7 +18,10 @@ CIFAR100 = Data("cifar100", translation=4, flip=True)
 def _cifar(
     data: Data, num_layers: int, recipe: Recipe = RECIPE, *, published: tuple[float, float] | None = None
 ) -> tuple[Experiment, Experiment]:
-    name, title = f"{data.dataset}-{num_layers}", f"{data.dataset.upper().replace('CIFAR', 'CIFAR-')}, {num_layers} layers"
+    name, title = (
+        f"{data.dataset}-{num_layers}",
+        f"{data.dataset.upper().replace('CIFAR', 'CIFAR-')}, {num_layers} layers",
+    )
     if data.flip:
         return pair(name, title, data, recipe, num_layers=num_layers, published=published)
     name, title = name.replace("-", "-unaugmented-"), f"{title}, no augmentation"
@@ -75,5 +78,3 @@ CIFAR100_1202_CONSTANT, CIFAR100_1202_STOCHASTIC = _cifar(CIFAR100, 1202, RECIPE
 CIFAR100_UNAUGMENTED_110_CONSTANT, CIFAR100_UNAUGMENTED_110_STOCHASTIC = _cifar(
     Data("cifar100"), 110, published=(44.74, 37.80)
 )
-
-EXPERIMENTS = tuple(each for each in globals().copy().values() if isinstance(each, Experiment))

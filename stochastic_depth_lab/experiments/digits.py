@@ -11,5 +11,3 @@ DIGITS_CONSTANT, DIGITS_STOCHASTIC = pair(
     Recipe(epochs=20, batch_size=64, learning_rate=0.1, lr_schedule="one_cycle"),
     num_layers=56,
 )
-
-EXPERIMENTS = (DIGITS_CONSTANT, DIGITS_STOCHASTIC)

@@ -31,5 +31,7 @@ def pair(
     model = Model(num_layers)
     return (
         Experiment(f"{name}-constant", f"{title}, constant depth", data, model, None, recipe, published=constant),
-        Experiment(f"{name}-stochastic", f"{title}, stochastic depth", data, model, Depth(), recipe, published=stochastic),
+        Experiment(
+            f"{name}-stochastic", f"{title}, stochastic depth", data, model, Depth(), recipe, published=stochastic
+        ),
     )

@@ -1,0 +1,132 @@
+"""From an experiment's words to its objects: images on the device, the network, its gates, the optimiser."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import stochastic_depth as sd
+from stochastic_depth.cost import Cost
+from stochastic_depth_lab import data
+from stochastic_depth_lab.config import Experiment, Precision, Recipe
+from stochastic_depth_lab.data import Augmentation, ImageData, Normalisation, Split
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of an experiment on its device, and what happens to them on the way to the network."""
+
+    data: ImageData
+    normalisation: Normalisation
+    augmentation: Augmentation | None
+
+
+@dataclass(frozen=True)
+class Branches:
+    """The residual branches of a network and what a schedule makes of them; `branches.json` of a run."""
+
+    names: list[str]
+    survival_probs: list[float]
+    expected_depth: float
+    expected_cost: float
+    """Expected share of the training FLOPs of constant depth."""
+
+
+def load_images(experiment: Experiment, data_root: Path | None, device: torch.device) -> Images:
+    """The experiment's images, normalised by what its training part shows.
+
+    Raises:
+        DataError: if they are missing or damaged.
+    """
+    settings = experiment.data
+    images = data.load(
+        settings.dataset, data_root=data_root, validation=settings.num_validation, split_seed=settings.split_seed
+    )
+    if settings.limit is not None:
+        parts = (_first(part, settings.limit) for part in (images.train, images.validation, images.test))
+        images = ImageData(images.name, images.num_classes, images.class_names, *parts)
+    images = images.to(device)
+    augmentation = None
+    if settings.translation or settings.flip:
+        augmentation = Augmentation(translation=settings.translation, flip=settings.flip)
+    return Images(images, Normalisation.fit(images.train.images, settings.normalisation), augmentation)
+
+
+def _first(split: Split, limit: int) -> Split:
+    return Split(split.images[:limit], split.labels[:limit])
+
+
+def build_network(experiment: Experiment, images: ImageData) -> tuple[nn.Module, sd.Controller | None]:
+    """The network on the images' device, with gates unless it has constant depth.
+
+    The same seed gives the same weights with and without gates.
+
+    Raises:
+        ValueError: if its depth or a survival probability is not allowed.
+    """
+    torch.manual_seed(experiment.seed)
+    model = sd.models.cifar_resnet(
+        experiment.model.num_layers,
+        images.num_classes,
+        shortcut=experiment.model.shortcut,
+        init=experiment.model.init,
+        in_channels=images.train.images.shape[1],
+    ).to(images.train.images.device)
+    settings = experiment.depth
+    if settings is None:
+        return model, None
+    depth = sd.make_stochastic_(
+        model,
+        sd.SCHEDULES[settings.schedule](settings.final_survival_prob),
+        granularity=settings.granularity,
+        rescale=settings.rescale,
+        skipped_grad=settings.skipped_grad,
+        draw=settings.draw,
+        seed=experiment.seed,
+    )
+    return model, depth
+
+
+def describe_branches(model: nn.Module, depth: sd.Controller | None, inputs: Tensor) -> tuple[Branches, Cost | None]:
+    """The branches, and what they cost, counted on an example; None at constant depth."""
+    if depth is None:
+        names = [name for name, module in model.named_modules() if isinstance(module, sd.Residual)]
+        return Branches(names, [1.0] * len(names), float(len(names)), 1.0), None
+    cost = depth.cost(inputs)
+    return Branches(depth.names, depth.survival_probs, depth.expected_depth, cost.training_flops), cost
+
+
+def build_optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
+    """SGD with Nesterov momentum; decay on every parameter, BatchNorm and biases too (Huang et al. 2016)."""
+    return torch.optim.SGD(
+        model.parameters(),
+        lr=recipe.learning_rate,
+        momentum=recipe.momentum,
+        dampening=0,
+        nesterov=True,
+        weight_decay=recipe.weight_decay,
+    )
+
+
+def find_device(name: str | None, precision: Precision) -> torch.device:
+    """The device of that name; without one the GPU, or the CPU where there is none.
+
+    Raises:
+        ValueError: if there is no such device, or it does not know the precision.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or not (index.isdecimal() or name == kind):
+        raise ValueError(f"--device must be cpu, cuda or cuda:NUMBER, but is {name!r}.")
+    if kind == "cpu":
+        return torch.device("cpu")
+    if int(index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"there is no device {name!r}: {torch.cuda.device_count()} CUDA devices are visible to PyTorch."
+        )
+    device = torch.device("cuda", int(index or 0))
+    if precision == "bf16" and torch.cuda.get_device_capability(device) < (8, 0):
+        raise ValueError(f"{torch.cuda.get_device_name(device)} does not compute in bf16: use --precision fp16.")
+    return device

@@ -1,0 +1,363 @@
+"""The command line. Results go to standard output, progress and complaints to standard error; wrong input exits with 2.
+
+PyTorch takes seconds to import: whatever needs it is imported where it is used, so that help and mistakes are instant.
+"""
+
+import contextlib
+import io
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+from stochastic_depth_lab.config import Data, Depth, Experiment, Model, Precision, Recipe, quick
+from stochastic_depth_lab.experiments import EXPERIMENTS, find, find_pair
+
+try:
+    import tyro
+except ModuleNotFoundError:
+    sys.exit("The stochastic-depth command needs the laboratory: pip install 'stochastic-depth[lab]'")
+
+if TYPE_CHECKING:
+    from stochastic_depth_lab.loop import Observer
+
+PROGRAM = "stochastic-depth"
+
+Options = TypeVar("Options")
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where and how to run."""
+
+    out: Path
+    """The folder for everything that comes of it."""
+    resume: Flag = False
+    """Go on with what is in the folder, from its last checkpoint."""
+    quick: Flag = False
+    """Few images and five epochs: shows that everything works."""
+    seed: int = 0
+    """Of weights, order of the images, augmentation and gates."""
+    data_root: Path | None = None
+    """Where the data lie, and are downloaded to. None: $STOCHASTIC_DEPTH_DATA, else a folder in the user's cache."""
+    device: str | None = None
+    """cpu, cuda or cuda:NUMBER. None: the GPU if there is one."""
+    precision: Precision = "fp32"
+    """fp32, or mixed precision with bf16 or fp16."""
+    tensorboard: Flag = False
+    """Write TensorBoard events too."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train one experiment; what is given beside its name and the folder changes it."""
+
+    experiment: Annotated[tyro.conf.Positional[str], tyro.conf.arg(help=f"One of {', '.join(EXPERIMENTS)}.")]
+    run: tyro.conf.OmitArgPrefixes[RunOptions]
+    data: Data
+    model: Model
+    depth: tyro.conf.AvoidSubcommands[Depth | None]
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Reproduce:
+    """Train a network with constant and with stochastic depth, same seed and data, and report on both."""
+
+    name: tyro.conf.Positional[str]
+    """What two experiments have in common: digits, cifar10-110, svhn-152."""
+    run: tyro.conf.OmitArgPrefixes[RunOptions]
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Evaluate a run's weights again: those of the lowest validation error, and the last."""
+
+    folder: tyro.conf.Positional[Path]
+    """The run folder."""
+    data_root: Path | None = None
+    """Where the data lie."""
+    device: str | None = None
+    """cpu, cuda or cuda:NUMBER. None: the GPU if there is one."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Compare runs: a table here, and a page with figures."""
+
+    folders: tyro.conf.Positional[tuple[Path, ...]]
+    """The run folders."""
+    out: Path | None = None
+    """The folder for the page. None: the run's own, or the one that holds all the runs."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Show survival probabilities over depth, expected depth and what is saved, for the paper's network."""
+
+    num_layers: int = 110
+    """6n + 2."""
+    schedule: tyro.conf.Positional[str] = "linear_decay"
+    """linear_decay or uniform, or as others count: timm, efficientnet, convnext."""
+    final_survival_prob: float = 0.5
+    """Survival probability of the last block, in (0, 1]."""
+    out: Path | None = None
+    """A PNG or SVG file for the figure."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: those of the command line if None.
+
+    Returns:
+        The exit code: 0; 2 for wrong input; 130 and 143 for a run that was stopped and saved.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        _print(_overview())
+        return 0
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        _print(version("stochastic-depth"))
+        return 0
+    if arguments[0] not in _COMMANDS:
+        return _complain(f"there is no command {arguments[0]!r}, but {', '.join(_COMMANDS)}.")
+    try:
+        return _COMMANDS[arguments[0]][1](arguments[1:])
+    except KeyboardInterrupt:
+        return _complain("stopped before there was anything to save.", code=128 + signal.SIGINT)
+    except OSError as error:  # a full disk, a folder that may not be written
+        return _complain(": ".join(str(part) for part in (error.strerror or error, error.filename) if part))
+    except (ValueError, ArithmeticError) as error:
+        return _complain(str(error))
+
+
+def _train(arguments: Sequence[str]) -> int:
+    experiment, options = _parse_train(arguments)
+    with _stopping() as stop, _observing() as observer:
+        _train_one(experiment, options, options.out, observer, stop)
+    if stop.signal is None:
+        _print_result(options.out)
+    return _exit_code(stop, ["train", *arguments])
+
+
+def _parse_train(arguments: Sequence[str]) -> tuple[Experiment, RunOptions]:
+    name = next((argument for argument in arguments if argument in EXPERIMENTS), None)
+    if name is None and not {"-h", "--help"} & {*arguments}:
+        # The one that is not the value of an option is what was meant; the message names the nearest.
+        find(next((argument for argument in arguments if not argument.startswith("-")), ""))
+    base = EXPERIMENTS[name or "cifar10-110-stochastic"]
+    if "--quick" in arguments:
+        base = quick(base)
+    options = _parse(
+        Train,
+        "train",
+        arguments,
+        Train(name or tyro.MISSING, _run_defaults(base), base.data, base.model, base.depth, base.recipe),
+    )
+    changed = replace(base, data=options.data, model=options.model, depth=options.depth, recipe=options.recipe)
+    if changed != base:
+        changed = replace(changed, published=None)  # it is no longer the published experiment
+    return replace(changed, seed=options.run.seed, precision=options.run.precision), options.run
+
+
+def _reproduce(arguments: Sequence[str]) -> int:
+    from stochastic_depth_lab import records
+
+    options = _parse(Reproduce, "reproduce", arguments, Reproduce(tyro.MISSING, _run_defaults(None)))
+    pair = [
+        replace(quick(each) if options.run.quick else each, seed=options.run.seed, precision=options.run.precision)
+        for each in find_pair(options.name)
+    ]
+    folders = [options.run.out / experiment.name for experiment in pair]
+    for experiment, folder in zip(pair, folders, strict=True):
+        records.look(folder, experiment, resume=options.run.resume)  # refuse before hours of work, not after
+    with _stopping() as stop, _observing() as observer:
+        for experiment, folder in zip(pair, folders, strict=True):
+            if stop.signal is None:
+                _train_one(experiment, options.run, folder, observer, stop)
+    if stop.signal is None:
+        _print_report(folders, options.run.out)
+    return _exit_code(stop, ["reproduce", *arguments])
+
+
+def _evaluate(arguments: Sequence[str]) -> int:
+    options = _parse(Evaluate, "evaluate", arguments)
+    from stochastic_depth_lab.build import find_device
+    from stochastic_depth_lab.evaluation import evaluate_run
+
+    evaluations = evaluate_run(options.folder, device=find_device(options.device, "fp32"), data_root=options.data_root)
+    for weights, parts in evaluations.items():
+        for part, evaluation in parts.items():
+            _print(f"{weights} weights  {part:<10}  error {evaluation.error:.2f} %  loss {evaluation.loss:.4f}")
+    return 0
+
+
+def _report(arguments: Sequence[str]) -> int:
+    options = _parse(Report, "report", arguments)
+    _print_report(options.folders, options.out)
+    return 0
+
+
+def _schedule(arguments: Sequence[str]) -> int:
+    options = _parse(Schedule, "schedule", arguments)
+    import torch
+
+    import stochastic_depth as sd
+    from stochastic_depth_lab.report import schedule_figure, schedule_text
+
+    if options.schedule not in sd.SCHEDULES:
+        return _complain(f"there is no schedule {options.schedule!r}, but {', '.join(sd.SCHEDULES)}.")
+    model = sd.models.cifar_resnet(options.num_layers)
+    depth = sd.make_stochastic_(model, sd.SCHEDULES[options.schedule](options.final_survival_prob))
+    blocks = range(1, len(depth.names) + 1)
+    _print(schedule_text(blocks, depth.survival_probs))
+    share = depth.cost(torch.zeros(1, 3, 32, 32)).training_flops
+    _print(
+        f"training FLOPs, counted on the {options.num_layers} layers for 32x32 images: {share:.1%} of constant depth"
+    )
+    if options.out is not None:
+        _print(str(schedule_figure(blocks, depth.survival_probs, options.out)))
+    return 0
+
+
+_COMMANDS: dict[str, tuple[type, Callable[[Sequence[str]], int]]] = {
+    "train": (Train, _train),
+    "reproduce": (Reproduce, _reproduce),
+    "evaluate": (Evaluate, _evaluate),
+    "report": (Report, _report),
+    "schedule": (Schedule, _schedule),
+}
+
+
+def _overview() -> str:
+    commands = "\n".join(f"  {name:<10} {options.__doc__}" for name, (options, _) in _COMMANDS.items())
+    return f"usage: {PROGRAM} COMMAND ...; each explains itself with --help\n\n{commands}"
+
+
+def _run_defaults(experiment: Experiment | None) -> RunOptions:
+    if experiment is None:
+        return RunOptions(tyro.MISSING)
+    return RunOptions(tyro.MISSING, seed=experiment.seed, precision=experiment.precision)
+
+
+def _parse(kind: type[Options], command: str, arguments: Sequence[str], default: Any = tyro.MISSING) -> Options:
+    """The options of a command; a mistake becomes one line instead of tyro's box."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            defaults = {} if default is tyro.MISSING else {"default": default}
+            return tyro.cli(kind, prog=f"{PROGRAM} {command}", args=arguments, **defaults)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        _, *lines = box.getvalue().splitlines()
+        inside = [line.strip("│╭╮╰╯─ ") for line in lines]
+        message = " ".join(inside[: inside.index("")] if "" in inside else inside)
+        raise ValueError(f"{message.rstrip('.')}. See {PROGRAM} {command} --help.") from None
+
+
+@dataclass
+class _Stop:
+    """Whether the process was told to end, and by which signal."""
+
+    signal: int | None = None
+
+
+@contextmanager
+def _stopping() -> Generator[_Stop]:
+    """Within, Ctrl-C and SIGTERM ask the run to save and stop; a second one ends the process as usual."""
+    stop = _Stop()
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in signals}
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        stop.signal = number
+        for each in signals:
+            signal.signal(each, before[each])
+
+    for each in signals:
+        signal.signal(each, note)
+    try:
+        yield stop
+    finally:
+        for each in signals:
+            signal.signal(each, before[each])
+
+
+@contextmanager
+def _observing() -> "Generator[Observer]":
+    """Who shows progress: a bar on a terminal, plain lines elsewhere."""
+    from stochastic_depth_lab.observers import Lines, Terminal, terminal_progress
+
+    if sys.stderr.isatty():
+        with terminal_progress() as progress:
+            yield Terminal(progress)
+    else:
+        yield Lines(sys.stderr)
+
+
+def _train_one(experiment: Experiment, options: RunOptions, folder: Path, observer: "Observer", stop: _Stop) -> None:
+    from stochastic_depth_lab import loop, records
+    from stochastic_depth_lab.build import find_device
+    from stochastic_depth_lab.observers import TensorBoard
+
+    if records.look(folder, experiment, resume=options.resume) is not None:
+        observer.on_remark(f"{folder} is finished already.")
+        return
+    observers = [observer, TensorBoard(folder / "tensorboard")] if options.tensorboard else [observer]
+    # An interrupted run has saved itself; the command says how to go on once the progress bar is gone.
+    with contextlib.suppress(loop.Interrupted):
+        loop.train(
+            experiment,
+            folder,
+            observers,
+            device=find_device(options.device, experiment.precision),
+            data_root=options.data_root,
+            resume=options.resume,
+            stop_requested=lambda: stop.signal is not None,
+        )
+
+
+def _print_result(folder: Path) -> None:
+    from stochastic_depth_lab import records
+
+    result = records.read_json(folder / "result.json")
+    _print(
+        f"test error {result['test_error']:.2f} % at the lowest validation error "
+        f"({result['validation_error']:.2f} %, epoch {result['best_epoch']} of {result['epochs']}), "
+        f"{result['train_s']:.1f} s of training; see {folder}"
+    )
+
+
+def _print_report(folders: Sequence[Path], out: Path | None) -> None:
+    from stochastic_depth_lab.report import read_run, text_table, write_report
+
+    page = write_report(folders, out)
+    _print(text_table([read_run(folder) for folder in folders]))
+    _print(f"\nreport: {page}, figures: {page.parent / 'figures'}")
+
+
+def _exit_code(stop: _Stop, arguments: Sequence[str]) -> int:
+    if stop.signal is None:
+        return 0
+    again = shlex.join([PROGRAM, *arguments, *([] if "--resume" in arguments else ["--resume"])])
+    return _complain(f"stopped and saved. Go on with: {again}", code=128 + stop.signal)
+
+
+def _complain(message: str, code: int = 2) -> int:
+    print(" ".join(message.split()), file=sys.stderr)  # noqa: T201 -- one line, whatever it holds
+    return code
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)  # noqa: T201 -- results are what the command is for

@@ -1,0 +1,95 @@
+"""Error and loss of a network, by the test-time rule: every block runs, its branch counted with p (`model.eval()`)."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stochastic_depth_lab import checkpoint, records
+from stochastic_depth_lab.build import build_network, load_images
+from stochastic_depth_lab.config import Precision, from_json
+from stochastic_depth_lab.data import batches
+
+BATCH_SIZE = 500
+"""Images in a batch of evaluation; the result does not depend on it."""
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a network gives on one part of the data."""
+
+    error: float
+    """Wrong answers, in percent."""
+    loss: float
+    """Mean cross-entropy, in nats."""
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
+    """Within, the network computes in this precision; weights, sums and losses stay float32."""
+    return torch.autocast(device.type, dtype=_AUTOCAST.get(precision), enabled=precision in _AUTOCAST)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], precision: Precision = "fp32") -> Evaluation:
+    """Error and loss over batches of inputs and labels, in evaluation mode; the mode is restored.
+
+    Raises:
+        ValueError: if there is no batch.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        wrong, loss, num_samples = [], [], 0
+        for inputs, labels in batches:
+            with autocast(inputs.device, precision):
+                logits = model(inputs).float()
+            # Kept on the device: reading a number would wait for it in every batch.
+            wrong.append((logits.argmax(1) != labels).sum())
+            loss.append(F.cross_entropy(logits, labels, reduction="sum").double())
+            num_samples += len(labels)
+    finally:
+        model.train(was_training)
+    if not num_samples:
+        raise ValueError("there is no batch to evaluate on.")
+    return Evaluation(
+        error=100 * torch.stack(wrong).sum().item() / num_samples, loss=torch.stack(loss).sum().item() / num_samples
+    )
+
+
+def evaluate_run(
+    path: Path, *, device: torch.device, data_root: Path | None = None
+) -> dict[str, dict[str, Evaluation]]:
+    """Evaluate a run's weights again, those of the lowest validation error and the last ones.
+
+    Returns:
+        For "best" and "last", if they are there, the evaluations on the "validation" and the "test" part.
+
+    Raises:
+        ValueError: in one line, if the folder holds no run, no weights yet, or damaged ones.
+    """
+    experiment = from_json(records.read_json(path / "config.json"))
+    weights: dict[str, dict[str, Any]] = {}
+    if (path / "checkpoints" / checkpoint.BEST).exists():
+        weights["best"] = checkpoint.read(path / "checkpoints" / checkpoint.BEST)
+    state, _ = checkpoint.load(path / "checkpoints", records.as_json(experiment))
+    if state is not None:
+        weights["last"] = state["model"]
+    if not weights:
+        raise records.RunError(f"{path} holds no weights yet: its run has not come to a checkpoint.")
+    images = load_images(experiment, data_root, device)
+    model, _ = build_network(experiment, images.data)
+    parts = {"validation": images.data.validation, "test": images.data.test}
+    evaluations: dict[str, dict[str, Evaluation]] = {}
+    for name, state_dict in weights.items():
+        model.load_state_dict(state_dict)
+        evaluations[name] = {
+            part: evaluate(model, batches(split, BATCH_SIZE, normalisation=images.normalisation), experiment.precision)
+            for part, split in parts.items()
+        }
+    return evaluations

@@ -1,0 +1,134 @@
+"""Who is told how a run goes on: a terminal, a plain log, TensorBoard. See `loop.Observer`."""
+
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from stochastic_depth_lab.config import Experiment
+
+
+class Lines:
+    """One plain line per epoch, for logs and pipes.
+
+    Args:
+        stream: where to.
+    """
+
+    def __init__(self, stream: TextIO = sys.stderr) -> None:
+        self._stream = stream
+        self._epochs = 0
+
+    def on_start(self, experiment: Experiment, num_steps: int, epoch: int, step: int) -> None:
+        """Say what begins, and where."""
+        self._epochs = experiment.recipe.epochs
+        from_where = f", going on in epoch {epoch} after step {step}" if (epoch, step) != (1, 0) else ""
+        self._print(f"{experiment.name}: {self._epochs} epochs of {num_steps} steps{from_where}")
+
+    def on_steps(self, epoch: int, step: int, train_loss: float) -> None:
+        """Nothing: a line per epoch is enough for a log."""
+
+    def on_epoch(self, row: dict[str, Any]) -> None:
+        """Its losses, errors and time."""
+        epoch, loss = f"epoch {row['epoch']}/{self._epochs}", f"loss {row['train_loss']:.4f}"
+        self._print(f"{epoch}  {loss}  {_errors(row)}  {row['train_s']:.1f} s")
+
+    def on_remark(self, remark: str) -> None:
+        """Pass it on."""
+        self._print(remark)
+
+    def _print(self, line: str) -> None:
+        print(line, file=self._stream, flush=True)
+
+
+class Terminal:
+    """A moving bar with loss, errors and the time left.
+
+    Args:
+        progress: `terminal_progress(...)`, entered as a context.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._num_steps = self._epochs = 0
+        self._errors = ""
+        self._bar: TaskID | None = None
+
+    def on_start(self, experiment: Experiment, num_steps: int, epoch: int, step: int) -> None:
+        """Begin a bar over all steps."""
+        self._num_steps, self._epochs, self._errors = num_steps, experiment.recipe.epochs, ""
+        self._bar = self._progress.add_task(experiment.name, total=self._epochs * num_steps, state="")
+        self._show(epoch, step, "")
+
+    def on_steps(self, epoch: int, step: int, train_loss: float) -> None:
+        """Move the bar."""
+        self._show(epoch, step, f"loss {train_loss:.4f}")
+
+    def on_epoch(self, row: dict[str, Any]) -> None:
+        """Show its losses and errors."""
+        self._errors = _errors(row)
+        self._show(row["epoch"], self._num_steps, f"loss {row['train_loss']:.4f}")
+
+    def on_remark(self, remark: str) -> None:
+        """Print it above the bar."""
+        self._progress.console.print(remark, highlight=False, markup=False)
+
+    def _show(self, epoch: int, step: int, loss: str) -> None:
+        if self._bar is not None:
+            state = "  ".join([f"epoch {epoch}/{self._epochs}", loss, self._errors])
+            self._progress.update(self._bar, completed=(epoch - 1) * self._num_steps + step, state=state)
+
+
+def terminal_progress() -> Progress:
+    """The bars of a terminal, on the error stream: results go to the other one."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.fields[state]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+
+
+class TensorBoard:
+    """Scalars of every epoch as TensorBoard events.
+
+    Args:
+        folder: of the events.
+
+    Raises:
+        ModuleNotFoundError: if TensorBoard is not installed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter  # an extra of its own
+
+        self._folder = folder
+        self._writer_of = SummaryWriter
+        self._writer: SummaryWriter | None = None
+
+    def on_start(self, experiment: Experiment, num_steps: int, epoch: int, step: int) -> None:  # noqa: ARG002
+        """Open the events; those of epochs that are repeated are superseded."""
+        self._writer = self._writer_of(str(self._folder), purge_step=epoch)
+
+    def on_steps(self, epoch: int, step: int, train_loss: float) -> None:
+        """Nothing: TensorBoard gets what `metrics.jsonl` gets."""
+
+    def on_epoch(self, row: dict[str, Any]) -> None:
+        """Write its numbers."""
+        if self._writer is not None:
+            for name, value in row.items():
+                if name != "epoch" and isinstance(value, int | float):
+                    self._writer.add_scalar(name, value, row["epoch"])
+            self._writer.flush()
+
+    def on_remark(self, remark: str) -> None:
+        """Nothing: it is no number."""
+
+
+def _errors(row: dict[str, Any]) -> str:
+    return f"validation error {row['validation_error']:.2f} %  test error {row['test_error']:.2f} %"
