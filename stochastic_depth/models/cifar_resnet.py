@@ -108,6 +108,25 @@ class CifarResNet(nn.Module):
         return self.fc(x.flatten(1))
 
 
+class _Branch(nn.Module):
+    """The residual branch conv3x3-BN-ReLU-conv3x3-BN.
+
+    Not a Sequential: PyTorch 2.13 passes over `Sequential.compile()` in silence.
+    """
+
+    def __init__(self, in_width: int, width: int, *, stride: int, bias: bool) -> None:
+        super().__init__()
+        self.conv1 = _conv3x3(in_width, width, stride=stride, bias=bias)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU()
+        self.conv2 = _conv3x3(width, width, bias=bias)
+        self.bn2 = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        return self.bn2(self.conv2(x))
+
+
 class _PadShortcut(nn.Module):
     """Halves the resolution without parameters and appends channels of zeros after the existing ones.
 
@@ -128,15 +147,7 @@ class _PadShortcut(nn.Module):
 
 def _block(in_width: int, width: int, *, shortcut: Shortcut, bias: bool) -> nn.Sequential:
     stride = 1 if in_width == width else 2
-    branch = nn.Sequential(
-        OrderedDict[str, nn.Module](
-            conv1=_conv3x3(in_width, width, stride=stride, bias=bias),
-            bn1=nn.BatchNorm2d(width),
-            relu=nn.ReLU(),
-            conv2=_conv3x3(width, width, bias=bias),
-            bn2=nn.BatchNorm2d(width),
-        )
-    )
+    branch = _Branch(in_width, width, stride=stride, bias=bias)
     carry: nn.Module | None = None
     if shortcut == "projection_all" or (shortcut == "projection" and stride == 2):
         carry = nn.Sequential(
