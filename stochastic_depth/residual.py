@@ -19,6 +19,7 @@ compiled_inside = partial(graph_break, recursive=False)
 
 Rescale = Literal["eval", "train", "none"]
 SkippedGrad = Literal["zero", "none"]
+Samples = Tensor | tuple[Tensor, ...]
 
 
 class Residual(nn.Module):
@@ -70,21 +71,21 @@ class GatedBranch:
 
     @compiled_inside
     def add(
-        self, shortcut: Tensor, x: Tensor, branch: Callable[[Tensor], Tensor], *, parts: nn.Module, training: bool
+        self, shortcut: Tensor, x: Samples, branch: Callable[[Any], Tensor], *, parts: nn.Module, training: bool
     ) -> Tensor:
         """The gated sum `shortcut + gate * branch(x)`, which runs the branch only where its gate is open.
 
         Args:
             shortcut: (N, ...), what the branch is added to; `x` itself or a view of it where it is the identity.
-            x: (N, ...), input of the branch.
-            branch: computes the branch, for any number of samples.
+            x: (N, ...), input of the branch, or several in a tuple.
+            branch: computes the branch from `x`, for any number of samples.
             parts: holds the branch's parameters.
             training: whether the rule of training holds.
 
         Returns:
             (N, ...), a tensor of its own, safe to be changed in place.
         """
-        gate = self.passes.gate(self.index, x.shape[0], x.device, training=training)
+        gate = self.passes.gate(self.index, shortcut.shape[0], shortcut.device, training=training)
         if self.passes.observer is not None:
             branch = _Observed(self.passes.observer, self.index, branch)
         if gate is None:
@@ -92,7 +93,7 @@ class GatedBranch:
         factor = 1 / self.survival_prob if self.rescale == "train" else 1.0
         if gate.num_open == 0:
             return self._skip(shortcut, parts)
-        if gate.num_open == x.shape[0]:
+        if gate.num_open == shortcut.shape[0]:
             return _plain_sum(shortcut, branch(x), factor)
         return _sum_over_subset(shortcut, x, branch, gate, factor, parts)
 
@@ -109,9 +110,9 @@ class GatedBranch:
 class _Observed:
     observer: Observer
     index: int
-    branch: Callable[[Tensor], Tensor]
+    branch: Callable[[Any], Tensor]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Samples) -> Tensor:
         return self.observer(self.index, self.branch, x)
 
 
@@ -120,14 +121,16 @@ def _plain_sum(shortcut: Tensor, branch: Tensor, factor: float) -> Tensor:
 
 
 def _sum_over_subset(
-    shortcut: Tensor, x: Tensor, branch: Callable[[Tensor], Tensor], gate: Gate, factor: float, parts: nn.Module
+    shortcut: Tensor, x: Samples, branch: Callable[[Any], Tensor], gate: Gate, factor: float, parts: nn.Module
 ) -> Tensor:
     assert gate.order is not None
     num_run = gate.num_open
-    if num_run == 1 and _has_one_value_per_channel(shortcut, x) and any(_batch_norms(parts)):
+    inputs = x if isinstance(x, tuple) else (x,)
+    if num_run == 1 and _has_one_value_per_channel(shortcut, *inputs) and any(_batch_norms(parts)):
         # BatchNorm cannot normalise a single value per channel: a second sample, of weight 0, gives it another.
         num_run = 2
-    output = branch(cast(Tensor, _Take.apply(x, gate.order[:num_run])))
+    taken = tuple(cast(Tensor, _Take.apply(each, gate.order[:num_run])) for each in inputs)
+    output = branch(taken if isinstance(x, tuple) else taken[0])
     if num_run > gate.num_open:
         output = output[: gate.num_open]
     return cast(Tensor, _AddSubset.apply(shortcut, output, gate.order[: gate.num_open], factor))
