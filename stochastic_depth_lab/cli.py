@@ -153,8 +153,10 @@ def _train(arguments: Sequence[str]) -> int:
 def _parse_train(arguments: Sequence[str]) -> tuple[Experiment, RunOptions]:
     name = next((argument for argument in arguments if argument in EXPERIMENTS), None)
     if name is None and not {"-h", "--help"} & {*arguments}:
-        # The one that is not the value of an option is what was meant; the message names the nearest.
-        find(next((argument for argument in arguments if not argument.startswith("-")), ""))
+        meant = next((argument for argument in arguments if not argument.startswith("-")), None)
+        if meant is None:
+            raise ValueError("name the experiment to train, such as digits-stochastic; --help lists them all.")
+        find(meant)
     base = EXPERIMENTS[name or "cifar10-110-stochastic"]
     if "--quick" in arguments:
         base = quick(base)

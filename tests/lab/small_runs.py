@@ -1,0 +1,82 @@
+"""Runs of a second: eight layers on a hundred digits, and what to compare two of them by."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stochastic_depth_lab import loop
+from stochastic_depth_lab.config import Depth, Experiment
+from stochastic_depth_lab.experiments import find
+
+CPU = torch.device("cpu")
+TIMES = ("train_s", "steps_per_s")
+
+
+class Silent:
+    """An observer that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.starts: list[tuple[int, int]] = []
+        self.rows: list[dict[str, Any]] = []
+        self.remarks: list[str] = []
+
+    def on_start(self, experiment: Experiment, num_steps: int, epoch: int, step: int) -> None:
+        self.starts.append((epoch, step))
+
+    def on_steps(self, epoch: int, step: int, train_loss: float) -> None: ...
+
+    def on_epoch(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+    def on_remark(self, remark: str) -> None:
+        self.remarks.append(remark)
+
+
+def small(depth: Depth | None = Depth(), **recipe: Any) -> Experiment:
+    """Four epochs of seven steps, the last of which is shorter."""
+    digits = find("digits-constant")
+    return replace(
+        digits,
+        name="small",
+        depth=depth,
+        data=replace(digits.data, limit=100),
+        model=replace(digits.model, num_layers=20),
+        recipe=replace(digits.recipe, **{"epochs": 4, "batch_size": 16, "learning_rate": 0.02, **recipe}),
+    )
+
+
+def train(experiment: Experiment, folder: Path, **options: Any) -> dict[str, Any]:
+    return loop.train(experiment, folder, [options.pop("observer", Silent())], device=CPU, **options)
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """Everything a run leaves that is to be the same after an interruption: weights and numbers, but for times."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    result = json.loads((folder / "result.json").read_text())
+    last = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
+    return {
+        "metrics": [{name: value for name, value in row.items() if name not in TIMES} for row in rows],
+        "result": {name: value for name, value in result.items() if name not in TIMES},
+        "best": torch.load(folder / "checkpoints" / "best.pt", weights_only=True),
+        **{name: last[name] for name in ("model", "optimiser", "gates", "scaler", "epoch", "best", "cpu_rng")},
+    }
+
+
+def assert_same(left: Any, right: Any, where: str = "") -> None:
+    """Equal bit for bit, all the way down."""
+    assert type(left) is type(right), where
+    if isinstance(left, dict):
+        assert left.keys() == right.keys(), where
+        for name in left:
+            assert_same(left[name], right[name], f"{where}.{name}")
+    elif isinstance(left, list):
+        assert len(left) == len(right), where
+        for index, (one, other) in enumerate(zip(left, right, strict=True)):
+            assert_same(one, other, f"{where}[{index}]")
+    elif isinstance(left, torch.Tensor):
+        assert torch.equal(left, right), where
+    else:
+        assert left == right, where

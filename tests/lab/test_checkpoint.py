@@ -1,0 +1,132 @@
+"""Checkpoints: whole or not at all, the one before kept, damage noticed."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from stochastic_depth_lab import atomic, checkpoint
+from stochastic_depth_lab.checkpoint import CheckpointError, load, save
+
+EXPERIMENT = {"name": "x", "recipe": {"epochs": 5, "batch_size": 128}}
+
+
+def state(number: int) -> dict[str, object]:
+    return {"number": number, "model": {"weight": torch.full((1000,), float(number))}}
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing catches it."""
+
+
+def die_at(monkeypatch: pytest.MonkeyPatch, call: int, error: BaseException) -> None:
+    """The process dies at its `call`-th contact with the disk."""
+    calls = iter(range(1, 100))
+
+    def dying(function):
+        def called(*arguments, **options):
+            if next(calls) == call:
+                raise error
+            return function(*arguments, **options)
+
+        return called
+
+    monkeypatch.setattr(os, "fsync", dying(os.fsync))
+    monkeypatch.setattr(Path, "replace", dying(Path.replace))
+    monkeypatch.setattr(atomic, "flush_folder", dying(atomic.flush_folder))
+
+
+def loaded(folder: Path) -> int:
+    content, _ = load(folder, EXPERIMENT)
+    assert content is not None
+    assert torch.equal(content["model"]["weight"], torch.full((1000,), float(content["number"])))
+    return content["number"]
+
+
+def test_the_newest_is_loaded_and_the_one_before_kept(tmp_path):
+    assert load(tmp_path, EXPERIMENT) == (None, [])
+    for number in (1, 2, 3):
+        save(tmp_path, state(number), EXPERIMENT)
+    assert loaded(tmp_path) == 3
+    assert checkpoint.read(tmp_path / "previous.pt")["number"] == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
+
+
+@pytest.mark.parametrize("call", range(1, 8))
+def test_killed_at_any_contact_with_the_disk(tmp_path, monkeypatch, call):
+    save(tmp_path, state(1), EXPERIMENT)
+    save(tmp_path, state(2), EXPERIMENT)
+    with monkeypatch.context() as patch:
+        die_at(patch, call, Killed())
+        try:
+            save(tmp_path, state(3), EXPERIMENT)
+            outlived = True
+        except Killed:
+            outlived = False
+    assert loaded(tmp_path) == 3 if outlived else loaded(tmp_path) in (2, 3)
+    save(tmp_path, state(4), EXPERIMENT)
+    assert loaded(tmp_path) == 4
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_a_full_disk_keeps_the_old_one_and_leaves_no_rubbish(tmp_path, monkeypatch, call):
+    save(tmp_path, state(1), EXPERIMENT)
+    with monkeypatch.context() as patch:
+        die_at(patch, call, OSError(errno.ENOSPC, "No space left on device"))
+        with pytest.raises(OSError, match="No space left"):
+            save(tmp_path, state(2), EXPERIMENT)
+    assert loaded(tmp_path) in (1, 2)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def truncated(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def altered(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize("damage", [truncated, altered, lambda content: b""], ids=["truncated", "one bit", "empty"])
+def test_a_damaged_one_gives_way_to_the_one_before(tmp_path, damage):
+    save(tmp_path, state(1), EXPERIMENT)
+    save(tmp_path, state(2), EXPERIMENT)
+    (tmp_path / "last.pt").write_bytes(damage((tmp_path / "last.pt").read_bytes()))
+    content, remarks = load(tmp_path, EXPERIMENT)
+    assert content is not None
+    assert content["number"] == 1
+    assert len(remarks) == 1
+    assert "last.pt is damaged" in remarks[0]
+    (tmp_path / "previous.pt").write_bytes(b"rubbish")
+    with pytest.raises(CheckpointError, match="no checkpoint is whole"):
+        load(tmp_path, EXPERIMENT)
+
+
+def test_another_configuration_is_refused_and_its_fields_named(tmp_path):
+    save(tmp_path, state(1), EXPERIMENT)
+    with pytest.raises(CheckpointError, match=r"recipe.epochs: 5, not 7 \(there, not here\)"):
+        load(tmp_path, {"name": "y", "recipe": {"epochs": 7, "batch_size": 128}})
+
+
+def test_another_format_is_refused(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "FORMAT_VERSION", 99)
+        save(tmp_path, state(1), EXPERIMENT)
+    with pytest.raises(CheckpointError, match="format 99"):
+        load(tmp_path, EXPERIMENT)
+
+
+class _Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("harmed",)
+
+
+def test_nothing_is_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": _Harmful()}, tmp_path / "last.pt")
+    with pytest.raises(CheckpointError):
+        load(tmp_path, EXPERIMENT)
+    assert not (tmp_path / "harmed").exists()

@@ -1,0 +1,112 @@
+"""Named experiments: all of them, by name, and every one with --quick."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from stochastic_depth_lab.cli import main
+from stochastic_depth_lab.config import Experiment, check, differences, from_json, quick
+from stochastic_depth_lab.experiments import EXPERIMENTS, find, find_pair
+
+PUBLISHED = {  # PAPER.md
+    "cifar10-110": (6.41, 5.23),
+    "cifar10-1202": (6.72, 4.91),
+    "cifar100-110": (27.22, 24.58),
+    "svhn-152": (2.01, 1.75),
+    "cifar10-unaugmented-110": (13.63, 11.66),
+    "cifar100-unaugmented-110": (44.74, 37.80),
+}
+PAIRS = [name.removesuffix("-constant") for name in EXPERIMENTS if name.endswith("-constant")]
+
+
+def test_the_promised_experiments_exist():
+    families = [f"cifar{classes}-{layers}" for classes in (10, 100) for layers in (20, 32, 44, 56, 110, 1202)]
+    assert set(PAIRS) >= {"digits", "svhn-152", *families}
+    assert len(EXPERIMENTS) == 2 * len(PAIRS)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_pair_differs_in_nothing_but_depth(name):
+    constant, stochastic = find_pair(name)
+    assert [line.split(":")[0] for line in differences(asdict(constant), asdict(stochastic))][0].startswith("depth")
+    assert all(line.startswith("depth") for line in differences(asdict(constant), asdict(stochastic)))
+    results = [each.published.test_error for each in (constant, stochastic) if each.published]
+    assert results == list(PUBLISHED.get(name, ()))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=lambda experiment: experiment.name)
+def test_an_experiment_survives_its_file(experiment: Experiment):
+    check(experiment)
+    assert find(experiment.name) is experiment
+    assert from_json(json.loads(json.dumps(asdict(experiment)))) == experiment
+    assert quick(experiment).recipe.epochs >= 5
+    assert quick(experiment).model == experiment.model
+
+
+def test_the_recipe_is_the_papers():
+    assert asdict(find("cifar10-110-stochastic")) == {
+        "name": "cifar10-110-stochastic",
+        "title": "CIFAR-10, 110 layers, stochastic depth",
+        "data": {
+            "dataset": "cifar10",
+            "normalisation": "channel",
+            "translation": 4,
+            "flip": True,
+            "num_validation": None,
+            "split_seed": 0,
+            "limit": None,
+        },
+        "model": {"num_layers": 110, "shortcut": "pad", "init": "he"},
+        "depth": {
+            "schedule": "linear_decay",
+            "final_survival_prob": 0.5,
+            "granularity": "batch",
+            "rescale": "eval",
+            "skipped_grad": "zero",
+            "draw": "bernoulli",
+        },
+        "recipe": {
+            "epochs": 500,
+            "batch_size": 128,
+            "learning_rate": 0.1,
+            "lr_schedule": "step_text",
+            "lr_drops": (0.5, 0.75),
+            "warmup_epochs": 0,
+            "warmup_learning_rate": 0.01,
+            "momentum": 0.9,
+            "weight_decay": 1e-4,
+            "validate_every": None,
+            "checkpoint_every": 200,
+        },
+        "precision": "fp32",
+        "seed": 0,
+        "published": {"test_error": 5.23, "source": "Huang et al. 2016, table of results, as given by public summaries"},
+    }
+    assert find("cifar10-1202-constant").recipe.warmup_epochs == 10
+    svhn = find("svhn-152-stochastic")
+    assert (svhn.recipe.epochs, svhn.recipe.validate_every, svhn.recipe.lr_drops) == (50, 200, (0.6, 0.7))
+    assert (svhn.data.translation, svhn.data.flip) == (0, False)
+
+
+def test_names_need_no_torch():
+    code = "import sys, stochastic_depth_lab.experiments; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_trains_quickly(name, made_up_data_root, tmp_path: Path, capsys):
+    assert main(["train", name, "--quick", "--out", str(tmp_path / "run")]) == 0
+    experiment = quick(find(name))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5]
+    branches = json.loads((tmp_path / "run" / "branches.json").read_text())
+    assert len(branches["names"]) == (experiment.model.num_layers - 2) // 2
+    for row in rows:
+        assert 0 < row["realised_depth"] <= len(branches["names"])
+        assert sum(row["open_counts"]) == pytest.approx(row["realised_depth"] * row["num_steps"])
+        assert (row["realised_cost"] == 1) == (experiment.depth is None)
+    assert "test error" in capsys.readouterr().out
