@@ -72,7 +72,9 @@ def build_network(experiment: Experiment, images: ImageData) -> tuple[nn.Module,
         shortcut=experiment.model.shortcut,
         init=experiment.model.init,
         in_channels=images.train.images.shape[1],
-    ).to(images.train.images.device)
+    )
+    # Convolutions pass the layout of their weights on to all that follows; on CPUs this one takes half the time and up.
+    model = model.to(images.train.images.device, memory_format=torch.channels_last)
     settings = experiment.depth
     if settings is None:
         return model, None
