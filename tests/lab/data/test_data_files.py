@@ -120,6 +120,12 @@ def test_svhn_takes_two_validation_images_of_each_class_from_train_for_one_from_
     assert data.validation.labels[torch.tensor(from_extra)].bincount().tolist() == [3] * 10
 
 
+def test_svhn_images_stand_upright_and_label_10_is_the_digit_0(made_up_data_root: Path) -> None:
+    test = load("svhn").test
+    assert test.labels[:11].tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+    assert np.array_equal(test.images.numpy(), made_up_data.random_images(100, seed=2))
+
+
 def test_paper_splits() -> None:
     assert cifar.CIFAR10.validation == cifar.CIFAR100.validation == 5000
     assert svhn.SVHN.validation == 6000  # 400 per class from train, 200 per class from extra

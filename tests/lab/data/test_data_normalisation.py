@@ -38,9 +38,9 @@ def test_what_it_was_fitted_on_gets_mean_0_and_deviation_about_1(images: torch.T
 
 
 def test_sums_do_not_overflow() -> None:
-    """At 2,500 x 24 bytes of 254 and 255, sums of squares pass 2**31."""
-    images = torch.full((2500, 1, 4, 6), 255, dtype=torch.uint8)
-    images[0] = 254
+    """The squares at one pixel of 40,000 white images sum up to more than 2**31."""
+    images = torch.full((40_000, 1, 2, 2), 255, dtype=torch.uint8)
+    images[::2] = 254
     values = images.double().numpy()
     assert Normalisation.fit(images, "pixel").std.item() == pytest.approx(values.std(ddof=1), rel=1e-6)
 
