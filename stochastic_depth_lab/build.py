@@ -73,8 +73,8 @@ def build_network(experiment: Experiment, images: ImageData) -> tuple[nn.Module,
         init=experiment.model.init,
         in_channels=images.train.images.shape[1],
     )
-    # Convolutions pass the layout of their weights on to all that follows; on CPUs this one takes half the time and up.
-    model = model.to(images.train.images.device, memory_format=torch.channels_last)
+    # Convolutions pass the layout of their weights on to all that follows; channels last halves the time of a step on CPUs.
+    model = model.to(images.train.images.device).to(memory_format=torch.channels_last)
     settings = experiment.depth
     if settings is None:
         return model, None
