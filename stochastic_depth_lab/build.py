@@ -73,8 +73,9 @@ def build_network(experiment: Experiment, images: ImageData) -> tuple[nn.Module,
         init=experiment.model.init,
         in_channels=images.train.images.shape[1],
     )
-    # Convolutions pass the layout of their weights on to all that follows; channels last halves the time of a step on CPUs.
-    model = model.to(images.train.images.device).to(memory_format=torch.channels_last)
+    # Convolutions pass the layout of their weights on; channels last halves the time of a step on CPUs.
+    # PyTorch's annotations lack the argument.
+    model = model.to(images.train.images.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     settings = experiment.depth
     if settings is None:
         return model, None
