@@ -2,7 +2,14 @@
 
 from stochastic_depth import models
 from stochastic_depth.residual import Residual
-from stochastic_depth.retrofit import Controller, controller, make_stochastic_, restore_
+from stochastic_depth.retrofit import (
+    Controller,
+    DropPathRule,
+    controller,
+    make_stochastic_,
+    register_drop_path,
+    restore_,
+)
 from stochastic_depth.schedules import (
     SCHEDULES,
     Schedule,
@@ -17,6 +24,7 @@ from stochastic_depth.schedules import (
 __all__ = [
     "SCHEDULES",
     "Controller",
+    "DropPathRule",
     "Residual",
     "Schedule",
     "controller",
@@ -26,6 +34,7 @@ __all__ = [
     "linear_decay",
     "make_stochastic_",
     "models",
+    "register_drop_path",
     "restore_",
     "timm",
     "uniform",

@@ -2,5 +2,14 @@
 
 from stochastic_depth.retrofit.apply import controller, make_stochastic_, restore_
 from stochastic_depth.retrofit.controller import Controller, Verification
+from stochastic_depth.retrofit.rules import DropPathRule, register_drop_path
 
-__all__ = ["Controller", "Verification", "controller", "make_stochastic_", "restore_"]
+__all__ = [
+    "Controller",
+    "DropPathRule",
+    "Verification",
+    "controller",
+    "make_stochastic_",
+    "register_drop_path",
+    "restore_",
+]

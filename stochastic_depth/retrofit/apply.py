@@ -10,10 +10,11 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from stochastic_depth.gates import Draw
 from stochastic_depth.passes import ForwardPasses, Granularity, Ranks
-from stochastic_depth.residual import GatedBranch, Rescale, SkippedGrad, StochasticResidual
+from stochastic_depth.residual import GatedBranch, Rescale, Residual, SkippedGrad, StochasticResidual
+from stochastic_depth.retrofit.block import BlockBranches, StochasticBlock, StochasticDropPath
 from stochastic_depth.retrofit.classes import restore_class_, swap_class_
 from stochastic_depth.retrofit.controller import Controller
-from stochastic_depth.retrofit.find import Where, find_branches
+from stochastic_depth.retrofit.find import Branch, Found, Where, find_branches
 from stochastic_depth.schedules import Schedule, check_survival_probs
 
 _CONTROLLER = "_stochastic_depth"
@@ -24,8 +25,8 @@ def make_stochastic_(
     model: nn.Module,
     schedule: Schedule | Sequence[float] | None = None,
     *,
-    granularity: Granularity = "batch",
-    rescale: Rescale = "eval",
+    granularity: Granularity | None = None,
+    rescale: Rescale | None = None,
     skipped_grad: SkippedGrad = "zero",
     draw: Draw = "bernoulli",
     ranks: Ranks = "agree",
@@ -75,28 +76,60 @@ def make_stochastic_(
         ("draw", draw, get_args(Draw)),
         ("ranks", ranks, get_args(Ranks)),
     ):
-        if value not in allowed:
+        if value not in allowed and not (value is None and name in ("granularity", "rescale")):
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, but is {value!r}.")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be a whole number, but is {seed!r}.")
     _refuse_wrapped(model)
     _refuse_stochastic(model)
-    branches = find_branches(model, where)
-    survival_probs = _survival_probs(schedule, len(branches))
+    found = find_branches(model, where, with_schedule=schedule is not None)
+    branches = found.branches
+    survival_probs = _survival_probs(schedule, branches)
     passes = ForwardPasses(
         [branch.name for branch in branches],
         survival_probs,
         seed=seed,
-        granularity=granularity,
+        granularity=granularity or _default_granularity(branches, schedule),
         draw=draw,
         ranks=ranks,
     )
     for index, branch in enumerate(branches):
-        swap_class_(branch.module, StochasticResidual)
-        setattr(branch.module, _BRANCH, GatedBranch(passes, index, rescale, skipped_grad))
-    made = Controller(model, branches, passes, rescale=rescale, skipped_grad=skipped_grad)
+        gated = GatedBranch(passes, index, rescale or _own_rescale(branch, schedule), skipped_grad)
+        _make_stochastic(branch, gated, found)
+    rescales = dict.fromkeys(rescale or _own_rescale(branch, schedule) for branch in branches)
+    made = Controller(
+        model, branches, passes, rescale=" or ".join(rescales), skipped_grad=skipped_grad, notes=found.notes
+    )
     setattr(model, _CONTROLLER, made)
     return made
+
+
+def _make_stochastic(branch: Branch, gated: GatedBranch, found: Found) -> None:
+    if branch.key is None:
+        swap_class_(branch.module, StochasticResidual if isinstance(branch.module, Residual) else StochasticDropPath)
+        setattr(branch.module, _BRANCH, gated)
+        return
+    if _BRANCH not in branch.module.__dict__:
+        swap_class_(branch.module, StochasticBlock)
+        drop_paths, known = found.drop_paths[branch.module], found.known[branch.module]
+        setattr(branch.module, _BRANCH, BlockBranches(branch.block_name, drop_paths, known))
+    getattr(branch.module, _BRANCH).put(branch.key, gated, branch.treatment, branch.parts)
+
+
+def _own_rescale(branch: Branch, schedule: Schedule | Sequence[float] | None) -> Rescale:
+    return "eval" if schedule is not None or branch.rule is None else branch.rule.rescale
+
+
+def _default_granularity(branches: Sequence[Branch], schedule: Schedule | Sequence[float] | None) -> Granularity:
+    if schedule is not None:
+        return "batch"
+    granularities = {branch.rule.granularity for branch in branches if branch.rule is not None}
+    if len(granularities) > 1:
+        raise ValueError(
+            "Some drop paths of the model gate single samples, others the whole mini-batch: give granularity='sample' "
+            "or 'batch' for all of them."
+        )
+    return granularities.pop()
 
 
 def controller(model: nn.Module) -> Controller:
@@ -128,11 +161,10 @@ def restore_(model: nn.Module) -> None:
             delattr(module, _CONTROLLER)
 
 
-def _survival_probs(schedule: Schedule | Sequence[float] | None, num_branches: int) -> list[float]:
+def _survival_probs(schedule: Schedule | Sequence[float] | None, branches: Sequence[Branch]) -> list[float]:
     if schedule is None:
-        raise ValueError(
-            "The model has no drop paths whose rates could be kept: give a schedule, such as linear_decay(0.5)."
-        )
+        return [1 - branch.rule.drop_rate for branch in branches if branch.rule is not None]
+    num_branches = len(branches)
     if isinstance(schedule, (int, float)):
         raise TypeError(
             f"schedule must be a schedule, such as linear_decay({schedule}) or uniform({schedule}), or one survival "

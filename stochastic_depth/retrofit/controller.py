@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,24 +11,10 @@ from torch import Tensor, nn
 
 from stochastic_depth.cost import Cost, measure_cost
 from stochastic_depth.passes import ForwardPasses
-from stochastic_depth.residual import Rescale, SkippedGrad
+from stochastic_depth.residual import SkippedGrad
+from stochastic_depth.retrofit.find import Branch
 from stochastic_depth.retrofit.verify import Verification, verify
 from stochastic_depth.schedules import check_survival_probs, expected_depth
-
-
-@dataclass(frozen=True, eq=False)
-class Branch:
-    """One residual branch of a stochastic model.
-
-    Attributes:
-        name: its name, see `make_stochastic_`.
-        module: the module whose class was swapped.
-        parts: the module that holds the branch's parameters.
-    """
-
-    name: str
-    module: nn.Module
-    parts: nn.Module
 
 
 class Controller:
@@ -45,14 +30,16 @@ class Controller:
         branches: Sequence[Branch],
         passes: ForwardPasses,
         *,
-        rescale: Rescale,
+        rescale: str,
         skipped_grad: SkippedGrad,
+        notes: Sequence[str] = (),
     ) -> None:
         self._root = root
         self._branches = tuple(branches)
         self._passes = passes
         self._rescale = rescale
         self._skipped_grad = skipped_grad
+        self._notes = tuple(notes)
         self._hooks = (
             root.register_forward_pre_hook(passes.start),
             root.register_forward_hook(passes.stop, always_call=True),
@@ -99,6 +86,7 @@ class Controller:
         _check_length(survival_probs, len(self.names), "survival_probs", "survival probabilities")
         check_survival_probs(survival_probs)
         self._passes.survival_probs = tuple(survival_probs)
+        self._passes.end_parts()
 
     @contextmanager
     def gates(self, gates: Sequence[bool | Tensor]) -> Generator[None]:
@@ -171,6 +159,7 @@ class Controller:
         self.set_survival_probs(state["survival_probs"])
         self._passes.seed = state["seed"]
         self._passes.counter = state["counter"]
+        self._passes.end_parts()
 
     def cost(self, *inputs: Any) -> Cost:
         """What the schedule saves, counted on one forward and backward with every branch open; nothing is changed.
@@ -195,11 +184,10 @@ class Controller:
         return verify(self._root, self._passes, [branch.parts for branch in self._branches], inputs)
 
     def __str__(self) -> str:
-        treatment = {"batch": "skip: one gate per mini-batch", "sample": "subset: each sample its own gate"}
         rows = [("branch", "survival", "treatment")]
         rows += [
-            (name, f"{survival_prob:.4f}", treatment[self._passes.granularity] if survival_prob < 1 else "always runs")
-            for name, survival_prob in zip(self.names, self.survival_probs, strict=True)
+            (branch.name, f"{survival_prob:.4f}", self._treatment(branch, survival_prob))
+            for branch, survival_prob in zip(self._branches, self.survival_probs, strict=True)
         ]
         width = max(len(row[0]) for row in rows)
         lines = [f"{name:<{width}}  {survival:>8}  {treatment}" for name, survival, treatment in rows]
@@ -208,7 +196,16 @@ class Controller:
             f"skipped_grad {self._skipped_grad!r}, draw {self._passes.draw!r}, ranks {self._passes.ranks!r}, "
             f"seed {self._passes.seed}"
         )
+        lines += [f"no branch: {note}" for note in self._notes]
         return "\n".join(lines)
+
+    def _treatment(self, branch: Branch, survival_prob: float) -> str:
+        if branch.treatment == "mask":
+            return f"mask, nothing is saved: {branch.cause}"
+        if survival_prob == 1:
+            return "always runs"
+        batch = self._passes.granularity == "batch"
+        return "skip: one gate per mini-batch" if batch else "subset: each sample its own gate"
 
     def __repr__(self) -> str:
         return f"<Controller of {len(self.names)} branches, expected depth {self.expected_depth:.2f}>"

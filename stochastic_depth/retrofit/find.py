@@ -1,47 +1,267 @@
-"""Finds the residual branches of a model."""
+"""Finds the residual branches of a model, without running it."""
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from stochastic_depth.residual import Residual
-from stochastic_depth.retrofit.controller import Branch
+from stochastic_depth.retrofit import cuts
+from stochastic_depth.retrofit.block import BranchParts, Key, Treatment, find_sums, parts_of
+from stochastic_depth.retrofit.cuts import CutError, UnusedError
+from stochastic_depth.retrofit.rules import DropPathRule, drop_path_rule
+from stochastic_depth.retrofit.trace import OPAQUE, Recording, TraceError, flatten, record
 
 Where = Callable[[str, nn.Module], bool] | str | Sequence[str]
 
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+# A block that decides by sizes is recorded for at most this many combinations of its decisions.
+_MAX_WAYS = 16
 
-def find_branches(model: nn.Module, where: Where | None) -> list[Branch]:
-    """The branches of all `Residual`s of a model, in the order of `model.named_modules()`.
 
-    A `Residual` that is used several times is one branch: its one gate holds for all its uses in a pass.
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """One residual branch of a model.
+
+    Attributes:
+        name: its name, see `make_stochastic_`.
+        module: the module whose class is swapped: the block that holds the branch, or its drop path.
+        block_name: name of that module.
+        parts: the module that holds the branch's parameters.
+        named: the module that the name speaks of.
+        key: which of the block's branches it is; None where the module has one only.
+        rule: what the model's own drop path does; None where there is none.
+        treatment: whether a closed gate skips it or only masks its output.
+        cause: why it is masked.
+    """
+
+    name: str
+    module: nn.Module
+    block_name: str
+    parts: nn.Module
+    named: nn.Module
+    key: Key | None = None
+    rule: DropPathRule | None = None
+    treatment: Treatment = "skip"
+    cause: str = ""
+
+
+@dataclass
+class Found:
+    """The branches of a model in the order of `model.named_modules()`.
+
+    Attributes:
+        branches: those that pass the filter.
+        known: for each block all of its branches.
+        drop_paths: for each block the paths of its drop paths; empty where additions are branches.
+        notes: what was found and is no branch, for `print(depth)`.
+    """
+
+    branches: list[Branch] = field(default_factory=list[Branch])
+    known: dict[nn.Module, tuple[Key, ...]] = field(default_factory=dict[nn.Module, "tuple[Key, ...]"])
+    drop_paths: dict[nn.Module, tuple[str, ...]] = field(default_factory=dict[nn.Module, "tuple[str, ...]"])
+    notes: list[str] = field(default_factory=list[str])
+
+
+def find_branches(model: nn.Module, where: Where | None, *, with_schedule: bool) -> Found:
+    """The branches of a model.
+
+    They are its `Residual`s, if a schedule is given, and its drop paths with a rate above 0; if there is neither and a
+    schedule is given, the residual additions in its modules' code. A module that is used several times has one gate for
+    all its uses in a pass.
 
     Args:
         model: the model.
         where: filter, see `make_stochastic_`.
+        with_schedule: whether survival probabilities come from a schedule.
 
     Raises:
-        ValueError: if there is none, none that passes the filter, or one that computes something else than its sum.
+        ValueError: if there is none, none that passes the filter, or one that cannot be treated.
     """
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, Residual)]
-    if not found:
-        raise ValueError(
-            f"No residual branch was found in {type(model).__name__}: looked for stochastic_depth.Residual modules. "
-            "Write the sums of the model as Residual(branch, shortcut)."
-        )
-    chosen = [(name, module) for name, module in found if _passes_filter(where, name, module)]
+    found = Found()
+    _find_drop_paths(model, found)
+    if with_schedule:
+        _find_residuals(model, found)
+        if not found.branches:
+            _find_additions(model, found)
+    if not found.branches:
+        raise ValueError(_nothing_found(model, found, with_schedule=with_schedule))
+    order = {module: index for index, module in enumerate(model.modules())}
+    found.branches.sort(key=lambda branch: order[branch.named])
+    chosen = [branch for branch in found.branches if _passes_filter(where, branch.name, branch.named)]
     if not chosen:
-        names = ", ".join(name for name, _ in found[:3])
-        raise ValueError(f"where={where!r} matches none of the {len(found)} branches: {names}, ...")
-    for name, module in chosen:
-        if type(module).forward is not Residual.forward:
+        names = ", ".join(branch.name for branch in found.branches[:3])
+        raise ValueError(f"where={where!r} matches none of the {len(found.branches)} branches: {names}, ...")
+    found.branches = chosen
+    for branch in chosen:
+        if isinstance(branch.module, Residual) and type(branch.module).forward is not Residual.forward:
             raise ValueError(
-                f"{name} is a {type(module).__name__} with a forward of its own, which the gate would replace. "
-                "Keep Residual's forward, and put what comes before or after the sum into modules around it."
+                f"{branch.name} is a {type(branch.module).__name__} with a forward of its own, which the gate would "
+                "replace. Keep Residual's forward, and put what comes before or after the sum into modules around it."
             )
-    return [Branch(name, module, module.branch) for name, module in chosen]
+    return found
+
+
+def _nothing_found(model: nn.Module, found: Found, *, with_schedule: bool) -> str:
+    looked_for = ["drop paths (DropPath, StochasticDepth, *DropPath) with a rate above 0"]
+    if with_schedule:
+        looked_for += ["stochastic_depth.Residual modules", "additions of a shortcut and a branch in the modules' code"]
+    advice = (
+        "Write the sums of the model as Residual(branch, shortcut), or name whole layers by layers=[...]."
+        if with_schedule
+        else "Create it with a rate, such as drop_path_rate=0.1, or give a schedule, such as linear_decay(0.5)."
+    )
+    seen = "".join(f"\n  {note}" for note in found.notes[:8])
+    return f"No residual branch was found in {type(model).__name__}: looked for {'; '.join(looked_for)}. {advice}{seen}"
+
+
+def _find_residuals(model: nn.Module, found: Found) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, Residual):
+            found.branches.append(Branch(name, module, name, module.branch, module))
+
+
+def _find_drop_paths(model: nn.Module, found: Found) -> None:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    blocks: dict[nn.Module, tuple[str, dict[str, DropPathRule]]] = {}
+    for name, module in modules.items():
+        rule = drop_path_rule(module)
+        if rule is None or rule.drop_rate == 0:
+            continue
+        if not 0 < rule.drop_rate < 1:
+            raise ValueError(
+                f"{name} has a drop rate of {rule.drop_rate:g}: its branch would never survive. A drop rate must be in "
+                "[0, 1); was a survival probability given as a drop rate?"
+            )
+        block_name = _block_of(name, modules)
+        _, rules = blocks.setdefault(modules[block_name], (block_name, {}))
+        # A block that is reached by two names appears under the first only.
+        if blocks[modules[block_name]][0] == block_name:
+            rules[name[len(block_name) + 1 :] if block_name else name] = rule
+    for block, (block_name, rules) in blocks.items():
+        _find_in_block(block, block_name, rules, found)
+
+
+def _block_of(name: str, modules: dict[str, nn.Module]) -> str:
+    """Name of the nearest module above that has a forward of its own and is no mere container."""
+    while name:
+        name = name.rpartition(".")[0]
+        if type(modules[name]) not in _CONTAINERS:
+            break
+    return name
+
+
+def _find_in_block(block: nn.Module, name: str, rules: dict[str, DropPathRule], found: Found) -> None:
+    paths = tuple(rules)
+    try:
+        treatments = _treatments(block, paths)
+    except TraceError as error:
+        for path, rule in rules.items():
+            drop_path = block.get_submodule(path)
+            full_name = f"{name}.{path}" if name else path
+            cause = f"the forward of {name or 'the model'} ({type(block).__name__}) cannot be recorded: {error}"
+            parts = BranchParts([], [])
+            found.branches.append(
+                Branch(full_name, drop_path, full_name, parts, drop_path, None, rule, "mask", cause)
+            )
+        return
+    found.known[block], found.drop_paths[block] = tuple(treatments), paths
+    for path, rule in rules.items():
+        full_name = f"{name}.{path}" if name else path
+        drop_path = block.get_submodule(path)
+        keys = [key for key in treatments if key[0] == path]
+        if not keys:
+            found.notes.append(f"{full_name}: found, but never executed by {type(block).__name__}")
+        for key in keys:
+            branch = treatments[key]
+            branch_name = full_name if len(keys) == 1 else f"{full_name}#{key[1] + 1}"
+            if isinstance(branch, UnusedError):
+                found.notes.append(f"{branch_name}: without effect, {type(block).__name__} does not use what it gives")
+            elif isinstance(branch, CutError):
+                parts = BranchParts([], [])
+                found.branches.append(
+                    Branch(branch_name, block, name, parts, drop_path, key, rule, "mask", str(branch))
+                )
+            else:
+                found.branches.append(Branch(branch_name, block, name, branch, drop_path, key, rule))
+
+
+def _find_additions(model: nn.Module, found: Found) -> None:
+    for name, block in model.named_modules():
+        if type(block) in _CONTAINERS or not any(block.children()):
+            continue
+        try:
+            treatments = _treatments(block, ())
+        except TraceError as error:
+            found.notes.append(f"{name or 'the model'} ({type(block).__name__}): not looked into, {error}")
+            continue
+        for key, parts in treatments.items():
+            assert isinstance(parts, BranchParts)
+            found.known[block], found.drop_paths[block] = tuple(treatments), ()
+            branch_name = f"{name}#{key[1] + 1}".removeprefix("#")
+            found.branches.append(Branch(branch_name, block, name, parts, block, key))
+
+
+def _treatments(block: nn.Module, drop_paths: Sequence[str]) -> dict[Key, BranchParts | CutError]:
+    """The branches of a block on any way through its code: the parts of each, or why it cannot be separated."""
+    treatments: dict[Key, BranchParts | CutError] = {}
+    for recording in _recordings(block):
+        for key, residual in find_sums(recording.graph, block, drop_paths).items():
+            if isinstance(residual, CutError):
+                treatments[key] = residual
+            elif not isinstance(treatments.get(key), CutError):
+                try:
+                    treatments[key] = parts_of(cuts.cut(residual, block), block)
+                except CutError as error:
+                    if drop_paths:
+                        treatments[key] = error
+    return dict(sorted(treatments.items(), key=lambda item: item[0][1]))
+
+
+def _recordings(block: nn.Module) -> Iterator[Recording]:
+    """Recordings of a block's forward with its default arguments, on each way that its decisions by sizes allow."""
+    leaves: list[Any] = []
+    signature = flatten((_default_arguments(block), {}), leaves)
+    decisions: list[bool] = []
+    num_recorded, first_error = 0, None
+    for _ in range(_MAX_WAYS):
+        taken: list[bool] = []
+        try:
+            yield record(block, signature, len(leaves), functools.partial(_explore, decisions, taken))
+            num_recorded += 1
+        except TraceError as error:
+            first_error = first_error or error
+        # The next way: take the last decision that was True the other way.
+        while taken and not taken[-1]:
+            taken.pop()
+        if not taken:
+            break
+        decisions = [*taken[:-1], False]
+    if not num_recorded and first_error is not None:
+        raise first_error
+
+
+def _explore(decisions: Sequence[bool], taken: list[bool], node: fx.Node) -> bool:
+    if node.target is not bool:
+        raise TraceError("the forward loops over a size")
+    decision = decisions[len(taken)] if len(taken) < len(decisions) else True
+    taken.append(decision)
+    return decision
+
+
+def _default_arguments(block: nn.Module) -> tuple[Any, ...]:
+    parameters = list(inspect.signature(block.forward).parameters.values())
+    return tuple(
+        OPAQUE if parameter.default is parameter.empty else parameter.default
+        for parameter in parameters
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.KEYWORD_ONLY)
+    )
 
 
 def _passes_filter(where: Where | None, name: str, module: nn.Module) -> bool:

@@ -1,0 +1,314 @@
+"""A block of a foreign model whose branches are gated: its forward is recorded, rewritten, and run in its place."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+from torch import Tensor, fx, nn
+
+from stochastic_depth.passes import Gate, is_exporting
+from stochastic_depth.residual import GatedBranch, compiled_inside
+from stochastic_depth.retrofit import cuts
+from stochastic_depth.retrofit.cuts import CutError, Sum
+from stochastic_depth.retrofit.trace import PLAIN_TYPES, Recording, TraceError, flatten, is_size, record, size_value
+
+Key = tuple[str, int]
+"""A branch of a block: the path of its drop path, "" for a plain addition; and which of that path's uses, from 0."""
+Treatment = Literal["skip", "mask"]
+
+
+class BranchParts(nn.Module):
+    """Holds the parameters of a branch of a foreign block: whole modules, and single parameters of the block.
+
+    Parameters are looked up when they are asked for: `to_empty`, FSDP and loading with `assign` replace them.
+    """
+
+    def __init__(self, members: Sequence[nn.Module], direct: Sequence[tuple[nn.Module, str]]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.direct = list(direct)
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters of all members where `recurse`, and the single ones."""
+        yield from super().named_parameters(prefix, recurse, remove_duplicate)
+        for holder, name in self.direct:
+            parameter = holder._parameters.get(name)
+            if parameter is not None:
+                yield f"{prefix}direct.{name}", parameter
+
+
+@dataclass
+class BlockBranches:
+    """What a stochastic block knows about its branches.
+
+    Attributes:
+        name: the block's name, for messages.
+        drop_paths: paths of its drop paths whose calls are branches; empty where additions are.
+        known: all branches that were found, also those that a filter left out.
+        gated: the others.
+        treatments: for each of them whether a closed gate skips it or only masks its output.
+        parts: what holds the parameters of each.
+    """
+
+    name: str
+    drop_paths: tuple[str, ...]
+    known: tuple[Key, ...]
+    gated: dict[Key, GatedBranch] = field(default_factory=dict[Key, GatedBranch])
+    treatments: dict[Key, Treatment] = field(default_factory=dict[Key, Treatment])
+    parts: dict[Key, nn.Module] = field(default_factory=dict[Key, nn.Module])
+    _rewritten: dict[Any, list[tuple[Recording, Callable[..., Any]]]] = field(
+        default_factory=dict[Any, "list[tuple[Recording, Callable[..., Any]]]"], repr=False
+    )
+
+    def put(self, key: Key, gated: GatedBranch, treatment: Treatment, parts: nn.Module) -> None:
+        """Gate one of the known branches."""
+        self.gated[key], self.treatments[key], self.parts[key] = gated, treatment, parts
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Code is bound to its module: a copy, or a module that was loaded, makes its own.
+        return {**self.__dict__, "_rewritten": {}}
+
+    def is_plain(self, training: bool) -> bool:
+        """Whether the block's own forward is right: in evaluation, where drop paths do nothing and no gate is forced."""
+        if training:
+            return False
+        return all(
+            branch.rescale != "eval" and branch.passes.observer is None and (is_exporting() or not branch.passes.forced)
+            for branch in self.gated.values()
+        )
+
+    def forward_for(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Any]]:
+        """The rewritten forward for a call, and its opaque arguments.
+
+        Raises:
+            RuntimeError: if the block cannot be rewritten for this call.
+        """
+        leaves: list[Any] = []
+        signature = flatten((args, kwargs), leaves)
+        key = (signature, *_state(block))
+        for recording, rewritten in self._rewritten.get(key, ()):
+            if recording.holds(leaves):
+                return rewritten, leaves
+        try:
+            recording = record(block, signature, len(leaves), functools.partial(_decide_by, leaves))
+            rewritten = rewrite(recording.graph, block, self)
+        except (TraceError, CutError) as error:
+            raise RuntimeError(f"The block {self.name} ({type(block).__name__}) cannot be gated here: {error}.") from error
+        self._rewritten.setdefault(key, []).append((recording, rewritten))
+        return rewritten, leaves
+
+
+def _state(block: nn.Module) -> tuple[Any, ...]:
+    """What of a block's own attributes may decide which way its forward goes."""
+    plain = tuple(
+        (name, value)
+        for name, value in block.__dict__.items()
+        if isinstance(value, PLAIN_TYPES)
+        or (isinstance(value, tuple) and all(isinstance(item, PLAIN_TYPES) for item in cast("tuple[Any, ...]", value)))
+    )
+    empty = tuple(name for group in (block._parameters, block._buffers) for name, value in group.items() if value is None)
+    return plain, empty
+
+
+def _decide_by(leaves: Sequence[Any], node: fx.Node) -> Any:
+    placeholders = [other for other in node.graph.nodes if other.op == "placeholder"]
+    return size_value(node, dict(zip(placeholders, leaves, strict=True)))
+
+
+class StochasticBlock(nn.Module):
+    """Behaviour of a foreign block whose branches are gated. `make_stochastic_` gives this class to modules."""
+
+    _stochastic_depth_branch: BlockBranches
+
+    @compiled_inside
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's own forward, with its branches gated."""
+        branches = self._stochastic_depth_branch
+        if branches.is_plain(self.training):
+            return super().forward(*args, **kwargs)
+        rewritten, leaves = branches.forward_for(self, args, kwargs)
+        return rewritten(self, *leaves)
+
+
+class StochasticDropPath(nn.Module):
+    """Behaviour of a drop path whose branch cannot be skipped: it masks what it is given with the controller's gates."""
+
+    _stochastic_depth_branch: GatedBranch
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The samples `x` (N, ...) times their gates."""
+        return mask(self._stochastic_depth_branch, x, training=self.training)
+
+
+def find_sums(graph: fx.Graph, block: nn.Module, drop_paths: Sequence[str]) -> dict[Key, Sum | CutError]:
+    """The branches in a recording of a block: of its drop paths, or without any of all residual additions.
+
+    What cannot be separated has the reason in place of its sum.
+    """
+    if not drop_paths:
+        return {("", index): residual for index, residual in enumerate(cuts.residual_sums(graph, block))}
+    found: dict[Key, Sum | CutError] = {}
+    calls = dict.fromkeys(drop_paths, 0)
+    for node in graph.nodes:
+        if node.op == "call_module" and node.target in calls:
+            key = (node.target, calls[node.target])
+            calls[node.target] += 1
+            try:
+                residual = cuts.drop_path_sum(node, block)
+                cuts.cut(residual, block)
+                found[key] = residual
+            except CutError as error:
+                found[key] = error
+    return found
+
+
+def parts_of(branch: cuts.Branch, block: nn.Module) -> BranchParts:
+    """What holds the parameters of a branch."""
+    members: dict[nn.Module, None] = {}
+    direct: dict[tuple[nn.Module, str], None] = {}
+    for node in branch.nodes:
+        if node.op == "call_module":
+            members[block.get_submodule(cast(str, node.target))] = None
+        elif node.op == "get_attr":
+            path, _, name = cast(str, node.target).rpartition(".")
+            direct[block.get_submodule(path), name] = None
+    return BranchParts(list(members), list(direct))
+
+
+def rewrite(graph: fx.Graph, block: nn.Module, branches: BlockBranches) -> Callable[..., Any]:
+    """Code of a block's forward, taking the block and the opaque arguments, with every gated branch behind its gate."""
+    graph = _copy(graph)
+    replaced: dict[fx.Node, fx.Node] = {}
+    for key, residual in find_sums(graph, block, branches.drop_paths).items():
+        if key not in branches.known:
+            raise CutError(f"{key[0] or 'an addition'} is used in a way that was not foreseen")
+        if key not in branches.gated:
+            continue
+        if branches.treatments[key] == "mask":
+            _mask(graph, key, block, branches)
+        elif isinstance(residual, CutError):
+            raise residual
+        else:
+            replaced[residual.add] = _gate(residual.after(replaced), key, block, branches)
+    graph.lint()
+    return _compile(graph, f"{branches.name}: the forward that runs open branches only")
+
+
+def _copy(graph: fx.Graph) -> fx.Graph:
+    """A copy without what the recording only decided by."""
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(graph, {}))
+    for node in reversed(list(copy.nodes)):
+        if not node.users and (is_size(node) or node.target in (bool, len)):
+            copy.erase_node(node)
+    return copy
+
+
+def _gate(residual: Sum, key: Key, block: nn.Module, branches: BlockBranches) -> fx.Node:
+    branch = cuts.cut(residual, block)
+    kinds = cuts.batch_kinds(branch, residual)
+    function = _compile(_branch_graph(branch, residual), f"{branches.name}: branch {key[0]}#{key[1] + 1}")
+    graph = residual.add.graph
+    gated_sum = _gated_sum(block, branches, key, function, [kinds[node] for node in branch.inputs])
+    with graph.inserting_before(residual.add):
+        gated_node = graph.call_function(gated_sum, (residual.shortcut, *branch.inputs))
+    residual.add.replace_all_uses_with(gated_node)
+    graph.erase_node(residual.add)
+    inner = set(branch.nodes)
+    for node in reversed(list(graph.nodes)):
+        if node in inner or (is_size(node) and not node.users):
+            graph.erase_node(node)
+    return gated_node
+
+
+def _branch_graph(branch: cuts.Branch, residual: Sum) -> fx.Graph:
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for index, node in enumerate(branch.inputs):
+        copies[node] = graph.placeholder(f"input_{index}")
+
+    def copied(node: fx.Node) -> fx.Node:
+        if node not in copies:  # A size, which is read again from the branch's own samples.
+            copies[node] = graph.node_copy(node, copied)
+        return copies[node]
+
+    for node in branch.nodes:
+        if node is residual.drop_path:
+            copies[node] = copied(cast(fx.Node, node.args[0]))
+        else:
+            copied(node)
+    graph.output(copies[residual.output])
+    return graph
+
+
+def _compile(graph: fx.Graph, description: str) -> Callable[..., Any]:
+    code = graph.python_code("self")
+    namespace = dict(code.globals)
+    exec(compile(code.src, f"<{description}>", "exec"), namespace)
+    return namespace["forward"]
+
+
+def _gated_sum(
+    block: nn.Module, branches: BlockBranches, key: Key, function: Callable[..., Tensor], kinds: Sequence[bool | None]
+) -> Callable[..., Tensor]:
+    gated, parts = branches.gated[key], branches.parts[key]
+    has_samples_only = all(kinds)
+
+    @compiled_inside
+    def gated_sum(shortcut: Tensor, *inputs: Any) -> Tensor:
+        if len(inputs) == 1 and has_samples_only:
+            branch = functools.partial(function, block)
+            return gated.add(shortcut, inputs[0], branch, parts=parts, training=block.training)
+        num_samples = shortcut.shape[0]
+        is_batch = [_is_batch(value, kind, num_samples) for value, kind in zip(inputs, kinds, strict=True)]
+        shared = [value for value, of_batch in zip(inputs, is_batch, strict=True) if not of_batch]
+        samples = tuple(value for value, of_batch in zip(inputs, is_batch, strict=True) if of_batch)
+
+        def branch(taken: tuple[Tensor, ...]) -> Tensor:
+            others, own = iter(shared), iter(taken)
+            return function(block, *(next(own if of_batch else others) for of_batch in is_batch))
+
+        return gated.add(shortcut, samples, branch, parts=parts, training=block.training)
+
+    gated_sum.__name__ = f"gated_sum_{branches.known.index(key)}"
+    return gated_sum
+
+
+def _is_batch(value: Any, kind: bool | None, num_samples: int) -> bool:
+    if kind is False or not isinstance(value, Tensor) or value.dim() == 0:
+        return False
+    return value.shape[0] == num_samples
+
+
+def _mask(graph: fx.Graph, key: Key, block: nn.Module, branches: BlockBranches) -> None:
+    calls = [node for node in graph.nodes if node.op == "call_module" and node.target == key[0]]
+    node = calls[key[1]]
+    gated = branches.gated[key]
+
+    @compiled_inside
+    def masked(x: Tensor) -> Tensor:
+        return mask(gated, x, training=block.training)
+
+    masked.__name__ = f"masked_{branches.known.index(key)}"
+    node.op, node.target = "call_function", masked
+
+
+def mask(gated: GatedBranch, x: Tensor, *, training: bool) -> Tensor:
+    """A branch's output `x` (N, ...) times its gates, where the branch cannot be skipped."""
+    gate = gated.passes.gate(gated.index, x.shape[0], x.device, training=training)
+    if gate is None:
+        return x * gated.survival_prob if gated.rescale == "eval" else x
+    factor = 1 / gated.survival_prob if gated.rescale == "train" else 1.0
+    return x * _weights(gate, x, factor)
+
+
+def _weights(gate: Gate, x: Tensor, factor: float) -> Tensor:
+    weights = x.new_full((x.shape[0], *[1] * (x.dim() - 1)), 0.0 if gate.order is not None or not gate.num_open else factor)
+    if gate.order is not None:
+        weights[gate.order[: gate.num_open]] = factor
+    return weights

@@ -1,0 +1,258 @@
+"""Finds the residual branches in the recording of a block's forward: what is added to what, and what is only the branch's.
+
+A *drop path* is followed forward, through what leaves zeros zero (a LayerScale, views, permutations), to the addition
+that consumes it; the other operand is the shortcut. The branch is everything that the sum needs and neither the
+shortcut nor anything else does. Sizes are no values: they are read again inside the branch, from its own samples.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import fx, nn
+
+from stochastic_depth.retrofit.trace import is_size
+
+_ADDITIONS = {operator.add, operator.iadd, torch.add}
+_ADDITION_METHODS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
+_PRODUCTS = {operator.mul, operator.imul, torch.mul, torch.multiply}
+_VIEWS = {
+    "view", "reshape", "permute", "transpose", "flatten", "unflatten", "contiguous", "unsqueeze", "squeeze", "to",
+    "type_as", "float", "half", "movedim", "swapaxes", "clone", "type", "view_as", "reshape_as", "chunk", "mT", "T",
+}  # fmt: skip
+_VIEW_FUNCTIONS = {operator.getitem} | {getattr(torch, name) for name in _VIEWS if hasattr(torch, name)} | {nn.functional.dropout}
+_KEEPS_ZERO_MODULES = (nn.Identity, nn.Dropout, nn.Dropout2d)
+
+
+class CutError(Exception):
+    """Why a branch cannot be separated from the rest of its block."""
+
+
+class LeavesBlockError(CutError):
+    """The branch leaves its block before it is added to anything."""
+
+
+class UnusedError(CutError):
+    """Nothing uses what the branch gives."""
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A residual addition in a recording.
+
+    Attributes:
+        add: the node of the addition.
+        shortcut: the operand that is kept.
+        output: the operand that is the branch's output.
+        drop_path: the call of the drop path, None where there is none.
+    """
+
+    add: fx.Node
+    shortcut: fx.Node
+    output: fx.Node
+    drop_path: fx.Node | None = None
+
+    def after(self, replaced: Mapping[fx.Node, fx.Node]) -> Sum:
+        """The same addition after others of the recording were replaced."""
+        shortcut, output = replaced.get(self.shortcut, self.shortcut), replaced.get(self.output, self.output)
+        return Sum(self.add, shortcut, output, self.drop_path)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What belongs to a branch only.
+
+    Attributes:
+        nodes: its nodes, in order.
+        inputs: values from outside that it needs, tensors first that derive from the shortcut's origin.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+
+
+def drop_path_sum(drop_path: fx.Node, block: nn.Module) -> Sum:
+    """The addition that consumes a drop path.
+
+    Raises:
+        CutError: if there is none, or more than that consumes it.
+    """
+    output = drop_path
+    while True:
+        users = [user for user in output.users if not is_size(user)]
+        if not users:
+            raise UnusedError("nothing uses what the drop path gives")
+        if len(users) != 1:
+            names = ", ".join(user.name for user in users)
+            raise CutError(f"what the drop path gives is used by {names}, not by one addition")
+        (user,) = users
+        if user.op == "output":
+            raise LeavesBlockError("what the drop path gives leaves the block without being added to anything")
+        operands = added(user)
+        if operands is not None:
+            others = [operand for operand in operands if operand is not output]
+            if len(others) != 1:
+                raise CutError(f"{user.name} adds the branch to itself")
+            return Sum(user, others[0], output, drop_path)
+        if not _keeps_zero(user, output, block):
+            raise CutError(f"{_describe(user)} comes between the drop path and the addition")
+        output = user
+
+
+def added(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The operands of an addition of two values, None for every other node."""
+    is_addition = (node.op == "call_function" and node.target in _ADDITIONS) or (
+        node.op == "call_method" and node.target in _ADDITION_METHODS
+    )
+    if not is_addition or node.kwargs or len(node.args) != 2 or is_size(node):
+        return None
+    first, second = node.args
+    return (first, second) if isinstance(first, fx.Node) and isinstance(second, fx.Node) else None
+
+
+def _keeps_zero(node: fx.Node, value: fx.Node, block: nn.Module) -> bool:
+    if node.op == "call_module":
+        module = block.get_submodule(cast(str, node.target))
+        return isinstance(module, _KEEPS_ZERO_MODULES) or "Scale" in type(module).__name__
+    if node.op == "call_method":
+        return node.args[0] is value and (node.target in _VIEWS or node.target in ("mul", "mul_"))
+    return node.op == "call_function" and (node.target in _VIEW_FUNCTIONS or node.target in _PRODUCTS)
+
+
+def _describe(node: fx.Node) -> str:
+    target: Any = node.target
+    return f"a call of {target if isinstance(target, str) else getattr(target, '__name__', target)}"
+
+
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    """A node and all that it is computed from, as values: sizes of tensors do not count."""
+    found: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if current not in found:
+            found.add(current)
+            pending.extend(argument for argument in current.all_input_nodes if not is_size(argument))
+    return found
+
+
+def cut(residual: Sum, block: nn.Module) -> Branch:
+    """What belongs to the branch of a residual addition only.
+
+    Raises:
+        CutError: if the drop path would not be skipped with it, or it changes a value from outside in place.
+    """
+    kept = ancestors(residual.shortcut)
+    nodes = ancestors(residual.output) - kept
+    # From the end to the start: what is used outside of the branch is none of it, nor what only that needs.
+    for node in reversed(list(residual.add.graph.nodes)):
+        if node in nodes and (
+            node.op == "placeholder"
+            or any(user not in nodes and user is not residual.add and not is_size(user) for user in node.users)
+        ):
+            nodes.discard(node)
+    if residual.output not in nodes or (residual.drop_path is not None and residual.drop_path not in nodes):
+        raise CutError("the branch's output is used outside of the sum")
+    for node in nodes:
+        if any(is_size(user) and _is_used_outside(user, nodes) for user in node.users):
+            raise CutError(f"the size of {node.name}, which only the branch computes, is used outside of it")
+    ordered = tuple(node for node in residual.add.graph.nodes if node in nodes)
+    inputs = dict.fromkeys(source for node in ordered for source in _sources(node) if source not in nodes)
+    for node in ordered:
+        if _writes_in_place(node, block) and node.args and node.args[0] in inputs:
+            raise CutError(f"{_describe(node)} changes the input of the branch in place, which the shortcut sees")
+    if not any(_computes(node, block) for node in ordered):
+        raise CutError("all that the branch computes is used outside of it too")
+    return Branch(ordered, tuple(inputs))
+
+
+def _is_used_outside(size: fx.Node, nodes: Collection[fx.Node]) -> bool:
+    return any(_is_used_outside(user, nodes) if is_size(user) else user not in nodes for user in size.users)
+
+
+def _sources(node: fx.Node) -> Iterable[fx.Node]:
+    """The values that a node needs; for a size, the tensors that it is read from."""
+    for argument in node.all_input_nodes:
+        if is_size(argument):
+            yield from _sources(argument)
+        else:
+            yield argument
+
+
+def _writes_in_place(node: fx.Node, block: nn.Module) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(block.get_submodule(cast(str, node.target)), "inplace", False))
+    if node.op == "call_method":
+        target = cast(str, node.target)
+        return target.endswith("_") and not target.endswith("__")
+    return node.op == "call_function" and (
+        bool(node.kwargs.get("inplace")) or node.target in (operator.iadd, operator.imul, operator.isub)
+    )
+
+
+def _computes(node: fx.Node, block: nn.Module) -> bool:
+    """Whether a node is worth skipping: a child with parameters, or a function that multiplies."""
+    if node.op == "call_module":
+        return next(block.get_submodule(cast(str, node.target)).parameters(), None) is not None
+    return node.op == "call_function" and getattr(node.target, "__name__", "") in _HEAVY
+
+
+_HEAVY = {"linear", "conv1d", "conv2d", "conv3d", "matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"}
+
+
+def residual_sums(graph: fx.Graph, block: nn.Module) -> list[Sum]:
+    """All residual additions in a recording, in order.
+
+    An addition is one if both operands are computed from a common value, and one of them, the shortcut, is that value
+    itself or computed from it by at most half as many children with parameters as the other, without any product of
+    two values (a projection). A branch has at least one child with parameters.
+    """
+    sums: list[Sum] = []
+    for node in graph.nodes:
+        operands = added(node)
+        if operands is not None and operands[0] is not operands[1]:
+            for shortcut, output in (operands, operands[::-1]):
+                if _is_shortcut(shortcut, output, block):
+                    sums.append(Sum(node, shortcut, output))
+                    break
+    return sums
+
+
+def _is_shortcut(shortcut: fx.Node, output: fx.Node, block: nn.Module) -> bool:
+    of_shortcut, of_output = ancestors(shortcut), ancestors(output)
+    if not any(_computes(node, block) for node in of_output - of_shortcut):
+        return False
+    if shortcut in of_output:
+        return shortcut.op != "get_attr"
+    common = of_shortcut & of_output
+    if not any(node.op != "get_attr" for node in common):
+        return False
+    projection = of_shortcut - of_output
+    if any(node.op != "call_module" for node in projection if node.op in ("call_function",)):
+        return False
+    return 2 * _num_computing(projection, block) <= _num_computing(of_output - of_shortcut, block)
+
+
+def _num_computing(nodes: Collection[fx.Node], block: nn.Module) -> int:
+    return sum(_computes(node, block) for node in nodes)
+
+
+def batch_kinds(branch: Branch, residual: Sum) -> Mapping[fx.Node, bool | None]:
+    """Whether each input of a branch has a first dimension of samples: True, False, or None where the call must tell.
+
+    What is computed from the same arguments as the shortcut follows the samples; parameters do not; any other argument
+    of the block may or may not.
+    """
+    origins = {node for node in ancestors(residual.shortcut) if node.op == "placeholder"}
+    kinds: dict[fx.Node, bool | None] = {}
+    for node in branch.inputs:
+        arguments = {ancestor for ancestor in ancestors(node) if ancestor.op == "placeholder"}
+        if arguments & origins:
+            kinds[node] = True
+        else:
+            kinds[node] = None if arguments else False
+    return kinds

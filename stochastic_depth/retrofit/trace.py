@@ -1,0 +1,244 @@
+"""Records what a block's forward does, as a graph of calls to its children, without running any of it.
+
+Only the block itself is traced (torch.fx), its children are single calls: they keep their hooks, their own control
+flow and their compilation. A forward is recorded for one *signature*: tensors are symbols, everything else, above all
+`None`, is taken as it is, so that `if mask is not None` goes the way it goes in the call. Sizes are symbols too, so one
+recording holds for all batch sizes and resolutions, unless the code decides by them: then what it decided becomes a
+condition for using the recording again.
+"""
+
+from __future__ import annotations
+
+import builtins
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+PLAIN_TYPES = (type(None), bool, int, float, str, torch.dtype, torch.device)
+_SIZE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda"}
+_SIZE_METHODS = {"size", "dim", "numel", "ndimension", "element_size", "is_floating_point", "__len__", "get_device"}
+_SIZE_FUNCTIONS = {
+    function for module in (operator, math, builtins) for function in vars(module).values() if callable(function)
+} - {getattr}
+
+_Decide = Callable[[fx.Node], Any]
+
+
+class TraceError(Exception):
+    """Why a block's forward cannot be recorded."""
+
+
+@dataclass(frozen=True)
+class Opaque:
+    """Stands for an argument that the recording treats as a symbol: a tensor, or an object of a class of its own."""
+
+
+OPAQUE = Opaque()
+
+
+@dataclass
+class Recording:
+    """What a block's forward does for one signature.
+
+    Attributes:
+        graph: calls to children have targets relative to the block; placeholders are the opaque arguments in order.
+        conditions: nodes of sizes with the values for which the recording holds.
+    """
+
+    graph: fx.Graph
+    conditions: list[tuple[fx.Node, Any]] = field(default_factory=list[tuple[fx.Node, Any]])
+
+    def holds(self, leaves: Sequence[Any]) -> bool:
+        """Whether a call with these opaque arguments would take the same way through the code."""
+        if not self.conditions:
+            return True
+        values = self.placeholder_values(leaves)
+        return all(size_value(node, values) == value for node, value in self.conditions)
+
+    def placeholder_values(self, leaves: Sequence[Any]) -> dict[fx.Node, Any]:
+        """The opaque arguments by their nodes."""
+        placeholders = (node for node in self.graph.nodes if node.op == "placeholder")
+        return dict(zip(placeholders, leaves, strict=True))
+
+
+def flatten(value: Any, leaves: list[Any]) -> Any:
+    """What of an argument decides which way a forward goes: itself, with `OPAQUE` for tensors and other objects.
+
+    Args:
+        value: the argument, or a structure of tuples, lists and dicts.
+        leaves: what is opaque is appended to it.
+
+    Returns:
+        The signature, hashable.
+    """
+    if isinstance(value, Tensor):
+        leaves.append(value)
+        return OPAQUE
+    if isinstance(value, PLAIN_TYPES):
+        return type(value), value
+    if type(value) in (tuple, list, torch.Size):
+        return (list if type(value) is list else tuple, tuple(flatten(item, leaves) for item in value))
+    if type(value) is dict:
+        return (dict, tuple((key, flatten(item, leaves)) for key, item in cast("dict[Any, Any]", value).items()))
+    leaves.append(value)
+    return OPAQUE
+
+
+def unflatten(signature: Any, leaves: Sequence[Any]) -> Any:
+    """The argument of a signature, with these in place of what is opaque."""
+    return _unflatten(signature, iter(leaves))
+
+
+def _unflatten(signature: Any, leaves: Any) -> Any:
+    if isinstance(signature, Opaque):
+        return next(leaves)
+    kind, value = signature
+    if kind is dict:
+        return {key: _unflatten(item, leaves) for key, item in value}
+    if kind in (tuple, list):
+        return kind([_unflatten(item, leaves) for item in value])
+    return value
+
+
+def record(block: nn.Module, signature: Any, num_leaves: int, decide: _Decide) -> Recording:
+    """Record the forward of a block.
+
+    Args:
+        block: the block; neither it nor its children are run or changed.
+        signature: of its (args, kwargs), from `flatten`.
+        num_leaves: how many opaque arguments there are.
+        decide: gives the value of a node that the code decides by, or raises `TraceError`.
+
+    Raises:
+        TraceError: if it cannot be recorded; the message says why.
+    """
+    call = _Call(block, signature)
+    conditions: list[tuple[fx.Node, Any]] = []
+    tracer = _BlockTracer(conditions, decide)
+    # What only holds for a part of the forward, such as autocast, is seen as a change of this state.
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.enable_grad():
+        tracer.expected_state = _context()
+        try:
+            graph = tracer.trace(call, concrete_args=(fx.PH,) * num_leaves)
+        except TraceError:
+            raise
+        except Exception as error:  # The block's own code met a symbol where it wants a value.
+            raise TraceError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            if node.target == "block":
+                raise TraceError("the block passes itself on")
+            node.target = node.target.removeprefix("block.")
+    return Recording(graph, conditions)
+
+
+class _Call(nn.Module):
+    def __init__(self, block: nn.Module, signature: Any) -> None:
+        super().__init__()
+        plain: type[nn.Module] = plain_class(block)
+        # A shallow copy: what the forward assigns to `self` does not stay.
+        shadow = plain.__new__(plain)
+        shadow.__dict__.update(block.__dict__)
+        for name in ("_parameters", "_buffers", "_modules"):
+            shadow.__dict__[name] = dict(block.__dict__[name])
+        self.block = shadow
+        self._plain = plain
+        self._signature = signature
+
+    def forward(self, *leaves: Any) -> Any:
+        args, kwargs = unflatten(self._signature, leaves)
+        return self._plain.forward(self.block, *args, **kwargs)
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module without stochastic depth."""
+    return getattr(type(module), "_plain_class", type(module))
+
+
+def _context() -> tuple[Any, ...]:
+    return torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_grad_enabled()
+
+
+class _BlockTracer(fx.Tracer):
+    def __init__(self, conditions: list[tuple[fx.Node, Any]], decide: _Decide) -> None:
+        super().__init__(param_shapes_constant=False)
+        self._conditions = conditions
+        self._decide = decide
+        self.expected_state: tuple[Any, ...] = ()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002
+        return True
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if self.expected_state and _context() != self.expected_state:
+            raise TraceError("a part of the forward runs under autocast or gradient settings of its own")
+        return super().create_node(*args, **kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
+            if not any(a is buffer for buffer in self.root.buffers()):
+                raise TraceError("the forward makes a tensor, or holds one, that is neither parameter nor buffer")
+        return super().create_arg(a)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        return bool(self._value(obj, bool))
+
+    def iter(self, obj: fx.Proxy) -> Any:
+        try:
+            return super().iter(obj)
+        except fx.proxy.TraceError:
+            return builtins.iter([obj[index] for index in range(self._value(obj, len))])
+
+    def _value(self, obj: fx.Proxy, of: Callable[[Any], Any]) -> Any:
+        node = self.create_node("call_function", of, (obj.node,), {})
+        value = self._decide(node)
+        self._conditions.append((node, value))
+        return value
+
+
+def is_size(node: fx.Node) -> bool:
+    """Whether a node is a plain value computed from sizes, types and devices of tensors only."""
+    known = node.meta.get("is_size")
+    if known is None:
+        known = node.meta["is_size"] = _is_size(node)
+    return known
+
+
+def _is_size(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in _SIZE_METHODS or (
+            bool(node.all_input_nodes) and all(is_size(argument) for argument in node.all_input_nodes)
+        )
+    if node.op != "call_function":
+        return False
+    if node.target is getattr:
+        return node.args[1] in _SIZE_ATTRIBUTES or is_size(cast(fx.Node, node.args[0]))
+    if node.target is len:
+        return True
+    if node.target not in _SIZE_FUNCTIONS or not node.all_input_nodes:
+        return False
+    return all(is_size(argument) for argument in node.all_input_nodes)
+
+
+def size_value(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    """The value of a size, computed from the arguments of a call.
+
+    Raises:
+        TraceError: if it depends on more than the arguments.
+    """
+    if node in values:
+        return values[node]
+    if node.op not in ("call_function", "call_method") or not (is_size(node) or node.target in (bool, len)):
+        raise TraceError(f"the forward decides by the value of {node.name}")
+    args = fx.map_arg(node.args, lambda argument: size_value(argument, values))
+    kwargs = fx.map_arg(node.kwargs, lambda argument: size_value(argument, values))
+    if node.target is bool and isinstance(args[0], Tensor):
+        raise TraceError("the forward decides by the values of a tensor")
+    if node.op == "call_method":
+        return getattr(args[0], cast(str, node.target))(*args[1:], **kwargs)
+    return cast("Callable[..., Any]", node.target)(*args, **kwargs)
