@@ -102,7 +102,7 @@ def read_file(path: Path) -> Split:
         }
         _check_shapes(shapes, path)
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # scipy only warns of some damage
+            warnings.simplefilter("error")  # of some damage, a variable that occurs twice, scipy only warns
             content: dict[str, Any] = loadmat(path, variable_names=["X", "y"])
     except DataError:
         raise

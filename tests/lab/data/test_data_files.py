@@ -347,7 +347,7 @@ def mat(path: Path, **variables: Any) -> Path:
         ({"X": np.zeros((32, 32, 3, 2), np.uint8), "y": [[1], [11]]}, r"label 11 of image 1 is not in 1\.\.10"),
         ({"X": np.zeros((32, 32, 3, 2), np.uint8), "y": [[0], [1]]}, "label 0 of image 0"),
         ({"X": np.zeros((32, 32, 3, 2), np.uint8), "y": [[1]]}, r"it holds X \(32, 32, 3, 2\), y \(1, 1\)"),
-        ({"X": np.zeros((2, 3, 32, 32), np.uint8), "y": [[1], [2]]}, "no SVHN file"),
+        ({"X": np.zeros((2, 3, 32, 32), np.uint8), "y": np.ones((32, 1))}, "no SVHN file"),
         ({"X": np.zeros((32, 32, 3, 2), np.float32), "y": [[1], [2]]}, "X must be uint8 .* float32"),
         ({"Z": np.zeros(3)}, r"it holds Z \(1, 3\)"),
     ],
@@ -380,6 +380,16 @@ def test_mat_file_that_promises_more_than_it_holds_is_refused_without_being_read
     content = content.replace(np.array([7, 1], np.int32).tobytes(), np.array([500_000_000, 1], np.int32).tobytes())
     path.write_bytes(content)
     assert "promises 500,000,000 images" in refused(lambda: svhn.read_file(path))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damage_that_scipy_only_warns_of_is_refused(tmp_path: Path) -> None:
+    images = mat(tmp_path / "images.mat", X=np.zeros((32, 32, 3, 2), np.uint8)).read_bytes()
+    labels = mat(tmp_path / "labels.mat", y=[[1], [2]]).read_bytes()
+    header_bytes = 128
+    path = tmp_path / "it.mat"
+    path.write_bytes(images + images[header_bytes:] + labels[header_bytes:])
+    assert 'Duplicate variable name "X"' in refused(lambda: svhn.read_file(path))
 
 
 def test_missing_mat_file_is_named(tmp_path: Path) -> None:
