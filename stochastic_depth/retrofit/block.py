@@ -13,6 +13,7 @@ from stochastic_depth.passes import Gate, is_exporting
 from stochastic_depth.residual import GatedBranch, compiled_inside
 from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.cuts import CutError, Sum
+from stochastic_depth.retrofit.shapes import output_shape, samples_among
 from stochastic_depth.retrofit.trace import PLAIN_TYPES, Recording, TraceError, flatten, is_size, record, size_value
 
 Key = tuple[str, int]
@@ -150,6 +151,7 @@ def find_sums(graph: fx.Graph, block: nn.Module, drop_paths: Sequence[str]) -> d
 
     What cannot be separated has the reason in place of its sum.
     """
+    cuts.name_values_changed_in_place(graph, block)
     if not drop_paths:
         return {("", index): residual for index, residual in enumerate(cuts.residual_sums(graph, block))}
     found: dict[Key, Sum | CutError] = {}
@@ -214,9 +216,11 @@ def _gate(residual: Sum, key: Key, block: nn.Module, branches: BlockBranches) ->
     kinds = cuts.batch_kinds(branch, residual)
     function = _compile(_branch_graph(branch, residual), f"{branches.name}: branch {key[0]}#{key[1] + 1}")
     graph = residual.add.graph
-    gated_sum = _gated_sum(block, branches, key, function, [kinds[node] for node in branch.inputs])
+    make = _gated_value if residual.shortcut is None else _gated_sum
+    gated_sum = make(block, branches, key, function, [kinds[node] for node in branch.inputs])
     with graph.inserting_before(residual.add):
-        gated_node = graph.call_function(gated_sum, (residual.shortcut, *branch.inputs))
+        shortcut = () if residual.shortcut is None else (residual.shortcut,)
+        gated_node = graph.call_function(gated_sum, (*shortcut, *branch.inputs))
     residual.add.replace_all_uses_with(gated_node)
     graph.erase_node(residual.add)
     inner = set(branch.nodes)
@@ -257,32 +261,51 @@ def _gated_sum(
     block: nn.Module, branches: BlockBranches, key: Key, function: Callable[..., Tensor], kinds: Sequence[bool | None]
 ) -> Callable[..., Tensor]:
     gated, parts = branches.gated[key], branches.parts[key]
-    has_samples_only = all(kinds)
+    known: dict[Any, list[bool]] = {}
 
     @compiled_inside
     def gated_sum(shortcut: Tensor, *inputs: Any) -> Tensor:
-        if len(inputs) == 1 and has_samples_only:
+        if len(inputs) == 1 and kinds[0] and inputs[0].shape[0] == shortcut.shape[0]:
             branch = functools.partial(function, block)
             return gated.add(shortcut, inputs[0], branch, parts=parts, training=block.training)
-        num_samples = shortcut.shape[0]
-        is_batch = [_is_batch(value, kind, num_samples) for value, kind in zip(inputs, kinds, strict=True)]
-        shared = [value for value, of_batch in zip(inputs, is_batch, strict=True) if not of_batch]
-        samples = tuple(value for value, of_batch in zip(inputs, is_batch, strict=True) if of_batch)
+        shapes = (shortcut.shape[0], *(value.shape if isinstance(value, Tensor) else None for value in inputs))
+        of_batch = known.get(shapes)
+        if of_batch is None:
+            if gated.passes.granularity == "batch":
+                of_batch = [False] * len(inputs)
+            else:
+                of_batch = samples_among(function, block, inputs, kinds, shortcut.shape[0])
+            known[shapes] = of_batch
+        shared = [value for value, samples in zip(inputs, of_batch, strict=True) if not samples]
+        own = tuple(value for value, samples in zip(inputs, of_batch, strict=True) if samples)
 
-        def branch(taken: tuple[Tensor, ...]) -> Tensor:
-            others, own = iter(shared), iter(taken)
-            return function(block, *(next(own if of_batch else others) for of_batch in is_batch))
+        def branch_of_samples(taken: tuple[Tensor, ...]) -> Tensor:
+            rest, some = iter(shared), iter(taken)
+            return function(block, *(next(some if samples else rest) for samples in of_batch))
 
-        return gated.add(shortcut, samples, branch, parts=parts, training=block.training)
+        return gated.add(shortcut, own, branch_of_samples, parts=parts, training=block.training)
 
     gated_sum.__name__ = f"gated_sum_{branches.known.index(key)}"
     return gated_sum
 
 
-def _is_batch(value: Any, kind: bool | None, num_samples: int) -> bool:
-    if kind is False or not isinstance(value, Tensor) or value.dim() == 0:
-        return False
-    return value.shape[0] == num_samples
+def _gated_value(
+    block: nn.Module, branches: BlockBranches, key: Key, function: Callable[..., Tensor], kinds: Sequence[bool | None]
+) -> Callable[..., Tensor]:
+    """Where a block without a shortcut drops all that it computes, closed gates give zeros."""
+    gated_sum = _gated_sum(block, branches, key, function, kinds)
+    known: dict[Any, torch.Size] = {}
+
+    @compiled_inside
+    def gated_value(*inputs: Any) -> Tensor:
+        shapes = tuple(value.shape if isinstance(value, Tensor) else None for value in inputs)
+        if shapes not in known:
+            known[shapes] = output_shape(function, block, inputs)
+        tensor = next(value for value in inputs if isinstance(value, Tensor))
+        return gated_sum(tensor.new_zeros(known[shapes]), *inputs)
+
+    gated_value.__name__ = f"gated_value_{branches.known.index(key)}"
+    return gated_value
 
 
 def _mask(graph: fx.Graph, key: Key, block: nn.Module, branches: BlockBranches) -> None:

@@ -61,6 +61,11 @@ class Controller:
         return list(self._passes.survival_probs)
 
     @property
+    def masked(self) -> list[tuple[str, str]]:
+        """Names of the branches that are computed and masked, because they cannot be skipped, each with the cause."""
+        return [(branch.name, branch.cause) for branch in self._branches if branch.treatment == "mask"]
+
+    @property
     def expected_depth(self) -> float:
         """Expected number of branches that run in a training step."""
         return expected_depth(self._passes.survival_probs)

@@ -32,10 +32,6 @@ class CutError(Exception):
     """Why a branch cannot be separated from the rest of its block."""
 
 
-class LeavesBlockError(CutError):
-    """The branch leaves its block before it is added to anything."""
-
-
 class UnusedError(CutError):
     """Nothing uses what the branch gives."""
 
@@ -46,19 +42,20 @@ class Sum:
 
     Attributes:
         add: the node of the addition.
-        shortcut: the operand that is kept.
+        shortcut: the operand that is kept; None where the branch is added to nothing, which is to add it to zeros.
         output: the operand that is the branch's output.
         drop_path: the call of the drop path, None where there is none.
     """
 
     add: fx.Node
-    shortcut: fx.Node
+    shortcut: fx.Node | None
     output: fx.Node
     drop_path: fx.Node | None = None
 
     def after(self, replaced: Mapping[fx.Node, fx.Node]) -> Sum:
         """The same addition after others of the recording were replaced."""
-        shortcut, output = replaced.get(self.shortcut, self.shortcut), replaced.get(self.output, self.output)
+        shortcut = self.shortcut and replaced.get(self.shortcut, self.shortcut)
+        output = replaced.get(self.output, self.output)
         return Sum(self.add, shortcut, output, self.drop_path)
 
 
@@ -76,11 +73,21 @@ class Branch:
 
 
 def drop_path_sum(drop_path: fx.Node, block: nn.Module) -> Sum:
-    """The addition that consumes a drop path.
+    """The addition that consumes a drop path; where none does, what it gives is added to zeros.
 
     Raises:
-        CutError: if there is none, or more than that consumes it.
+        UnusedError: if nothing consumes it.
+        CutError: if it is added to itself.
     """
+    try:
+        return _addition(drop_path, block)
+    except UnusedError:
+        raise
+    except CutError:
+        return Sum(drop_path, None, cast(fx.Node, drop_path.args[0]))
+
+
+def _addition(drop_path: fx.Node, block: nn.Module) -> Sum:
     output = drop_path
     while True:
         users = [user for user in output.users if not is_size(user)]
@@ -91,7 +98,7 @@ def drop_path_sum(drop_path: fx.Node, block: nn.Module) -> Sum:
             raise CutError(f"what the drop path gives is used by {names}, not by one addition")
         (user,) = users
         if user.op == "output":
-            raise LeavesBlockError("what the drop path gives leaves the block without being added to anything")
+            raise CutError("what the drop path gives leaves the block without being added to anything")
         operands = added(user)
         if operands is not None:
             others = [operand for operand in operands if operand is not output]
@@ -146,7 +153,7 @@ def cut(residual: Sum, block: nn.Module) -> Branch:
     Raises:
         CutError: if the drop path would not be skipped with it, or it changes a value from outside in place.
     """
-    kept = ancestors(residual.shortcut)
+    kept: set[fx.Node] = set() if residual.shortcut is None else ancestors(residual.shortcut)
     nodes = ancestors(residual.output) - kept
     # From the end to the start: what is used outside of the branch is none of it, nor what only that needs.
     for node in reversed(list(residual.add.graph.nodes)):
@@ -247,7 +254,8 @@ def batch_kinds(branch: Branch, residual: Sum) -> Mapping[fx.Node, bool | None]:
     What is computed from the same arguments as the shortcut follows the samples; parameters do not; any other argument
     of the block may or may not.
     """
-    origins = {node for node in ancestors(residual.shortcut) if node.op == "placeholder"}
+    source = residual.output if residual.shortcut is None else residual.shortcut
+    origins = {node for node in ancestors(source) if node.op == "placeholder"}
     kinds: dict[fx.Node, bool | None] = {}
     for node in branch.inputs:
         arguments = {ancestor for ancestor in ancestors(node) if ancestor.op == "placeholder"}
@@ -256,3 +264,12 @@ def batch_kinds(branch: Branch, residual: Sum) -> Mapping[fx.Node, bool | None]:
         else:
             kinds[node] = None if arguments else False
     return kinds
+
+
+def name_values_changed_in_place(graph: fx.Graph, block: nn.Module) -> None:
+    """Let all that uses a value after it was changed in place use the result of the change: the same tensor."""
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if node.op == "call_method" and _writes_in_place(node, block) and isinstance(node.args[0], fx.Node):
+            after = position[node]
+            node.args[0].replace_all_uses_with(node, delete_user_cb=lambda user: position[user] > after)  # noqa: B023
