@@ -2,4 +2,12 @@
 
 
 class DataError(ValueError):
-    """Data that is missing, damaged or of another form: one line with what was found, what is expected, the remedy."""
+    r"""Data that is missing, damaged or of another form: one line with what was found, what is expected, the remedy.
+
+    Example:
+        >>> print(DataError("no readable file (what zlib says\nin two lines)"))
+        no readable file (what zlib says in two lines)
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))
