@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from stochastic_depth.passes import ForwardPasses, Observer, evaluated_node, next_node
+from stochastic_depth.passes import ForwardPasses, Observer, evaluated_node, next_node, number_of
 
 _REST = -1
 
@@ -224,7 +224,10 @@ class _Meter(TorchDispatchMode):
         output = func(*args, **kwargs)
         if count is not None:
             node = evaluated_node()
-            owner = self._owner() if node is None else self._owners[bisect.bisect_right(self._first_nodes, node) - 1]
+            if node is None:
+                owner = self._owner()
+            else:
+                owner = self._owners[bisect.bisect_right(self._first_nodes, number_of(node)) - 1]
             self.flops[owner] = self.flops.get(owner, 0) + count(*args, **kwargs, out_val=output)
         return output
 

@@ -13,7 +13,7 @@ import functools
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -121,16 +121,18 @@ class ForwardPasses:
 
     def _forget(self) -> None:
         """Forget what holds for this process and its autograd graphs only."""
-        self._passes: deque[tuple[int, Pass | None]] = deque(maxlen=_NUM_REMEMBERED)
+        self._passes: deque[_Remembered] = deque(maxlen=_NUM_REMEMBERED)
         self._current: Pass | None = None
         self._in_root = False
         # From which autograd number on nodes belong to no pass yet; None where a pass may still be making some.
         self._unclaimed_from: int | None = 0
-        self._orders: tuple[tuple[int, int, torch.device], Tensor] | None = None
+        # Which number the next node had when a part was last given its gate.
+        self._asked_at = 0
+        self._orders: tuple[tuple[int, int, int, torch.device], Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("_passes", "_current", "_in_root", "_unclaimed_from", "_orders", "observer"):
+        for name in ("_passes", "_current", "_in_root", "_unclaimed_from", "_asked_at", "_orders", "observer"):
             del state[name]
         return state
 
@@ -207,7 +209,7 @@ class ForwardPasses:
         return counts
 
     def _order_of(self, this: Pass, num_samples: int, device: torch.device) -> Tensor:
-        key = (this.counter, num_samples, device)
+        key = (self.seed, this.counter, num_samples, device)
         if self._orders is None or self._orders[0] != key:
             order = draw_order(len(self.names), num_samples, seed=self.seed, counter=this.counter, rank=self._rank())
             self._orders = (key, order.to(device, non_blocking=True))
@@ -238,7 +240,7 @@ class ForwardPasses:
             if self._current is None and training:
                 # A branch in training mode under a root in evaluation mode.
                 self._current = self._new_pass()
-                self._passes[-1] = (self._passes[-1][0], self._current)
+                self._passes[-1] = self._passes[-1]._replace(made_in=self._current)
             return self._current
         if self.forced is None and not training:
             return None
@@ -247,7 +249,13 @@ class ForwardPasses:
             self._remember(self._current)
             self._unclaimed_from = None
         self._current.served.add(index)
+        self._asked_at = next_node()
         return self._current
+
+    def end_parts(self) -> None:
+        """Survival probabilities or counter have changed: the next call of a part starts a new pass."""
+        if not self._in_root:
+            self._current = None
 
     def _new_pass(self) -> Pass:
         new = Pass(self.counter, self.survival_probs, self.forced)
@@ -258,30 +266,72 @@ class ForwardPasses:
 
     def _remember(self, new: Pass | None) -> None:
         first = self._unclaimed_from
+        claims_previous = False
         if first is None:
-            # Reentrant checkpointing makes its node just before it runs the function without gradients: it is ours.
-            first = next_node() - (not torch.is_grad_enabled())
-        self._passes.append((first, new))
+            first = next_node()
+            # Reentrant checkpointing makes its node just before it runs the function without gradients: such a node
+            # is ours, unless a branch of the pass before has been run since.
+            claims_previous = not torch.is_grad_enabled() and self._asked_at < first
+        self._passes.append(_Remembered(first, claims_previous, new))
 
-    def _pass_of_node(self, node: int) -> Pass | None:
-        if not torch.is_grad_enabled():
+    def _pass_of_node(self, node: Node) -> Pass | None:
+        # Either the recomputation will make its node without gradients, or the nodes that it makes now would be looked
+        # up later, by numbers that belong to other passes.
+        if not torch.is_grad_enabled() or (_is_reentrant_checkpoint(node) and _inside_checkpoint()):
             raise RuntimeError(
-                "Reentrant activation checkpointing inside a reentrant checkpoint cannot be attributed to its forward "
-                "pass. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+                "Nested activation checkpoints cannot be attributed to their forward pass where one of them is "
+                "reentrant. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False) for all of them."
             )
-        for first, this in reversed(self._passes):
-            if first <= node:
-                return this
+        number = number_of(node)
+        for first, claims_previous, made_in in reversed(self._passes):
+            if first <= number or (claims_previous and number == first - 1 and _is_reentrant_checkpoint(node)):
+                return made_in
         raise RuntimeError(
             f"The forward pass that is being recomputed is not among the latest {_NUM_REMEMBERED} of this model."
         )
 
 
-# PyTorch has no public name for either number; the tests of activation checkpointing pin them.
-def evaluated_node() -> int | None:
-    """Number of the autograd node whose backward is being computed in this thread, None outside a backward."""
-    node = torch._C._current_autograd_node()  # pyright: ignore
-    return None if node is None else node._sequence_nr()  # pyright: ignore
+class _Remembered(NamedTuple):
+    """Which autograd nodes were made in a pass: those from number `first` on, to the next pass's.
+
+    Attributes:
+        first: the number.
+        claims_previous: whether the node before `first` is this pass's too, if it is a reentrant checkpoint's.
+        made_in: the pass, None for one without gates.
+    """
+
+    first: int
+    claims_previous: bool
+    made_in: Pass | None
+
+
+class Node(Protocol):
+    """A node of the autograd graph."""
+
+    def name(self) -> str:
+        """Name of its class."""
+        ...
+
+
+def _is_reentrant_checkpoint(node: Node) -> bool:
+    return node.name() == "CheckpointFunctionBackward"
+
+
+def _inside_checkpoint() -> bool:
+    """Whether what runs now is being checkpointed in the form that is not reentrant."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore
+    return hooks is not None and hooks[0].__qualname__.startswith("_checkpoint_hook.")
+
+
+# PyTorch has no public name for any of these; the tests of activation checkpointing pin them.
+def evaluated_node() -> Node | None:
+    """The autograd node whose backward is being computed in this thread, None outside a backward."""
+    return torch._C._current_autograd_node()  # pyright: ignore
+
+
+def number_of(node: Node) -> int:
+    """Number of a node: nodes of a thread are numbered in the order of their creation."""
+    return node._sequence_nr()  # pyright: ignore
 
 
 def next_node() -> int:
