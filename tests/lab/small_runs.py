@@ -43,7 +43,7 @@ def small(depth: Depth | None = Depth(), **recipe: Any) -> Experiment:
         name="small",
         depth=depth,
         data=replace(digits.data, limit=100),
-        model=replace(digits.model, num_layers=20),
+        model=replace(digits.model, num_layers=14),
         recipe=replace(digits.recipe, **{"epochs": 4, "batch_size": 16, "learning_rate": 0.02, **recipe}),
     )
 

@@ -1,0 +1,255 @@
+"""The loop against a plain one, and against itself interrupted."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_runs import CPU, Silent, assert_same, outcome, small, train
+
+import stochastic_depth as sd
+from stochastic_depth_lab import checkpoint, loop
+from stochastic_depth_lab.build import find_device
+from stochastic_depth_lab.config import Data, Depth
+from stochastic_depth_lab.data import Augmentation, Normalisation, batches, load
+from stochastic_depth_lab.evaluation import evaluate, evaluate_run
+from stochastic_depth_lab.loop import Interrupted, NotFiniteError
+from stochastic_depth_lab.lr_schedules import learning_rate
+
+
+class StopAfter:
+    """Asks to stop at the n-th question."""
+
+    def __init__(self, questions: int) -> None:
+        self.left = questions
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left <= 0
+
+
+@pytest.mark.parametrize("depth", [None, Depth()], ids=["constant", "stochastic"])
+def test_it_is_the_plain_loop(tmp_path, depth):
+    """The optimiser's formula written out, gates drawn by a controller of the test's own, the mean taken by hand."""
+    experiment = replace(small(depth, epochs=2), data=Data("digits", limit=100, translation=1))
+    observer = Silent()
+    result = train(experiment, tmp_path / "run", observer=observer)
+
+    digits = load("digits")
+    images, labels = digits.train.images[:100], digits.train.labels[:100]
+    part = type(digits.train)(images, labels)
+    normalisation = Normalisation.fit(images, "channel")
+    torch.manual_seed(0)
+    net = sd.models.cifar_resnet(14, 10, in_channels=1)
+    control = sd.make_stochastic_(net, sd.linear_decay(0.5), seed=0) if depth else None
+    velocity = [torch.zeros_like(parameter) for parameter in net.parameters()]
+    for epoch in (1, 2):
+        losses, gradients, depths = [], [], []
+        order = batches(
+            part, 16, normalisation=normalisation, augmentation=Augmentation(1, flip=False), seed=0, epoch=epoch
+        )
+        for step, (inputs, answers) in enumerate(order):
+            rate = learning_rate(experiment.recipe, epoch, step, 7)
+            net.train()
+            net.zero_grad()
+            loss = F.cross_entropy(net(inputs), answers)
+            loss.backward()
+            losses.append(loss.item())
+            gradients.append(net.conv.weight.grad.abs().mean().item())
+            depths.append(sum(control.last_gates) if control else 6)
+            with torch.no_grad():
+                for parameter, v in zip(net.parameters(), velocity, strict=True):
+                    gradient = parameter.grad + 1e-4 * parameter
+                    v.mul_(0.9).add_(gradient)
+                    parameter -= rate * (gradient + 0.9 * v)
+        row = observer.rows[epoch - 1]
+        assert (step + 1, len(answers)) == (7, 4)  # the last, short batch was used
+        assert row["train_loss"] == pytest.approx(sum(losses) / 7, rel=1e-4)
+        assert row["first_conv_grad"] == pytest.approx(sum(gradients) / 7, rel=1e-4)
+        assert row["realised_depth"] == pytest.approx(sum(depths) / 7)
+        assert row["learning_rate"] == rate
+        test = normalisation(digits.test.images[:100])
+        net.eval()
+        wrong = (net(test).argmax(1) != digits.test.labels[:100]).sum().item()
+        assert row["test_error"] == pytest.approx(wrong, abs=1.01)  # of 100: percent; a tie may turn by rounding
+        assert row["test_loss"] == pytest.approx(F.cross_entropy(net(test), digits.test.labels[:100]).item(), rel=1e-3)
+    assert result["realised_depth"] == pytest.approx(sum(row["realised_depth"] for row in observer.rows) / 2)
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)["model"]
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(state[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_the_cost_is_that_of_the_gates(tmp_path):
+    observer = Silent()
+    train(small(), tmp_path / "run", observer=observer)
+    net = sd.models.cifar_resnet(14, 10, in_channels=1)
+    cost = sd.make_stochastic_(net, sd.linear_decay(0.5)).cost(torch.zeros(2, 1, 8, 8))
+    for row in observer.rows:
+        mean_gates = [count / row["num_steps"] for count in row["open_counts"]]
+        assert row["realised_cost"] == pytest.approx(cost.share(mean_gates))  # linear in the gates of unnested branches
+    branches = json.loads((tmp_path / "run" / "branches.json").read_text())
+    assert branches["survival_probs"] == sd.linear_decay(0.5)(6)
+    assert branches["expected_cost"] == pytest.approx(cost.training_flops)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Outcomes of whole runs by name: each is trained once."""
+    folder = tmp_path_factory.mktemp("whole")
+    experiments = {
+        "constant": small(None),
+        "stochastic": small(),
+        "sample": small(Depth(granularity="sample")),
+        "within epochs": small(validate_every=3, checkpoint_every=2),
+    }
+    for name, experiment in experiments.items():
+        train(experiment, folder / name)
+    return {name: (experiment, outcome(folder / name)) for name, experiment in experiments.items()}
+
+
+@pytest.mark.parametrize("questions", [4, 7])
+@pytest.mark.parametrize("name", ["constant", "stochastic", "sample", "within epochs"])
+def test_a_run_stopped_again_and_again_is_the_uninterrupted_one(tmp_path, uninterrupted, name, questions):
+    experiment, expected = uninterrupted[name]
+    starts = set()
+    for _ in range(60):
+        observer = Silent()
+        try:
+            train(
+                experiment, tmp_path / "run", observer=observer, resume=True, stop_requested=StopAfter(questions)
+            )
+            break
+        except Interrupted:
+            starts.update(observer.starts)
+    assert len(starts) > 3
+    assert any(0 < step < 7 for _, step in starts)
+    assert_same(outcome(tmp_path / "run"), expected)
+
+
+def test_a_run_killed_after_its_metrics_repeats_the_epoch(tmp_path, uninterrupted, monkeypatch):
+    """Killed between the line of `metrics.jsonl` and the checkpoint, the moment at which the two disagree."""
+    experiment, expected = uninterrupted["stochastic"]
+    with monkeypatch.context() as patch:
+        saves = iter(range(10))
+
+        def dying(*arguments):
+            if next(saves) == 2:
+                raise KeyboardInterrupt
+            checkpoint_save(*arguments)
+
+        checkpoint_save = checkpoint.save
+        patch.setattr(checkpoint, "save", dying)
+        with pytest.raises(KeyboardInterrupt):
+            train(experiment, tmp_path / "run")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    assert len(metrics.read_text().splitlines()) == 3
+    with metrics.open("a") as file:
+        file.write('{"epoch": 4, "tra')  # and a torn line
+    train(experiment, tmp_path / "run", resume=True)
+    assert_same(outcome(tmp_path / "run"), expected)
+
+
+def test_a_damaged_checkpoint_falls_back_and_says_so(tmp_path, uninterrupted):
+    experiment, expected = uninterrupted["stochastic"]
+    with pytest.raises(Interrupted):
+        train(experiment, tmp_path / "run", stop_requested=StopAfter(25))
+    last = tmp_path / "run" / "checkpoints" / "last.pt"
+    last.write_bytes(last.read_bytes()[:-1000])
+    observer = Silent()
+    train(experiment, tmp_path / "run", resume=True, observer=observer)
+    assert len(observer.remarks) == 1
+    assert "last.pt is damaged" in observer.remarks[0]
+    assert_same(outcome(tmp_path / "run"), expected)
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(tmp_path, uninterrupted):
+    experiment, _ = uninterrupted["stochastic"]
+    with pytest.raises(Interrupted):
+        train(experiment, tmp_path / "run", stop_requested=StopAfter(5))
+    with pytest.raises(ValueError, match=r"seed: 0, not 1; recipe|seed: 0, not 1"):
+        train(replace(experiment, seed=1), tmp_path / "run", resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(tmp_path):
+    experiment = small(warmup_epochs=2, warmup_learning_rate=0.01, learning_rate=1e30, lr_schedule="step_text")
+    with pytest.raises(NotFiniteError, match=r"the loss is (nan|inf) in epoch 3, step [2-7] of 7"):
+        train(experiment, tmp_path / "run")
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    saved = checkpoint.read(tmp_path / "run" / "checkpoints" / "last.pt")
+    assert (saved["epoch"], saved["tally"]["step"]) == (3, 0)
+    assert all(value.isfinite().all() for value in saved["model"].values())
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_the_reported_error_is_that_at_the_lowest_validation_error(tmp_path):
+    observer = Silent()
+    result = train(small(epochs=5, learning_rate=0.05), tmp_path / "run", observer=observer)
+    best = min(observer.rows, key=lambda row: (row["validation_error"], row["validation_loss"]))
+    assert (result["best_epoch"], result["test_error"]) == (best["epoch"], best["test_error"])
+    assert result["final_test_error"] == observer.rows[-1]["test_error"]
+    again = evaluate_run(tmp_path / "run", device=CPU)
+    assert again["best"]["test"].error == result["test_error"]
+    assert again["best"]["validation"].error == result["validation_error"]
+    assert again["last"]["test"].error == result["final_test_error"]
+
+
+def test_validation_within_epochs_may_find_the_lowest(tmp_path, monkeypatch):
+    """Every three steps of seven, counted over all epochs; the test part only where the validation error is lower."""
+    seen = []
+
+    def watched(model, images, precision):
+        evaluation = evaluate(model, images, precision)
+        seen.append(evaluation)
+        return evaluation
+
+    monkeypatch.setattr(loop, "evaluate", watched)
+    result = train(small(epochs=3, validate_every=3), tmp_path / "run")
+    saved = checkpoint.read(tmp_path / "run" / "checkpoints" / "last.pt")
+    assert saved["best"]["validation_error"] == result["validation_error"]
+    # after 3, 6, 7 (epoch 1), 9, 12, 14 (epoch 2), 15, 18, 21 (epoch 3; 21 is its end as well)
+    assert 9 + 3 <= len(seen) <= 18
+    assert result["validation_error"] <= min(row["validation_error"] for row in _rows(tmp_path / "run"))
+
+
+def _rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_stays_near_full_precision_and_resumes(tmp_path, precision):
+    experiment = replace(small(epochs=2), precision=precision)
+    full = train(small(epochs=2), tmp_path / "full")
+    train(experiment, tmp_path / "whole")
+    first, mixed = _rows(tmp_path / "full")[0], _rows(tmp_path / "whole")[0]
+    assert mixed["train_loss"] == pytest.approx(first["train_loss"], rel=0.05)
+    assert mixed["train_loss"] != first["train_loss"]
+    assert math.isfinite(full["test_error"])
+    with pytest.raises(Interrupted):
+        train(experiment, tmp_path / "parts", stop_requested=StopAfter(5))
+    train(experiment, tmp_path / "parts", resume=True)
+    assert_same(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
+
+
+def test_global_settings_are_as_before(tmp_path):
+    train(small(epochs=1), tmp_path / "run")
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:x", "cuda:99", "cpu:1:2", "mps"])
+def test_a_device_that_is_not_there(name):
+    with pytest.raises(ValueError, match=r"^(--device must be|there is no device)"):
+        find_device(name, "fp32")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_run_on_the_gpu_resumes_bit_for_bit(tmp_path, precision):
+    experiment = replace(small(), precision=precision)
+    device = find_device("cuda", precision)
+    loop.train(experiment, tmp_path / "whole", [Silent()], device=device)
+    with pytest.raises(Interrupted):
+        loop.train(experiment, tmp_path / "parts", [Silent()], device=device, stop_requested=StopAfter(12))
+    loop.train(experiment, tmp_path / "parts", [Silent()], device=device, resume=True)
+    assert_same(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
