@@ -56,7 +56,9 @@ def torchvision_names() -> list[str]:
 def torchvision_depth(name: str) -> sd.Controller | None:
     """The controller of a model: of its drop paths, or of its residual additions; None if it has neither."""
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    model = torchvision.models.get_model(name, **options)
+    # RegNets compute their widths with tensors, which have no values on the meta device.
+    with torch.device("cpu" if name.startswith("regnet") else "meta"):
+        model = torchvision.models.get_model(name, **options)
     try:
         return sd.make_stochastic_(model)
     except ValueError:
@@ -104,7 +106,8 @@ def main() -> None:
     share = (num_models - len(missed)) / max(num_models, 1)
     for cause, affected in sorted(causes.items(), key=lambda item: -len(item[1])):
         print(f"{len(affected):4d}  {cause}\n      {', '.join(affected)}")
-    print(f"{len(without)} models without drop paths or residual additions: not counted")
+    what = "take no drop path rate" if arguments.library == "timm" else "have neither drop paths nor residual additions"
+    print(f"{len(without)} models {what}, and are not counted: {', '.join(without)}")
     print(
         f"{arguments.library}: in {num_models - len(missed)} of {num_models} models ({share:.1%}) every drop path that "
         f"acts is skipped; {num_branches} branches; {time.perf_counter() - begin:.0f} s"

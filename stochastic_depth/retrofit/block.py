@@ -170,11 +170,13 @@ def find_sums(graph: fx.Graph, block: nn.Module, drop_paths: Sequence[str]) -> d
 
 
 def parts_of(branch: cuts.Branch, block: nn.Module) -> BranchParts:
-    """What holds the parameters of a branch."""
+    """What holds the parameters of a branch: the children that it calls and nothing else does, and single parameters."""
+    inner = set(branch.nodes)
+    outside = {node.target for node in branch.nodes[0].graph.nodes if node.op == "call_module" and node not in inner}
     members: dict[nn.Module, None] = {}
     direct: dict[tuple[nn.Module, str], None] = {}
     for node in branch.nodes:
-        if node.op == "call_module":
+        if node.op == "call_module" and node.target not in outside:
             members[block.get_submodule(cast(str, node.target))] = None
         elif node.op == "get_attr":
             path, _, name = cast(str, node.target).rpartition(".")
