@@ -173,9 +173,9 @@ def _parse_train(arguments: Sequence[str]) -> tuple[Experiment, RunOptions]:
 
 
 def _reproduce(arguments: Sequence[str]) -> int:
+    options = _parse(Reproduce, "reproduce", arguments, Reproduce(tyro.MISSING, _run_defaults(None)))
     from stochastic_depth_lab import records
 
-    options = _parse(Reproduce, "reproduce", arguments, Reproduce(tyro.MISSING, _run_defaults(None)))
     pair = [
         replace(quick(each) if options.run.quick else each, seed=options.run.seed, precision=options.run.precision)
         for each in find_pair(options.name)
@@ -316,7 +316,12 @@ def _train_one(experiment: Experiment, options: RunOptions, folder: Path, observ
     if records.look(folder, experiment, resume=options.resume) is not None:
         observer.on_remark(f"{folder} is finished already.")
         return
-    observers = [observer, TensorBoard(folder / "tensorboard")] if options.tensorboard else [observer]
+    observers = [observer]
+    if options.tensorboard:
+        try:
+            observers.append(TensorBoard(folder / "tensorboard"))
+        except ModuleNotFoundError:
+            raise ValueError("--tensorboard needs TensorBoard: pip install 'stochastic-depth[tensorboard]'") from None
     # An interrupted run has saved itself; the command says how to go on once the progress bar is gone.
     with contextlib.suppress(loop.Interrupted):
         loop.train(

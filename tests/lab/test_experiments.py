@@ -84,7 +84,10 @@ def test_the_recipe_is_the_papers():
         },
         "precision": "fp32",
         "seed": 0,
-        "published": {"test_error": 5.23, "source": "Huang et al. 2016, table of results, as given by public summaries"},
+        "published": {
+            "test_error": 5.23,
+            "source": "Huang et al. 2016, table of results, as given by public summaries",
+        },
     }
     assert find("cifar10-1202-constant").recipe.warmup_epochs == 10
     svhn = find("svhn-152-stochastic")

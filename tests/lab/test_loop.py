@@ -117,9 +117,7 @@ def test_a_run_stopped_again_and_again_is_the_uninterrupted_one(tmp_path, uninte
     for _ in range(60):
         observer = Silent()
         try:
-            train(
-                experiment, tmp_path / "run", observer=observer, resume=True, stop_requested=StopAfter(questions)
-            )
+            train(experiment, tmp_path / "run", observer=observer, resume=True, stop_requested=StopAfter(questions))
             break
         except Interrupted:
             starts.update(observer.starts)

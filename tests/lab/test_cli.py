@@ -1,0 +1,247 @@
+"""The command line: instant help, one line for every mistake, interruption that saves, kill -9 that loses nothing."""
+
+import json
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from small_runs import assert_same, outcome
+
+from stochastic_depth_lab import cli
+from stochastic_depth_lab.cli import main
+from stochastic_depth_lab.observers import Lines
+
+SMALL = shlex.split("--model.num-layers 14 --data.limit 100 --recipe.batch-size 16 --recipe.epochs 6")
+
+
+def command(*arguments: object) -> list[str]:
+    return [str(Path(sys.executable).with_name("stochastic-depth")), *map(str, arguments)]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["train", "cifar10-110-stochastic", "--help"],
+        ["reproduce", "-h"],
+        ["report", "-h"],
+    ],
+    ids=" ".join,
+)
+def test_help_imports_no_torch(arguments):
+    code = f"""
+import sys
+from stochastic_depth_lab.cli import main
+try:
+    main({arguments!r})
+except SystemExit as stop:
+    assert stop.code in (0, None)
+assert "torch" not in sys.modules
+"""
+    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "stochastic-depth" in shown.stdout
+    assert shown.stderr == ""
+
+
+def test_help_of_an_experiment_shows_its_own_values(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "cifar10-1202-stochastic", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--recipe.warmup-epochs INT" in shown
+    assert "(default: 10)" in shown
+    assert "--depth.final-survival-prob FLOAT" in shown
+
+
+def test_without_the_extra_one_line_says_how_to_get_it(tmp_path):
+    code = "import sys; sys.modules['tyro'] = None; import stochastic_depth_lab.cli"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert shown.returncode == 1
+    assert shown.stderr == "The stochastic-depth command needs the laboratory: pip install 'stochastic-depth[lab]'\n"
+
+
+MISTAKES = {
+    "trian": "there is no command 'trian', but train,",
+    "train": "name the experiment",
+    "train digits-stochastik --out OUT": "there is no experiment 'digits-stochastik'. Nearest: digits-stochastic",
+    "train digits-constant": "--out",
+    "train digits-constant --out OUT --sed 3": "Unrecognized options: --sed",
+    "train digits-constant --out OUT --seed x": "--seed",
+    "train digits-constant --out OUT --precision fp8": "'fp8'",
+    "train digits-constant --out OUT --device tpu": "--device must be cpu, cuda or cuda:NUMBER, but is 'tpu'",
+    "train digits-constant --out OUT --device cuda:99": "there is no device 'cuda:99'",
+    "train digits-constant --out OUT --depth.schedule uniform": "Unrecognized options",
+    "train digits-stochastic --out OUT --depth.final-survival-prob 0": "must be in (0, 1], but is 0",
+    "train digits-stochastic --out OUT --depth.final-survival-prob 1.5": "must be in (0, 1], but is 1.5",
+    "train digits-stochastic --out OUT --model.num-layers 21": "6n + 2",
+    "train digits-stochastic --out OUT --recipe.epochs 0": "recipe.epochs must be at least 1, but is 0",
+    "train digits-stochastic --out OUT --recipe.learning-rate -1": "recipe.learning_rate must be a positive number",
+    "train digits-stochastic --out OUT --recipe.lr-drops 250": "shares of the epochs in (0, 1)",
+    "train digits-stochastic --out OUT --recipe.momentum 0": "recipe.momentum must be in (0, 1), but is 0",
+    "train digits-stochastic --out OUT --data.num-validation 5000": "validation must be",
+    "train cifar10-20-constant --out OUT --data-root FILE": "FILE",
+    "train digits-constant --out FULL": "is not empty",
+    "train digits-constant --out FILE": "--out must be a folder",
+    "reproduce digit --out OUT": "there is no pair of experiments 'digit'. Nearest: digits",
+    "reproduce digits": "--out",
+    "evaluate FULL": "is not a run folder",
+    "evaluate NOWHERE": "is not a run folder",
+    "report FULL": "is not a run folder",
+    "report": "no run folder",
+    "schedule --num-layers 21": "6n + 2",
+    "schedule --final-survival-prob 0": "must be in (0, 1]",
+    "schedule exponential": "there is no schedule 'exponential', but linear_decay",
+    "schedule --out figure.pdf": ".png or .svg",
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES, ids=str)
+def test_a_mistake_is_one_line_and_changes_nothing(line, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("FULL").mkdir()
+    Path("FULL", "notes.txt").write_text("mine")
+    Path("FILE").write_text("mine")
+    assert main(line.split()) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1
+    assert MISTAKES[line] in shown
+    assert sorted(str(path) for path in Path().rglob("*")) == ["FILE", "FULL", "FULL/notes.txt"]
+
+
+def test_a_loss_that_is_not_finite_is_one_line(tmp_path, capsys):
+    arguments = ["train", "digits-stochastic", "--out", str(tmp_path / "run"), *SMALL]
+    assert main([*arguments, "--recipe.learning-rate", "1e30"]) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert "epoch 1, step" in last
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, capsys, monkeypatch):
+    """The file may grow to a megabyte, as on a disk that is full there; a real limit of the operating system."""
+    run = tmp_path / "run"
+    code = (
+        "import resource, signal, sys; from stochastic_depth_lab.cli import main; "
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = ["train", "digits-constant", "--out", run, *SMALL]
+    stopped = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert stopped.returncode == 2
+    assert "File too large" in stopped.stderr.splitlines()[-1]
+    assert not list(run.rglob("*.tmp"))
+    assert main([*map(str, arguments), "--resume"]) == 0
+
+
+def test_train_reports_and_evaluates(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["train", "digits-stochastic", "--out", str(run), "--seed", "3", *SMALL]) == 0
+    shown = capsys.readouterr()
+    result = json.loads((run / "result.json").read_text())
+    assert f"test error {result['test_error']:.2f} %" in shown.out
+    first, *lines = shown.err.splitlines()
+    assert first == "digits-stochastic: 6 epochs of 7 steps"
+    assert [line.split()[:2] for line in lines] == [["epoch", f"{epoch}/6"] for epoch in range(1, 7)]
+    config = json.loads((run / "config.json").read_text())
+    assert (config["seed"], config["model"]["num_layers"]) == (3, 14)
+
+    assert main(["train", "digits-stochastic", "--out", str(run), "--seed", "3", "--resume", *SMALL]) == 0
+    assert "is finished already" in capsys.readouterr().err
+    assert main(["evaluate", str(run)]) == 0
+    assert f"best weights  test        error {result['test_error']:.2f} %" in capsys.readouterr().out
+    assert main(["report", str(run)]) == 0
+    assert "digits-stochastic" in capsys.readouterr().out
+    assert (run / "report.html").exists()
+
+
+def test_reproduce_trains_both_and_reports(tmp_path, capsys, monkeypatch):
+    for name in ("digits-constant", "digits-stochastic"):
+        experiment, _ = cli._parse_train([name, "--out", "x", *SMALL])
+        monkeypatch.setitem(cli.EXPERIMENTS, name, experiment)
+    assert main(["reproduce", "digits", "--out", str(tmp_path / "runs"), "--seed", "2"]) == 0
+    shown = capsys.readouterr()
+    assert "digits-constant" in shown.out
+    assert "digits-stochastic" in shown.out
+    assert (tmp_path / "runs" / "report.html").exists()
+    assert len(list((tmp_path / "runs" / "figures").glob("*.png"))) >= 3
+    rows = [
+        json.loads((tmp_path / "runs" / name / "config.json").read_text())["seed"]
+        for name in ("digits-constant", "digits-stochastic")
+    ]
+    assert rows == [2, 2]
+    assert main(["reproduce", "digits", "--out", str(tmp_path / "runs"), "--seed", "2"]) == 2
+    assert main(["reproduce", "digits", "--out", str(tmp_path / "runs"), "--seed", "2", "--resume"]) == 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, capsys, monkeypatch, number, code):
+    arguments = ["train", "digits-stochastic", *SMALL, "--out"]
+    assert main([*arguments, str(tmp_path / "whole")]) == 0
+    before = signal.getsignal(number)
+
+    def interrupt(self: Lines, row: dict[str, object]) -> None:
+        if row["epoch"] == 2:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Lines, "on_epoch", interrupt)
+        capsys.readouterr()
+        assert main([*arguments, str(tmp_path / "parts")]) == code
+    assert signal.getsignal(number) is before
+    *_, said = capsys.readouterr().err.splitlines()
+    assert said.startswith("stopped and saved. Go on with: stochastic-depth train digits-stochastic ")
+    assert main(shlex.split(said.partition("stochastic-depth ")[2])) == 0
+    assert_same(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_resumed_it_is_the_uninterrupted_run(tmp_path):
+    """`kill -9` of a real training process; a moment is so many saves after the start and up to 0.1 s more."""
+    arguments = ["train", "digits-stochastic", *SMALL, "--recipe.epochs", 30, "--recipe.checkpoint-every", 2]
+    assert main([*map(str, arguments), "--out", str(tmp_path / "whole")]) == 0
+    run = tmp_path / "parts"
+    moments = random.Random(0)
+    num_kills = 0
+    for _ in range(3):
+        process = subprocess.Popen(command(*arguments, "--out", run, "--resume"), stderr=subprocess.DEVNULL)
+        last = run / "checkpoints" / "last.pt"
+        started = last.stat().st_mtime_ns if last.exists() else 0
+        while process.poll() is None and (last.stat().st_mtime_ns if last.exists() else 0) == started:
+            time.sleep(0.002)
+        time.sleep(moments.random() * 0.1)
+        num_kills += process.poll() is None
+        process.kill()
+        process.wait()
+    assert num_kills >= 2
+    subprocess.run(command(*arguments, "--out", run, "--resume"), check=True, capture_output=True)
+    assert_same(outcome(run), outcome(tmp_path / "whole"))
+
+
+def test_schedule_shows_and_draws(tmp_path, capsys):
+    assert main(["schedule", "--num-layers", "20", "--out", str(tmp_path / "survival.png")]) == 0
+    shown = capsys.readouterr().out
+    assert "expected depth 6.50 of 9 blocks" in shown
+    assert (tmp_path / "survival.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tensorboard_events_on_request(tmp_path):
+    pytest.importorskip("tensorboard")
+    assert main(["train", "digits-constant", *SMALL, "--out", str(tmp_path / "run"), "--tensorboard"]) == 0
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [event.step for event in events.Scalars("test_error")] == [row["epoch"] for row in rows]
+    assert events.Scalars("train_loss")[-1].value == pytest.approx(rows[-1]["train_loss"])
+
+
+def test_tensorboard_that_is_not_installed_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)
+    assert main(["train", "digits-constant", *SMALL, "--out", str(tmp_path / "run"), "--tensorboard"]) == 2
+    assert "pip install 'stochastic-depth[tensorboard]'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,101 @@
+"""The run folder: refused when in use, truncated to what the checkpoint knows, never overwritten."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+from small_runs import CPU, small, train
+
+from stochastic_depth_lab import records
+from stochastic_depth_lab.records import RunError, RunFolder
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from stochastic_depth_lab import records
+from stochastic_depth_lab.experiments import find
+with records.opened(Path(sys.argv[1]), find("digits-constant"), resume=True):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_run_on_one_folder_is_refused_and_a_dead_ones_lock_is_not(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "run"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match=rf"another run is writing in .*run \(process {process.pid}\)"):
+            train(small(), tmp_path / "run", resume=True)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    assert (tmp_path / "run" / ".lock").exists()
+    with records.opened(tmp_path / "run", small(), resume=False):  # nothing but the lock: as good as empty
+        pass
+
+
+def test_the_lock_is_free_after_the_run(tmp_path):
+    with records.opened(tmp_path / "run", small(), resume=False):
+        pass
+    with records.opened(tmp_path / "run", small(), resume=False):
+        pass
+
+
+def test_an_existing_folder_is_refused_and_untouched(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match="exists and is not empty: give another folder, or --resume"):
+        train(small(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    with pytest.raises(RunError, match="is a file"):
+        train(small(), tmp_path / "notes.txt")
+
+
+def test_a_run_of_another_configuration_is_refused_and_named(tmp_path):
+    train(small(epochs=1), tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    other = replace(small(epochs=2), precision="bf16")
+    with pytest.raises(RunError, match=r"recipe.epochs: 1, not 2; precision: fp32, not bf16"):
+        train(other, tmp_path / "run", resume=True)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_resume_on_a_finished_run_gives_its_result_and_writes_nothing(tmp_path):
+    result = train(small(epochs=1), tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    assert train(small(epochs=1), tmp_path / "run", resume=True) == result
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+
+
+def test_metrics_are_cut_to_the_epochs_of_the_checkpoint(tmp_path):
+    folder = RunFolder(tmp_path, small())
+    for epoch in (1, 2, 3):
+        folder.append_metrics({"epoch": epoch})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"epo')
+    folder.keep_epochs(2)
+    assert folder.metrics() == [{"epoch": 1}, {"epoch": 2}]
+    with pytest.raises(RunError, match="has 2 epochs, the checkpoint 3"):
+        folder.keep_epochs(3)
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 7}\n')
+    with pytest.raises(RunError, match="line 2 is not epoch 2"):
+        folder.keep_epochs(2)
+
+
+def test_the_environment_says_what_a_number_needs(tmp_path):
+    train(small(epochs=1), tmp_path / "run")
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["versions"].keys() == {"python", "stochastic-depth", "torch", "numpy"}
+    assert environment["num_cpus"] == os.cpu_count()
+    assert environment["device"] == str(CPU)
+    assert environment["command"]
+    started = time.strptime(environment["started"], "%Y-%m-%dT%H:%M:%S+00:00")
+    assert abs(time.mktime(started) - time.mktime(time.gmtime())) < 3600
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config == records.as_json(small(epochs=1))
