@@ -139,10 +139,15 @@ def controller(model: nn.Module) -> Controller:
         ValueError: if the model is not stochastic, or holds several models that are.
     """
     found = [module.__dict__[_CONTROLLER] for module in model.modules() if _CONTROLLER in module.__dict__]
-    if len(found) != 1:
-        state = "is not stochastic: call make_stochastic_ first" if not found else f"holds {len(found)} controllers"
-        raise ValueError(f"This {type(model).__name__} {state}.")
-    return found[0]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        state = f"holds {len(found)} controllers"
+    elif any(_BRANCH in module.__dict__ for module in model.modules()):
+        state = "is a part of a stochastic model, or a copy of one: use the whole model, and restore_ it before copying"
+    else:
+        state = "is not stochastic: call make_stochastic_ first"
+    raise ValueError(f"This {type(model).__name__} {state}.")
 
 
 def restore_(model: nn.Module) -> None:
@@ -170,6 +175,8 @@ def _survival_probs(schedule: Schedule | Sequence[float] | None, branches: Seque
             f"schedule must be a schedule, such as linear_decay({schedule}) or uniform({schedule}), or one survival "
             f"probability per branch, but is the number {schedule}. (A drop rate r is a survival probability of 1 - r.)"
         )
+    if isinstance(schedule, str):
+        raise TypeError(f"schedule must be a schedule, such as linear_decay(0.5), but is the name {schedule!r}.")
     survival_probs = schedule(num_branches) if callable(schedule) else list(schedule)
     if len(survival_probs) != num_branches:
         raise ValueError(

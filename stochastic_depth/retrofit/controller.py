@@ -149,8 +149,11 @@ class Controller:
             ValueError: if the state is not that of a model with the same branches; nothing is changed then.
         """
         expected = set(self.state_dict())
-        if set(state) != expected:
-            raise ValueError(f"The state must have the entries {sorted(expected)}, but has {sorted(map(str, state))}.")
+        if not isinstance(state, Mapping) or set(state) != expected:
+            given = f"has {sorted(map(str, state))}" if isinstance(state, Mapping) else f"is {state!r}"
+            raise ValueError(f"The state must have the entries {sorted(expected)}, but {given}.")
+        if not isinstance(state["names"], (list, tuple)):
+            raise ValueError(f"The state's names must be a list of branch names, but is {state['names']!r}.")
         if list(state["names"]) != self.names:
             raise ValueError(
                 f"The state is that of a model with {len(state['names'])} branches, this one has {len(self.names)}; "
@@ -217,6 +220,8 @@ class Controller:
 
 
 def _check_length(values: Sequence[object], num_branches: int, name: str, what: str) -> None:
+    if not hasattr(values, "__len__"):
+        raise TypeError(f"{name} must have one entry per branch, {num_branches} in all, but is {values!r}.")
     if len(values) != num_branches:
         raise ValueError(
             f"{name} must have one entry per branch, {num_branches} in all, but {len(values)} {what} were given."
