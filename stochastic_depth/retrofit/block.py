@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -13,7 +14,7 @@ from stochastic_depth.passes import Gate, is_exporting
 from stochastic_depth.residual import GatedBranch, compiled_inside
 from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.cuts import CutError, Sum
-from stochastic_depth.retrofit.shapes import output_shape, samples_among
+from stochastic_depth.retrofit.shapes import output_without_data, samples_among
 from stochastic_depth.retrofit.trace import PLAIN_TYPES, Recording, TraceError, flatten, is_size, record, size_value
 
 Key = tuple[str, int]
@@ -218,18 +219,30 @@ def _gate(residual: Sum, key: Key, block: nn.Module, branches: BlockBranches) ->
     kinds = cuts.batch_kinds(branch, residual)
     function = _compile(_branch_graph(branch, residual), f"{branches.name}: branch {key[0]}#{key[1] + 1}")
     graph = residual.add.graph
-    make = _gated_value if residual.shortcut is None else _gated_sum
+    make = _gated_sum
+    if residual.shortcut is None or branch.sides:
+        if residual.shortcut is None and branch.sides:
+            raise CutError("the branch is added to nothing and gives more than one value")
+        make = _gated_value if residual.shortcut is None else _gated_sum_and_sides
     gated_sum = make(block, branches, key, function, [kinds[node] for node in branch.inputs])
     with graph.inserting_before(residual.add):
         shortcut = () if residual.shortcut is None else (residual.shortcut,)
         gated_node = graph.call_function(gated_sum, (*shortcut, *branch.inputs))
-    residual.add.replace_all_uses_with(gated_node)
+    result = gated_node
+    if branch.sides:
+        with graph.inserting_before(residual.add):
+            result = graph.call_function(operator.getitem, (gated_node, 0))
+            sides = [graph.call_function(operator.getitem, (gated_node, i + 1)) for i in range(len(branch.sides))]
+        for side, new in zip(branch.sides, sides, strict=True):
+            side.replace_all_uses_with(new)
+            graph.erase_node(side)
+    residual.add.replace_all_uses_with(result)
     graph.erase_node(residual.add)
     inner = set(branch.nodes)
     for node in reversed(list(graph.nodes)):
         if node in inner or (is_size(node) and not node.users):
             graph.erase_node(node)
-    return gated_node
+    return result
 
 
 def _branch_graph(branch: cuts.Branch, residual: Sum) -> fx.Graph:
@@ -248,7 +261,8 @@ def _branch_graph(branch: cuts.Branch, residual: Sum) -> fx.Graph:
             copies[node] = copied(cast(fx.Node, node.args[0]))
         else:
             copied(node)
-    graph.output(copies[residual.output])
+    output = copies[residual.output]
+    graph.output((output, *(copied(side) for side in branch.sides)) if branch.sides else output)
     return graph
 
 
@@ -291,6 +305,44 @@ def _gated_sum(
     return gated_sum
 
 
+def _gated_sum_and_sides(
+    block: nn.Module, branches: BlockBranches, key: Key, function: Callable[..., Any], kinds: Sequence[bool | None]
+) -> Callable[..., Any]:
+    """The sum, and what else the branch's attention returns: attention maps are None where not all samples ran."""
+    number = branches.known.index(key)
+    sides_without_run: dict[Any, tuple[Any, ...]] = {}
+
+    @compiled_inside
+    def gated_sum_and_sides(shortcut: Tensor, *inputs: Any) -> tuple[Any, ...]:
+        seen: list[tuple[Any, ...]] = []
+
+        def first(module: nn.Module, *values: Any) -> Tensor:
+            output, *sides = function(module, *values)
+            if output.shape[0] == shortcut.shape[0]:
+                seen.append(tuple(sides))
+            return output
+
+        summed = _gated_sum(block, branches, key, first, kinds)(shortcut, *inputs)
+        if seen:
+            return summed, *seen[-1]
+        shapes = tuple(value.shape if isinstance(value, Tensor) else None for value in inputs)
+        if shapes not in sides_without_run:
+            sides = output_without_data(function, block, inputs)[1:]
+            sides_without_run[shapes] = tuple(_without_tensors(side) for side in sides)
+        return summed, *sides_without_run[shapes]
+
+    gated_sum_and_sides.__name__ = f"gated_sum_and_sides_{number}"
+    return gated_sum_and_sides
+
+
+def _without_tensors(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return None
+    if isinstance(value, (tuple, list)):
+        return type(value)([_without_tensors(item) for item in cast("list[Any]", value)])
+    return value
+
+
 def _gated_value(
     block: nn.Module, branches: BlockBranches, key: Key, function: Callable[..., Tensor], kinds: Sequence[bool | None]
 ) -> Callable[..., Tensor]:
@@ -302,7 +354,7 @@ def _gated_value(
     def gated_value(*inputs: Any) -> Tensor:
         shapes = tuple(value.shape if isinstance(value, Tensor) else None for value in inputs)
         if shapes not in known:
-            known[shapes] = output_shape(function, block, inputs)
+            known[shapes] = output_without_data(function, block, inputs).shape
         tensor = next(value for value in inputs if isinstance(value, Tensor))
         return gated_sum(tensor.new_zeros(known[shapes]), *inputs)
 

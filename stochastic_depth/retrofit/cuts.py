@@ -65,11 +65,13 @@ class Branch:
 
     Attributes:
         nodes: its nodes, in order.
-        inputs: values from outside that it needs, tensors first that derive from the shortcut's origin.
+        inputs: values from outside that it needs.
+        sides: what else an attention module of the branch returns, such as attention maps, and the block passes on.
     """
 
     nodes: tuple[fx.Node, ...]
     inputs: tuple[fx.Node, ...]
+    sides: tuple[fx.Node, ...] = ()
 
 
 def drop_path_sum(drop_path: fx.Node, block: nn.Module) -> Sum:
@@ -155,11 +157,15 @@ def cut(residual: Sum, block: nn.Module) -> Branch:
     """
     kept: set[fx.Node] = set() if residual.shortcut is None else ancestors(residual.shortcut)
     nodes = ancestors(residual.output) - kept
+    sides = tuple(node for node in residual.add.graph.nodes if node not in nodes and _is_side(node, nodes, block))
     # From the end to the start: what is used outside of the branch is none of it, nor what only that needs.
     for node in reversed(list(residual.add.graph.nodes)):
         if node in nodes and (
             node.op == "placeholder"
-            or any(user not in nodes and user is not residual.add and not is_size(user) for user in node.users)
+            or any(
+                user not in nodes and user is not residual.add and user not in sides and not is_size(user)
+                for user in node.users
+            )
         ):
             nodes.discard(node)
     if residual.output not in nodes or (residual.drop_path is not None and residual.drop_path not in nodes):
@@ -174,7 +180,18 @@ def cut(residual: Sum, block: nn.Module) -> Branch:
             raise CutError(f"{_describe(node)} changes the input of the branch in place, which the shortcut sees")
     if not any(_computes(node, block) for node in ordered):
         raise CutError("all that the branch computes is used outside of it too")
-    return Branch(ordered, tuple(inputs))
+    return Branch(ordered, tuple(inputs), tuple(side for side in sides if side.args[0] in nodes))
+
+
+def _is_side(node: fx.Node, nodes: Collection[fx.Node], block: nn.Module) -> bool:
+    if node.target is not operator.getitem:
+        return False
+    source, index = cast("tuple[fx.Node, Any]", node.args)
+    start = index.start if isinstance(index, slice) else index
+    if source not in nodes or source.op != "call_module" or not isinstance(start, int) or start < 1:
+        return False
+    name = type(block.get_submodule(cast(str, source.target))).__name__
+    return "Attention" in name or "Attn" in name
 
 
 def _is_used_outside(size: fx.Node, nodes: Collection[fx.Node]) -> bool:

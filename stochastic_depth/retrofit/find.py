@@ -249,7 +249,7 @@ def _recordings(block: nn.Module) -> Iterator[Recording]:
 
 def _explore(decisions: Sequence[bool], taken: list[bool], node: fx.Node) -> bool:
     if node.target is not bool:
-        raise TraceError("the forward loops over a size")
+        raise TraceError("the forward loops over an argument")
     decision = decisions[len(taken)] if len(taken) < len(decisions) else True
     taken.append(decision)
     return decision

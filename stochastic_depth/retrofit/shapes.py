@@ -19,9 +19,10 @@ _MAX_UNKNOWN = 4
 Function = Callable[..., Any]
 
 
-def output_shape(function: Function, block: nn.Module, inputs: Sequence[Any]) -> torch.Size:
-    """Shape of what a branch gives for these inputs."""
-    return _output_shape(function, without_data(block), [_meta(value) for value in inputs])
+def output_without_data(function: Function, block: nn.Module, inputs: Sequence[Any]) -> Any:
+    """What a branch gives for these inputs, its tensors on the meta device."""
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        return function(without_data(block), *[_meta(value) for value in inputs])
 
 
 def samples_among(
@@ -101,7 +102,8 @@ def without_data(block: nn.Module) -> nn.Module:
 
 def _output_shape(function: Function, block: nn.Module, inputs: Sequence[Any]) -> torch.Size:
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        return cast(Tensor, function(block, *inputs)).shape
+        output = function(block, *inputs)
+        return cast(Tensor, output[0] if isinstance(output, tuple) else output).shape
 
 
 def _meta(value: Any, num_samples: int | None = None) -> Any:

@@ -134,6 +134,10 @@ def record(block: nn.Module, signature: Any, num_leaves: int, decide: _Decide) -
             if node.target == "block":
                 raise TraceError("the block passes itself on")
             node.target = node.target.removeprefix("block.")
+    for node in reversed(list(graph.nodes)):
+        # What is unpacked and not used is no use of the whole.
+        if node.target is operator.getitem and not node.users:
+            graph.erase_node(node)
     return Recording(graph, conditions)
 
 
