@@ -92,12 +92,13 @@ class GatedBranch:
             return _plain_sum(shortcut, branch(x), self.survival_prob if self.rescale == "eval" else 1.0)
         factor = 1 / self.survival_prob if self.rescale == "train" else 1.0
         if gate.num_open == 0:
-            return self._skip(shortcut, parts)
+            return self.skip(shortcut, parts)
         if gate.num_open == shortcut.shape[0]:
             return _plain_sum(shortcut, branch(x), factor)
         return _sum_over_subset(shortcut, x, branch, gate, factor, parts)
 
-    def _skip(self, shortcut: Tensor, parts: nn.Module) -> Tensor:
+    def skip(self, shortcut: Tensor, parts: nn.Module) -> Tensor:
+        """The sum where the branch, whose parameters `parts` holds, runs for no sample: a copy of `shortcut` (N, ...)."""
         if self.skipped_grad == "zero" and torch.is_grad_enabled():
             parameters = [parameter for parameter in parts.parameters() if parameter.requires_grad]
             if parameters:
