@@ -15,6 +15,7 @@ from stochastic_depth.retrofit.block import BlockBranches, StochasticBlock, Stoc
 from stochastic_depth.retrofit.classes import restore_class_, swap_class_
 from stochastic_depth.retrofit.controller import Controller
 from stochastic_depth.retrofit.find import Branch, Found, Where, find_branches
+from stochastic_depth.retrofit.layers import StochasticLayer, refuse_own_layerdrop
 from stochastic_depth.schedules import Schedule, check_survival_probs
 
 _CONTROLLER = "_stochastic_depth"
@@ -31,21 +32,26 @@ def make_stochastic_(
     draw: Draw = "bernoulli",
     ranks: Ranks = "agree",
     where: Where | None = None,
+    layers: str | Sequence[str] | None = None,
     seed: int = 0,
 ) -> Controller:
     """Give a model stochastic depth (Huang et al. 2016), in place: dropped branches are not run at all.
 
-    Every `Residual` of the model becomes a branch with a gate. In training a closed gate means that nothing of the
-    branch runs: no forward, no backward, no activations, no update of BatchNorm statistics. Parameter names, and with
-    them `state_dict`, stay as they are; `restore_` takes it off again.
+    The branches are the model's drop paths with a rate above 0 (timm, torchvision, transformers, your own by
+    `register_drop_path`) and, with a schedule, its `Residual`s; with a schedule and a model that has neither, the
+    residual additions in its modules' code. In training a closed gate means that nothing of the branch runs: no
+    forward, no backward, no activations, no update of BatchNorm statistics. Parameter names, and with them
+    `state_dict`, stay as they are; `restore_` takes it off again. Print the result for how each branch is treated.
 
     Args:
-        model: a model built from `Residual`.
-        schedule: survival over depth, such as `linear_decay(0.5)`, or one survival probability per branch.
+        model: the model, not yet wrapped or compiled.
+        schedule: survival over depth, such as `linear_decay(0.5)`, or one survival probability per branch. None keeps
+            the rates of the model's drop paths.
         granularity: "batch": one gate per mini-batch and branch (the paper). "sample": each sample its own; a branch
-            runs on floor or ceil of p * N of the N samples, with mean p * N exactly, all equally likely.
+            runs on floor or ceil of p * N of the N samples, with mean p * N exactly, all equally likely. None: "batch"
+            with a schedule, else what the model's drop paths do.
         rescale: "eval": a branch counts with factor p in evaluation (the paper). "train": with 1/p in training.
-            "none": neither.
+            "none": neither. None: "eval" with a schedule, else what the model's drop paths do.
         skipped_grad: "zero": parameters of a branch that did not run get gradients of zero, so that momentum and
             weight decay still act on them (the authors' code, and what masks give). "none": `.grad` is left alone.
         draw: "bernoulli": independent gates (the paper). "equal_cost": floor or ceil of the expected number of
@@ -53,6 +59,8 @@ def make_stochastic_(
         ranks: "agree": the same gates on every rank. "decorrelate": each rank its own.
         where: which branches: a predicate (name, module) -> bool, or fnmatch patterns of their names. The schedule
             spans the branches that are left.
+        layers: fnmatch patterns of whole layers that are branches, and the only ones (LayerDrop). A closed layer hands
+            its hidden states on, the first tensor that it is given.
         seed: seed of the gates. No global random state is read or changed.
 
     Returns:
@@ -82,7 +90,12 @@ def make_stochastic_(
         raise TypeError(f"seed must be a whole number, but is {seed!r}.")
     _refuse_wrapped(model)
     _refuse_stochastic(model)
-    found = find_branches(model, where, with_schedule=schedule is not None)
+    layers = [layers] if isinstance(layers, str) else layers
+    if layers is not None:
+        if schedule is None:
+            raise ValueError("layers needs a schedule, such as uniform(0.9): whole layers have no rates of their own.")
+        refuse_own_layerdrop(model)
+    found = find_branches(model, where, layers, with_schedule=schedule is not None)
     branches = found.branches
     survival_probs = _survival_probs(schedule, branches)
     passes = ForwardPasses(
@@ -106,7 +119,8 @@ def make_stochastic_(
 
 def _make_stochastic(branch: Branch, gated: GatedBranch, found: Found) -> None:
     if branch.key is None:
-        swap_class_(branch.module, StochasticResidual if isinstance(branch.module, Residual) else StochasticDropPath)
+        single = StochasticResidual if isinstance(branch.module, Residual) else StochasticDropPath
+        swap_class_(branch.module, StochasticLayer if branch.kind == "layer" else single)
         setattr(branch.module, _BRANCH, gated)
         return
     if _BRANCH not in branch.module.__dict__:

@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import fx, nn
 
@@ -39,6 +39,7 @@ class Branch:
         rule: what the model's own drop path does; None where there is none.
         treatment: whether a closed gate skips it or only masks its output.
         cause: why it is masked.
+        kind: whether it is an operand of a sum or a whole layer.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Branch:
     rule: DropPathRule | None = None
     treatment: Treatment = "skip"
     cause: str = ""
+    kind: Literal["sum", "layer"] = "sum"
 
 
 @dataclass
@@ -69,24 +71,30 @@ class Found:
     notes: list[str] = field(default_factory=list[str])
 
 
-def find_branches(model: nn.Module, where: Where | None, *, with_schedule: bool) -> Found:
+def find_branches(
+    model: nn.Module, where: Where | None, layers: Sequence[str] | None, *, with_schedule: bool
+) -> Found:
     """The branches of a model.
 
-    They are its `Residual`s, if a schedule is given, and its drop paths with a rate above 0; if there is neither and a
+    They are the given layers. Without, they are its `Residual`s, if a schedule is given, and its drop paths with a rate above 0; if there is neither and a
     schedule is given, the residual additions in its modules' code. A module that is used several times has one gate for
     all its uses in a pass.
 
     Args:
         model: the model.
         where: filter, see `make_stochastic_`.
+        layers: patterns of whole layers, see `make_stochastic_`.
         with_schedule: whether survival probabilities come from a schedule.
 
     Raises:
         ValueError: if there is none, none that passes the filter, or one that cannot be treated.
     """
     found = Found()
-    _find_drop_paths(model, found)
-    if with_schedule:
+    if layers is not None:
+        _find_layers(model, layers, found)
+    else:
+        _find_drop_paths(model, found)
+    if with_schedule and layers is None:
         _find_residuals(model, found)
         if not found.branches:
             _find_additions(model, found)
@@ -119,6 +127,24 @@ def _nothing_found(model: nn.Module, found: Found, *, with_schedule: bool) -> st
     )
     seen = "".join(f"\n  {note}" for note in found.notes[:8])
     return f"No residual branch was found in {type(model).__name__}: looked for {'; '.join(looked_for)}. {advice}{seen}"
+
+
+def _find_layers(model: nn.Module, layers: Sequence[str], found: Found) -> None:
+    for pattern in layers:
+        names = [name for name, module in model.named_modules() if name and fnmatch.fnmatchcase(name, pattern)]
+        if not names:
+            some = ", ".join(name for name, module in model.named_modules() if name and any(module.children()))[:200]
+            raise ValueError(f"layers: the pattern {pattern!r} matches no module. There are {some}, ...")
+    outer: list[str] = []
+    for name, module in model.named_modules():
+        # In `encoder.layer.*` the star matches what is inside of the layers too: the outermost modules are meant.
+        if any(name.startswith(f"{other}.") for other in outer):
+            continue
+        if name and any(fnmatch.fnmatchcase(name, pattern) for pattern in layers):
+            outer.append(name)
+            if type(module) in _CONTAINERS:
+                raise ValueError(f"layers: {name} is a {type(module).__name__}, no layer. Try {name + '.*'!r}.")
+            found.branches.append(Branch(name, module, name, module, module, kind="layer"))
 
 
 def _find_residuals(model: nn.Module, found: Found) -> None:

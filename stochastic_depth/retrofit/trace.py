@@ -150,6 +150,8 @@ class _Call(nn.Module):
         shadow.__dict__.update(block.__dict__)
         for name in ("_parameters", "_buffers", "_modules"):
             shadow.__dict__[name] = dict(block.__dict__[name])
+        # Layers of transformers checkpoint their own forward; what is recorded is what they checkpoint.
+        shadow.__dict__["gradient_checkpointing"] = False
         self.block = shadow
         self._plain = plain
         self._signature = signature
