@@ -6,8 +6,8 @@ from stochastic_depth_lab.experiments.pairs import pair
 # stochastic-depth reproduce digits --out runs/digits
 DIGITS_CONSTANT, DIGITS_STOCHASTIC = pair(
     "digits",
-    "Digits, 56 layers",
+    "Digits, 110 layers",
     Data("digits"),
-    Recipe(epochs=20, batch_size=64, learning_rate=0.1, lr_schedule="one_cycle"),
-    num_layers=56,
+    Recipe(epochs=20, batch_size=64, learning_rate=0.03, lr_schedule="one_cycle"),
+    num_layers=110,
 )

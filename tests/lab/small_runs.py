@@ -23,7 +23,7 @@ class Silent:
         self.rows: list[dict[str, Any]] = []
         self.remarks: list[str] = []
 
-    def on_start(self, experiment: Experiment, num_steps: int, epoch: int, step: int) -> None:
+    def on_start(self, _experiment: Experiment, _num_steps: int, epoch: int, step: int) -> None:
         self.starts.append((epoch, step))
 
     def on_steps(self, epoch: int, step: int, train_loss: float) -> None: ...
@@ -35,7 +35,10 @@ class Silent:
         self.remarks.append(remark)
 
 
-def small(depth: Depth | None = Depth(), **recipe: Any) -> Experiment:
+STOCHASTIC = Depth()
+
+
+def small(depth: Depth | None = STOCHASTIC, **recipe: Any) -> Experiment:
     """Four epochs of seven steps, the last of which is shorter."""
     digits = find("digits-constant")
     return replace(

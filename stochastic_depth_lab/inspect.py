@@ -1,0 +1,133 @@
+"""The `inspect` command: the branches of a published model, how each is treated, and what skipping them saves."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import stochastic_depth as sd
+
+_SOURCES = ("timm", "torchvision", "transformers")
+_NUM_MEASURED = 5
+
+
+def inspect_model(
+    spec: str,
+    drop_path_rate: float = 0.1,
+    *,
+    schedule: sd.Schedule | None = None,
+    measure: bool = False,
+    batch_size: int = 8,
+    image_size: int | None = None,
+    device: str = "cpu",
+) -> str:
+    """The table of a model's branches, rates and treatment, and the predicted saving of a training step.
+
+    Args:
+        spec: `timm:NAME`, `torchvision:NAME` or `transformers:NAME`, where the last is a configuration's class or model
+            type, such as `beit`. Weights are random.
+        drop_path_rate: the rate that the model is created with; of no use to models without drop paths.
+        schedule: survival over depth; None keeps the model's own rates.
+        measure: also measure time and memory of a step against the same model at rate 0, on this machine.
+        batch_size: number of images that cost and time are measured with.
+        image_size: their width and height; None is the model's own.
+        device: where to measure.
+
+    Returns:
+        The text to print.
+
+    Raises:
+        ValueError: if there is no such source or model, or it has no branches.
+    """
+    model, own_size = _create(spec, drop_path_rate)
+    size = image_size or own_size
+    model = model.to(device)
+    images = torch.randn(batch_size, 3, size, size, device=device)
+    measured_plain = _measure(_create(spec, 0.0)[0].to(device), images) if measure else None
+    depth = sd.make_stochastic_(model, schedule)
+    lines = [str(depth), "", str(depth.cost(images[:1] if batch_size == 1 else images[:2]))]
+    if measured_plain is not None:
+        own_s, own_bytes = _measure(model, images)
+        plain_s, plain_bytes = measured_plain
+        lines.append(
+            f"measured, median of {_NUM_MEASURED} steps of {batch_size} images on {device}, PyTorch {torch.__version__}: "
+            f"{own_s:.3f} s against {plain_s:.3f} s at rate 0 ({own_s / plain_s:.0%}); kept for the backward "
+            f"{own_bytes / 2**20:.0f} MiB against {plain_bytes / 2**20:.0f} MiB ({own_bytes / plain_bytes:.0%})"
+        )
+    return "\n".join(lines)
+
+
+def _create(spec: str, rate: float) -> tuple[nn.Module, int]:
+    source, _, name = spec.partition(":")
+    if source not in _SOURCES or not name:
+        raise ValueError(f"The model must be one of {', '.join(f'{known}:NAME' for known in _SOURCES)}, but is {spec!r}.")
+    try:
+        return _CREATE[source](name, rate)
+    except ImportError as error:
+        raise ValueError(f"{spec} needs the package {source}: pip install {source}. ({error})") from error
+
+
+def _timm(name: str, rate: float) -> tuple[nn.Module, int]:
+    import timm
+
+    if not timm.is_model(name):
+        similar = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
+        raise ValueError(f"timm has no model {name!r}. Similar names: {similar or 'none; see timm.list_models()'}.")
+    try:
+        model = timm.create_model(name, drop_path_rate=rate)
+    except TypeError:
+        model = timm.create_model(name)
+    config: dict[str, Any] = timm.data.resolve_model_data_config(model)
+    return model, int(config["input_size"][-1])
+
+
+def _torchvision(name: str, rate: float) -> tuple[nn.Module, int]:
+    from torchvision import models
+
+    if name not in models.list_models():
+        raise ValueError(f"torchvision has no model {name!r}. There are {', '.join(models.list_models()[:5])}, ...")
+    try:
+        return models.get_model(name, stochastic_depth_prob=rate), 224
+    except TypeError:
+        return models.get_model(name), 224
+
+
+def _transformers(name: str, rate: float) -> tuple[nn.Module, int]:
+    import transformers
+
+    config = transformers.AutoConfig.for_model(name, drop_path_rate=rate)
+    size: Any = getattr(config, "image_size", None) or 224
+    return transformers.AutoModel.from_config(config), int(size if isinstance(size, int) else size[0])
+
+
+_CREATE = {"timm": _timm, "torchvision": _torchvision, "transformers": _transformers}
+
+
+def _measure(model: nn.Module, images: Tensor) -> tuple[float, float]:
+    """Median time of a training step in seconds, and mean number of bytes kept for its backward."""
+    model.train()
+    times: list[float] = []
+    kept: list[int] = []
+    for step in range(_NUM_MEASURED + 1):
+        storages: dict[int, int] = {}
+
+        def pack(tensor: Tensor, storages: dict[int, int] = storages) -> Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        begin = time.perf_counter()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            outputs = [leaf for leaf in tree_leaves(model(images)) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        torch.stack([leaf.float().mean() for leaf in outputs]).sum().backward()
+        if images.is_cuda:
+            torch.cuda.synchronize()
+        if step:  # The first step warms up.
+            times.append(time.perf_counter() - begin)
+            kept.append(sum(storages.values()))
+        model.zero_grad()
+    return statistics.median(times), statistics.fmean(kept)
