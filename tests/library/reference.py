@@ -22,6 +22,15 @@ from stochastic_depth import Residual
 # ---------------------------------------------------------------------------------------------- networks
 
 
+class Branch(nn.Sequential):
+    """A sequence with a forward of its own: PyTorch 2.13 compiles nothing of a plain `nn.Sequential` in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self:
+            x = module(x)
+        return x
+
+
 def _net(stem: nn.Module, residuals: Iterable[Residual], head: nn.Module, after: Callable[[], nn.Module]) -> nn.Module:
     blocks = [nn.Sequential(OrderedDict(residual=residual, after=after())) for residual in residuals]
     return nn.Sequential(OrderedDict(stem=stem, blocks=nn.Sequential(*blocks), head=head))
@@ -31,9 +40,7 @@ def mlp(num_blocks: int = 4, width: int = 6, *, seed: int = 0, dtype: torch.dtyp
     """Vectors (N, 5) to (N, 3); no sample depends on another."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        residuals = [
-            Residual(nn.Sequential(nn.Linear(width, 8), nn.Tanh(), nn.Linear(8, width))) for _ in range(num_blocks)
-        ]
+        residuals = [Residual(Branch(nn.Linear(width, 8), nn.Tanh(), nn.Linear(8, width))) for _ in range(num_blocks)]
         net = _net(nn.Linear(5, width), residuals, nn.Linear(width, 3), nn.ReLU)
         return net.to(dtype)
 
@@ -53,7 +60,7 @@ def conv_net(*, seed: int = 0, dtype: torch.dtype = torch.float64, batch_norm: b
         return nn.BatchNorm2d(width) if batch_norm else nn.Identity()
 
     def branch(in_width: int, width: int, stride: int) -> nn.Module:
-        return nn.Sequential(
+        return Branch(
             nn.Conv2d(in_width, width, 3, stride, 1, bias=False),
             norm(width),
             nn.ReLU(),

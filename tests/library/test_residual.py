@@ -370,10 +370,26 @@ class _View(nn.Module):
 SHORTCUTS = {"none": lambda: None, "identity": nn.Identity, "view": _View, "module": lambda: nn.Linear(4, 4)}
 
 
-@all_gates
+IN_PLACE = [
+    pytest.param(
+        gate,
+        mode,
+        id=f"{name}-{mode}",
+        marks=pytest.mark.xfail(
+            isinstance(gate, Tensor) and mode != "no_grad",
+            strict=True,
+            raises=RuntimeError,
+            reason="_AddSubset returns a view, which autograd forbids to change in place",
+        ),
+    )
+    for name, gate in GATES.items()
+    for mode in ("training", "no_grad", "evaluation")
+]
+
+
+@pytest.mark.parametrize(("gate", "mode"), IN_PLACE)
 @pytest.mark.parametrize("shortcut", SHORTCUTS.values(), ids=SHORTCUTS)
 @pytest.mark.parametrize("source", ["leaf", "user's", "saved result"])
-@pytest.mark.parametrize("mode", ["training", "no_grad", "evaluation"])
 @both_skipped_grads
 def test_in_place_code_after_the_sum(
     gate: bool | Tensor, shortcut: Callable[[], nn.Module | None], source: str, mode: str, skipped_grad: str
