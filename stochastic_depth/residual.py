@@ -173,9 +173,11 @@ class _AddSubset(torch.autograd.Function):
 
     @staticmethod
     def forward(batch: Tensor, samples: Tensor, indices: Tensor, factor: float) -> Tensor:  # pyright: ignore
-        dims, back = _memory_order(batch)
+        dims, _ = _memory_order(batch)
         samples = samples.to(batch.dtype).permute(dims)
-        return batch.permute(dims).index_add(0, indices, samples, alpha=factor).permute(back)
+        result = batch.clone()
+        result.permute(dims).index_add_(0, indices, samples, alpha=factor)
+        return result  # Not a view: what comes next may change it in place.
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: Tensor) -> None:  # noqa: ARG004
