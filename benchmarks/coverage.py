@@ -86,13 +86,19 @@ def main() -> None:
     depth_of = timm_depth if arguments.library == "timm" else torchvision_depth
     begin, num_models, num_branches = time.perf_counter(), 0, 0
     without: list[str] = []
+    idle: list[str] = []
     causes: dict[str, list[str]] = collections.defaultdict(list)
     for name in names:
         try:
             with torch.device("meta"):
                 depth = depth_of(name)
         except Exception as error:
+            if "Invalid pretrained tag" in str(error):
+                continue  # A deprecated name that timm itself can no longer create.
             num_models += 1
+            if "No residual branch" in str(error) and "never executed" in str(error):
+                idle.append(name)
+                continue
             causes[f"{type(error).__name__}: {error}".splitlines()[0]].append(name)
             continue
         if depth is None:
@@ -107,6 +113,7 @@ def main() -> None:
     for cause, affected in sorted(causes.items(), key=lambda item: -len(item[1])):
         print(f"{len(affected):4d}  {cause}\n      {', '.join(affected)}")
     what = "take no drop path rate" if arguments.library == "timm" else "have neither drop paths nor residual additions"
+    print(f"{len(idle)} models hold drop paths of which none is ever called: {', '.join(idle)}")
     print(f"{len(without)} models {what}, and are not counted: {', '.join(without)}")
     print(
         f"{arguments.library}: in {num_models - len(missed)} of {num_models} models ({share:.1%}) every drop path that "

@@ -186,7 +186,7 @@ def _block_of(name: str, modules: dict[str, nn.Module]) -> str:
 def _find_in_block(block: nn.Module, name: str, rules: dict[str, DropPathRule], found: Found) -> None:
     paths = tuple(rules)
     try:
-        treatments = _treatments(block, paths)
+        treatments, called = _treatments(block, paths)
     except TraceError as error:
         for path, rule in rules.items():
             drop_path = block.get_submodule(path)
@@ -197,10 +197,17 @@ def _find_in_block(block: nn.Module, name: str, rules: dict[str, DropPathRule], 
                 Branch(full_name, drop_path, full_name, parts, drop_path, None, rule, "mask", cause)
             )
         return
-    found.known[block], found.drop_paths[block] = tuple(treatments), paths
+    if treatments:
+        found.known[block], found.drop_paths[block] = tuple(treatments), paths
     for path, rule in rules.items():
         full_name = f"{name}.{path}" if name else path
         drop_path = block.get_submodule(path)
+        container = next((target for target in called if path.startswith(f"{target}.")), None)
+        if container is not None:
+            # The block calls the container as a whole, whose forward calls the drop path.
+            inner = f"{name}.{container}" if name else container
+            _find_in_block(block.get_submodule(container), inner, {path[len(container) + 1 :]: rule}, found)
+            continue
         keys = [key for key in treatments if key[0] == path]
         if not keys:
             found.notes.append(f"{full_name}: found, but never executed by {type(block).__name__}")
@@ -223,7 +230,7 @@ def _find_additions(model: nn.Module, found: Found) -> None:
         if type(block) in _CONTAINERS or not any(block.children()):
             continue
         try:
-            treatments = _treatments(block, ())
+            treatments, _ = _treatments(block, ())
         except TraceError as error:
             found.notes.append(f"{name or 'the model'} ({type(block).__name__}): not looked into, {error}")
             continue
@@ -234,10 +241,17 @@ def _find_additions(model: nn.Module, found: Found) -> None:
             found.branches.append(Branch(branch_name, block, name, parts, block, key))
 
 
-def _treatments(block: nn.Module, drop_paths: Sequence[str]) -> dict[Key, BranchParts | CutError]:
-    """The branches of a block on any way through its code: the parts of each, or why it cannot be separated."""
+def _treatments(
+    block: nn.Module, drop_paths: Sequence[str]
+) -> tuple[dict[Key, BranchParts | CutError], dict[str, None]]:
+    """The branches of a block on any way through its code, and the children that it calls.
+
+    For each branch its parts, or why it cannot be separated.
+    """
+    called: dict[str, None] = {}
     treatments: dict[Key, BranchParts | CutError] = {}
     for recording in _recordings(block):
+        called.update(dict.fromkeys(node.target for node in recording.graph.nodes if node.op == "call_module"))
         for key, residual in find_sums(recording.graph, block, drop_paths).items():
             if isinstance(residual, CutError):
                 treatments[key] = residual
@@ -247,7 +261,7 @@ def _treatments(block: nn.Module, drop_paths: Sequence[str]) -> dict[Key, Branch
                 except CutError as error:
                     if drop_paths:
                         treatments[key] = error
-    return dict(sorted(treatments.items(), key=lambda item: item[0][1]))
+    return dict(sorted(treatments.items(), key=lambda item: item[0][1])), called
 
 
 def _recordings(block: nn.Module) -> Iterator[Recording]:

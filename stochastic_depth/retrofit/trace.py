@@ -136,7 +136,8 @@ def record(block: nn.Module, signature: Any, num_leaves: int, decide: _Decide) -
             node.target = node.target.removeprefix("block.")
     for node in reversed(list(graph.nodes)):
         # What is unpacked and not used is no use of the whole.
-        if node.target is operator.getitem and not node.users:
+        # Assertions about sizes go: the views that they announce fail by themselves.
+        if not node.users and (node.target is operator.getitem or node.target is torch._assert):  # pyright: ignore
             graph.erase_node(node)
     return Recording(graph, conditions)
 
