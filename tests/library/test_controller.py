@@ -247,7 +247,7 @@ def test_a_forced_copy_stays_forced_within_its_context_only() -> None:
 
 
 def test_a_saved_module_loads_in_a_new_process(tmp_path: Path) -> None:
-    net, x = mlp(), vectors(3)
+    net, x = linear_net(), vectors(3)
     sd.make_stochastic_(net, SURVIVAL_PROBS, seed=4)
     net(x)
     torch.save({"net": net, "x": x}, tmp_path / "net.pt")

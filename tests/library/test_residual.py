@@ -370,24 +370,8 @@ class _View(nn.Module):
 SHORTCUTS = {"none": lambda: None, "identity": nn.Identity, "view": _View, "module": lambda: nn.Linear(4, 4)}
 
 
-IN_PLACE = [
-    pytest.param(
-        gate,
-        mode,
-        id=f"{name}-{mode}",
-        marks=pytest.mark.xfail(
-            isinstance(gate, Tensor) and mode != "no_grad",
-            strict=True,
-            raises=RuntimeError,
-            reason="_AddSubset returns a view, which autograd forbids to change in place",
-        ),
-    )
-    for name, gate in GATES.items()
-    for mode in ("training", "no_grad", "evaluation")
-]
-
-
-@pytest.mark.parametrize(("gate", "mode"), IN_PLACE)
+@all_gates
+@pytest.mark.parametrize("mode", ["training", "no_grad", "evaluation"])
 @pytest.mark.parametrize("shortcut", SHORTCUTS.values(), ids=SHORTCUTS)
 @pytest.mark.parametrize("source", ["leaf", "user's", "saved result"])
 @both_skipped_grads
