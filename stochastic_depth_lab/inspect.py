@@ -65,7 +65,9 @@ def inspect_model(
 def _create(spec: str, rate: float) -> tuple[nn.Module, int]:
     source, _, name = spec.partition(":")
     if source not in _SOURCES or not name:
-        raise ValueError(f"The model must be one of {', '.join(f'{known}:NAME' for known in _SOURCES)}, but is {spec!r}.")
+        raise ValueError(
+            f"The model must be one of {', '.join(f'{known}:NAME' for known in _SOURCES)}, but is {spec!r}."
+        )
     try:
         return _CREATE[source](name, rate)
     except ImportError as error:
@@ -82,7 +84,7 @@ def _timm(name: str, rate: float) -> tuple[nn.Module, int]:
         model = timm.create_model(name, drop_path_rate=rate)
     except TypeError:
         model = timm.create_model(name)
-    config: dict[str, Any] = timm.data.resolve_model_data_config(model)
+    config: dict[str, Any] = timm.data.resolve_model_data_config(model)  # pyright: ignore
     return model, int(config["input_size"][-1])
 
 

@@ -137,13 +137,13 @@ def _own_rescale(branch: Branch, schedule: Schedule | Sequence[float] | None) ->
 def _default_granularity(branches: Sequence[Branch], schedule: Schedule | Sequence[float] | None) -> Granularity:
     if schedule is not None:
         return "batch"
-    granularities = {branch.rule.granularity for branch in branches if branch.rule is not None}
+    granularities: set[Granularity] = {branch.rule.granularity for branch in branches if branch.rule is not None}
     if len(granularities) > 1:
         raise ValueError(
             "Some drop paths of the model gate single samples, others the whole mini-batch: give granularity='sample' "
             "or 'batch' for all of them."
         )
-    return granularities.pop()
+    return next(iter(granularities))
 
 
 def controller(model: nn.Module) -> Controller:

@@ -76,7 +76,7 @@ class BlockBranches:
         return {**self.__dict__, "_rewritten": {}}
 
     def is_plain(self, training: bool) -> bool:
-        """Whether the block's own forward is right: in evaluation, where drop paths do nothing and no gate is forced."""
+        """Whether the block's own forward is right: in evaluation, with no gate forced and no factor."""
         if training:
             return False
         return all(
@@ -100,7 +100,9 @@ class BlockBranches:
             recording = record(block, signature, len(leaves), functools.partial(_decide_by, leaves))
             rewritten = rewrite(recording.graph, block, self)
         except (TraceError, CutError) as error:
-            raise RuntimeError(f"The block {self.name} ({type(block).__name__}) cannot be gated here: {error}.") from error
+            raise RuntimeError(
+                f"The block {self.name} ({type(block).__name__}) cannot be gated here: {error}."
+            ) from error
         self._rewritten.setdefault(key, []).append((recording, rewritten))
         return rewritten, leaves
 
@@ -113,7 +115,9 @@ def _state(block: nn.Module) -> tuple[Any, ...]:
         if isinstance(value, PLAIN_TYPES)
         or (isinstance(value, tuple) and all(isinstance(item, PLAIN_TYPES) for item in cast("tuple[Any, ...]", value)))
     )
-    empty = tuple(name for group in (block._parameters, block._buffers) for name, value in group.items() if value is None)
+    empty = tuple(
+        name for group in (block._parameters, block._buffers) for name, value in group.items() if value is None
+    )
     return plain, empty
 
 
@@ -138,7 +142,7 @@ class StochasticBlock(nn.Module):
 
 
 class StochasticDropPath(nn.Module):
-    """Behaviour of a drop path whose branch cannot be skipped: it masks what it is given with the controller's gates."""
+    """Behaviour of a drop path whose branch cannot be skipped: it masks with the controller's gates."""
 
     _stochastic_depth_branch: GatedBranch
 
@@ -171,7 +175,7 @@ def find_sums(graph: fx.Graph, block: nn.Module, drop_paths: Sequence[str]) -> d
 
 
 def parts_of(branch: cuts.Branch, block: nn.Module) -> BranchParts:
-    """What holds the parameters of a branch: the children that it calls and nothing else does, and single parameters."""
+    """What holds a branch's parameters: children that only the branch calls, and single parameters."""
     inner = set(branch.nodes)
     outside = {node.target for node in branch.nodes[0].graph.nodes if node.op == "call_module" and node not in inner}
     members: dict[nn.Module, None] = {}
@@ -348,7 +352,7 @@ def _gated_value(
 ) -> Callable[..., Tensor]:
     """Where a block without a shortcut drops all that it computes, closed gates give zeros."""
     gated_sum = _gated_sum(block, branches, key, function, kinds)
-    known: dict[Any, torch.Size] = {}
+    known: dict[Any, tuple[int, ...]] = {}
 
     @compiled_inside
     def gated_value(*inputs: Any) -> Tensor:
@@ -385,7 +389,9 @@ def mask(gated: GatedBranch, x: Tensor, *, training: bool) -> Tensor:
 
 
 def _weights(gate: Gate, x: Tensor, factor: float) -> Tensor:
-    weights = x.new_full((x.shape[0], *[1] * (x.dim() - 1)), 0.0 if gate.order is not None or not gate.num_open else factor)
+    weights = x.new_full(
+        (x.shape[0], *[1] * (x.dim() - 1)), 0.0 if gate.order is not None or not gate.num_open else factor
+    )
     if gate.order is not None:
         weights[gate.order[: gate.num_open]] = factor
     return weights

@@ -1,4 +1,4 @@
-"""Finds the residual branches in the recording of a block's forward: what is added to what, and what is only the branch's.
+"""Finds the residual branches in the recording of a block's forward.
 
 A *drop path* is followed forward, through what leaves zeros zero (a LayerScale, views, permutations), to the addition
 that consumes it; the other operand is the shortcut. The branch is everything that the sum needs and neither the
@@ -24,7 +24,9 @@ _VIEWS = {
     "view", "reshape", "permute", "transpose", "flatten", "unflatten", "contiguous", "unsqueeze", "squeeze", "to",
     "type_as", "float", "half", "movedim", "swapaxes", "clone", "type", "view_as", "reshape_as", "chunk", "mT", "T",
 }  # fmt: skip
-_VIEW_FUNCTIONS = {operator.getitem} | {getattr(torch, name) for name in _VIEWS if hasattr(torch, name)} | {nn.functional.dropout}
+_VIEW_FUNCTIONS = (
+    {operator.getitem} | {getattr(torch, name) for name in _VIEWS if hasattr(torch, name)} | {nn.functional.dropout}
+)
 _KEEPS_ZERO_MODULES = (nn.Identity, nn.Dropout, nn.Dropout2d)
 
 
@@ -256,7 +258,7 @@ def _is_shortcut(shortcut: fx.Node, output: fx.Node, block: nn.Module) -> bool:
     if not any(node.op != "get_attr" for node in common):
         return False
     projection = of_shortcut - of_output
-    if any(node.op != "call_module" for node in projection if node.op in ("call_function",)):
+    if any(node.op == "call_function" for node in projection):
         return False
     return 2 * _num_computing(projection, block) <= _num_computing(of_output - of_shortcut, block)
 

@@ -71,9 +71,7 @@ class Found:
     notes: list[str] = field(default_factory=list[str])
 
 
-def find_branches(
-    model: nn.Module, where: Where | None, layers: Sequence[str] | None, *, with_schedule: bool
-) -> Found:
+def find_branches(model: nn.Module, where: Where | None, layers: Sequence[str] | None, *, with_schedule: bool) -> Found:
     """The branches of a model.
 
     They are the given layers. Without, they are its `Residual`s, if a schedule is given, and its drop paths with a rate above 0; if there is neither and a
@@ -126,7 +124,8 @@ def _nothing_found(model: nn.Module, found: Found, *, with_schedule: bool) -> st
         else "Create it with a rate, such as drop_path_rate=0.1, or give a schedule, such as linear_decay(0.5)."
     )
     seen = "".join(f"\n  {note}" for note in found.notes[:8])
-    return f"No residual branch was found in {type(model).__name__}: looked for {'; '.join(looked_for)}. {advice}{seen}"
+    where = "; ".join(looked_for)
+    return f"No residual branch was found in {type(model).__name__}: looked for {where}. {advice}{seen}"
 
 
 def _find_layers(model: nn.Module, layers: Sequence[str], found: Found) -> None:
@@ -193,9 +192,7 @@ def _find_in_block(block: nn.Module, name: str, rules: dict[str, DropPathRule], 
             full_name = f"{name}.{path}" if name else path
             cause = f"the forward of {name or 'the model'} ({type(block).__name__}) cannot be recorded: {error}"
             parts = BranchParts([], [])
-            found.branches.append(
-                Branch(full_name, drop_path, full_name, parts, drop_path, None, rule, "mask", cause)
-            )
+            found.branches.append(Branch(full_name, drop_path, full_name, parts, drop_path, None, rule, "mask", cause))
         return
     if treatments:
         found.known[block], found.drop_paths[block] = tuple(treatments), paths

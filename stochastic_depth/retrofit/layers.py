@@ -31,7 +31,9 @@ class StochasticLayer(nn.Module):
             raise TypeError(f"The layer {name} is called without a tensor: it has no hidden states to hand on.")
         gate = gated.passes.gate(gated.index, hidden.shape[0], hidden.device, training=self.training)
         if gate is None:
-            return _scaled(self._run(leaves, signature), hidden, gated.survival_prob if gated.rescale == "eval" else 1.0)
+            return _scaled(
+                self._run(leaves, signature), hidden, gated.survival_prob if gated.rescale == "eval" else 1.0
+            )
         factor = 1 / gated.survival_prob if gated.rescale == "train" else 1.0
         if gate.num_open == hidden.shape[0]:
             return _scaled(self._run(leaves, signature), hidden, factor)
@@ -59,7 +61,9 @@ class StochasticLayer(nn.Module):
             return plain_class(layer).forward(layer, *args, **kwargs)
 
         of_batch = samples_among(plain, self, leaves, kinds, hidden.shape[0])
-        taken = [leaf.index_select(0, order) if samples else leaf for leaf, samples in zip(leaves, of_batch, strict=True)]
+        taken = [
+            leaf.index_select(0, order) if samples else leaf for leaf, samples in zip(leaves, of_batch, strict=True)
+        ]
         output = self._run(taken, signature)
         own = _first(output)
         if factor == 1.0:
@@ -72,7 +76,10 @@ class StochasticLayer(nn.Module):
         """What the layer returns, with None for all tensors."""
         try:
             recording = record(
-                self, signature, len(leaves), lambda node: size_value(node, dict(zip(_placeholders(node), leaves, strict=True)))
+                self,
+                signature,
+                len(leaves),
+                lambda node: size_value(node, dict(zip(_placeholders(node), leaves, strict=True))),
             )
         except TraceError as error:
             gated = self._stochastic_depth_branch
@@ -115,7 +122,10 @@ def refuse_own_layerdrop(model: nn.Module) -> None:
         ValueError: if it does; the message says where to switch it off.
     """
     for name, module in model.named_modules():
-        for owner, path in ((module, f"{name}.layerdrop"), (getattr(module, "config", None), f"{name}.config.layerdrop")):
+        for owner, path in (
+            (module, f"{name}.layerdrop"),
+            (getattr(module, "config", None), f"{name}.config.layerdrop"),
+        ):
             rate = getattr(owner, "layerdrop", 0.0)
             if isinstance(rate, float) and rate > 0:
                 raise ValueError(

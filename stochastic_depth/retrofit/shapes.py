@@ -1,4 +1,4 @@
-"""Runs a branch without data, for what has to be known before its first real run: shapes, and which inputs are samples."""
+"""Runs a branch without data, to know its shapes, and which inputs are samples, before its first real run."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def samples_among(
     for length, kind in zip(lengths, kinds, strict=True):
         if kind and length not in (num_samples, None):
             raise RuntimeError(
-                f"An input of the branch has a first dimension of {length}, where the shortcut has {num_samples} samples. "
+                f"An input of the branch has {length} entries, where the shortcut has {num_samples} samples. "
                 "With granularity='batch' that is no obstacle."
             )
     unknown = [
@@ -64,7 +64,9 @@ def samples_among(
         guessed = list(is_batch)
         for index, of_batch in zip(unknown, guess, strict=False):
             guessed[index] = of_batch
-        tried = [_meta(value, num_samples + 1 if of_batch else None) for value, of_batch in zip(inputs, guessed, strict=True)]
+        tried = [
+            _meta(value, num_samples + 1 if of_batch else None) for value, of_batch in zip(inputs, guessed, strict=True)
+        ]
         try:
             fits = _output_shape(function, meta_block, tried)[:1] == (num_samples + 1,)
         except (RuntimeError, ValueError, IndexError):
@@ -72,8 +74,9 @@ def samples_among(
         if fits:
             possible.append(guessed)
     if len(possible) != 1:
+        shapes = [tuple(value.shape) for value in inputs if isinstance(value, Tensor)]
         raise RuntimeError(
-            f"It cannot be told which of the branch's inputs, of shapes {[tuple(i.shape) for i in inputs if isinstance(i, Tensor)]}, "
+            f"It cannot be told which of the branch's inputs, of shapes {shapes}, "
             "hold one entry per sample. Use another batch size, or granularity='batch'."
         )
     return possible[0]

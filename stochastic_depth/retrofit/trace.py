@@ -124,7 +124,7 @@ def record(block: nn.Module, signature: Any, num_leaves: int, decide: _Decide) -
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.enable_grad():
         tracer.expected_state = _context()
         try:
-            graph = tracer.trace(call, concrete_args=(fx.PH,) * num_leaves)
+            graph = tracer.trace(call, concrete_args=(fx.PH,) * num_leaves)  # pyright: ignore[reportArgumentType]
         except TraceError:
             raise
         except Exception as error:  # The block's own code met a symbol where it wants a value.
@@ -187,9 +187,9 @@ class _BlockTracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
-        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
-            if not any(a is buffer for buffer in self.root.buffers()):
-                raise TraceError("the forward makes a tensor, or holds one, that is neither parameter nor buffer")
+        is_constant = isinstance(a, Tensor) and not isinstance(a, nn.Parameter)
+        if is_constant and not any(a is buffer for buffer in self.root.buffers()):
+            raise TraceError("the forward makes a tensor, or holds one, that is neither parameter nor buffer")
         return super().create_arg(a)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
@@ -198,8 +198,8 @@ class _BlockTracer(fx.Tracer):
     def iter(self, obj: fx.Proxy) -> Any:
         try:
             return super().iter(obj)
-        except fx.proxy.TraceError:
-            return builtins.iter([obj[index] for index in range(self._value(obj, len))])
+        except fx.proxy.TraceError:  # pyright: ignore
+            return builtins.iter([obj[index] for index in range(self._value(obj, len))])  # pyright: ignore
 
     def _value(self, obj: fx.Proxy, of: Callable[[Any], Any]) -> Any:
         node = self.create_node("call_function", of, (obj.node,), {})

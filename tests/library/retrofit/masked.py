@@ -1,4 +1,4 @@
-"""The plain version of a retrofitted model: the original, which computes every branch and multiplies it by given masks."""
+"""The plain version of a retrofitted model: the original, whose branches are multiplied by given masks."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ import stochastic_depth as sd
 
 
 class Mask(nn.Module):
-    """Stands in for a drop path: its k-th call multiplies by the k-th mask (N,) and divides by the survival probability."""
+    """Stands in for a drop path: its k-th call multiplies by the k-th mask (N,) over its probability."""
 
     def __init__(self, masks: Sequence[Tensor], survival_probs: Sequence[float]) -> None:
         super().__init__()
@@ -31,8 +31,6 @@ def awake(model: nn.Module, seed: int = 0) -> nn.Module:
     for parameter in model.parameters():
         if parameter.dim() <= 1 or parameter.numel() == max(parameter.shape):
             nn.init.uniform_(parameter, 0.5, 1.5)
-        elif parameter.dim() == 2 and not parameter.any():
-            nn.init.normal_(parameter, std=0.1)
         elif not parameter.any():
             nn.init.normal_(parameter, std=0.1)
     for module in model.modules():

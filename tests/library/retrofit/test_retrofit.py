@@ -92,7 +92,7 @@ def test_a_users_block_with_an_argument_that_may_hold_one_entry_per_sample() -> 
     for mask in (torch.rand(4, 1, 1), torch.rand(4, 8)):
         model = UserBlock()
         depth = sd.make_stochastic_(model, [0.5], granularity="sample")
-        assert depth.names == ["#1".removeprefix("#")] or depth.names == ["1"]
+        assert depth.names == ["1"]
         x = torch.randn(4, 4, 8)
         gate = torch.tensor([True, False, True, False])
         plain = UserBlock()
@@ -216,9 +216,9 @@ def test_where_and_refusals() -> None:
     assert depth.names == ["blocks.2.drop_path1", "blocks.2.drop_path2"]
     with pytest.raises(ValueError, match="matches none of the 4 branches"):
         sd.make_stochastic_(vit(), where="layers.*")
-    with pytest.raises(ValueError, match="No residual branch was found.*drop_path_rate=0.1"):
+    with pytest.raises(ValueError, match=r"No residual branch was found.*drop_path_rate=0.1"):
         sd.make_stochastic_(vit(0.0))
-    with pytest.raises(ValueError, match="No residual branch was found.*layers="):
+    with pytest.raises(ValueError, match=r"No residual branch was found.*layers="):
         sd.make_stochastic_(nn.Sequential(nn.Linear(2, 2)), sd.uniform(0.5))
     model = vit()
     model.blocks[1].drop_path1.drop_prob = 1.0
@@ -228,11 +228,10 @@ def test_where_and_refusals() -> None:
     sd.make_stochastic_(model)
     with pytest.raises(ValueError, match="stochastic already"):
         sd.make_stochastic_(model)
+    with warnings.catch_warnings():  # Importing the compiler warns of PyTorch's own deprecations.
+        warnings.simplefilter("ignore")
+        compiled = torch.compile(vit())
     with pytest.raises(ValueError, match="compiled"):
-        # Importing the compiler warns of PyTorch's own deprecations.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            compiled = torch.compile(vit())
         sd.make_stochastic_(compiled)
 
 

@@ -1,4 +1,4 @@
-"""Vision families of transformers with drop paths, from small configurations: equal to the original under the same masks."""
+"""Vision families of transformers with drop paths, small: equal to the original under the same masks."""
 
 import pytest
 import torch
@@ -23,11 +23,24 @@ FAMILIES = {
     "Swin": {**SWIN, **NO_DROPOUT},
     "Swinv2": {**SWIN, **NO_DROPOUT},
     "FocalNet": {"embed_dim": 16, "depths": [1, 2], "focal_levels": [2, 2], "focal_windows": [3, 3], "image_size": 32},
-    "Segformer": {"depths": [1, 2, 1, 1], "hidden_sizes": [8, 16, 16, 32], "num_attention_heads": [1, 2, 2, 4], **NO_DROPOUT},
+    "Segformer": {
+        "depths": [1, 2, 1, 1],
+        "hidden_sizes": [8, 16, 16, 32],
+        "num_attention_heads": [1, 2, 2, 4],
+        **NO_DROPOUT,
+    },
     "Pvt": {**PYRAMID, **NO_DROPOUT, "image_size": 64},
     "PvtV2": {**PYRAMID, **NO_DROPOUT, "image_size": 64},
     "PoolFormer": {"depths": [1, 2, 1, 1], "hidden_sizes": [8, 16, 16, 32]},
-    "Hiera": {"embed_dim": 16, "depths": [1, 2], "num_heads": [1, 2], "image_size": [32, 32], "masked_unit_size": [4, 4], "query_stride": [2, 2], "num_query_pool": 1},
+    "Hiera": {
+        "embed_dim": 16,
+        "depths": [1, 2],
+        "num_heads": [1, 2],
+        "image_size": [32, 32],
+        "masked_unit_size": [4, 4],
+        "query_stride": [2, 2],
+        "num_query_pool": 1,
+    },
 }
 SIZES = {"Segformer": 64, "Pvt": 64, "PvtV2": 64, "PoolFormer": 64}
 # Their blocks make tensors of their own, or drop inside of a branch that is dropped: see the tests at the end.
