@@ -55,7 +55,7 @@ def inspect_model(
         own_s, own_bytes = _measure(model, images)
         plain_s, plain_bytes = measured_plain
         lines.append(
-            f"measured, median of {_NUM_MEASURED} steps of {batch_size} images on {device}, PyTorch {torch.__version__}: "
+            f"median of {_NUM_MEASURED} steps of {batch_size} images on {device}, PyTorch {torch.__version__}: "
             f"{own_s:.3f} s against {plain_s:.3f} s at rate 0 ({own_s / plain_s:.0%}); kept for the backward "
             f"{own_bytes / 2**20:.0f} MiB against {plain_bytes / 2**20:.0f} MiB ({own_bytes / plain_bytes:.0%})"
         )

@@ -116,7 +116,10 @@ def _state(block: nn.Module) -> tuple[Any, ...]:
         or (isinstance(value, tuple) and all(isinstance(item, PLAIN_TYPES) for item in cast("tuple[Any, ...]", value)))
     )
     empty = tuple(
-        name for group in (block._parameters, block._buffers) for name, value in group.items() if value is None
+        name
+        for group in (block._parameters, block._buffers)
+        for name, value in group.items()
+        if value is None  # pyright: ignore[reportPrivateUsage]
     )
     return plain, empty
 

@@ -291,4 +291,4 @@ def name_values_changed_in_place(graph: fx.Graph, block: nn.Module) -> None:
     for node in graph.nodes:
         if node.op == "call_method" and _writes_in_place(node, block) and isinstance(node.args[0], fx.Node):
             after = position[node]
-            node.args[0].replace_all_uses_with(node, delete_user_cb=lambda user: position[user] > after)  # noqa: B023
+            node.args[0].replace_all_uses_with(node, delete_user_cb=lambda user: position[user] > after)  # noqa: B023  # pyright: ignore

@@ -74,7 +74,8 @@ class Found:
 def find_branches(model: nn.Module, where: Where | None, layers: Sequence[str] | None, *, with_schedule: bool) -> Found:
     """The branches of a model.
 
-    They are the given layers. Without, they are its `Residual`s, if a schedule is given, and its drop paths with a rate above 0; if there is neither and a
+    They are the given layers. Without, they are its `Residual`s, if a schedule is given, and its drop paths with a
+    rate above 0; if there is neither and a
     schedule is given, the residual additions in its modules' code. A module that is used several times has one gate for
     all its uses in a pass.
 

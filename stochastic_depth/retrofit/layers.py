@@ -84,7 +84,7 @@ class StochasticLayer(nn.Module):
         except TraceError as error:
             gated = self._stochastic_depth_branch
             raise RuntimeError(
-                f"It cannot be told what the layer {gated.passes.names[gated.index]} returns when it is not run: {error}."
+                f"It cannot be told what {gated.passes.names[gated.index]} returns when it is not run: {error}."
             ) from error
         return fx.map_arg(next(iter(reversed(recording.graph.nodes))).args[0], lambda _: cast(fx.Node, None))
 
@@ -107,7 +107,7 @@ def _scaled(output: Any, hidden: Tensor, factor: float) -> Any:
     own = _first(output)
     if own.shape != hidden.shape:
         raise RuntimeError(
-            f"The layer turns hidden states of shape {tuple(hidden.shape)} into {tuple(own.shape)}: it cannot be a branch."
+            f"The layer makes {tuple(own.shape)} of hidden states {tuple(hidden.shape)}: it cannot be a branch."
         )
     if factor == 1.0:
         return output
@@ -130,6 +130,6 @@ def refuse_own_layerdrop(model: nn.Module) -> None:
             if isinstance(rate, float) and rate > 0:
                 raise ValueError(
                     f"The model skips layers itself, with a rate of {rate:g}, beside the gates. Set model"
-                    f"{'.' if name else ''}{path.removeprefix('.') if name else path} = 0.0 first, and give the rate as "
+                    f"{'.' if name else ''}{path.removeprefix('.') if name else path} = 0.0, and give the rate as "
                     f"a schedule: uniform({1 - rate:g})."
                 )

@@ -16,7 +16,8 @@ MODELS = {
     "Wav2Vec2": (
         {**SMALL, "conv_dim": [8, 8], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_feat_extract_layers": 2,
          "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "layerdrop": 0.0,
-         "hidden_dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "feat_proj_dropout": 0.0, "apply_spec_augment": False},
+         "hidden_dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0,
+         "feat_proj_dropout": 0.0, "apply_spec_augment": False},
         "encoder.layers.?",
     ),
 }  # fmt: skip
