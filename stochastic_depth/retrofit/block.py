@@ -117,7 +117,7 @@ def _state(block: nn.Module) -> tuple[Any, ...]:
     )
     empty = tuple(
         name
-        for group in (block._parameters, block._buffers)
+        for group in (block.__dict__["_parameters"], block.__dict__["_buffers"])
         for name, value in group.items()
         if value is None  # pyright: ignore[reportPrivateUsage]
     )

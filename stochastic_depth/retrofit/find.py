@@ -131,7 +131,7 @@ def _nothing_found(model: nn.Module, found: Found, *, with_schedule: bool) -> st
 
 def _find_layers(model: nn.Module, layers: Sequence[str], found: Found) -> None:
     for pattern in layers:
-        names = [name for name, module in model.named_modules() if name and fnmatch.fnmatchcase(name, pattern)]
+        names = [name for name, _ in model.named_modules() if name and fnmatch.fnmatchcase(name, pattern)]
         if not names:
             some = ", ".join(name for name, module in model.named_modules() if name and any(module.children()))[:200]
             raise ValueError(f"layers: the pattern {pattern!r} matches no module. There are {some}, ...")
