@@ -12,8 +12,9 @@ BIN := .venv/bin
 demo: .venv/installed  ## train the same network with constant and with stochastic depth, and compare
 	$(BIN)/stochastic-depth reproduce digits --out runs/digits
 
+# Two workers of one thread each: threads that wait for each other would take the time of both.
 test: .venv/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

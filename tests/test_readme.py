@@ -1,0 +1,56 @@
+"""The README's code and commands do what they say: each block of Python runs, each command runs."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md"))]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), flags=re.M | re.S)
+
+
+def commands() -> list[str]:
+    return [line for block in blocks("README.md", "console") for line in block.splitlines() if line.startswith("$ ")]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_every_block_of_python_runs(page: str) -> None:
+    namespace: dict[str, object] = {}
+    for block in blocks(page, "python"):
+        exec(compile(block, page, "exec"), namespace)  # The blocks of a page follow on each other, as a reader types.
+
+
+def test_the_readme_has_code_and_commands() -> None:
+    assert len(blocks("README.md", "python")) >= 1
+    assert len(commands()) >= 3
+
+
+@pytest.mark.parametrize("target", re.findall(r"^\$ make (\w+)", README, flags=re.M))
+def test_every_make_target_exists(target: str) -> None:
+    done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert ".venv/bin/" in done.stdout
+
+
+@pytest.mark.parametrize("line", [line for line in commands() if line.startswith("$ stochastic-depth")])
+def test_every_command_runs(line: str, tmp_path: Path) -> None:
+    words = shlex.split(line.removeprefix("$ "), comments=True)
+    if words[1] in ("train", "reproduce"):
+        words.append("--quick")  # The same command in its short form; the full one takes minutes.
+    if words[1] in ("report", "evaluate"):
+        run("stochastic-depth", "train", "digits-constant", "--quick", "--out", words[2], cwd=tmp_path)
+    run(*words, cwd=tmp_path)
+
+
+def run(*words: str, cwd: Path) -> None:
+    program = Path(sys.executable).parent / words[0]
+    done = subprocess.run([program, *words[1:]], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
