@@ -258,7 +258,7 @@ def test_equal_cost_has_the_same_count_on_every_rank_in_other_patterns() -> None
 
 
 UNEQUAL = {
-    "two-kinds": ([0.5] * 6, [1.0, 1.0, 1.0, 3.0, 3.0, 3.0]),
+    "two-kinds": ([0.5] * 16, [1.0] * 8 + [3.0] * 8),
     "spread": ([0.9, 0.7, 0.5, 0.3, 0.6], [1.0, 10.0, 2.5, 40.0, 7.0]),
     "flops": (sd.linear_decay(0.5)(9), [123456.0, 123456.0, 123456.0, 92160.0, 120000.0, 120000.0, 9e4, 1e5, 1e5]),
 }
