@@ -126,6 +126,7 @@ def _train_epochs(run: "_Run", folder: records.RunFolder, observers: Sequence[Ob
             epoch=run.epoch,
             start=run.tally.step,
         )
+        run.model.train()
         run.watch.start()
         for inputs, labels in run.until_stopped(training_batches):
             if run.validation_is_due():
@@ -283,7 +284,6 @@ class _Run:
         rate = learning_rate(recipe, self.epoch, tally.step, self.num_steps)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        self.model.train()
         with autocast(self.device, self.experiment.precision):
             loss = F.cross_entropy(self.model(inputs), labels)
         self.scaler.scale(loss).backward()

@@ -101,7 +101,9 @@ def test_names_need_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if "1202" in name else ()) for name in EXPERIMENTS]
+)
 def test_every_experiment_trains_quickly(name, made_up_data_root, tmp_path: Path, capsys):
     assert main(["train", name, "--quick", "--out", str(tmp_path / "run")]) == 0
     experiment = quick(find(name))

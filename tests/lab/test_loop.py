@@ -14,7 +14,7 @@ from stochastic_depth_lab import checkpoint, loop
 from stochastic_depth_lab.build import find_device
 from stochastic_depth_lab.config import Data, Depth
 from stochastic_depth_lab.data import Augmentation, Normalisation, batches, load
-from stochastic_depth_lab.evaluation import evaluate, evaluate_run
+from stochastic_depth_lab.evaluation import Evaluation, evaluate_run
 from stochastic_depth_lab.loop import Interrupted, NotFiniteError
 from stochastic_depth_lab.lr_schedules import learning_rate
 
@@ -193,22 +193,27 @@ def test_the_reported_error_is_that_at_the_lowest_validation_error(tmp_path):
     assert again["last"]["test"].error == result["final_test_error"]
 
 
-def test_validation_within_epochs_may_find_the_lowest(tmp_path, monkeypatch):
-    """Every three steps of seven, counted over all epochs; the test part only where the validation error is lower."""
-    seen = []
+def test_the_lowest_validation_error_may_lie_within_an_epoch(tmp_path, monkeypatch):
+    """Every three steps, counted over all epochs of seven. Of equal errors the lower loss counts, then the first."""
+    validations = {3: (50, 1), 6: (40, 1), 7: (45, 1), 9: (30, 1), 12: (30, 0.5), 14: (30, 0.7), 15: (60, 1)}
+    validations |= {18: (30, 0.5), 21: (35, 0.1)}
+    seen = {"validation": [], "test": []}
 
-    def watched(model, images, precision):
-        evaluation = evaluate(model, images, precision)
-        seen.append(evaluation)
-        return evaluation
+    def scripted(run, split):
+        after = 7 * (run.epoch - 1) + run.tally.step
+        if split is run.images.data.validation:
+            seen["validation"].append(after)
+            return Evaluation(*map(float, validations[after]))
+        seen["test"].append(after)
+        return Evaluation(float(after), 1.0)
 
-    monkeypatch.setattr(loop, "evaluate", watched)
+    monkeypatch.setattr(loop._Run, "_evaluate", scripted)
     result = train(small(epochs=3, validate_every=3), tmp_path / "run")
-    saved = checkpoint.read(tmp_path / "run" / "checkpoints" / "last.pt")
-    assert saved["best"]["validation_error"] == result["validation_error"]
-    # after 3, 6, 7 (epoch 1), 9, 12, 14 (epoch 2), 15, 18, 21 (epoch 3; 21 is its end as well)
-    assert 9 + 3 <= len(seen) <= 18
-    assert result["validation_error"] <= min(row["validation_error"] for row in _rows(tmp_path / "run"))
+    assert seen["validation"] == list(validations)  # none of them twice
+    assert seen["test"] == [3, 6, 7, 9, 12, 14, 21]  # where it was the lowest so far, and for each epoch's line
+    assert (result["best_epoch"], result["best_step"]) == (2, 5)
+    assert (result["validation_error"], result["test_error"], result["final_test_error"]) == (30, 12, 21)
+    assert [row["test_error"] for row in _rows(tmp_path / "run")] == [7, 14, 21]
 
 
 def _rows(folder):
