@@ -196,7 +196,7 @@ def test_the_reported_error_is_that_at_the_lowest_validation_error(tmp_path):
 def test_the_lowest_validation_error_may_lie_within_an_epoch(tmp_path, monkeypatch):
     """Every three steps, counted over all epochs of seven. Of equal errors the lower loss counts, then the first."""
     validations = {3: (50, 1), 6: (40, 1), 7: (45, 1), 9: (30, 1), 12: (30, 0.5), 14: (30, 0.7), 15: (60, 1)}
-    validations |= {18: (30, 0.5), 21: (35, 0.1)}
+    validations |= {18: (30, 0.5), 21: (35, 0.1), 24: (35, 1), 27: (35, 1), 28: (35, 1)}
     seen = {"validation": [], "test": []}
 
     def scripted(run, split):
@@ -208,12 +208,12 @@ def test_the_lowest_validation_error_may_lie_within_an_epoch(tmp_path, monkeypat
         return Evaluation(float(after), 1.0)
 
     monkeypatch.setattr(loop._Run, "_evaluate", scripted)
-    result = train(small(epochs=3, validate_every=3), tmp_path / "run")
+    result = train(small(epochs=4, validate_every=3), tmp_path / "run")
     assert seen["validation"] == list(validations)  # none of them twice
-    assert seen["test"] == [3, 6, 7, 9, 12, 14, 21]  # where it was the lowest so far, and for each epoch's line
+    assert seen["test"] == [3, 6, 7, 9, 12, 14, 21, 28]  # where it was the lowest so far, and for each epoch's line
     assert (result["best_epoch"], result["best_step"]) == (2, 5)
-    assert (result["validation_error"], result["test_error"], result["final_test_error"]) == (30, 12, 21)
-    assert [row["test_error"] for row in _rows(tmp_path / "run")] == [7, 14, 21]
+    assert (result["validation_error"], result["test_error"], result["final_test_error"]) == (30, 12, 28)
+    assert [row["test_error"] for row in _rows(tmp_path / "run")] == [7, 14, 21, 28]
 
 
 def _rows(folder):
