@@ -98,7 +98,7 @@ class GatedBranch:
         return _sum_over_subset(shortcut, x, branch, gate, factor, parts)
 
     def skip(self, shortcut: Tensor, parts: nn.Module) -> Tensor:
-        """The sum where the branch, whose parameters `parts` holds, runs for no sample: a copy of `shortcut` (N, ...)."""
+        """The sum where the branch, whose parameters `parts` holds, runs for no sample: a copy of `shortcut`."""
         if self.skipped_grad == "zero" and torch.is_grad_enabled():
             parameters = [parameter for parameter in parts.parameters() if parameter.requires_grad]
             if parameters:

@@ -1,0 +1,75 @@
+"""Process time of a training step of a timm model with its own drop path, and with the same rates really skipped."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+
+import torch
+import torch.nn.functional as F
+from protocol import interleaved, ratio, write_table
+
+import stochastic_depth as sd
+
+# A CPU build of PyTorch lacks these two operators of torchvision's wheels, which timm imports.
+_SCHEMAS = torch.library.Library("torchvision", "DEF")
+for _schema in (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+):
+    if not hasattr(torch.ops.torchvision, _schema.split("(")[0]):
+        _SCHEMAS.define(_schema)
+
+import timm  # noqa: E402
+
+
+def train_step(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
+    """Forward and backward."""
+    model.zero_grad()
+    F.cross_entropy(model(images), labels).backward()
+
+
+def main() -> None:
+    """Measure and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="vit_tiny_patch16_224")
+    parser.add_argument("--image-size", type=int, default=96)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--rate", type=float, default=0.5, help="drop path rate of the last block; timm's linear decay")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--warm-up", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+
+    def create(rate: float) -> torch.nn.Module:
+        torch.manual_seed(0)
+        size = {"img_size": args.image_size} if "vit" in args.model else {}
+        return timm.create_model(args.model, drop_path_rate=rate, num_classes=10, **size)
+
+    images = torch.randn(args.batch_size, 3, args.image_size, args.image_size)
+    labels = torch.randint(10, (args.batch_size,))
+    skipping = create(args.rate)
+    depth = sd.make_stochastic_(skipping)
+    models = {
+        "rate 0": create(0.0),
+        "rate 0 again": create(0.0),
+        f"rate {args.rate}, timm": create(args.rate),
+        f"rate {args.rate}, make_stochastic_": skipping,
+    }
+    steps = {name: functools.partial(train_step, model, images, labels) for name, model in models.items()}
+    times = interleaved(steps, rounds=args.rounds, warm_up=args.warm_up)
+    rows = []
+    for name, values in times.items():
+        median, mean = ratio(values, times["rate 0"])
+        rows.append([name, f"{sorted(values)[len(values) // 2] * 1e3:.0f}", f"{median:.3f}", f"{mean:.3f}"])
+    write_table(
+        f"drop_path_{args.model}",
+        f"Forward and backward, {args.model}, {args.image_size} pixels, batch {args.batch_size}, fp32",
+        ["model", "process time, ms (median)", "ratio to rate 0 (median)", "ratio of means"],
+        rows,
+        f"Expected share of the FLOPs {depth.cost(images).training_flops:.3f}. n = {args.rounds} interleaved rounds.",
+    )
+
+
+if __name__ == "__main__":
+    main()
