@@ -111,6 +111,24 @@ class Schedule:
     """A PNG or SVG file for the figure."""
 
 
+@dataclass(frozen=True)
+class Inspect:
+    """Show the branches of a published model, how each is treated, and what skipping them saves."""
+
+    model: tyro.conf.Positional[str]
+    """timm:NAME, torchvision:NAME or transformers:NAME; the weights are random."""
+    drop_path_rate: float = 0.1
+    """The rate that the model is made with."""
+    measure: Flag = False
+    """Measure time and memory of a step too, against the model at rate 0, on this machine."""
+    batch_size: int = 8
+    """Images in a measured step."""
+    image_size: int | None = None
+    """Their width and height. None: the model's own."""
+    device: str = "cpu"
+    """Where to measure: cpu, cuda or cuda:NUMBER."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
@@ -232,12 +250,30 @@ def _schedule(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _inspect(arguments: Sequence[str]) -> int:
+    options = _parse(Inspect, "inspect", arguments)
+    from stochastic_depth_lab.inspect import inspect_model
+
+    _print(
+        inspect_model(
+            options.model,
+            options.drop_path_rate,
+            measure=options.measure,
+            batch_size=options.batch_size,
+            image_size=options.image_size,
+            device=options.device,
+        )
+    )
+    return 0
+
+
 _COMMANDS: dict[str, tuple[type, Callable[[Sequence[str]], int]]] = {
     "train": (Train, _train),
     "reproduce": (Reproduce, _reproduce),
     "evaluate": (Evaluate, _evaluate),
     "report": (Report, _report),
     "schedule": (Schedule, _schedule),
+    "inspect": (Inspect, _inspect),
 }
 
 
