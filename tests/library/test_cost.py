@@ -268,6 +268,7 @@ def test_measuring_changes_nothing(make, inputs, measure: str, granularity: str)
     assert torch.equal(torch.get_rng_state(), rng[0])
     assert random.getstate() == rng[1]
     assert (depth.state_dict(), depth.last_gates) == (state, gates)
+    assert depth._passes.observer is None
     for _ in range(3):
         assert torch.equal(net(x), twin(x))
 

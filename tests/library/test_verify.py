@@ -65,10 +65,16 @@ def only_in_training(net: Root, x: Tensor) -> Tensor:
     return net.c(net.b(net.a(x)) if net.training else net.a(x))
 
 
+def first_time_only(net: Root, x: Tensor) -> Tensor:
+    net.calls = getattr(net, "calls", 0) + 1
+    return net.c(net.b(net.a(x)) if net.calls == 1 else net.a(x))
+
+
 WRONG = {
     "unused": (lambda net, x: net.c(net.a(x)), r"^1 of 3 branches are never reached by this input: b\.$"),
     "not with this input": (own_draw, r"^1 of 3 branches are never reached by this input: a\.$"),
     "not in evaluation": (only_in_training, r"^1 of 3 branches are never reached by this input: b\.$"),
+    "not when evaluated": (first_time_only, r"^1 of 3 branches are not run in evaluation: b\.$"),
     "called around the gate": (calls_inside, r"^1 of 3 branches are run although their gates are closed: b\.$"),
     "random evaluation": (random_branch, r"^Two evaluations of one input differ: "),
 }
