@@ -58,10 +58,12 @@ class Gate(NamedTuple):
     Attributes:
         num_open: for how many samples of the batch it is open, 0..N.
         order: (N,) int64, indices of the samples, the open ones first; None where all or none are open.
+        survival_prob: the chance that it had to be open in this pass, which a later change does not alter.
     """
 
     num_open: int
     order: Tensor | None
+    survival_prob: float
 
 
 @dataclass
@@ -185,16 +187,17 @@ class ForwardPasses:
         this = self._pass_of_call(index, training=training)
         if this is None:
             return None
+        survival_prob = this.survival_probs[index]
         if this.forced is not None:
-            return self._forced_gate(this.forced[index], index, num_samples, device)
+            return self._forced_gate(this.forced[index], index, num_samples, device, survival_prob)
         if not training:
             return None
         if self.granularity == "batch":
-            return Gate(num_samples * self.draw_of(this, 1)[index], None)
+            return Gate(num_samples * self.draw_of(this, 1)[index], None, survival_prob)
         num_open = self.draw_of(this, num_samples)[index]
         if num_open in (0, num_samples):
-            return Gate(num_open, None)
-        return Gate(num_open, self._order_of(this, num_samples, device)[index])
+            return Gate(num_open, None, survival_prob)
+        return Gate(num_open, self._order_of(this, num_samples, device)[index], survival_prob)
 
     def draw_of(self, this: Pass, num_samples: int) -> list[int]:
         """For how many of `num_samples` separately gated samples each branch is open in a pass that is not forced."""
@@ -215,17 +218,19 @@ class ForwardPasses:
             self._orders = (key, order.to(device, non_blocking=True))
         return self._orders[1]
 
-    def _forced_gate(self, forced: bool | Tensor, index: int, num_samples: int, device: torch.device) -> Gate:
+    def _forced_gate(
+        self, forced: bool | Tensor, index: int, num_samples: int, device: torch.device, survival_prob: float
+    ) -> Gate:
         if isinstance(forced, bool):
-            return Gate(num_samples * forced, None)
+            return Gate(num_samples * forced, None, survival_prob)
         if len(forced) != num_samples:
             raise ValueError(
                 f"The gate of {self.names[index]!r} has {len(forced)} entries, but the batch has {num_samples} samples."
             )
         num_open = int(forced.sum())
         if num_open in (0, num_samples):
-            return Gate(num_open, None)
-        return Gate(num_open, forced.int().argsort(descending=True, stable=True).to(device))
+            return Gate(num_open, None, survival_prob)
+        return Gate(num_open, forced.int().argsort(descending=True, stable=True).to(device), survival_prob)
 
     def _rank(self) -> int | None:
         if self.ranks == "agree":

@@ -90,7 +90,7 @@ class GatedBranch:
             branch = _Observed(self.passes.observer, self.index, branch)
         if gate is None:
             return _plain_sum(shortcut, branch(x), self.survival_prob if self.rescale == "eval" else 1.0)
-        factor = 1 / self.survival_prob if self.rescale == "train" else 1.0
+        factor = 1 / gate.survival_prob if self.rescale == "train" else 1.0
         if gate.num_open == 0:
             return self.skip(shortcut, parts)
         if gate.num_open == shortcut.shape[0]:

@@ -49,11 +49,14 @@ def cifar_resnet(
 
     Raises:
         ValueError: if an argument is not one of those allowed.
+        TypeError: if num_layers is not a whole number.
 
     Example:
         >>> cifar_resnet(20)(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 10])
     """
+    if isinstance(num_layers, bool) or not isinstance(num_layers, int):
+        raise TypeError(f"num_layers must be a whole number, 6n + 2, but is {num_layers!r}.")
     if num_layers < 8 or (num_layers - 2) % 6:
         below = max(8, num_layers - (num_layers - 2) % 6)
         raise ValueError(

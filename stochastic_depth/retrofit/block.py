@@ -387,7 +387,7 @@ def mask(gated: GatedBranch, x: Tensor, *, training: bool) -> Tensor:
     gate = gated.passes.gate(gated.index, x.shape[0], x.device, training=training)
     if gate is None:
         return x * gated.survival_prob if gated.rescale == "eval" else x
-    factor = 1 / gated.survival_prob if gated.rescale == "train" else 1.0
+    factor = 1 / gate.survival_prob if gated.rescale == "train" else 1.0
     return x * _weights(gate, x, factor)
 
 

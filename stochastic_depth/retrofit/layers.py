@@ -34,7 +34,7 @@ class StochasticLayer(nn.Module):
             return _scaled(
                 self._run(leaves, signature), hidden, gated.survival_prob if gated.rescale == "eval" else 1.0
             )
-        factor = 1 / gated.survival_prob if gated.rescale == "train" else 1.0
+        factor = 1 / gate.survival_prob if gated.rescale == "train" else 1.0
         if gate.num_open == hidden.shape[0]:
             return _scaled(self._run(leaves, signature), hidden, factor)
         if gate.num_open == 0:

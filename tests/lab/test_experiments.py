@@ -81,6 +81,7 @@ def test_the_recipe_is_the_papers():
             "momentum": 0.9,
             "weight_decay": 1e-4,
             "validate_every": None,
+            "num_threads": None,
             "checkpoint_every": 200,
         },
         "precision": "fp32",

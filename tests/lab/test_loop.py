@@ -236,7 +236,10 @@ def test_mixed_precision_stays_near_full_precision_and_resumes(tmp_path, precisi
 
 
 def test_global_settings_are_as_before(tmp_path):
-    train(small(epochs=1), tmp_path / "run")
+    before = torch.get_num_threads()
+    train(small(epochs=1, num_threads=before + 1), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["num_threads"] == before + 1
+    assert torch.get_num_threads() == before
     assert not torch.are_deterministic_algorithms_enabled()
 
 

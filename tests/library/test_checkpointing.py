@@ -265,7 +265,6 @@ def test_a_segment_that_starts_before_its_first_branch(reentrant: bool, gates: s
         assert_same_gradients(ours, theirs, *losses, (0,))
 
 
-@pytest.mark.xfail(strict=True, reason="the recomputation takes 1/p from the present survival probabilities")
 @both_forms
 def test_survival_probs_changed_between_forward_and_backward(reentrant: bool) -> None:
     """A schedule over time that moves on before the backward: the factor 1/p is that of the forward."""

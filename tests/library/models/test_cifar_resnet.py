@@ -202,9 +202,6 @@ def test_initialisation_follows_the_global_seed() -> None:
 # ---------------------------------------------------------------------------------------------- refusals
 
 
-NO_CHECK_OF_THE_TYPE = pytest.mark.xfail(strict=True, reason="Python's own message, which does not name num_layers")
-
-
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
@@ -224,14 +221,12 @@ NO_CHECK_OF_THE_TYPE = pytest.mark.xfail(strict=True, reason="Python's own messa
             TypeError,
             ["num_layers", "whole number", "20.0"],
             id="float",
-            marks=NO_CHECK_OF_THE_TYPE,
         ),
         pytest.param(
             {"num_layers": "110"},
             TypeError,
             ["num_layers", "whole number", "'110'"],
             id="string",
-            marks=NO_CHECK_OF_THE_TYPE,
         ),
     ],
 )
