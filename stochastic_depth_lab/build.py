@@ -1,7 +1,11 @@
-"""From an experiment's words to its objects: images on the device, the network, its gates, the optimiser."""
+"""From an experiment's words to its objects: images on the device, network, gates, optimiser, settings of PyTorch."""
 
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +114,26 @@ def build_optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
         nesterov=True,
         weight_decay=recipe.weight_decay,
     )
+
+
+@contextmanager
+def reproducible(recipe: Recipe) -> Generator[None]:
+    """Within, the same numbers every time: an operation that has no such algorithm raises."""
+    # cuBLAS reads this when it starts; without it PyTorch refuses deterministic matrix products.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    settings: Any = torch.utils.deterministic
+    enabled, fill = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    num_threads = torch.get_num_threads()
+    torch.use_deterministic_algorithms(True)
+    settings.fill_uninitialized_memory = False  # it helps to find bugs, and costs a pass over every buffer
+    if recipe.num_threads is not None:
+        torch.set_num_threads(recipe.num_threads)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled)
+        settings.fill_uninitialized_memory = fill
+        torch.set_num_threads(num_threads)
 
 
 def find_device(name: str | None, precision: Precision) -> torch.device:

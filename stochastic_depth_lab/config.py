@@ -90,6 +90,8 @@ class Recipe:
     validate_every: int | None = None
     """Look for the lowest validation error every so many steps too, counted over all epochs (SVHN: 200). None: at the
     end of each epoch only."""
+    num_threads: int | None = None
+    """CPU threads, which decide the order of sums and with it the last bits. None: PyTorch's choice."""
     checkpoint_every: int = 200
     """A checkpoint is written at the end of each epoch, and every so many steps within it."""
 
@@ -160,6 +162,7 @@ def check(experiment: Experiment) -> None:
         ("recipe.batch_size", recipe.batch_size, 1),
         ("recipe.warmup_epochs", recipe.warmup_epochs, 0),
         ("recipe.validate_every", recipe.validate_every, 1),
+        ("recipe.num_threads", recipe.num_threads, 1),
         ("recipe.checkpoint_every", recipe.checkpoint_every, 1),
         ("data.limit", data.limit, 1),
         ("data.num_validation", data.num_validation, 1),

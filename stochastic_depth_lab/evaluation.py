@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stochastic_depth_lab import checkpoint, records
-from stochastic_depth_lab.build import build_network, load_images
+from stochastic_depth_lab.build import build_network, load_images, reproducible
 from stochastic_depth_lab.config import Precision, from_json
 from stochastic_depth_lab.data import batches
 
@@ -82,14 +82,16 @@ def evaluate_run(
         weights["last"] = state["model"]
     if not weights:
         raise records.RunError(f"{path} holds no weights yet: its run has not come to a checkpoint.")
-    images = load_images(experiment, data_root, device)
-    model, _ = build_network(experiment, images.data)
-    parts = {"validation": images.data.validation, "test": images.data.test}
     evaluations: dict[str, dict[str, Evaluation]] = {}
-    for name, state_dict in weights.items():
-        model.load_state_dict(state_dict)
-        evaluations[name] = {
-            part: evaluate(model, batches(split, BATCH_SIZE, normalisation=images.normalisation), experiment.precision)
-            for part, split in parts.items()
-        }
+    with reproducible(experiment.recipe):
+        images = load_images(experiment, data_root, device)
+        model, _ = build_network(experiment, images.data)
+        for name, state_dict in weights.items():
+            model.load_state_dict(state_dict)
+            evaluations[name] = {
+                part: evaluate(
+                    model, batches(split, BATCH_SIZE, normalisation=images.normalisation), experiment.precision
+                )
+                for part, split in (("validation", images.data.validation), ("test", images.data.test))
+            }
     return evaluations

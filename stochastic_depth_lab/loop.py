@@ -5,7 +5,6 @@ gates from (seed, step), the learning rate from (epoch, step). What is left to r
 """
 
 import math
-import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,14 @@ from torch import Tensor, nn
 import stochastic_depth as sd
 from stochastic_depth.cost import Cost
 from stochastic_depth_lab import checkpoint, records
-from stochastic_depth_lab.build import Images, build_network, build_optimiser, describe_branches, load_images
+from stochastic_depth_lab.build import (
+    Images,
+    build_network,
+    build_optimiser,
+    describe_branches,
+    load_images,
+    reproducible,
+)
 from stochastic_depth_lab.config import Experiment, check
 from stochastic_depth_lab.data import Split, batches, num_batches
 from stochastic_depth_lab.evaluation import BATCH_SIZE, Evaluation, autocast, evaluate
@@ -88,7 +94,7 @@ def train(
     finished = records.look(path, experiment, resume=resume)
     if finished is not None:
         return finished
-    with _deterministic():
+    with reproducible(experiment.recipe):
         images = load_images(experiment, data_root, device)
         model, depth = build_network(experiment, images.data)
         branches, cost = describe_branches(model, depth, images.normalisation(images.data.train.images[:2]))
@@ -420,19 +426,3 @@ def _gradient(module: nn.Conv2d) -> Tensor:
     gradient = module.weight.grad
     assert gradient is not None, "the first convolution has no gradient after a backward pass"
     return gradient
-
-
-@contextmanager
-def _deterministic() -> Generator[None]:
-    """Within, only algorithms that give the same numbers every time; an operation that has none raises."""
-    # cuBLAS reads this when it starts; without it PyTorch refuses deterministic matrix products.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    settings: Any = torch.utils.deterministic
-    enabled, fill = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    settings.fill_uninitialized_memory = False  # it helps to find bugs, and costs a pass over every buffer
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(enabled)
-        settings.fill_uninitialized_memory = fill
