@@ -56,6 +56,11 @@ class Controller:
         return list(self._passes.names)
 
     @property
+    def branches(self) -> tuple[Branch, ...]:
+        """What was found out about each branch when the model was made stochastic; the modules are the model's own."""
+        return self._branches
+
+    @property
     def survival_probs(self) -> list[float]:
         """Survival probability of each branch, in (0, 1]."""
         return list(self._passes.survival_probs)

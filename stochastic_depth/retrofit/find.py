@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -248,7 +248,7 @@ def _treatments(
     """
     called: dict[str, None] = {}
     treatments: dict[Key, BranchParts | CutError] = {}
-    for recording in _recordings(block):
+    for recording in recordings(block):
         called.update(dict.fromkeys(node.target for node in recording.graph.nodes if node.op == "call_module"))
         for key, residual in find_sums(recording.graph, block, drop_paths).items():
             if isinstance(residual, CutError):
@@ -262,10 +262,21 @@ def _treatments(
     return dict(sorted(treatments.items(), key=lambda item: item[0][1])), called
 
 
-def _recordings(block: nn.Module) -> Iterator[Recording]:
-    """Recordings of a block's forward with its default arguments, on each way that its decisions by sizes allow."""
+def recordings(
+    block: nn.Module, arguments: tuple[Sequence[Any], Mapping[str, Any]] | None = None
+) -> Iterator[Recording]:
+    """Recordings of a module's forward, on each way that its decisions by sizes allow.
+
+    Args:
+        block: the module.
+        arguments: those of the call, by position and by name, where any object stands for a tensor. None: its defaults.
+
+    Raises:
+        TraceError: if none of the ways can be recorded.
+    """
     leaves: list[Any] = []
-    signature = flatten((_default_arguments(block), {}), leaves)
+    args, kwargs = arguments or (_default_arguments(block), {})
+    signature = flatten((tuple(args), dict(kwargs)), leaves)
     decisions: list[bool] = []
     num_recorded, first_error = 0, None
     for _ in range(_MAX_WAYS):
