@@ -57,7 +57,8 @@ class Gate(NamedTuple):
 
     Attributes:
         num_open: for how many samples of the batch it is open, 0..N.
-        order: (N,) int64, indices of the samples, the open ones first; None where all or none are open.
+        order: (N,) int64, indices of the samples, the open ones first; None where all are open, or none is and the
+            branch is not to be called. Where none is and there is an order, the branch runs one sample of weight 0.
         survival_prob: the chance that it had to be open in this pass, which a later change does not alter.
     """
 
@@ -114,6 +115,8 @@ class ForwardPasses:
         self.draw: Draw = draw
         self.ranks: Ranks = ranks
         self.counter = 0
+        self.costs: tuple[float, ...] | None = None
+        """What one sample of each branch costs, for "equal_cost"; None: all the same."""
         self.forced: tuple[bool | Tensor, ...] | None = None
         self.latest: Pass | None = None
         """The latest pass with a draw."""
@@ -195,7 +198,9 @@ class ForwardPasses:
         if self.granularity == "batch":
             return Gate(num_samples * self.draw_of(this, 1)[index], None, survival_prob)
         num_open = self.draw_of(this, num_samples)[index]
-        if num_open in (0, num_samples):
+        # Another rank may have more samples, and with them a survivor where this one has none. What synchronises
+        # inside of a branch waits for every rank; the sizes of their batches are not known here, so none stays away.
+        if num_open == num_samples or (num_open == 0 and not has_several_ranks()):
             return Gate(num_open, None, survival_prob)
         return Gate(num_open, self._order_of(this, num_samples, device)[index], survival_prob)
 
@@ -207,7 +212,13 @@ class ForwardPasses:
             # only which samples they are differs between decorrelated ranks.
             rank = self._rank() if self.granularity == "batch" else None
             counts = this.counts[num_samples] = draw_counts(
-                this.survival_probs, num_samples, seed=self.seed, counter=this.counter, draw=self.draw, rank=rank
+                this.survival_probs,
+                num_samples,
+                seed=self.seed,
+                counter=this.counter,
+                draw=self.draw,
+                costs=self.costs,
+                rank=rank,
             )
         return counts
 
@@ -235,7 +246,7 @@ class ForwardPasses:
     def _rank(self) -> int | None:
         if self.ranks == "agree":
             return None
-        return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        return torch.distributed.get_rank() if has_several_ranks() else 0
 
     def _pass_of_call(self, index: int, *, training: bool) -> Pass | None:
         node = evaluated_node()
@@ -294,6 +305,12 @@ class ForwardPasses:
         raise RuntimeError(
             f"The forward pass that is being recomputed is not among the latest {_NUM_REMEMBERED} of this model."
         )
+
+
+def has_several_ranks() -> bool:
+    """Whether this process is one of several that train together."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 class _Remembered(NamedTuple):

@@ -91,7 +91,7 @@ class GatedBranch:
         if gate is None:
             return _plain_sum(shortcut, branch(x), self.survival_prob if self.rescale == "eval" else 1.0)
         factor = 1 / gate.survival_prob if self.rescale == "train" else 1.0
-        if gate.num_open == 0:
+        if gate.num_open == 0 and gate.order is None:
             return self.skip(shortcut, parts)
         if gate.num_open == shortcut.shape[0]:
             return _plain_sum(shortcut, branch(x), factor)
@@ -125,10 +125,10 @@ def _sum_over_subset(
     shortcut: Tensor, x: Samples, branch: Callable[[Any], Tensor], gate: Gate, factor: float, parts: nn.Module
 ) -> Tensor:
     assert gate.order is not None
-    num_run = gate.num_open
+    num_run = max(gate.num_open, 1)
     inputs = x if isinstance(x, tuple) else (x,)
     if num_run == 1 and _has_one_value_per_channel(shortcut, *inputs) and any(_batch_norms(parts)):
-        # BatchNorm cannot normalise a single value per channel: a second sample, of weight 0, gives it another.
+        # BatchNorm cannot normalise a single value per channel: another sample, of weight 0, gives it another.
         num_run = 2
     taken = tuple(cast(Tensor, _Take.apply(each, gate.order[:num_run])) for each in inputs)
     output = branch(taken if isinstance(x, tuple) else taken[0])

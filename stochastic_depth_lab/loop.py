@@ -98,6 +98,8 @@ def train(
         images = load_images(experiment, data_root, device)
         model, depth = build_network(experiment, images.data)
         branches, cost = describe_branches(model, depth, images.normalisation(images.data.train.images[:2]))
+        if depth is not None:
+            depth.set_costs(cost)  # what draw="equal_cost" evens out
         run = _Run(experiment, images, model, depth, cost, stop_requested)
         with records.opened(path, experiment, resume=resume) as folder:
             state, remarks = checkpoint.load(folder.checkpoints, folder.experiment)

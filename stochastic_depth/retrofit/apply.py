@@ -55,7 +55,7 @@ def make_stochastic_(
         skipped_grad: "zero": parameters of a branch that did not run get gradients of zero, so that momentum and
             weight decay still act on them (the authors' code, and what masks give). "none": `.grad` is left alone.
         draw: "bernoulli": independent gates (the paper). "equal_cost": floor or ceil of the expected number of
-            branches in every step, each p_l kept.
+            branches in every step, each p_l kept; after `depth.set_costs(depth.cost(x))` nearly the same FLOPs.
         ranks: "agree": the same gates on every rank. "decorrelate": each rank its own.
         where: which branches: a predicate (name, module) -> bool, or fnmatch patterns of their names. The schedule
             spans the branches that are left.

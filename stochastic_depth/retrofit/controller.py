@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from stochastic_depth.cost import Cost, measure_cost
 from stochastic_depth.passes import ForwardPasses
 from stochastic_depth.residual import SkippedGrad
+from stochastic_depth.retrofit.ddp import refuse_unsound
 from stochastic_depth.retrofit.find import Branch
 from stochastic_depth.retrofit.verify import Verification, verify
 from stochastic_depth.schedules import check_survival_probs, expected_depth
@@ -38,12 +39,17 @@ class Controller:
         self._branches = tuple(branches)
         self._passes = passes
         self._rescale = rescale
-        self._skipped_grad = skipped_grad
+        self._skipped_grad: SkippedGrad = skipped_grad
         self._notes = tuple(notes)
         self._hooks = (
+            root.register_forward_pre_hook(self._refuse_unsound),
             root.register_forward_pre_hook(passes.start),
             root.register_forward_hook(passes.stop, always_call=True),
         )
+
+    def _refuse_unsound(self, root: nn.Module, _args: Any) -> None:
+        if root.training:
+            refuse_unsound(self._passes, self._skipped_grad, [branch.parts for branch in self._branches])
 
     def detach(self) -> None:
         """Take the hooks off the root. `restore_` calls it."""
@@ -98,6 +104,32 @@ class Controller:
         self._passes.survival_probs = tuple(survival_probs)
         self._passes.end_parts()
 
+    def set_costs(self, costs: Cost | Sequence[float] | None) -> None:
+        """Tell `draw="equal_cost"` what the branches cost, from the next forward on.
+
+        Every step, and with `ranks="decorrelate"` every rank, then stays within one largest branch of the same cost.
+        Without costs all branches count the same. Ranks must be told the same costs: those that are counted
+        (`depth.set_costs(depth.cost(x))`) are, measured times would not be.
+
+        Args:
+            costs: what `cost` has counted, whose training FLOPs are taken; or one positive number per branch, in any
+                unit; or None for equal costs.
+
+        Raises:
+            ValueError: if there is not one positive finite number per branch.
+        """
+        if isinstance(costs, Cost):
+            # A branch without FLOPs (a bare normalisation) is next to free, but not to be divided by.
+            costs = [max(branch.training_flops, 1) for branch in costs.branches]
+        if costs is not None:
+            _check_length(costs, len(self.names), "costs", "costs")
+            for name, cost in zip(self.names, costs, strict=True):
+                if not isinstance(cost, (int, float)) or not 0 < cost < float("inf"):
+                    raise ValueError(f"costs must be positive numbers, but that of {name} is {cost!r}.")
+            costs = tuple(float(cost) for cost in costs)
+        self._passes.costs = costs
+        self._passes.end_parts()
+
     @contextmanager
     def gates(self, gates: Sequence[bool | Tensor]) -> Generator[None]:
         """Within, force one sub-network: open branches run, closed ones do not, in training and in evaluation.
@@ -139,10 +171,11 @@ class Controller:
         return gate.detach().clone().cpu()
 
     def state_dict(self) -> dict[str, Any]:
-        """Names, survival probabilities, seed and counter: with them a resumed run draws the same gates."""
+        """Names, survival probabilities, costs, seed and counter: with them a resumed run draws the same gates."""
         return {
             "names": self.names,
             "survival_probs": self.survival_probs,
+            "costs": None if self._passes.costs is None else list(self._passes.costs),
             "seed": self._passes.seed,
             "counter": self._passes.counter,
         }
@@ -169,7 +202,13 @@ class Controller:
                 raise ValueError(f"The state's {name} must be a whole number, but is {state[name]!r}.")
         if state["counter"] < 0:
             raise ValueError(f"The state's counter must be at least 0, but is {state['counter']}.")
-        self.set_survival_probs(state["survival_probs"])
+        before = self._passes.costs
+        self.set_costs(state["costs"])
+        try:
+            self.set_survival_probs(state["survival_probs"])
+        except (TypeError, ValueError):
+            self._passes.costs = before
+            raise
         self._passes.seed = state["seed"]
         self._passes.counter = state["counter"]
         self._passes.end_parts()

@@ -37,7 +37,7 @@ class StochasticLayer(nn.Module):
         factor = 1 / gate.survival_prob if gated.rescale == "train" else 1.0
         if gate.num_open == hidden.shape[0]:
             return _scaled(self._run(leaves, signature), hidden, factor)
-        if gate.num_open == 0:
+        if gate.num_open == 0 and gate.order is None:
             return _with_first(self._structure(signature, leaves), gated.skip(hidden, self))
         return self._run_subset(leaves, signature, hidden, gate, factor)
 
@@ -54,6 +54,7 @@ class StochasticLayer(nn.Module):
     def _run_subset(self, leaves: list[Any], signature: Any, hidden: Tensor, gate: Gate, factor: float) -> Any:
         assert gate.order is not None
         order = gate.order[: gate.num_open]
+        run = gate.order[: max(gate.num_open, 1)]
         kinds = [True if leaf is hidden else None if isinstance(leaf, Tensor) else False for leaf in leaves]
 
         def plain(layer: nn.Module, *values: Any) -> Any:
@@ -61,11 +62,9 @@ class StochasticLayer(nn.Module):
             return plain_class(layer).forward(layer, *args, **kwargs)
 
         of_batch = samples_among(plain, self, leaves, kinds, hidden.shape[0])
-        taken = [
-            leaf.index_select(0, order) if samples else leaf for leaf, samples in zip(leaves, of_batch, strict=True)
-        ]
+        taken = [leaf.index_select(0, run) if samples else leaf for leaf, samples in zip(leaves, of_batch, strict=True)]
         output = self._run(taken, signature)
-        own = _first(output)
+        own = _first(output)[: gate.num_open]
         if factor == 1.0:
             first = hidden.to(own.dtype).index_copy(0, order, own)
         else:

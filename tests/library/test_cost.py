@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 
 import pytest
 import reference
@@ -23,10 +24,12 @@ from reference import (
     state_of,
     vectors,
 )
+from scipy.stats import binomtest
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import stochastic_depth as sd
+from stochastic_depth.gates import draw_counts
 
 SURVIVAL_PROBS = [0.9, 0.7, 0.5, 0.3]
 NETS = {"mlp": (mlp, vectors), "conv": (conv_net, images)}
@@ -329,3 +332,62 @@ def test_under_no_grad() -> None:
     expected = depth.cost(x)
     with torch.no_grad():
         assert depth.cost(x) == expected
+
+
+# ---------------------------------------------------------------------------------------------- equal cost
+
+
+WIDTHS = [3, 40, 8, 90, 25, 4, 60, 12]
+PROBS = [0.9, 0.3, 0.6, 0.55, 0.7, 0.45, 0.8, 0.2]
+
+
+def uneven_net() -> nn.Module:
+    """Eight branches of very different cost."""
+    branches = [nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, 5)) for width in WIDTHS]
+    return nn.Sequential(nn.Linear(5, 5), *map(sd.Residual, branches))
+
+
+def flops_of_draws(depth: sd.Controller, num_draws: int, net: nn.Module) -> list[float]:
+    """FLOPs of the branches that the gates of each draw open, by hand: two layers, forward and twice that backward."""
+    by_hand = [6 * 2 * 5 * width for width in WIDTHS]
+    spent = []
+    for _ in range(num_draws):
+        net(torch.zeros(1, 5))
+        spent.append(sum(gate * cost for gate, cost in zip(depth.last_gates or [], by_hand, strict=True)))
+    return spent
+
+
+def test_equal_cost_meets_a_budget_of_flops_within_one_largest_branch() -> None:
+    net = uneven_net()
+    depth = sd.make_stochastic_(net, PROBS, draw="equal_cost", seed=3)
+    expected = sum(p * 60 * width for p, width in zip(PROBS, WIDTHS, strict=True))
+    largest = 60 * max(WIDTHS)
+    assert max(abs(spent - expected) for spent in flops_of_draws(depth, 200, net)) > largest  # numbers alone do not
+    depth.set_costs(depth.cost(torch.randn(7, 5)))
+    spent = flops_of_draws(depth, 2000, net)
+    assert max(abs(each - expected) for each in spent) <= largest * (1 + 1e-9)
+    assert statistics.mean(spent) == pytest.approx(expected, abs=4 * statistics.stdev(spent) / 2000**0.5)
+
+
+def test_costs_keep_every_survival_probability() -> None:
+    depth = sd.make_stochastic_(uneven_net(), PROBS, draw="equal_cost", seed=3)
+    depth.set_costs([60.0 * width for width in WIDTHS])
+    counts = [0] * len(PROBS)
+    for counter in range(4000):
+        drawn = draw_counts(PROBS, 1, seed=3, counter=counter, draw="equal_cost", costs=depth.state_dict()["costs"])
+        counts = [count + gate for count, gate in zip(counts, drawn, strict=True)]
+    for count, survival_prob in zip(counts, PROBS, strict=True):
+        assert binomtest(count, 4000, survival_prob).pvalue > 1e-4
+
+
+def test_costs_are_part_of_the_state_and_can_be_taken_back() -> None:
+    net, other = uneven_net(), uneven_net()
+    depth = sd.make_stochastic_(net, PROBS, draw="equal_cost", seed=3)
+    equal = flops_of_draws(depth, 40, net)
+    depth.set_costs(depth.cost(torch.randn(2, 5)))
+    resumed = sd.make_stochastic_(other, PROBS, draw="equal_cost")
+    resumed.load_state_dict(depth.state_dict())
+    assert flops_of_draws(resumed, 40, other) == flops_of_draws(depth, 40, net)
+    depth.set_costs(None)
+    depth.load_state_dict({**depth.state_dict(), "counter": 0})
+    assert flops_of_draws(depth, 40, net) == equal

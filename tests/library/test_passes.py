@@ -231,6 +231,7 @@ def test_state_dict_is_plain_data() -> None:
     assert depth.state_dict() == {
         "names": [f"blocks.{index}.residual" for index in range(4)],
         "survival_probs": SURVIVAL_PROBS,
+        "costs": None,
         "seed": 2**70,
         "counter": 0,
     }
@@ -279,6 +280,7 @@ def as_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     def become(rank: int) -> None:
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
 
     return become
 

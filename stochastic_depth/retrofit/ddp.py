@@ -1,0 +1,49 @@
+"""What ranks cannot train together, refused with the reason where it would hang, fail obscurely or go wrong unseen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from stochastic_depth.passes import ForwardPasses, eager, has_several_ranks
+from stochastic_depth.residual import SkippedGrad
+
+
+@eager
+def refuse_unsound(passes: ForwardPasses, skipped_grad: SkippedGrad, parts: Sequence[nn.Module]) -> None:
+    """Look at a forward in training mode before it begins; it costs nothing where there is a single process.
+
+    Args:
+        passes: of the model.
+        skipped_grad: what parameters get whose branch did not run.
+        parts: for each branch the module that holds its parameters.
+
+    Raises:
+        RuntimeError: if DistributedDataParallel would wait for gradients that never come, or SyncBatchNorm for ranks.
+    """
+    if passes.ranks == "decorrelate" and passes.granularity == "batch" and has_several_ranks():
+        for name, part in zip(passes.names, parts, strict=True):
+            if any(isinstance(module, nn.SyncBatchNorm) and module.training for module in part.modules()):
+                raise RuntimeError(
+                    f"The branch {name} holds a SyncBatchNorm, which waits for every rank, but with "
+                    "ranks='decorrelate' its gate is open on some ranks only: training would hang. Use ranks='agree', "
+                    "or plain BatchNorm."
+                )
+    # The wrapper is not to be seen from the model; PyTorch notes which one is running.
+    wrapper: DistributedDataParallel | None = DistributedDataParallel._get_active_ddp_module()  # pyright: ignore
+    if wrapper is None or not torch.is_grad_enabled():
+        return
+    if wrapper.static_graph:
+        raise RuntimeError(
+            "DistributedDataParallel(static_graph=True) takes every step to use the parameters in the same way, but "
+            "gates change that; with no_sync it fails inside PyTorch. Leave static_graph at False."
+        )
+    if skipped_grad == "none" and not wrapper.find_unused_parameters:
+        raise RuntimeError(
+            "DistributedDataParallel waits for a gradient of every parameter, but with skipped_grad='none' those of a "
+            "closed branch get none. Use make_stochastic_(..., skipped_grad='zero'), which it needs nothing else for; "
+            "or keep 'none' with DistributedDataParallel(..., find_unused_parameters=True) or shard_(model, mesh)."
+        )
