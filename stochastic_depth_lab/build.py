@@ -1,11 +1,11 @@
 """From an experiment's words to its objects: images on the device, network, gates, optimiser, settings of PyTorch."""
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,14 +37,22 @@ class Branches:
     """Expected share of the training FLOPs of constant depth."""
 
 
-def load_images(experiment: Experiment, data_root: Path | None, device: torch.device) -> Images:
+def load_images(
+    experiment: Experiment, device: torch.device, data_root: Path | None = None, given: ImageData | None = None
+) -> Images:
     """The experiment's images, normalised by what its training part shows.
+
+    Args:
+        experiment: says which, how many, and what happens to them.
+        device: where they are to be.
+        data_root: where the data lie.
+        given: images in place of those that the experiment names.
 
     Raises:
         DataError: if they are missing or damaged.
     """
     settings = experiment.data
-    images = data.load(
+    images = given or data.load(
         settings.dataset, data_root=data_root, validation=settings.num_validation, split_seed=settings.split_seed
     )
     if settings.limit is not None:
@@ -93,6 +101,31 @@ def build_network(experiment: Experiment, images: ImageData) -> tuple[nn.Module,
         seed=experiment.seed,
     )
     return model, depth
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, object], where: str) -> None:
+    """Begin with somebody's weights: a `state_dict`, whether of a plain or of a stochastic network.
+
+    Args:
+        model: the network.
+        weights: names and tensors.
+        where: opens the message of an error.
+
+    Raises:
+        ValueError: if they are not those of this network; nothing is changed.
+    """
+    own = model.state_dict()
+    if wrong := [name for name in {**own, **weights} if _shape(own.get(name)) != _shape(weights.get(name))]:
+        first = f"{wrong[0]} is {_shape(weights.get(wrong[0]))} there, {_shape(own.get(wrong[0]))} here"
+        raise ValueError(
+            f"{where}: {len(wrong)} of its names or shapes are not those of the network, such as {first}. "
+            "The file must hold a state_dict of the experiment's network."
+        )
+    model.load_state_dict(cast("Mapping[str, Tensor]", weights))
+
+
+def _shape(value: object) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else "absent"
 
 
 def describe_branches(model: nn.Module, depth: sd.Controller | None, inputs: Tensor) -> tuple[Branches, Cost | None]:

@@ -1,5 +1,6 @@
 """Checkpoints: written whole or not at all, the one before kept, damage noticed, nothing unpickled that could run."""
 
+import hashlib
 import io
 import zipfile
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ import torch
 from stochastic_depth_lab.atomic import flush_folder, write_whole
 from stochastic_depth_lab.config import differences
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 
 
@@ -99,6 +100,18 @@ def read(path: Path) -> dict[str, Any]:
     except Exception as error:  # whatever a damaged file makes zipfile, torch and pickle stumble over
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path} is damaged ({reason}).") from error
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file of weights, by which a configuration knows it.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def _packed(content: Mapping[str, Any]) -> bytes:

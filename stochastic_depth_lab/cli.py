@@ -4,6 +4,7 @@ PyTorch takes seconds to import: whatever needs it is imported where it is used,
 """
 
 import contextlib
+import errno
 import io
 import shlex
 import signal
@@ -42,6 +43,8 @@ class RunOptions:
     """Go on with what is in the folder, from its last checkpoint."""
     quick: Flag = False
     """Few images and five epochs: shows that everything works."""
+    weights: Path | None = None
+    """A file with a state_dict of this network to begin with. None: random weights."""
     seed: int = 0
     """Of weights, order of the images, augmentation and gates."""
     data_root: Path | None = None
@@ -154,7 +157,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _complain("stopped before there was anything to save.", code=128 + signal.SIGINT)
     except OSError as error:  # a full disk, a folder that may not be written
-        return _complain(": ".join(str(part) for part in (error.strerror or error, error.filename) if part))
+        reason = ": ".join(str(part) for part in (error.strerror or error, error.filename) if part)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        return _complain(
+            f"{reason}. Make room; a run goes on from its last checkpoint with --resume." if full else reason
+        )
     except (ValueError, ArithmeticError) as error:
         return _complain(str(error))
 
@@ -366,6 +373,7 @@ def _train_one(experiment: Experiment, options: RunOptions, folder: Path, observ
             observers,
             device=find_device(options.device, experiment.precision),
             data_root=options.data_root,
+            weights=options.weights,
             resume=options.resume,
             stop_requested=lambda: stop.signal is not None,
         )

@@ -4,8 +4,9 @@ The docstring under a field is its help text on the command line. Nothing here i
 instant: schedules, shortcuts and the like are named by strings.
 """
 
+import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, cast
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -16,8 +17,8 @@ LrSchedule = Literal["step_text", "step_code", "one_cycle"]
 class Data:
     """The images and what happens to them before the network sees them."""
 
-    dataset: Literal["digits", "cifar10", "cifar100", "svhn"]
-    """The data set."""
+    dataset: str
+    """digits, cifar10, cifar100 or svhn. Images that a program gives to `loop.train` may be called as it likes."""
     normalisation: Literal["channel", "pixel"] = "channel"
     """Mean and standard deviation per channel (the paper's text), or the mean image and one standard deviation (the
     authors' code)."""
@@ -123,6 +124,8 @@ class Experiment:
     """fp32, or mixed precision with bf16 or fp16."""
     seed: int = 0
     """Of the initial weights, the order of the images, their augmentation and the gates."""
+    initial_weights: str | None = None
+    """SHA-256 of the file of weights that the network begins with. None: drawn at random."""
     published: Published | None = None
 
 
@@ -207,27 +210,41 @@ def from_json(fields: Mapping[str, Any]) -> Experiment:
         raise ValueError(f"this is not the configuration of an experiment of this version: {error}.") from None
 
 
+def as_json(experiment: Experiment) -> dict[str, Any]:
+    """The experiment as `config.json` holds it."""
+    return cast("dict[str, Any]", json.loads(json.dumps(asdict(experiment))))
+
+
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """The fields in which two experiments, as nested dictionaries, differ: `"recipe.epochs: 5, not 500"`.
+    """The fields in which two experiments differ: `"recipe.epochs: 5, not 500"`.
 
     Names and titles are left out: they decide nothing.
 
     Args:
-        ours: the experiment asked for.
-        theirs: the one found.
+        ours: the experiment asked for, as `as_json` gives it.
+        theirs: the one found. Where an older version wrote it, fields that it did not know have their defaults.
+
+    Raises:
+        ValueError: if what was found is no experiment.
     """
-    left, right = dict(_leaves(ours)), dict(_leaves(theirs))
-    names = [name for name in {**left, **right} if name not in ("name", "title") and not name.startswith("published")]
-    return [
-        f"{name}: {right.get(name, 'absent')}, not {left.get(name, 'absent')}"
-        for name in names
-        if left.get(name, ...) != right.get(name, ...)
-    ]
+    left, right = (
+        {name: value for name, value in fields.items() if name not in ("name", "title", "published")}
+        for fields in (ours, as_json(from_json(theirs)))
+    )
+    return list(_differences(left, right))
 
 
-def _leaves(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in fields.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(cast("Mapping[str, Any]", value), f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, left in ours.items():
+        right = theirs[name]
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            inner = cast("Mapping[str, Any]", left), cast("Mapping[str, Any]", right)
+            yield from _differences(*inner, prefix=f"{prefix}{name}.")
+        elif left != right:
+            yield f"{prefix}{name}: {_brief(right)}, not {_brief(left)}"
+
+
+def _brief(value: object) -> str:
+    if isinstance(value, Mapping):
+        return " ".join(map(str, cast("Mapping[str, Any]", value).values()))
+    return "none" if value is None else str(value)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from stochastic_depth_lab import checkpoint, records
 from stochastic_depth_lab.build import build_network, load_images, reproducible
-from stochastic_depth_lab.config import Precision, from_json
-from stochastic_depth_lab.data import batches
+from stochastic_depth_lab.config import Precision, as_json, from_json
+from stochastic_depth_lab.data import ImageData, batches
 
 BATCH_SIZE = 500
 """Images in a batch of evaluation; the result does not depend on it."""
@@ -63,9 +63,15 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], precisi
 
 
 def evaluate_run(
-    path: Path, *, device: torch.device, data_root: Path | None = None
+    path: Path, *, device: torch.device, data_root: Path | None = None, data: ImageData | None = None
 ) -> dict[str, dict[str, Evaluation]]:
     """Evaluate a run's weights again, those of the lowest validation error and the last ones.
+
+    Args:
+        path: the run folder.
+        device: where.
+        data_root: where the data lie. None: where the run found them.
+        data: images in place of the experiment's, if it was trained on such.
 
     Returns:
         For "best" and "last", if they are there, the evaluations on the "validation" and the "test" part.
@@ -77,14 +83,17 @@ def evaluate_run(
     weights: dict[str, dict[str, Any]] = {}
     if (path / "checkpoints" / checkpoint.BEST).exists():
         weights["best"] = checkpoint.read(path / "checkpoints" / checkpoint.BEST)
-    state, _ = checkpoint.load(path / "checkpoints", records.as_json(experiment))
+    state, _ = checkpoint.load(path / "checkpoints", as_json(experiment))
     if state is not None:
         weights["last"] = state["model"]
     if not weights:
         raise records.RunError(f"{path} holds no weights yet: its run has not come to a checkpoint.")
+    if data_root is None:
+        found = records.read_json(path / "environment.json").get("data_root")
+        data_root = found and Path(found)
     evaluations: dict[str, dict[str, Evaluation]] = {}
     with reproducible(experiment.recipe):
-        images = load_images(experiment, data_root, device)
+        images = load_images(experiment, device, data_root, data)
         model, _ = build_network(experiment, images.data)
         for name, state_dict in weights.items():
             model.load_state_dict(state_dict)

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,10 +25,11 @@ from stochastic_depth_lab.build import (
     build_optimiser,
     describe_branches,
     load_images,
+    load_weights,
     reproducible,
 )
 from stochastic_depth_lab.config import Experiment, check
-from stochastic_depth_lab.data import Split, batches, num_batches
+from stochastic_depth_lab.data import DataError, ImageData, Split, batches, num_batches
 from stochastic_depth_lab.evaluation import BATCH_SIZE, Evaluation, autocast, evaluate
 from stochastic_depth_lab.lr_schedules import learning_rate
 
@@ -71,10 +72,15 @@ def train(
     *,
     device: torch.device,
     data_root: Path | None = None,
+    data: ImageData | None = None,
+    weights: Path | None = None,
     resume: bool = False,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Train, from the beginning or from the last checkpoint, and return the result.
+
+    Own images, from any PyTorch data set or `DataLoader`, take the place of the experiment's: each part is a
+    `Split.from_dataset(...)`, the three are an `ImageData`, and `experiment.data.dataset` is what they are called.
 
     Args:
         experiment: what to train.
@@ -82,6 +88,8 @@ def train(
         observers: are told how it goes on.
         device: where.
         data_root: where the data lie.
+        data: images in place of those that the experiment names.
+        weights: a file with a `state_dict` to begin with, in place of random weights.
         resume: go on with the run in the folder.
         stop_requested: asked between any two steps or evaluation batches.
 
@@ -91,12 +99,16 @@ def train(
         Interrupted: if a stop was requested; the checkpoint is that of the last step.
     """
     check(experiment)
+    if weights is not None:
+        experiment = replace(experiment, initial_weights=checkpoint.digest(weights))
     finished = records.look(path, experiment, resume=resume)
     if finished is not None:
         return finished
     with reproducible(experiment.recipe):
-        images = load_images(experiment, data_root, device)
+        images = load_images(experiment, device, data_root, data)
         model, depth = build_network(experiment, images.data)
+        if weights is not None:
+            load_weights(model, checkpoint.read(weights), str(weights))
         branches, cost = describe_branches(model, depth, images.normalisation(images.data.train.images[:2]))
         if depth is not None:
             depth.set_costs(cost)  # what draw="equal_cost" evens out
@@ -109,7 +121,7 @@ def train(
             if state is not None:
                 run.load_state_dict(state)
             folder.keep_epochs(run.epoch - 1)
-            folder.write_beginning(records.environment(device), asdict(branches))
+            folder.write_beginning(records.environment(device, data_root), asdict(branches))
             for observer in observers:
                 observer.on_start(experiment, run.num_steps, run.epoch, run.tally.step)
             try:
@@ -401,12 +413,20 @@ class _Run:
             "optimiser": self.optimiser.state_dict(),
             "gates": None if self.depth is None else self.depth.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "normalisation": self.images.normalisation.state_dict(),
             "cpu_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Go on from what `state_dict` gave.
+
+        Raises:
+            DataError: if the images are not those that the run began with, as far as their normalisation tells.
+        """
+        normalisation = self.images.normalisation.to("cpu").state_dict()
+        if not all(torch.equal(value, normalisation[name]) for name, value in state["normalisation"].items()):
+            raise DataError("the training images have another mean or deviation than those that this run began with.")
         self.epoch = state["epoch"]
         tally = state["tally"]
         on_device = {name: tally[name].to(self.device) for name in ("losses", "first_conv_grads")}

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from stochastic_depth_lab.config import Experiment
 
@@ -33,7 +33,8 @@ class Lines:
     def on_epoch(self, row: dict[str, Any]) -> None:
         """Its losses, errors and time."""
         epoch, loss = f"epoch {row['epoch']}/{self._epochs}", f"loss {row['train_loss']:.4f}"
-        self._print(f"{epoch}  {loss}  {_errors(row)}  {row['train_s']:.1f} s")
+        errors = f"validation error {row['validation_error']:.2f} %  test error {row['test_error']:.2f} %"
+        self._print(f"{epoch}  {loss}  {errors}  {row['train_s']:.1f} s")
 
     def on_remark(self, remark: str) -> None:
         """Pass it on."""
@@ -44,7 +45,7 @@ class Lines:
 
 
 class Terminal:
-    """A moving bar with loss, errors and the time left.
+    """A moving bar with loss, errors and the time left, in the 80 columns of a small terminal.
 
     Args:
         progress: `terminal_progress(...)`, entered as a context.
@@ -59,7 +60,8 @@ class Terminal:
     def on_start(self, experiment: Experiment, num_steps: int, epoch: int, step: int) -> None:
         """Begin a bar over all steps."""
         self._num_steps, self._epochs, self._errors = num_steps, experiment.recipe.epochs, ""
-        self._bar = self._progress.add_task(experiment.name, total=self._epochs * num_steps, state="")
+        self.on_remark(f"{experiment.name}: error in % on the validation part (test part)")
+        self._bar = self._progress.add_task("", total=self._epochs * num_steps, state="")
         self._show(epoch, step, "")
 
     def on_steps(self, epoch: int, step: int, train_loss: float) -> None:
@@ -68,7 +70,7 @@ class Terminal:
 
     def on_epoch(self, row: dict[str, Any]) -> None:
         """Show its losses and errors."""
-        self._errors = _errors(row)
+        self._errors = f"error {row['validation_error']:.2f} ({row['test_error']:.2f})"
         self._show(row["epoch"], self._num_steps, f"loss {row['train_loss']:.4f}")
 
     def on_remark(self, remark: str) -> None:
@@ -84,12 +86,10 @@ class Terminal:
 def terminal_progress() -> Progress:
     """The bars of a terminal, on the error stream: results go to the other one."""
     return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=10),
         TextColumn("{task.fields[state]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
         TimeRemainingColumn(),
+        TextColumn("left"),
         console=Console(stderr=True),
     )
 
@@ -128,7 +128,3 @@ class TensorBoard:
 
     def on_remark(self, remark: str) -> None:
         """Nothing: it is no number."""
-
-
-def _errors(row: dict[str, Any]) -> str:
-    return f"validation error {row['validation_error']:.2f} %  test error {row['test_error']:.2f} %"

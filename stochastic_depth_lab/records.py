@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any, cast
 import torch
 
 from stochastic_depth_lab.atomic import write_whole
-from stochastic_depth_lab.config import Experiment, differences
+from stochastic_depth_lab.config import Experiment, as_json, differences
 
 _LOCK = ".lock"
 
@@ -137,11 +136,6 @@ def _locked(path: Path) -> Generator[None]:
         yield
 
 
-def as_json(experiment: Experiment) -> dict[str, Any]:
-    """The experiment as `config.json` holds it."""
-    return cast("dict[str, Any]", json.loads(json.dumps(asdict(experiment))))
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """An object from a file.
 
@@ -159,8 +153,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", fields)
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, hardware, threads, command and time: what a number needs to be repeated."""
+def environment(device: torch.device, data_root: Path | None) -> dict[str, Any]:
+    """Versions, hardware, threads, data, command and time: what a number needs to be repeated."""
     packages = ("stochastic-depth", "torch", "numpy")
     return {
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
@@ -171,6 +165,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": str(device),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "data_root": data_root and str(data_root.absolute()),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": _commit(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -65,7 +65,7 @@ class PublishedFile:
                     f"{self.name} needs {self.num_bytes:,} bytes, but {folder} has {free:,} left: "
                     "free some, or choose another folder with --data-root or STOCHASTIC_DEPTH_DATA."
                 )
-            with _DownloadProgress(self.name) as progress:
+            with _DownloadProgress(self.url) as progress:
                 # cast: pooch takes any bar with tqdm's methods, and its own downloader, but its annotations deny both.
                 downloader = cast(Any, pooch.HTTPDownloader(progressbar=cast(Any, progress), chunk_size=1 << 20))
                 pooch.retrieve(self.url, f"md5:{self.md5}", fname=self.name, path=folder, downloader=downloader)
@@ -106,11 +106,15 @@ def _md5_of_file(path: Path) -> str:
 
 
 class _DownloadProgress:
-    """A bar on stderr, in the form that pooch asks for: `total`, `update`, `reset`, `close`."""
+    """A bar on stderr, one line where that is no terminal; in pooch's form: `total`, `update`, `reset`, `close`."""
 
     def __init__(self, name: str) -> None:
+        pooch.get_logger().setLevel("WARNING")  # it would tell in two lines more
         columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-        self._bar = Progress(*columns, console=Console(stderr=True))
+        console = Console(stderr=True)
+        if not console.is_terminal:
+            console.print(f"downloading {name}", highlight=False, markup=False)
+        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._task = self._bar.add_task(name, total=None)
         self.total = 0
 

@@ -4,7 +4,7 @@ from stochastic_depth_lab.config import Data, Recipe
 from stochastic_depth_lab.experiments.pairs import pair
 
 # Huang et al. 2016: 2.01 % constant, 1.75 % stochastic; 33 h 43 and 25 h 33 on one Titan X.
-# About 210 h on one core of an AMD EPYC at constant depth, reckoned from the steps of CIFAR's 110 layers.
+# Here: about 125 h and 100 h on one core of an AMD EPYC, extrapolated from steps as in cifar.py.
 # stochastic-depth reproduce svhn-152 --out runs/svhn-152
 SVHN_152_CONSTANT, SVHN_152_STOCHASTIC = pair(
     "svhn-152",

@@ -189,6 +189,7 @@ def _survival(series: Sequence[_Series]) -> Drawing:
             right.stairs(high, edges, baseline=low, fill=True, color=MUTED, alpha=0.25)
             outside = sum(not low <= f <= high for f, (low, high) in zip(frequencies, bands, strict=True))
             counts.append(f"{s.label}: {outside} of {len(blocks)} blocks lie outside.")
+        right.use_sticky_edges = False  # the band's edge is to be seen
         right.yaxis.set_major_formatter(FuncFormatter(_plain))
         for axes in (left, right):
             axes.xaxis.set_major_locator(_whole_numbers())

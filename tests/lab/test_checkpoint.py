@@ -2,6 +2,7 @@
 
 import errno
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 
 from stochastic_depth_lab import atomic, checkpoint
 from stochastic_depth_lab.checkpoint import CheckpointError, load, save
+from stochastic_depth_lab.config import as_json
+from stochastic_depth_lab.experiments import find
 
-EXPERIMENT = {"name": "x", "recipe": {"epochs": 5, "batch_size": 128}}
+EXPERIMENT = as_json(replace(find("digits-constant"), name="x"))
 
 
 def state(number: int) -> dict[str, object]:
@@ -111,8 +114,9 @@ def test_a_damaged_one_gives_way_to_the_one_before(tmp_path, damage):
 
 def test_another_configuration_is_refused_and_its_fields_named(tmp_path):
     save(tmp_path, state(1), EXPERIMENT)
-    with pytest.raises(CheckpointError, match=r"recipe.epochs: 5, not 7 \(there, not here\)"):
-        load(tmp_path, {"name": "y", "recipe": {"epochs": 7, "batch_size": 128}})
+    asked = {**EXPERIMENT, "name": "y", "recipe": {**EXPERIMENT["recipe"], "epochs": 7}}
+    with pytest.raises(CheckpointError, match=r"configuration: recipe.epochs: 20, not 7 \(there, not here\)"):
+        load(tmp_path, asked)
 
 
 def test_another_format_is_refused(tmp_path, monkeypatch):

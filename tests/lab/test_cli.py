@@ -1,8 +1,10 @@
 """The command line: instant help, one line for every mistake, interruption that saves, kill -9 that loses nothing."""
 
+import io
 import json
 import os
 import random
+import re
 import shlex
 import signal
 import subprocess
@@ -86,6 +88,8 @@ MISTAKES = {
     "train digits-stochastic --out OUT --recipe.momentum 0": "recipe.momentum must be in (0, 1), but is 0",
     "train digits-stochastic --out OUT --data.num-validation 5000": "validation must be",
     "train cifar10-20-constant --out OUT --data-root FILE": "FILE",
+    "train digits-constant --out OUT --weights NOWHERE": "NOWHERE cannot be read: No such file",
+    "train digits-constant --out OUT --weights FILE": "FILE is damaged",
     "train digits-constant --out FULL": "is not empty",
     "train digits-constant --out FILE": "--out must be a folder",
     "reproduce digit --out OUT": "there is no pair of experiments 'digit'. Nearest: digits",
@@ -132,7 +136,9 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, capsys, monkeypatch
     arguments = ["train", "digits-constant", "--out", run, *SMALL]
     stopped = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert stopped.returncode == 2
-    assert "File too large" in stopped.stderr.splitlines()[-1]
+    *_, said = stopped.stderr.splitlines()
+    assert said.startswith("File too large: ")
+    assert said.endswith("Make room; a run goes on from its last checkpoint with --resume.")
     assert not list(run.rglob("*.tmp"))
     assert main([*map(str, arguments), "--resume"]) == 0
 
@@ -219,6 +225,22 @@ def test_killed_at_random_moments_and_resumed_it_is_the_uninterrupted_run(tmp_pa
     assert num_kills >= 2
     subprocess.run(command(*arguments, "--out", run, "--resume"), check=True, capture_output=True)
     assert_same(outcome(run), outcome(tmp_path / "whole"))
+
+
+class _Tty(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_of_80_columns_shows_all_of_the_progress(tmp_path, monkeypatch):
+    shown = _Tty()
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    assert main(["train", "digits-stochastic", "--out", str(tmp_path / "run"), *SMALL]) == 0
+    last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.getvalue()).strip().splitlines()[-1].rpartition("\r")[2]
+    assert re.search(r"epoch 6/6  loss \d\.\d{4}  error \d+\.\d\d \(\d+\.\d\d\) \d:\d\d:\d\d left$", last), last
+    assert len(last) + len("100/500") - len("6/6") + 2 <= 80
 
 
 def test_schedule_shows_and_draws(tmp_path, capsys):

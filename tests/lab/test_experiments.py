@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from stochastic_depth_lab.cli import main
-from stochastic_depth_lab.config import Experiment, check, differences, from_json, quick
+from stochastic_depth_lab.config import Experiment, as_json, check, differences, from_json, quick
 from stochastic_depth_lab.experiments import EXPERIMENTS, find, find_pair
 
 PUBLISHED = {  # PAPER.md
@@ -32,7 +32,7 @@ def test_the_promised_experiments_exist():
 @pytest.mark.parametrize("name", PAIRS)
 def test_a_pair_differs_in_nothing_but_depth(name):
     constant, stochastic = find_pair(name)
-    fields = [line.partition(":")[0] for line in differences(asdict(constant), asdict(stochastic))]
+    fields = [line.partition(":")[0] for line in differences(as_json(constant), as_json(stochastic))]
     assert fields
     assert all(field.startswith("depth") for field in fields)
     results = [each.published.test_error for each in (constant, stochastic) if each.published]
@@ -46,6 +46,20 @@ def test_an_experiment_survives_its_file(experiment: Experiment):
     assert from_json(json.loads(json.dumps(asdict(experiment)))) == experiment
     assert quick(experiment).recipe.epochs >= 5
     assert quick(experiment).model == experiment.model
+
+
+def test_differences_are_named_once_and_what_an_older_version_did_not_know_is_its_default():
+    constant, stochastic = map(as_json, find_pair("digits"))
+    assert differences(constant, stochastic) == ["depth: linear_decay 0.5 batch eval zero bernoulli, not none"]
+    assert differences(stochastic, constant) == ["depth: none, not linear_decay 0.5 batch eval zero bernoulli"]
+    older = {name: value for name, value in constant.items() if name != "initial_weights"}
+    older["recipe"] = {name: value for name, value in constant["recipe"].items() if name != "num_threads"}
+    assert differences({**constant, "initial_weights": "ab"}, older) == [
+        "recipe.num_threads: none, not 1",
+        "initial_weights: none, not ab",
+    ]
+    with pytest.raises(ValueError, match="not the configuration of an experiment of this version"):
+        differences(constant, {**constant, "newer": 1})
 
 
 def test_the_recipe_is_the_papers():
@@ -86,6 +100,7 @@ def test_the_recipe_is_the_papers():
         },
         "precision": "fp32",
         "seed": 0,
+        "initial_weights": None,
         "published": {
             "test_error": 5.23,
             "source": "Huang et al. 2016, table of results, as given by public summaries",
