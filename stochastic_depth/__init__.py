@@ -1,6 +1,7 @@
 """Stochastic depth (Huang et al. 2016) for residual networks, with every dropped branch really skipped."""
 
 from stochastic_depth import models
+from stochastic_depth.deploy import convert_rescale_, fold_
 from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit import (
     Controller,
@@ -28,9 +29,11 @@ __all__ = [
     "Residual",
     "Schedule",
     "controller",
+    "convert_rescale_",
     "convnext",
     "efficientnet",
     "expected_depth",
+    "fold_",
     "linear_decay",
     "make_stochastic_",
     "models",

@@ -66,6 +66,10 @@ class Controller:
         """What was found out about each branch when the model was made stochastic; the modules are the model's own."""
         return self._branches
 
+    def note_rescales(self, rescales: Sequence[str]) -> None:
+        """What `print` says of the rescaling; `convert_rescale_` has changed it."""
+        self._rescale = " or ".join(dict.fromkeys(rescales))
+
     @property
     def survival_probs(self) -> list[float]:
         """Survival probability of each branch, in (0, 1]."""

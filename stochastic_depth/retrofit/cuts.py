@@ -178,7 +178,7 @@ def cut(residual: Sum, block: nn.Module) -> Branch:
     ordered = tuple(node for node in residual.add.graph.nodes if node in nodes)
     inputs = dict.fromkeys(source for node in ordered for source in _sources(node) if source not in nodes)
     for node in ordered:
-        if _writes_in_place(node, block) and node.args and node.args[0] in inputs:
+        if writes_in_place(node, block) and node.args and node.args[0] in inputs:
             raise CutError(f"{_describe(node)} changes the input of the branch in place, which the shortcut sees")
     if not any(_computes(node, block) for node in ordered):
         raise CutError("all that the branch computes is used outside of it too")
@@ -209,7 +209,8 @@ def _sources(node: fx.Node) -> Iterable[fx.Node]:
             yield argument
 
 
-def _writes_in_place(node: fx.Node, block: nn.Module) -> bool:
+def writes_in_place(node: fx.Node, block: nn.Module) -> bool:
+    """Whether a node changes its first argument."""
     if node.op == "call_module":
         return bool(getattr(block.get_submodule(cast(str, node.target)), "inplace", False))
     if node.op == "call_method":
@@ -289,6 +290,6 @@ def name_values_changed_in_place(graph: fx.Graph, block: nn.Module) -> None:
     """Let all that uses a value after it was changed in place use the result of the change: the same tensor."""
     position = {node: index for index, node in enumerate(graph.nodes)}
     for node in graph.nodes:
-        if node.op == "call_method" and _writes_in_place(node, block) and isinstance(node.args[0], fx.Node):
+        if node.op == "call_method" and writes_in_place(node, block) and isinstance(node.args[0], fx.Node):
             after = position[node]
             node.args[0].replace_all_uses_with(node, delete_user_cb=lambda user: position[user] > after)  # noqa: B023  # pyright: ignore

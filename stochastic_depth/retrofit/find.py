@@ -16,7 +16,7 @@ from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.block import BranchParts, Key, Treatment, find_sums, parts_of
 from stochastic_depth.retrofit.cuts import CutError, UnusedError
 from stochastic_depth.retrofit.rules import DropPathRule, drop_path_rule
-from stochastic_depth.retrofit.trace import OPAQUE, Recording, TraceError, flatten, record
+from stochastic_depth.retrofit.trace import OPAQUE, Recording, TraceError, flatten, plain_class, record
 
 Where = Callable[[str, nn.Module], bool] | str | Sequence[str]
 
@@ -263,13 +263,17 @@ def _treatments(
 
 
 def recordings(
-    block: nn.Module, arguments: tuple[Sequence[Any], Mapping[str, Any]] | None = None
+    block: nn.Module,
+    arguments: tuple[Sequence[Any], Mapping[str, Any]] | None = None,
+    *,
+    with_buffers: bool = False,
 ) -> Iterator[Recording]:
     """Recordings of a module's forward, on each way that its decisions by sizes allow.
 
     Args:
         block: the module.
         arguments: those of the call, by position and by name, where any object stands for a tensor. None: its defaults.
+        with_buffers: see `record`.
 
     Raises:
         TraceError: if none of the ways can be recorded.
@@ -282,7 +286,8 @@ def recordings(
     for _ in range(_MAX_WAYS):
         taken: list[bool] = []
         try:
-            yield record(block, signature, len(leaves), functools.partial(_explore, decisions, taken))
+            decide = functools.partial(_explore, decisions, taken)
+            yield record(block, signature, len(leaves), decide, with_buffers=with_buffers)
             num_recorded += 1
         except TraceError as error:
             first_error = first_error or error
@@ -305,7 +310,7 @@ def _explore(decisions: Sequence[bool], taken: list[bool], node: fx.Node) -> boo
 
 
 def _default_arguments(block: nn.Module) -> tuple[Any, ...]:
-    parameters = list(inspect.signature(block.forward).parameters.values())
+    parameters = list(inspect.signature(plain_class(block).forward).parameters.values())[1:]
     return tuple(
         OPAQUE if parameter.default is parameter.empty else parameter.default
         for parameter in parameters

@@ -10,6 +10,7 @@ condition for using the recording again.
 from __future__ import annotations
 
 import builtins
+import copy
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -105,7 +106,9 @@ def _unflatten(signature: Any, leaves: Any) -> Any:
     return value
 
 
-def record(block: nn.Module, signature: Any, num_leaves: int, decide: _Decide) -> Recording:
+def record(
+    block: nn.Module, signature: Any, num_leaves: int, decide: _Decide, *, with_buffers: bool = False
+) -> Recording:
     """Record the forward of a block.
 
     Args:
@@ -113,6 +116,8 @@ def record(block: nn.Module, signature: Any, num_leaves: int, decide: _Decide) -
         signature: of its (args, kwargs), from `flatten`.
         num_leaves: how many opaque arguments there are.
         decide: gives the value of a node that the code decides by, or raises `TraceError`.
+        with_buffers: whether buffers are symbols too, so that what is computed from them is recorded, and not taken as
+            it is, which only sizes of them are.
 
     Raises:
         TraceError: if it cannot be recorded; the message says why.
@@ -120,6 +125,7 @@ def record(block: nn.Module, signature: Any, num_leaves: int, decide: _Decide) -
     call = _Call(block, signature)
     conditions: list[tuple[fx.Node, Any]] = []
     tracer = _BlockTracer(conditions, decide)
+    tracer.proxy_buffer_attributes = with_buffers
     # What only holds for a part of the forward, such as autocast, is seen as a change of this state.
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.enable_grad():
         tracer.expected_state = _context()
@@ -148,7 +154,10 @@ class _Call(nn.Module):
         plain: type[nn.Module] = plain_class(block)
         # A shallow copy: what the forward assigns to `self` does not stay.
         shadow = plain.__new__(plain)
-        shadow.__dict__.update(block.__dict__)
+        shadow.__dict__.update(
+            # What it puts into a cache of its own does not stay either.
+            {name: copy.copy(value) if type(value) in (dict, list) else value for name, value in block.__dict__.items()}
+        )
         for name in ("_parameters", "_buffers", "_modules"):
             shadow.__dict__[name] = dict(block.__dict__[name])
         # Layers of transformers checkpoint their own forward; what is recorded is what they checkpoint.

@@ -1,0 +1,284 @@
+"""Finds the last affine operations of a branch: those whose weights, multiplied by a factor, multiply what it gives.
+
+From the branch's output the recording is followed back, through what passes a positive factor on (views, pooling, ReLU,
+dropout, sums), into the children that are called, to the weights and biases that everything in the output goes through.
+Every value on the way must be used for nothing else.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase  # pyright: ignore[reportPrivateUsage]
+from torch.nn.modules.instancenorm import _InstanceNorm  # pyright: ignore[reportPrivateUsage]
+
+from stochastic_depth.deploy.branches import TrainedBranch
+from stochastic_depth.residual import Residual
+from stochastic_depth.retrofit import cuts
+from stochastic_depth.retrofit.block import Key, find_sums
+from stochastic_depth.retrofit.cuts import CutError
+from stochastic_depth.retrofit.find import recordings
+from stochastic_depth.retrofit.rules import drop_path_rule
+from stochastic_depth.retrofit.trace import TraceError, is_size, plain_class
+
+
+class NotAffineError(Exception):
+    """Why a factor cannot go into a branch's weights."""
+
+
+class Holder(NamedTuple):
+    """A parameter, by the module that holds it."""
+
+    module: nn.Module
+    name: str
+
+
+_AFFINE: set[Callable[..., Any]] = {
+    cls.forward
+    for cls in (
+        nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+        _BatchNorm, nn.SyncBatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm,
+    )
+}  # fmt: skip
+_HOMOGENEOUS: set[Callable[..., Any]] = {
+    cls.forward
+    for cls in (
+        nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.ReLU, nn.LeakyReLU, nn.PReLU,
+        nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
+        nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool2d, nn.Flatten, nn.Unflatten, nn.Upsample,
+        nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle,
+        nn.ReflectionPad2d, nn.ReplicationPad2d, nn.Fold, nn.Unfold,
+    )
+}  # fmt: skip
+# Where the functions that the modules above call have their weights and biases.
+_WEIGHT_AND_BIAS: dict[Any, tuple[int, int]] = {
+    F.linear: (1, 2), F.conv1d: (1, 2), F.conv2d: (1, 2), F.conv3d: (1, 2),
+    F.batch_norm: (3, 4), F.instance_norm: (3, 4), F.layer_norm: (2, 3), F.group_norm: (2, 3), F.rms_norm: (2, -1),
+}  # fmt: skip
+# torchvision's Swin hands its attention's last linear map to a function that cannot be looked into.
+_ATTENTION = {"shifted_window_attention": (2, 10)}
+# Functions and methods that pass a positive factor of their first argument on.
+_HOMOGENEOUS_NAMES = {
+    "view", "reshape", "permute", "transpose", "flatten", "unflatten", "contiguous", "unsqueeze", "squeeze", "to",
+    "type_as", "float", "half", "double", "bfloat16", "movedim", "swapaxes", "clone", "type", "view_as", "reshape_as",
+    "chunk", "split", "unbind", "expand", "expand_as", "repeat", "roll", "flip", "narrow", "select", "neg", "t",
+    "index_select", "mean", "sum", "relu", "relu_", "leaky_relu", "dropout", "dropout_", "avg_pool1d", "avg_pool2d",
+    "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "max_pool1d", "max_pool2d",
+    "max_pool3d", "interpolate", "pixel_shuffle", "pixel_unshuffle", "fold", "unfold", "truediv", "div", "div_",
+}  # fmt: skip
+_SUMS = {"add", "add_", "iadd", "sub", "sub_", "isub", "__add__", "__radd__", "__iadd__", "__sub__"}
+_PRODUCTS = {"mul", "mul_", "imul", "multiply", "__mul__", "__rmul__", "matmul", "bmm", "__matmul__"}
+_LISTS = {"cat", "concat", "stack", "hstack", "vstack"}
+
+
+def last_affine(model: nn.Module, branch: TrainedBranch) -> list[Holder]:
+    """The parameters which, all multiplied by one positive factor, multiply what a branch gives.
+
+    Args:
+        model: the stochastic model.
+        branch: one of its branches.
+
+    Raises:
+        NotAffineError: if there are none: the branch ends in something else, or its weights serve something else too.
+    """
+    found = branch.found
+    if found.kind == "layer":
+        raise NotAffineError("the branch is a whole layer, whose output holds its input too")
+    if found.key is None and not isinstance(found.module, Residual):
+        raise NotAffineError(found.cause)
+    holders = _followed_everywhere(found.module, found.key, branch.drop_paths)
+    # Where the block itself is used in several places, each of them has the same factor.
+    num_places = sum(module is found.module for _, module in model.named_modules(remove_duplicate=False))
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    for holder in holders:
+        if uses[id(_parameter(holder))] != num_places:
+            raise NotAffineError(f"{_described(holder)} is shared with another part of the model")
+    return holders
+
+
+def _followed_everywhere(block: nn.Module, key: Key | None, drop_paths: Sequence[str]) -> list[Holder]:
+    if key is None:
+        return _of_child(cast(Residual, block).branch, ((object(),), {}), ())
+    found: list[list[Holder]] = []
+    try:
+        for recording in recordings(block):
+            residual = find_sums(recording.graph, block, drop_paths).get(key)
+            if isinstance(residual, CutError):  # It is masked at its drop path.
+                node = drop_path_call(recording.graph, key)
+                found.append(_follow(cast(fx.Node, node.args[0]), node, block))
+            elif residual is not None:
+                found.append(_follow(residual.output, residual.add, block))
+    except TraceError as error:
+        raise NotAffineError(str(error)) from None
+    return _agreed(found)
+
+
+def drop_path_call(graph: fx.Graph, key: Key) -> fx.Node:
+    """The call of a branch's drop path in a recording."""
+    return [node for node in graph.nodes if node.op == "call_module" and node.target == key[0]][key[1]]
+
+
+def _agreed(found: Sequence[list[Holder]]) -> list[Holder]:
+    if not found or any(set(other) != set(found[0]) for other in found):
+        raise NotAffineError("which weights come last depends on the call")
+    return found[0]
+
+
+def _follow(value: fx.Node, consumer: fx.Node, block: nn.Module, path: tuple[int, ...] = ()) -> list[Holder]:
+    """What multiplies `value`, which `consumer` uses; with `path` its entry of that index."""
+    others = [user for user in value.users if user is not consumer and not is_size(user)]
+    if others and not (path and all(_is_other_entry(user, path[0]) for user in others)):
+        raise NotAffineError(f"{value.name} is used by {others[0].name} too")
+    if value.op == "get_attr":
+        return [_holder(block, cast(str, value.target), value.graph)]
+    if value.op == "call_module":
+        return _of_call(value, block, path)
+    if value.op in ("call_function", "call_method"):
+        return _of_function(value, block, path)
+    raise NotAffineError("it ends in what it was given")
+
+
+def _is_other_entry(node: fx.Node, index: int) -> bool:
+    return node.target is operator.getitem and isinstance(node.args[1], int) and node.args[1] != index
+
+
+def _of_call(call: fx.Node, block: nn.Module, path: tuple[int, ...]) -> list[Holder]:
+    child = block.get_submodule(cast(str, call.target))
+    if drop_path_rule(child) is not None or plain_class(child).forward in _HOMOGENEOUS:
+        return _follow(cast(fx.Node, call.args[0]), call, block, path)
+    calls = [node for node in call.graph.nodes if node.op == "call_module"]
+    if sum(block.get_submodule(cast(str, node.target)) is child for node in calls) > 1:
+        raise NotAffineError(f"{call.target} ({type(child).__name__}) is called several times")
+    return _of_child(child, (call.args, dict(call.kwargs)), path)
+
+
+def _of_child(child: nn.Module, arguments: Any, path: tuple[int, ...]) -> list[Holder]:
+    plain = plain_class(child)
+    if plain.forward is nn.MultiheadAttention.forward and path[:1] == (0,):
+        return _weight_and_bias(cast(nn.MultiheadAttention, child).out_proj)
+    if plain.forward in _AFFINE:
+        return _weight_and_bias(child)
+    try:
+        try:
+            ways = list(recordings(child, arguments))
+        except TraceError:
+            ways = list(recordings(child, arguments, with_buffers=True))
+    except TraceError as error:
+        raise NotAffineError(f"the forward of {type(child).__name__} cannot be recorded: {error}") from None
+    return _agreed([_of_output(way.graph, child, path) for way in ways])
+
+
+def _of_output(graph: fx.Graph, module: nn.Module, path: tuple[int, ...]) -> list[Holder]:
+    cuts.name_values_changed_in_place(graph, module)
+    end = next(iter(reversed(graph.nodes)))
+    output = end.args[0]
+    while isinstance(output, (tuple, list)) and path:
+        output, path = cast("list[Any]", output)[path[0]], path[1:]
+    if not isinstance(output, fx.Node):
+        raise NotAffineError(f"{type(module).__name__} gives more than one value")
+    return _follow(output, end, module, path)
+
+
+def _of_function(node: fx.Node, block: nn.Module, path: tuple[int, ...]) -> list[Holder]:
+    function: Any = node.target
+    name = function if isinstance(function, str) else getattr(function, "__name__", str(function))
+    args = node.args
+    if function in _WEIGHT_AND_BIAS or name in _ATTENTION:
+        indices, prefix = (_ATTENTION[name], "proj_") if name in _ATTENTION else (_WEIGHT_AND_BIAS[function], "")
+        weight, bias = (
+            _argument(node, index, prefix + key) for index, key in zip(indices, ("weight", "bias"), strict=True)
+        )
+        if not isinstance(weight, fx.Node):
+            raise NotAffineError(f"it ends in a call of {name} without weights")
+        return [part for each in (weight, bias) if isinstance(each, fx.Node) for part in _follow(each, node, block)]
+    if function is operator.getitem and isinstance(args[0], fx.Node):
+        is_entry = isinstance(args[1], int) and args[0].op == "call_module"
+        return _follow(args[0], node, block, (cast(int, args[1]), *path) if is_entry else path)
+    if function is getattr and args[1] in ("T", "mT"):
+        return _follow(cast(fx.Node, args[0]), node, block)
+    if function is F.scaled_dot_product_attention:
+        return _follow(cast(fx.Node, _argument(node, 2, "value")), node, block)
+    if function is F.pad:
+        if (_argument(node, 3, "value") or 0) != 0:
+            raise NotAffineError("it ends in padding with a number")
+        return _follow(cast(fx.Node, args[0]), node, block)
+    if name in _SUMS:
+        if not all(isinstance(each, fx.Node) for each in args[:2]):
+            raise NotAffineError("it ends in an addition of a number")
+        operands = dict.fromkeys(cast("tuple[fx.Node, ...]", args[:2]))
+        return [part for each in operands for part in _follow(each, node, block)]
+    if name in _LISTS:
+        entries = dict.fromkeys(cast("Sequence[fx.Node]", args[0]))
+        return [part for each in entries for part in _follow(each, node, block)]
+    if name in _PRODUCTS:
+        return _of_product([each for each in args[:2] if isinstance(each, fx.Node)], node, block)
+    if name in _HOMOGENEOUS_NAMES and args and isinstance(args[0], fx.Node):
+        return _follow(args[0], node, block)
+    raise NotAffineError(f"it ends in a call of {name}")
+
+
+def _argument(node: fx.Node, index: int, name: str) -> Any:
+    if name in node.kwargs:
+        return node.kwargs[name]
+    return node.args[index] if 0 <= index < len(node.args) else None
+
+
+def _of_product(factors: list[fx.Node], product: fx.Node, block: nn.Module) -> list[Holder]:
+    reasons: list[NotAffineError] = []
+    # A parameter comes first, such as a LayerScale: then nothing else need be looked into.
+    for factor in sorted(dict.fromkeys(factors), key=lambda each: not _is_parameter(each)):
+        try:
+            if factors.count(factor) > 1:
+                raise NotAffineError(f"it ends in the square of {factor.name}")
+            return _follow(factor, product, block)
+        except NotAffineError as reason:
+            reasons.append(reason)
+    raise reasons[0]
+
+
+def _is_parameter(node: fx.Node) -> bool:
+    while node.op in ("call_method", "call_function") and node.args and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node.op == "get_attr"
+
+
+def _holder(block: nn.Module, target: str, graph: fx.Graph) -> Holder:
+    path, _, name = target.rpartition(".")
+    module = block.get_submodule(path)
+    if name not in dict(module.named_parameters(recurse=False)):
+        raise NotAffineError(f"it ends in {target}, which is no parameter")
+    if sum(node.op == "get_attr" and node.target == target and bool(node.users) for node in graph.nodes) > 1:
+        raise NotAffineError(f"the parameter {target} is used several times")
+    return Holder(module, name)
+
+
+def _weight_and_bias(module: nn.Module) -> list[Holder]:
+    plain = dict(module.named_parameters(recurse=False))
+    holders = [Holder(module, name) for name in ("weight", "bias") if name in plain]
+    if not holders or holders[0].name != "weight":
+        what = "without weights" if isinstance(module, _NormBase) else "whose weight is no plain parameter"
+        raise NotAffineError(f"it ends in a {type(module).__name__} {what}")
+    if len(holders) == 1 and getattr(module, "bias", None) is not None:
+        raise NotAffineError(f"it ends in a {type(module).__name__} whose bias is no plain parameter")
+    return holders
+
+
+def _parameter(holder: Holder) -> nn.Parameter:
+    return cast(nn.Parameter, getattr(holder.module, holder.name))
+
+
+def _described(holder: Holder) -> str:
+    return f"the {holder.name} of its last {type(holder.module).__name__}"
+
+
+@torch.no_grad()
+def multiply_(holders: Sequence[Holder], factor: float) -> None:
+    """Multiply the parameters, in place."""
+    for holder in holders:
+        _parameter(holder).mul_(factor)

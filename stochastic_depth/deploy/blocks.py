@@ -1,0 +1,267 @@
+"""Foreign blocks without some of their branches: `torch.fx.GraphModule`s of what is left of their forward.
+
+Such a module needs nothing of this library, not even to be loaded. It keeps the names of what it keeps, takes the
+arguments that the block takes, and refuses a call that would have gone another way through the block's code than the
+one that was recorded.
+"""
+
+from __future__ import annotations
+
+import builtins
+import inspect
+import operator
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import fx, nn
+
+from stochastic_depth.deploy.affine import drop_path_call
+from stochastic_depth.retrofit import cuts
+from stochastic_depth.retrofit.block import Key, find_sums
+from stochastic_depth.retrofit.cuts import CutError
+from stochastic_depth.retrofit.find import recordings
+from stochastic_depth.retrofit.trace import (
+    OPAQUE,
+    PLAIN_TYPES,
+    Opaque,
+    Recording,
+    TraceError,
+    flatten,
+    plain_class,
+    record,
+    size_value,
+)
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments of a call, by position and by name."""
+
+
+def with_branches_taken_out(
+    block: nn.Module,
+    drop_paths: Sequence[str],
+    dropped: Collection[Key],
+    factors: Mapping[Key, float],
+    call: Call | None,
+) -> fx.GraphModule:
+    """A block without the dropped branches, and others multiplied by factors.
+
+    Args:
+        block: the block, plain or stochastic; it is not changed, and what is left of its children is shared with it.
+        drop_paths: paths of its drop paths, whose calls are branches; empty where additions are.
+        dropped: the branches to drop.
+        factors: the branches to multiply.
+        call: an example of how it is called; None where the defaults of its arguments tell enough.
+
+    Returns:
+        The `GraphModule`.
+
+    Raises:
+        ValueError: if it cannot be done; the message says why.
+    """
+    try:
+        parameters, recording = _recorded(block, call)
+        graph = recording.graph
+        replaced: dict[fx.Node, fx.Node] = {}
+        for key, residual in find_sums(graph, block, drop_paths).items():
+            if key in dropped:
+                if isinstance(residual, CutError):
+                    raise residual
+                _drop(residual.after(replaced), block, replaced)
+            elif key in factors:
+                value = (
+                    drop_path_call(graph, key) if isinstance(residual, CutError) else residual.after(replaced).output
+                )
+                consumer = None if isinstance(residual, CutError) or residual.add is value else residual.add
+                _multiply(value, consumer, factors[key])
+        return _with_signature(block, recording, parameters)
+    except (CutError, TraceError) as error:
+        raise ValueError(f"{type(block).__name__} cannot do without its branches: {error}.") from error
+
+
+def without_layer(layer: nn.Module, call: Call | None) -> fx.GraphModule:
+    """What stands in for a whole layer that is dropped: it hands on the first of its arguments.
+
+    Raises:
+        ValueError: if it cannot be told what the layer returns.
+    """
+    try:
+        parameters, recording = _recorded(layer, call)
+        end = next(iter(reversed(recording.graph.nodes)))
+        hidden = next(node for node in recording.graph.nodes if node.op == "placeholder")
+        output: Any = fx.map_arg(end.args[0], lambda _: cast(fx.Node, None))
+        end.args = (type(output)([hidden, *output[1:]]) if isinstance(output, (tuple, list)) else hidden,)
+        return _with_signature(layer, recording, parameters)
+    except TraceError as error:
+        raise ValueError(f"It cannot be told what {type(layer).__name__} returns: {error}.") from error
+
+
+def _recorded(block: nn.Module, call: Call | None) -> tuple[dict[str, Any], Recording]:
+    """The values of the block's parameters in a call, and the recording of that call."""
+    signature = inspect.signature(plain_class(block).forward.__get__(block))
+    if call is None:
+        args: list[Any] = []
+        for parameter in signature.parameters.values():
+            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.KEYWORD_ONLY):
+                args.append(OPAQUE if parameter.default is parameter.empty else parameter.default)
+        bound = signature.bind(*args)
+    else:
+        bound = signature.bind(*call[0], **call[1])
+    bound.apply_defaults()
+    if call is None:
+        ways = list(recordings(block, (bound.args, bound.kwargs)))
+        if len({str(way.graph) for way in ways}) > 1:
+            raise TraceError("its code depends on the sizes of what it is given: give inputs, an example of them")
+        return dict(bound.arguments), ways[0]
+    leaves: list[Any] = []
+    structure = flatten((bound.args, dict(bound.kwargs)), leaves)
+
+    def decide(node: fx.Node) -> Any:
+        placeholders = [other for other in node.graph.nodes if other.op == "placeholder"]
+        return size_value(node, dict(zip(placeholders, leaves, strict=True)))
+
+    return dict(bound.arguments), record(block, structure, len(leaves), decide)
+
+
+def _drop(residual: cuts.Sum, block: nn.Module, replaced: dict[fx.Node, fx.Node]) -> None:
+    if residual.shortcut is None:
+        raise CutError("the branch is added to nothing: without it nothing would be left")
+    branch = cuts.cut(residual, block)
+    add, instead = residual.add, residual.shortcut
+    if any(cuts.writes_in_place(user, block) for user in add.users):
+        # Whatever changes the sum in place would now change the shortcut, which is somebody else's tensor.
+        with add.graph.inserting_before(add):
+            instead = add.graph.call_method("clone", (residual.shortcut,))
+    add.replace_all_uses_with(instead)
+    add.graph.erase_node(add)
+    replaced[add] = instead
+    for side in branch.sides:  # attention maps
+        side.replace_all_uses_with(cast(fx.Node, None))
+
+
+def _multiply(value: fx.Node, consumer: fx.Node | None, factor: float) -> None:
+    with value.graph.inserting_after(value):
+        product = value.graph.call_function(operator.mul, (value, factor))
+    value.replace_all_uses_with(product, delete_user_cb=lambda user: user is not product and consumer in (None, user))
+
+
+def _with_signature(block: nn.Module, recording: Recording, values: Mapping[str, Any]) -> fx.GraphModule:
+    """The module of a recording, which takes the block's arguments and checks those that the recording depends on."""
+    graph = fx.Graph()
+    leaves: list[fx.Node] = []
+    checks: list[tuple[fx.Node, Any]] = []
+    parameters = inspect.signature(plain_class(block).forward.__get__(block)).parameters
+    nodes: list[fx.Node] = []
+    for name, parameter in parameters.items():
+        star = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        nodes.append(graph.placeholder(star + name, default_value=parameter.default))
+    for node, value in zip(nodes, values.values(), strict=True):
+        _unpack(node, flatten(value, []), leaves, checks)
+    recorded = [node for node in recording.graph.nodes if node.op == "placeholder"]
+    copies: dict[fx.Node, fx.Node] = dict(zip(recorded, leaves, strict=True))
+    graph.output(graph.graph_copy(recording.graph, copies))
+    conditions = {copies[node] for node, _ in recording.conditions}
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node.op not in ("placeholder", "output") and node not in conditions:
+            graph.erase_node(node)
+    with graph.inserting_before(next(iter(reversed(graph.nodes)))):
+        for node, value in checks:
+            _assert(graph, graph.call_function(operator.eq, (node, value)), f"{node.name} must be {value!r}", block)
+        for node, value in recording.conditions:
+            _assert_condition(graph, copies[node], value, block)
+    graph.lint()
+    made = fx.GraphModule(block, graph, type(block).__name__)
+    for name, value in block.__dict__.items():  # what a model's code may ask a block for
+        if isinstance(value, PLAIN_TYPES) and not name.startswith("_") and name != "training":
+            setattr(made, name, value)
+    made.train(block.training)
+    return made
+
+
+def hands_on(module: fx.GraphModule) -> bool:
+    """Whether a module does nothing but give its first argument back."""
+    end = next(iter(reversed(module.graph.nodes)))
+    return end.args[0] is next(iter(module.graph.nodes))
+
+
+def _unpack(node: fx.Node, signature: Any, leaves: list[fx.Node], checks: list[tuple[fx.Node, Any]]) -> None:
+    if isinstance(signature, Opaque):
+        leaves.append(node)
+        return
+    kind, content = signature
+    if kind in (tuple, list, dict) and _has_opaque(signature):
+        entries = content if kind is dict else enumerate(content)
+        for key, entry in entries:
+            _unpack(node.graph.call_function(operator.getitem, (node, key)), entry, leaves, checks)
+    else:
+        checks.append((node, _value(signature)))
+
+
+def _has_opaque(signature: Any) -> bool:
+    if isinstance(signature, Opaque):
+        return True
+    kind, content = signature
+    if kind is dict:
+        return any(_has_opaque(entry) for _, entry in content)
+    return kind in (tuple, list) and any(_has_opaque(entry) for entry in content)
+
+
+def _value(signature: Any) -> Any:
+    kind, content = signature
+    if kind is dict:
+        return {key: _value(entry) for key, entry in content}
+    return kind(_value(entry) for entry in content) if kind in (tuple, list) else content
+
+
+def _assert_condition(graph: fx.Graph, node: fx.Node, value: Any, block: nn.Module) -> None:
+    # bool() and len() cannot be recorded again, which unpickling a GraphModule does.
+    inner = cast(fx.Node, node.args[0])
+    if node.target is bool:
+        same = graph.call_function(operator.ne, (inner, 0))
+    elif node.target is builtins.len:
+        same = graph.call_method("__len__", (inner,))
+    else:
+        raise TraceError(f"its code depends on {node.name}")
+    node.replace_all_uses_with(same)
+    graph.erase_node(node)
+    _assert(graph, graph.call_function(operator.eq, (same, value)), "it has another size", block)
+
+
+def _assert(graph: fx.Graph, holds: fx.Node, what: str, block: nn.Module) -> None:
+    message = f"This part of a {type(block).__name__} was taken out for another call: {what}."
+    graph.call_function(torch._assert, (holds, message))  # pyright: ignore[reportPrivateUsage]
+
+
+def recorded_calls(model: nn.Module, blocks: Collection[nn.Module], inputs: Sequence[Any]) -> dict[nn.Module, Call]:
+    """How each of the blocks is called when the model runs on an example."""
+    calls: dict[nn.Module, Call] = {}
+
+    def note(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.setdefault(block, (args, kwargs))
+
+    hooks = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]
+    try:
+        model(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def replaced_(root: nn.Module, module: nn.Module, new: nn.Module) -> nn.Module:
+    """Put `new` wherever `root` holds `module`, and return the root, which may be `new` itself."""
+    if module is root:
+        return new
+    for parent, name in holders(root, module):
+        setattr(parent, name, new)
+    return root
+
+
+def holders(root: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Which modules hold a module, and by which name."""
+    return [
+        (parent, name)
+        for parent in root.modules()
+        for name, child in parent._modules.items()  # pyright: ignore[reportPrivateUsage]
+        if child is module
+    ]

@@ -1,0 +1,223 @@
+"""Takes stochastic depth off for good: survival probabilities go into the weights, dropped branches go altogether."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
+from typing import Literal, cast
+
+from torch import nn
+
+from stochastic_depth.deploy.affine import Holder, NotAffineError, last_affine, multiply_
+from stochastic_depth.deploy.blocks import Call, hands_on, holders, replaced_, with_branches_taken_out, without_layer
+from stochastic_depth.deploy.branches import TrainedBranch, trained_branches
+from stochastic_depth.deploy.scalars import Scale, ScaledLayer, ScaledResidual
+from stochastic_depth.residual import Residual
+from stochastic_depth.retrofit import controller, restore_
+from stochastic_depth.retrofit.block import Key
+from stochastic_depth.retrofit.classes import swap_class_
+
+
+def fold_(model: nn.Module) -> None:
+    """Take stochastic depth off a trained model, in place, without changing what it computes in evaluation.
+
+    With `rescale="eval"` a branch counts p times in evaluation (Huang et al. 2016). That factor goes into the weights
+    and biases of the branch's last affine operations: BatchNorm, LayerNorm, LayerScale, convolution or linear. With the
+    other rescalings there is no factor, and stochastic depth is taken off only. Afterwards the model is of its original
+    classes, costs what constant depth costs, and its `state_dict` loads into a model that never saw this library.
+
+    Where a branch ends in nothing that is affine (an activation, squeeze-and-excitation), or in weights that serve
+    something else too, its factor is kept as a scalar in the model's code: a warning names the branch and the reason.
+    The `state_dict` of such a model does not hold that factor.
+
+    Outputs are the same up to rounding; in a precision below float32 the weights themselves are rounded: fold first,
+    then convert.
+
+    Args:
+        model: a stochastic model, in either mode. A model that is not stochastic is left as it is, with a warning.
+
+    Raises:
+        ValueError: if a factor can go neither into weights nor into the code; the model is then as it was.
+
+    Example:
+        >>> import torch, stochastic_depth as sd
+        >>> net = sd.models.cifar_resnet(20)
+        >>> depth = sd.make_stochastic_(net, sd.linear_decay(0.5))
+        >>> x = torch.randn(2, 3, 32, 32)
+        >>> before = net.eval()(x)
+        >>> sd.fold_(net)
+        >>> torch.allclose(net(x), before, atol=1e-5), type(net.groups[0][0].residual).__name__
+        (True, 'Residual')
+    """
+    if not is_stochastic(model):
+        warnings.warn(
+            f"{type(model).__name__} is not stochastic: there is nothing to fold. (fold_ comes after training, and "
+            "before restore_.)",
+            stacklevel=2,
+        )
+        return
+    kept, _ = take_off_(model, range(len(controller(model).names)), {})
+    for name, p, reason in kept:
+        warnings.warn(
+            f"The survival probability {p:g} of {name} cannot go into weights: {reason}. It is kept as a scalar in the "
+            "model's code, which its state_dict does not hold.",
+            stacklevel=2,
+        )
+
+
+def convert_rescale_(model: nn.Module, rescale: Literal["eval", "train"]) -> None:
+    """Turn the weights of a stochastic model from one convention of scaling into the other, in place.
+
+    The paper's form (`rescale="eval"`) counts a branch p times in evaluation; drop path (`"train"`) counts it 1/p times
+    in training. A branch trained in the one is p times that of the other: its last affine operations are multiplied
+    by p on the way to `"train"`, and divided by it on the way back. What the model computes is unchanged, in training
+    and in evaluation. The optimiser's momentum is not converted: start a new one.
+
+    A branch whose factor cannot go into weights (see `fold_`) stays in its convention, with a warning.
+
+    Args:
+        model: a stochastic model.
+        rescale: the convention that it is to have.
+
+    Raises:
+        ValueError: if the model is not stochastic, the convention is not one of the two, or a branch has the convention
+            "none", which has no factor to convert; the model is then as it was.
+
+    Example:
+        >>> import stochastic_depth as sd
+        >>> net = sd.models.cifar_resnet(20)
+        >>> depth = sd.make_stochastic_(net, sd.uniform(0.8))
+        >>> sd.convert_rescale_(net, "train")
+    """
+    if rescale not in ("eval", "train"):
+        raise ValueError(f"rescale must be 'eval' or 'train', but is {rescale!r}.")
+    depth = controller(model)
+    branches = trained_branches(model)
+    if without := [branch.found.name for branch in branches if branch.gated.rescale == "none"]:
+        raise ValueError(
+            f"{len(without)} branches have rescale 'none' ({without[0]}, ...): neither training nor evaluation has a "
+            f"factor that could move. Give make_stochastic_ rescale={rescale!r} to train on with one."
+        )
+    for branch in branches:
+        if branch.gated.rescale == rescale:
+            continue
+        p = branch.gated.survival_prob
+        if p != 1:
+            try:
+                multiply_(last_affine(model, branch), p if rescale == "train" else 1 / p)
+            except NotAffineError as reason:
+                warnings.warn(
+                    f"{branch.found.name} stays in the convention {branch.gated.rescale!r}: {reason}.", stacklevel=2
+                )
+                continue
+        branch.gated.rescale = rescale
+    depth.note_rescales([branch.gated.rescale for branch in branches])
+
+
+def is_stochastic(model: nn.Module) -> bool:
+    """Whether a model, or what it wraps, has a controller."""
+    return any("_stochastic_depth" in module.__dict__ for module in model.modules())
+
+
+def take_off_(
+    model: nn.Module, keep: Collection[int], calls: Mapping[nn.Module, Call]
+) -> tuple[list[tuple[str, float, str]], nn.Module]:
+    """Take stochastic depth off, with test-time factors in the weights of the branches kept and without the others.
+
+    Args:
+        model: the stochastic model; it is changed.
+        keep: indices of the branches to keep.
+        calls: examples of how blocks of foreign models are called; may be empty.
+
+    Returns:
+        Branches whose factor is kept as a scalar, each with the factor and the reason; and the model, which is another
+        only where its root itself was a branch.
+
+    Raises:
+        ValueError: if a branch cannot be dropped, or a factor kept; the model is then as it was.
+    """
+    branches = trained_branches(model)
+    weights: list[tuple[list[Holder], float]] = []
+    scalars: dict[TrainedBranch, str] = {}
+    for index in keep:
+        branch = branches[index]
+        if branch.test_factor != 1:
+            try:
+                weights.append((last_affine(model, branch), branch.test_factor))
+            except NotAffineError as reason:
+                scalars[branch] = str(reason)
+    dropped = [branch for index, branch in enumerate(branches) if index not in keep]
+    replacements = _replacements(model, dropped, list(scalars), calls)
+    # Nothing has been changed so far, and nothing fails from here on.
+    restore_(model)
+    for parameters, factor in weights:
+        multiply_(parameters, factor)
+    for branch in scalars:
+        if branch.found.module not in replacements and branch.found.key is None:
+            _keep_scalar_(branch.found.module, branch.test_factor)
+    root = model
+    for module, new in replacements.items():
+        root = replaced_(root, module, new)
+    return [(branch.found.name, branch.test_factor, reason) for branch, reason in scalars.items()], root
+
+
+def _keep_scalar_(module: nn.Module, factor: float) -> None:
+    if type(module) is Residual:
+        module.__class__ = ScaledResidual
+    else:
+        swap_class_(module, ScaledResidual if isinstance(module, Residual) else ScaledLayer)
+    module.branch_factor = factor  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+
+
+def _replacements(
+    model: nn.Module, dropped: list[TrainedBranch], scaled: list[TrainedBranch], calls: Mapping[nn.Module, Call]
+) -> dict[nn.Module, nn.Module]:
+    """What is to be put in the place of which modules."""
+    new: dict[nn.Module, nn.Module] = {}
+    dropped_keys: dict[nn.Module, set[Key]] = {}
+    factors: dict[nn.Module, dict[Key, float]] = {}
+    drop_paths: dict[nn.Module, tuple[str, ...]] = {}
+    for branch in dropped:
+        found = branch.found
+        if found.treatment == "mask":
+            raise ValueError(f"{found.name} cannot be taken out: {found.cause}.")
+        if found.key is not None:
+            dropped_keys.setdefault(found.module, set()).add(found.key)
+            drop_paths[found.module] = branch.drop_paths
+        elif found.kind == "layer":
+            new[found.module] = without_layer(found.module, calls.get(found.module))
+        else:
+            new[found.module] = _without_branch(cast(Residual, found.module))
+    for branch in scaled:
+        found = branch.found
+        if found.key is None:
+            if not isinstance(found.module, Residual) and found.kind == "sum":
+                new[found.module] = Scale(branch.test_factor)
+            continue
+        drop_path = found.module.get_submodule(found.key[0]) if found.key[0] else None
+        if drop_path is not None and found.module not in dropped_keys and _is_called_once(branch, found.key):
+            new[drop_path] = Scale(branch.test_factor)
+        else:
+            factors.setdefault(found.module, {})[found.key] = branch.test_factor
+            drop_paths[found.module] = branch.drop_paths
+    for block, paths in drop_paths.items():
+        made = with_branches_taken_out(
+            block, paths, dropped_keys.get(block, ()), factors.get(block, {}), calls.get(block)
+        )
+        # A Sequential gives its children one argument, so that nothing need look like the block.
+        alone = all(type(parent).forward is nn.Sequential.forward for parent, _ in holders(model, block))
+        new[block] = nn.Identity() if hands_on(made) and alone else made
+    return new
+
+
+def _is_called_once(branch: TrainedBranch, key: Key) -> bool:
+    known: tuple[Key, ...] = branch.found.module._stochastic_depth_branch.known  # pyright: ignore
+    return sum(path == key[0] for path, _ in known) == 1
+
+
+def _without_branch(residual: Residual) -> nn.Module:
+    if residual.shortcut is None or type(residual.shortcut) is nn.Identity:
+        return nn.Identity()
+    # The shortcut keeps its name, and with it those of its parameters.
+    return nn.Sequential(OrderedDict(shortcut=residual.shortcut))

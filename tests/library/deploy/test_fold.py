@@ -1,0 +1,389 @@
+"""`fold_` and `convert_rescale_`: outputs unchanged, to rounding, against networks written out by hand."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+from collections.abc import Callable
+
+import plain_models
+import pytest
+import reference
+import torch
+from plain_models import (
+    TIMM,
+    TORCHVISION,
+    TRANSFORMERS,
+    awake,
+    first_tensor,
+    same_classes,
+    timm_model,
+    torchvision_resnet,
+    transformers_model,
+    with_factors,
+)
+from torch import Tensor, nn
+
+import stochastic_depth as sd
+
+
+def assert_near(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
+    error = (ours - theirs).abs().max() / theirs.abs().max()
+    assert error <= tolerance, f"differs by {error:.1e} of the largest value"
+
+
+# ---------------------------------------------------------------------------------------------- our networks
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=["f64", "f32"])
+@pytest.mark.parametrize(
+    ("make", "inputs"),
+    [(reference.conv_net, reference.images), (reference.mlp, reference.vectors)],
+    ids=["conv-bn", "linear"],
+)
+def test_a_folded_network_is_plain_and_gives_what_the_test_rule_gives(
+    make: Callable[..., nn.Module], inputs: Callable[..., Tensor], dtype: torch.dtype, tolerance: float
+) -> None:
+    net, x = make(dtype=dtype).eval(), inputs(5, dtype=dtype)
+    survival_probs = [0.9, 0.35, 0.6, 0.5]
+    expected = reference.evaluate(reference.copied(net), x, survival_probs, "eval")
+    keys = list(net.state_dict())
+    sd.make_stochastic_(net, survival_probs)
+    sd.fold_(net)
+    assert_near(net(x), expected, tolerance)
+    reference.assert_plain(net, keys)
+    fresh = make(seed=9, dtype=dtype).eval()
+    fresh.load_state_dict(net.state_dict(), strict=True)
+    assert torch.equal(fresh(x), net(x))
+
+
+def test_folding_holds_in_training_mode_too_where_batchnorm_takes_the_batch() -> None:
+    net, x = reference.conv_net().train(), reference.images(6)
+    survival_probs = [0.9, 0.35, 0.6, 0.5]
+    expected = reference.forward(reference.copied(net), x, factors=survival_probs)
+    sd.make_stochastic_(net, survival_probs)
+    sd.fold_(net)
+    assert net.training
+    assert_near(net(x), expected, 1e-12)
+
+
+@pytest.mark.parametrize("shortcut", ["pad", "projection_all"])
+def test_the_papers_network_costs_what_constant_depth_costs(shortcut: str) -> None:
+    net = awake(sd.models.cifar_resnet(14, shortcut=shortcut))
+    plain, x = copy.deepcopy(net), plain_models.images(16)
+    depth = sd.make_stochastic_(net, sd.linear_decay(0.5))
+    before = net(x)
+    names = depth.names
+    sd.fold_(net)
+    assert_near(net(x), before, 1e-12)
+    assert not torch.allclose(before, plain(x), rtol=1e-3)  # the factors matter here
+    assert operators(net, x) == operators(plain, x)
+    assert [name for name, module in net.named_modules() if type(module) is sd.Residual] == names
+
+
+def operators(net: nn.Module, x: Tensor) -> list[str]:
+    class Names(torch.utils._python_dispatch.TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: list[str] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Names() as seen:
+        net(x)
+    return seen.names
+
+
+@pytest.mark.parametrize("rescale", ["train", "none"])
+def test_without_a_factor_in_evaluation_no_weight_changes(rescale: str) -> None:
+    net, x = reference.conv_net().eval(), reference.images(3)
+    before, expected = reference.state_of(net), net(x)
+    sd.make_stochastic_(net, sd.uniform(0.5), rescale=rescale)
+    sd.fold_(net)
+    reference.assert_same(reference.state_of(net), before)
+    assert torch.equal(net(x), expected)
+    reference.assert_plain(net)
+
+
+def test_probabilities_that_were_changed_in_training_are_those_that_are_folded() -> None:
+    net, x = reference.mlp().eval(), reference.vectors(3)
+    plain = reference.copied(net)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5))
+    depth.set_survival_probs([1.0, 0.9, 0.8, 0.7])
+    sd.fold_(net)
+    assert_near(net(x), reference.evaluate(plain, x, [1.0, 0.9, 0.8, 0.7], "eval"), 1e-12)
+
+
+# ---------------------------------------------------------------------------------------------- what cannot be folded
+
+
+class SqueezeExcite(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.fc(x))
+
+
+ENDS = {
+    "gelu": lambda: nn.Sequential(nn.Linear(6, 6), nn.GELU()),
+    "squeeze-excite": lambda: nn.Sequential(nn.Linear(6, 6), SqueezeExcite(6)),
+    "no-weights": lambda: nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6, elementwise_affine=False)),
+    "parametrised": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)),
+    "padding": lambda: nn.Sequential(nn.Linear(6, 5), nn.ConstantPad1d((0, 1), 1.0)),
+    "a-branch-inside": lambda: sd.Residual(nn.Linear(6, 6)),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_what_cannot_be_folded_keeps_its_factor_and_is_named(end: str) -> None:
+    torch.manual_seed(0)
+    residuals = [sd.Residual(nn.Linear(6, 6)), sd.Residual(ENDS[end]())]
+    net = nn.Sequential(*residuals).double().eval()
+    keys, x = list(net.state_dict()), torch.randn(4, 6, dtype=torch.float64)
+    plain = copy.deepcopy(net)
+    h = x + 0.7 * plain[0].branch(x)
+    expected = h + 0.4 * plain[1].branch(h)
+    sd.make_stochastic_(net, [0.7, 0.4], where=["0", "1"])
+    with pytest.warns(UserWarning, match=r"probability 0\.4 of 1 cannot go into weights: .* kept as a scalar"):
+        sd.fold_(net)
+    assert_near(net(x), expected, 1e-12)
+    assert type(net[0]) is sd.Residual
+    assert list(net.state_dict()) == keys
+    if end != "parametrised":  # PyTorch pickles no parametrised module
+        assert_near(reloaded(copy.deepcopy(net))(x), expected, 1e-12)
+
+
+def reloaded(net: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+FOLDABLE = {
+    "relu-behind": lambda: nn.Sequential(nn.Linear(6, 6), nn.ReLU()),
+    "dropout-behind": lambda: nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.3)),
+    "sum-of-two": lambda: SumOfTwo(),
+    "layer-scale": lambda: LayerScaled(),
+    "layer-norm": lambda: nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6)),
+}
+
+
+class SumOfTwo(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Sequential(nn.Tanh(), nn.Linear(6, 6, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.b(x)
+
+
+class LayerScaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.gamma = nn.Sequential(nn.Linear(6, 6), nn.GELU()), nn.Parameter(torch.rand(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).mul_(self.gamma.view(1, -1))
+
+
+@pytest.mark.parametrize("end", FOLDABLE)
+def test_ends_that_pass_a_factor_on_are_folded(end: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(sd.Residual(FOLDABLE[end]())).double().eval()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    expected = x + 0.4 * net[0].branch(x)
+    sd.make_stochastic_(net, [0.4])
+    sd.fold_(net)
+    assert type(net[0]) is sd.Residual
+    assert_near(net(x), expected, 1e-12)
+
+
+def test_weights_that_several_branches_share_are_left_alone() -> None:
+    torch.manual_seed(0)
+    shared = nn.Linear(6, 6)
+    tied = nn.Linear(6, 6)
+    tied.weight = shared.weight
+    net = nn.Sequential(sd.Residual(shared), sd.Residual(shared), sd.Residual(tied)).double()
+    x, weight = torch.randn(4, 6, dtype=torch.float64), shared.weight.detach().clone()
+    h = x + 0.8 * shared(x)
+    h = h + 0.6 * shared(h)
+    expected = h + 0.4 * tied(h)
+    sd.make_stochastic_(net, [0.8, 0.6, 0.4])
+    with pytest.warns(UserWarning, match="shared with another part of the model") as warned:
+        sd.fold_(net.eval())
+    assert len(warned) == 3
+    assert torch.equal(shared.weight, weight)
+    assert_near(net(x), expected, 1e-12)
+
+
+def test_a_block_that_is_used_twice_is_folded_once() -> None:
+    torch.manual_seed(0)
+    residual = sd.Residual(nn.Linear(6, 6))
+    net = nn.Sequential(residual, nn.Tanh(), residual).double().eval()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    h = torch.tanh(x + 0.4 * residual.branch(x))
+    expected = h + 0.4 * residual.branch(h)
+    sd.make_stochastic_(net, [0.4])
+    sd.fold_(net)
+    assert_near(net(x), expected, 1e-12)
+
+
+def test_a_whole_layer_keeps_its_factor() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6), nn.Tanh())).double().eval()
+    net.append(nn.TransformerEncoderLayer(6, 2, 8, batch_first=True).double().eval())
+    x = torch.randn(4, 3, 6, dtype=torch.float64)
+    h = net[1](net[0](x))
+    expected = h + 0.4 * (net[2](h) - h)
+    sd.make_stochastic_(net, [0.4], layers=["2"])
+    with pytest.warns(UserWarning, match="whole layer"):
+        sd.fold_(net)
+    assert_near(net(x), expected, 1e-12)
+    assert isinstance(net[2], nn.TransformerEncoderLayer)
+
+
+# ---------------------------------------------------------------------------------------------- other libraries' models
+
+
+def check_foreign(make: Callable[[], nn.Module], x: Tensor, last: str = "") -> nn.Module:
+    model = awake(make())
+    twin = copy.deepcopy(model)
+    depth = sd.make_stochastic_(model, sd.linear_decay(0.4))
+    names, survival_probs = depth.names, depth.survival_probs
+    with torch.no_grad():
+        expected = first_tensor(with_factors(twin, names, survival_probs, last)(x))
+        plain = first_tensor(twin(x))
+        sd.fold_(model)
+        assert_near(first_tensor(model(x)), expected, 1e-12)
+        assert not torch.allclose(plain, expected, rtol=1e-4, atol=1e-6)
+        assert same_classes(model, twin)
+        fresh = make().double().eval()
+        fresh.load_state_dict(model.state_dict(), strict=True)
+        assert torch.equal(first_tensor(fresh(x)), first_tensor(model(x)))
+    reference.assert_plain(model)
+    return model
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timm_models_load_the_folded_weights(name: str) -> None:
+    check_foreign(lambda: timm_model(name), plain_models.images(TIMM[name][2]))
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvision_resnets_load_the_folded_weights(name: str) -> None:
+    check_foreign(lambda: torchvision_resnet(name), plain_models.images(32), TORCHVISION[name])
+
+
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_transformers_models_load_the_folded_weights(family: str) -> None:
+    check_foreign(lambda: transformers_model(family), plain_models.images())
+
+
+def test_squeeze_excite_of_timm_keeps_its_factor_in_the_place_of_the_drop_path() -> None:
+    model = awake(plain_models.timm.create_model("seresnet50", drop_path_rate=0.3, channels=(8, 8, 16, 16)))
+    twin, x = copy.deepcopy(model), plain_models.images(32)
+    depth = sd.make_stochastic_(model, sd.uniform(0.5))
+    expected = with_factors(twin, depth.names, depth.survival_probs)(x)
+    with pytest.warns(UserWarning, match="kept as a scalar"):
+        sd.fold_(model)
+    assert_near(model(x), expected, 1e-12)
+    assert list(model.state_dict()) == list(twin.state_dict())
+    assert type(model.layer1[1]) is type(twin.layer1[1])
+
+
+def test_the_models_own_rates_need_no_folding() -> None:
+    model = awake(timm_model("vit"))
+    before, x = reference.state_of(model), plain_models.images()
+    expected = model(x)
+    sd.make_stochastic_(model)
+    sd.fold_(model)
+    reference.assert_same(reference.state_of(model), before)
+    assert torch.equal(model(x), expected)
+
+
+# ---------------------------------------------------------------------------------------------- convert_rescale_
+
+
+@pytest.mark.parametrize(
+    ("make", "x"),
+    [(reference.conv_net, reference.images(4)), (lambda: awake(timm_model("vit")), plain_models.images())],
+    ids=["ours", "timm"],
+)
+def test_converted_weights_give_the_same_in_evaluation_and_in_training(
+    make: Callable[[], nn.Module], x: Tensor
+) -> None:
+    net = make().eval()
+    depth = sd.make_stochastic_(net, sd.linear_decay(0.4), rescale="eval")
+    before, weights = net(x), reference.state_of(net)
+    gates = [index % 3 > 0 for index in range(len(depth.names))]
+    with depth.gates(gates):
+        trained = net(x)
+    sd.convert_rescale_(net, "train")
+    assert "rescale 'train'" in str(depth)
+    assert_near(net(x), before, 1e-12)
+    with depth.gates(gates):
+        assert_near(net(x), trained, 1e-12)
+    changed = [name for name, value in net.state_dict().items() if not torch.equal(value, weights[name])]
+    assert changed
+    sd.convert_rescale_(net, "eval")
+    reference.assert_close(reference.state_of(net), weights, atol=1e-12)
+    assert_near(net(x), before, 1e-12)
+
+
+def test_converted_weights_are_p_times_the_papers() -> None:
+    net = nn.Sequential(sd.Residual(nn.Linear(3, 3)))
+    weight, bias = net[0].branch.weight.detach().clone(), net[0].branch.bias.detach().clone()
+    sd.make_stochastic_(net, [0.5])
+    sd.convert_rescale_(net, "train")
+    assert torch.equal(net[0].branch.weight, 0.5 * weight)
+    assert torch.equal(net[0].branch.bias, 0.5 * bias)
+    sd.convert_rescale_(net, "train")  # it is so already
+    assert torch.equal(net[0].branch.weight, 0.5 * weight)
+
+
+def test_a_branch_that_cannot_be_converted_stays_and_nothing_changes() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(sd.Residual(nn.Linear(6, 6)), sd.Residual(ENDS["gelu"]())).double().eval()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    depth = sd.make_stochastic_(net, [0.7, 0.4])
+    before = net(x)
+    with pytest.warns(UserWarning, match="1 stays in the convention 'eval'"):
+        sd.convert_rescale_(net, "train")
+    assert "rescale 'train or eval'" in str(depth)
+    assert_near(net(x), before, 1e-12)
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+
+def test_a_plain_model_has_nothing_to_fold_and_is_told_so() -> None:
+    net = reference.mlp()
+    before = reference.state_of(net)
+    with pytest.warns(UserWarning, match="not stochastic: there is nothing to fold"):
+        sd.fold_(net)
+    reference.assert_same(reference.state_of(net), before)
+
+
+def test_conversion_refuses_what_has_no_factor() -> None:
+    net = reference.mlp()
+    with pytest.raises(ValueError, match="not stochastic"):
+        sd.convert_rescale_(net, "train")
+    sd.make_stochastic_(net, sd.uniform(0.5), rescale="none")
+    with pytest.raises(ValueError, match="4 branches have rescale 'none'"):
+        sd.convert_rescale_(net, "train")
+    with pytest.raises(ValueError, match="must be 'eval' or 'train', but is 'none'"):
+        sd.convert_rescale_(net, "none")
+
+
+def test_no_warning_is_given_where_all_is_well() -> None:
+    net = reference.conv_net()
+    sd.make_stochastic_(net, sd.linear_decay(0.5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sd.fold_(net)
