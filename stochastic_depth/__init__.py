@@ -2,6 +2,7 @@
 
 from stochastic_depth import models
 from stochastic_depth.deploy import convert_rescale_, fold_
+from stochastic_depth.distributed import shard_
 from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit import (
     Controller,
@@ -39,6 +40,7 @@ __all__ = [
     "models",
     "register_drop_path",
     "restore_",
+    "shard_",
     "timm",
     "uniform",
 ]

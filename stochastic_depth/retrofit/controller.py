@@ -62,6 +62,11 @@ class Controller:
         return list(self._passes.names)
 
     @property
+    def passes(self) -> ForwardPasses:
+        """What draws the gates."""
+        return self._passes
+
+    @property
     def branches(self) -> tuple[Branch, ...]:
         """What was found out about each branch when the model was made stochastic; the modules are the model's own."""
         return self._branches

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.multiprocessing import start_processes
 
-sys.path[:0] = [str(Path(__file__).parents[1])]  # reference.py: the forked server does not have pytest's path
+# reference.py and benchmarks/traffic.py: the forked server does not have pytest's path.
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[3] / "benchmarks")]
 
 _TIMEOUT = timedelta(seconds=60)
 """A hang becomes an error of the collective that waits."""

@@ -1,0 +1,176 @@
+"""One communication unit per branch, on PyTorch's own FSDP2: a dropped branch is neither gathered nor reduced."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from stochastic_depth.passes import ForwardPasses, eager
+from stochastic_depth.residual import Residual
+from stochastic_depth.retrofit import Controller, controller
+from stochastic_depth.retrofit.block import BranchParts
+from stochastic_depth.retrofit.find import Branch
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy
+
+
+def shard_(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    reshard_after_forward: bool | None = None,
+    mp_policy: MixedPrecisionPolicy | None = None,
+    offload_policy: OffloadPolicy | None = None,
+    check_gates: bool = False,
+) -> FSDPModule:
+    """Shard a stochastic model over processes, in place, with one FSDP2 unit per branch and one for the rest.
+
+    FSDP2 gathers a unit's parameters before it runs and reduces its gradients after its backward. A branch whose gate
+    is closed does not run, so that nothing of it is sent. What is sent in a step is exactly the open branches and the
+    rest: the layers outside of all branches, single parameters of a foreign block (LayerScale's gains in some models),
+    modules that a branch shares with something else, and branches that are masked.
+
+    Args:
+        model: made stochastic with `ranks="agree"`. Afterwards it is used, saved and clipped like any model under
+            `torch.distributed.fsdp.fully_shard`. Make the optimiser after this call.
+        mesh: one dimension: parameters, gradients and optimiser states are sharded over it. Two dimensions: replicated
+            over the first and sharded over the second; (N, 1) is pure replication, like DistributedDataParallel, and
+            saves the reductions of dropped branches all the same.
+        reshard_after_forward: see `fully_shard`; False keeps a branch's parameters gathered until its backward.
+        mp_policy: mixed precision, see `fully_shard`.
+        offload_policy: parameters on the CPU, see `fully_shard`.
+        check_gates: compare what decides the gates between the ranks, in each training step, by one reduction of 16
+            bytes. It waits for the device. Ranks that disagree would compute wrong gradients in silence.
+
+    Returns:
+        The model, which is an `FSDPModule` now.
+
+    Raises:
+        ValueError: if the model is not stochastic, its gates differ between ranks, or it is wrapped or sharded already.
+    """
+    from torch.distributed.fsdp import FSDPModule, fully_shard  # a second, which those who train alone do not pay
+
+    depth = controller(model)
+    _refuse(model, depth, FSDPModule)
+    policies = {"mp_policy": mp_policy, "offload_policy": offload_policy}
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "reshard_after_forward": reshard_after_forward,
+        **{name: policy for name, policy in policies.items() if policy is not None},
+    }
+    for unit in _units(model, depth):
+        fully_shard(unit if len(unit) > 1 else unit[0], **options)
+    if check_gates:
+        model.register_forward_pre_hook(_GateCheck(depth.passes, mesh), prepend=True)
+    return fully_shard(model, **options)
+
+
+def _refuse(model: nn.Module, depth: Controller, sharded: type) -> None:
+    if depth.passes.ranks == "decorrelate":
+        raise ValueError(
+            "shard_ needs the same gates on every rank, but the model was made stochastic with ranks='decorrelate'. "
+            "Ranks would gather different branches at the same time and compute wrong numbers without an error. "
+            "Use ranks='agree'."
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, sharded):
+            raise ValueError(f"The model is sharded already ({name or 'its root'}): call shard_ once, in place of it.")
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise ValueError("The model is wrapped in DistributedDataParallel, whose work shard_ does: unwrap it.")
+
+
+def _units(model: nn.Module, depth: Controller) -> list[list[nn.Module]]:
+    """For each branch the modules that are called in it and hold its own parameters, inner branches before outer ones.
+
+    Parameters that something else uses too must be there when the branch is closed: they stay with the rest.
+    """
+    holders: dict[Tensor, set[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(parameter, set()).add(module)
+    units: dict[frozenset[nn.Module], list[nn.Module]] = {}
+    owners: dict[frozenset[nn.Module], set[nn.Module]] = {}
+    for branch in depth.branches:
+        called = [] if branch.treatment == "mask" else _called(branch)
+        inside = frozenset(part for module in called for part in module.modules())
+        if called and all(holders[parameter] <= inside for module in called for parameter in module.parameters()):
+            units[inside] = called  # branches that share all of their modules are one unit
+            owners.setdefault(inside, set()).add(branch.module)
+    own = [
+        inside
+        for inside, called in sorted(units.items(), key=lambda item: len(item[0]))
+        if not inside & _reached_otherwise(model, owners[inside], called)
+    ]
+    return [units[inside] for inside in own]
+
+
+def _reached_otherwise(model: nn.Module, owners: set[nn.Module], called: list[nn.Module]) -> set[nn.Module]:
+    """The modules that are reached from the root on a way that does not lead through a branch of the owners."""
+    reached: set[tuple[nn.Module, bool]] = set()
+    pending = [(model, model in owners)]
+    while pending:
+        module, owned = pending.pop()
+        if (module, owned) in reached:
+            continue
+        reached.add((module, owned))
+        for name, child in module.named_children():
+            if isinstance(module, Residual):
+                branch = module in owners and name == "branch"
+            else:
+                branch = owned and child in called
+            if not branch:
+                pending.append((child, owned or child in owners))
+    return {module for module, _ in reached}
+
+
+def _called(branch: Branch) -> list[nn.Module]:
+    """The modules with parameters that a branch calls: one of them alone need not hold all of it."""
+    if isinstance(branch.parts, BranchParts):
+        called = list(branch.parts.members)
+    elif branch.kind == "layer":
+        # The gate sits inside of the layer's call: a unit of the layer itself would be gathered before it is asked.
+        called = list(branch.parts.children())
+    else:
+        called = [branch.parts]
+    # A list of modules is not called itself.
+    while any(isinstance(module, (nn.ModuleList, nn.ModuleDict)) for module in called):
+        called = [
+            inner
+            for module in called
+            for inner in (module.children() if isinstance(module, (nn.ModuleList, nn.ModuleDict)) else [module])
+        ]
+    return [module for module in called if any(True for _ in module.parameters())]
+
+
+class _GateCheck:
+    """Forward pre-hook that compares between ranks what the gates of a training step follow from."""
+
+    def __init__(self, passes: ForwardPasses, mesh: DeviceMesh) -> None:
+        self._passes = passes
+        self._mesh = mesh
+
+    @eager
+    def __call__(self, root: nn.Module, _args: Any) -> None:
+        passes = self._passes
+        if not root.training and passes.forced is None:
+            return
+        forced = passes.forced and tuple(gate if isinstance(gate, bool) else bool(gate.any()) for gate in passes.forced)
+        decides = (passes.seed, passes.counter, passes.survival_probs, passes.costs, passes.granularity, passes.draw)
+        digest = hashlib.sha256(repr((*decides, forced, root.training)).encode()).digest()
+        number = int.from_bytes(digest[:7], "big")
+        extremes = torch.tensor([number, -number], device=self._mesh.device_type)
+        for dim in range(self._mesh.ndim):
+            dist.all_reduce(extremes, dist.ReduceOp.MAX, group=self._mesh.get_group(dim))
+        largest, smallest = extremes.tolist()
+        if largest != -smallest:
+            raise RuntimeError(
+                f"The ranks do not agree on their gates (here: seed {passes.seed}, draw {passes.counter}). Every rank "
+                "must make the same forwards in training mode, with the same survival probabilities, forced gates and "
+                "restored state; was a controller's state loaded on some ranks only?"
+            )
