@@ -1,7 +1,7 @@
 """Stochastic depth (Huang et al. 2016) for residual networks, with every dropped branch really skipped."""
 
 from stochastic_depth import models
-from stochastic_depth.deploy import convert_rescale_, fold_
+from stochastic_depth.deploy import convert_rescale_, fold_, subnetwork
 from stochastic_depth.distributed import shard_
 from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit import (
@@ -41,6 +41,7 @@ __all__ = [
     "register_drop_path",
     "restore_",
     "shard_",
+    "subnetwork",
     "timm",
     "uniform",
 ]

@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 
 from stochastic_depth.deploy.affine import drop_path_call
+from stochastic_depth.deploy.batches import Call
 from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.block import Key, find_sums
 from stochastic_depth.retrofit.cuts import CutError
@@ -32,9 +33,6 @@ from stochastic_depth.retrofit.trace import (
     record,
     size_value,
 )
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""Arguments of a call, by position and by name."""
 
 
 def with_branches_taken_out(
@@ -76,7 +74,7 @@ def with_branches_taken_out(
                 _multiply(value, consumer, factors[key])
         return _with_signature(block, recording, parameters)
     except (CutError, TraceError) as error:
-        raise ValueError(f"{type(block).__name__} cannot do without its branches: {error}.") from error
+        raise ValueError(f"{plain_class(block).__name__} cannot do without its branch: {error}.") from error
 
 
 def without_layer(layer: nn.Module, call: Call | None) -> fx.GraphModule:
@@ -93,7 +91,7 @@ def without_layer(layer: nn.Module, call: Call | None) -> fx.GraphModule:
         end.args = (type(output)([hidden, *output[1:]]) if isinstance(output, (tuple, list)) else hidden,)
         return _with_signature(layer, recording, parameters)
     except TraceError as error:
-        raise ValueError(f"It cannot be told what {type(layer).__name__} returns: {error}.") from error
+        raise ValueError(f"It cannot be told what {plain_class(layer).__name__} returns: {error}.") from error
 
 
 def _recorded(block: nn.Module, call: Call | None) -> tuple[dict[str, Any], Recording]:
@@ -170,7 +168,12 @@ def _with_signature(block: nn.Module, recording: Recording, values: Mapping[str,
         for node, value in recording.conditions:
             _assert_condition(graph, copies[node], value, block)
     graph.lint()
-    made = fx.GraphModule(block, graph, type(block).__name__)
+    made = fx.GraphModule(block, graph, plain_class(block).__name__)
+    for path, module in made.named_modules():  # a GraphModule makes all buffers persistent
+        of_state = block.get_submodule(path).state_dict(keep_vars=True)
+        for name, _ in list(module.named_buffers(recurse=False)):
+            if name not in of_state:
+                module.register_buffer(name, getattr(module, name), persistent=False)
     for name, value in block.__dict__.items():  # what a model's code may ask a block for
         if isinstance(value, PLAIN_TYPES) and not name.startswith("_") and name != "training":
             setattr(made, name, value)
@@ -228,7 +231,10 @@ def _assert_condition(graph: fx.Graph, node: fx.Node, value: Any, block: nn.Modu
 
 
 def _assert(graph: fx.Graph, holds: fx.Node, what: str, block: nn.Module) -> None:
-    message = f"This part of a {type(block).__name__} was taken out for another call: {what}."
+    message = (
+        f"This {plain_class(block).__name__} was recorded for another call: {what}. Give subnetwork inputs, an example "
+        "of what the model is called with."
+    )
     graph.call_function(torch._assert, (holds, message))  # pyright: ignore[reportPrivateUsage]
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, cast
 
 from torch import nn
 
 from stochastic_depth.deploy.affine import Holder, NotAffineError, last_affine, multiply_
-from stochastic_depth.deploy.blocks import Call, hands_on, holders, replaced_, with_branches_taken_out, without_layer
+from stochastic_depth.deploy.batches import Call
+from stochastic_depth.deploy.blocks import hands_on, holders, replaced_, with_branches_taken_out, without_layer
 from stochastic_depth.deploy.branches import TrainedBranch, trained_branches
 from stochastic_depth.deploy.scalars import Scale, ScaledLayer, ScaledResidual
 from stochastic_depth.residual import Residual
@@ -58,12 +59,7 @@ def fold_(model: nn.Module) -> None:
         )
         return
     kept, _ = take_off_(model, range(len(controller(model).names)), {})
-    for name, p, reason in kept:
-        warnings.warn(
-            f"The survival probability {p:g} of {name} cannot go into weights: {reason}. It is kept as a scalar in the "
-            "model's code, which its state_dict does not hold.",
-            stacklevel=2,
-        )
+    warn_of_scalars(kept, stacklevel=3)
 
 
 def convert_rescale_(model: nn.Module, rescale: Literal["eval", "train"]) -> None:
@@ -113,6 +109,16 @@ def convert_rescale_(model: nn.Module, rescale: Literal["eval", "train"]) -> Non
                 continue
         branch.gated.rescale = rescale
     depth.note_rescales([branch.gated.rescale for branch in branches])
+
+
+def warn_of_scalars(kept: Sequence[tuple[str, float, str]], *, stacklevel: int) -> None:
+    """Name the branches whose factor stayed a scalar, with the factor and the reason."""
+    for name, p, reason in kept:
+        warnings.warn(
+            f"The survival probability {p:g} of {name} cannot go into weights: {reason}. It is kept as a scalar in the "
+            "model's code, which its state_dict does not hold.",
+            stacklevel=stacklevel,
+        )
 
 
 def is_stochastic(model: nn.Module) -> bool:
@@ -186,7 +192,8 @@ def _replacements(
             dropped_keys.setdefault(found.module, set()).add(found.key)
             drop_paths[found.module] = branch.drop_paths
         elif found.kind == "layer":
-            new[found.module] = without_layer(found.module, calls.get(found.module))
+            alone = _is_alone(model, found.module)
+            new[found.module] = nn.Identity() if alone else without_layer(found.module, calls.get(found.module))
         else:
             new[found.module] = _without_branch(cast(Residual, found.module))
     for branch in scaled:
@@ -202,13 +209,20 @@ def _replacements(
             factors.setdefault(found.module, {})[found.key] = branch.test_factor
             drop_paths[found.module] = branch.drop_paths
     for block, paths in drop_paths.items():
-        made = with_branches_taken_out(
-            block, paths, dropped_keys.get(block, ()), factors.get(block, {}), calls.get(block)
-        )
-        # A Sequential gives its children one argument, so that nothing need look like the block.
-        alone = all(type(parent).forward is nn.Sequential.forward for parent, _ in holders(model, block))
-        new[block] = nn.Identity() if hands_on(made) and alone else made
+        try:
+            made = with_branches_taken_out(
+                block, paths, dropped_keys.get(block, ()), factors.get(block, {}), calls.get(block)
+            )
+        except ValueError as error:
+            name = next(branch.found.block_name for branch in (*dropped, *scaled) if branch.found.module is block)
+            raise ValueError(f"{name or 'the model'}: {error}") from error
+        new[block] = nn.Identity() if hands_on(made) and _is_alone(model, block) else made
     return new
+
+
+def _is_alone(model: nn.Module, module: nn.Module) -> bool:
+    """Whether a module is only called by Sequentials: with one argument, and nothing is asked of it."""
+    return all(type(parent).forward is nn.Sequential.forward for parent, _ in holders(model, module))
 
 
 def _is_called_once(branch: TrainedBranch, key: Key) -> bool:

@@ -1,0 +1,40 @@
+"""Batches of data in the forms in which data loaders give them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments of a call, by position and by name."""
+
+
+def arguments_of(batch: Any, model: nn.Module) -> Call:
+    """The arguments of a forward on a batch, its tensors on the model's device.
+
+    Args:
+        batch: a tensor; a tuple or list whose first entry is what the model takes (the others are labels); or a mapping
+            of arguments by name.
+        model: the model.
+
+    Raises:
+        TypeError: if it is none of these.
+    """
+    if isinstance(batch, (tuple, list)) and batch:
+        batch = cast("list[Any]", batch)[0]
+    parameter = next(model.parameters(), None)
+
+    def moved(value: Any) -> Any:
+        return value.to(parameter.device) if isinstance(value, Tensor) and parameter is not None else value
+
+    if isinstance(batch, Tensor):
+        return (moved(batch),), {}
+    if isinstance(batch, Mapping):
+        named = {str(name): value for name, value in cast("Mapping[Any, Any]", batch).items() if name != "labels"}
+        return (), tree_map(moved, named)
+    raise TypeError(
+        f"A batch must be a tensor, a tuple or list that begins with one, or a mapping, but is {batch!r:.80}."
+    )

@@ -1,0 +1,175 @@
+"""A smaller, plain network out of a trained one."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from stochastic_depth.cost import undisturbed
+from stochastic_depth.deploy.blocks import recorded_calls
+from stochastic_depth.deploy.branches import TrainedBranch, trained_branches
+from stochastic_depth.deploy.choice import Order, forward_flops, num_parameters, order_of_going
+from stochastic_depth.deploy.fold import is_stochastic, take_off_, warn_of_scalars
+from stochastic_depth.retrofit import make_stochastic_
+
+
+def subnetwork(
+    model: nn.Module,
+    keep: Sequence[int] | None = None,
+    *,
+    num_blocks: int | None = None,
+    cost: float | None = None,
+    parameters: float | None = None,
+    order: Order = "last",
+    calibration: Iterable[Any] | None = None,
+    inputs: Tensor | Sequence[Any] | None = None,
+) -> nn.Module:
+    """A smaller network out of a trained one: some branches and their parameters go, every shortcut stays.
+
+    What is kept counts as in evaluation (its survival probability is folded into its weights, see `fold_`), so the
+    outputs are those of the evaluated network whose other branches give zero. The result is a new, plain network;
+    names of what is kept are unchanged. BatchNorm statistics further on are those of the whole network: see
+    `recalibrate_batchnorm_`.
+
+    A `Residual` becomes its shortcut. A block of a foreign model becomes a `torch.fx.GraphModule` of the rest of its
+    code in evaluation, or goes altogether where nothing is left of it.
+
+    Args:
+        model: a stochastic model; it is not changed. One that was not trained with stochastic depth works too, with a
+            warning: it was never asked to do without a branch.
+        keep: indices of the branches to keep, in the controller's `names`. Or instead one budget:
+        num_blocks: how many branches to keep.
+        cost: share of the whole network's FLOPs in a forward that may be left, in (0, 1].
+        parameters: share of its parameters that may be left, in (0, 1].
+        order: which branches go first under a budget. "last": the last in the network. "survival": those of the lowest
+            survival probability, of equal ones the last. "lesion": those without which alone the outputs change least,
+            by the squared difference on `calibration`.
+        calibration: batches for "lesion": tensors, tuples that begin with one, or mappings of arguments.
+        inputs: an example, the argument of a forward or several of them; needed where the code of a block depends on
+            sizes. For `cost` None stands for zeros of the size that the model names, or of 32x32 pixels.
+
+    Raises:
+        ValueError: if not exactly one of `keep` and the budgets is given, `keep` is empty, has an index out of range or
+            one twice, a budget is below the smallest possible network, or a branch cannot be taken out.
+
+    Example:
+        >>> import stochastic_depth as sd
+        >>> net = sd.models.cifar_resnet(20)
+        >>> depth = sd.make_stochastic_(net, sd.linear_decay(0.5))
+        >>> small = sd.subnetwork(net, cost=0.6)
+        >>> sum(isinstance(module, sd.Residual) for module in small.modules())
+        5
+    """
+    given = {"keep": keep, "num_blocks": num_blocks, "cost": cost, "parameters": parameters}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) != 1:
+        raise ValueError(f"Give exactly one of {', '.join(given)}, but {' and '.join(names) or 'none'} is given.")
+    if order not in get_args(Order):
+        raise ValueError(f"order must be one of {', '.join(map(repr, get_args(Order)))}, but is {order!r}.")
+    network = copy.deepcopy(model)
+    if not is_stochastic(network):
+        make_stochastic_(network, lambda num_branches: [1.0] * num_branches)
+    branches = trained_branches(network)
+    if all(branch.gated.survival_prob == 1 for branch in branches):
+        warnings.warn(
+            f"{type(model).__name__} was not trained with stochastic depth: without some of its branches it may be far "
+            "off.",
+            stacklevel=2,
+        )
+    example = tuple(inputs) if isinstance(inputs, (tuple, list)) else None if inputs is None else (inputs,)
+    if keep is not None:
+        kept = _checked(keep, len(branches))
+    else:
+        kept = _within_budget(network, branches, num_blocks, cost, parameters, order, calibration, example)
+    blocks = [
+        branch.found.module
+        for index, branch in enumerate(branches)
+        if index not in kept and (branch.found.key is not None or branch.found.kind == "layer")
+    ]
+    calls = {}
+    if blocks and example is not None:
+        with undisturbed(network), torch.no_grad():
+            calls = recorded_calls(network.eval(), blocks, example)
+    scalars, network = take_off_(network, kept, calls)
+    warn_of_scalars(scalars, stacklevel=3)
+    _drop_idle_relus_(network)
+    return network
+
+
+def _checked(keep: Sequence[int], num_branches: int) -> list[int]:
+    kept = list(keep)
+    if not kept:
+        raise ValueError("keep is empty: a network without any branch is none. To keep a few, give num_blocks.")
+    for index in kept:
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise ValueError(
+                f"keep must hold indices, 0..{num_branches - 1}, but holds {index!r}. It is no list of gates."
+            )
+        if not 0 <= index < num_branches:
+            raise ValueError(f"keep must hold indices in 0..{num_branches - 1}, but holds {index}.")
+    if len(set(kept)) != len(kept):
+        raise ValueError(f"keep holds {next(index for index in kept if kept.count(index) > 1)} several times.")
+    return sorted(kept)
+
+
+def _within_budget(
+    network: nn.Module,
+    branches: Sequence[TrainedBranch],
+    num_blocks: int | None,
+    cost: float | None,
+    parameters: float | None,
+    order: Order,
+    calibration: Iterable[Any] | None,
+    example: tuple[Any, ...] | None,
+) -> list[int]:
+    going = order_of_going(network, branches, order, calibration)
+    if num_blocks is not None:
+        if isinstance(num_blocks, bool) or not isinstance(num_blocks, int) or not 1 <= num_blocks <= len(branches):
+            raise ValueError(f"num_blocks must be a whole number in 1..{len(branches)}, but is {num_blocks!r}.")
+        return sorted(going[len(branches) - num_blocks :])
+    if cost is not None:
+        inputs = _guessed_example(network) if example is None else example
+        return forward_flops(network, branches[0].gated.passes, inputs).keep(cost, going, branches)
+    assert parameters is not None
+    return num_parameters(network, branches).keep(parameters, going, branches)
+
+
+def _guessed_example(model: nn.Module) -> tuple[Tensor]:
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    size: Any = config.get("input_size", (3, 32, 32))[-1] if hasattr(config, "get") else 32
+    size = getattr(model, "image_size", size)
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.Conv2d):
+            return (module.weight.new_zeros(1, module.in_channels, size, size),)
+        if isinstance(module, nn.Linear):
+            return (module.weight.new_zeros(1, module.in_features),)
+        if isinstance(weight, Tensor):
+            break
+    raise ValueError(f"cost needs inputs, an example of what {type(model).__name__} takes: FLOPs are counted on it.")
+
+
+def _drop_idle_relus_(network: nn.Module) -> None:
+    """Where a dropped block leaves a ReLU behind another one, it goes too: the second changes nothing."""
+    for module in network.modules():
+        if type(module) is nn.Sequential:
+            _drop_idle_relus_in_(module, after_relu=False)
+
+
+def _drop_idle_relus_in_(sequence: nn.Sequential, *, after_relu: bool) -> bool:
+    """Whether what leaves the sequence comes from a ReLU, which for its input `after_relu` tells."""
+    for name, child in list(sequence._modules.items()):  # pyright: ignore[reportPrivateUsage] -- repeated ones too
+        if type(child) is nn.ReLU:
+            if after_relu:
+                setattr(sequence, name, nn.Identity())
+            after_relu = True
+        elif type(child) is nn.Sequential:
+            after_relu = _drop_idle_relus_in_(child, after_relu=after_relu)
+        elif type(child) is not nn.Identity:
+            after_relu = False
+    return after_relu

@@ -1,0 +1,377 @@
+"""`subnetwork`: plain, smaller, and equal to the evaluated network whose dropped branches give zero."""
+
+from __future__ import annotations
+
+import copy
+import io
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import plain_models
+import pytest
+import reference
+import torch
+from plain_models import TIMM, TORCHVISION, awake, first_tensor, timm_model, torchvision_resnet, with_factors
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import stochastic_depth as sd
+
+P = [0.9, 0.35, 0.6, 0.5]
+
+
+def assert_near(ours: Tensor, theirs: Tensor, tolerance: float = 1e-12) -> None:
+    error = (ours - theirs).abs().max() / theirs.abs().max()
+    assert error <= tolerance, f"differs by {error:.1e} of the largest value"
+
+
+def flops(net: nn.Module, x: Tensor) -> int:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net(x)
+    return counter.get_total_flops()
+
+
+def size(net: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in net.parameters())
+
+
+# ---------------------------------------------------------------------------------------------- our networks
+
+
+@pytest.mark.parametrize("rescale", ["eval", "train", "none"])
+@pytest.mark.parametrize("keep", [[0], [3, 1], [0, 1, 2, 3]], ids=["one", "two", "all"])
+def test_equals_the_evaluated_network_without_the_dropped_branches(keep: list[int], rescale: str) -> None:
+    net, x = reference.conv_net().eval(), reference.images(4)
+    plain = reference.copied(net)
+    sd.make_stochastic_(net, P, rescale=rescale)
+    before, whole = reference.state_of(net), net(x)
+    small = sd.subnetwork(net, keep)
+    factors = [p if rescale == "eval" else 1.0 for p in P]
+    expected = reference.forward(plain, x, gates=[index in keep for index in range(4)], factors=factors)
+    assert_near(small(x), expected)
+    # The original is as it was, and shares nothing with what came out of it.
+    reference.assert_same(reference.state_of(net), before)
+    assert torch.equal(net(x), whole)
+    assert not {p.data_ptr() for p in small.parameters()} & {p.data_ptr() for p in net.parameters()}
+
+
+def test_the_result_is_plain_smaller_and_keeps_its_names() -> None:
+    net = sd.models.cifar_resnet(20, shortcut="projection")
+    sd.make_stochastic_(net, sd.linear_decay(0.5))
+    small = sd.subnetwork(net, [0, 1, 3, 4])
+    reference.assert_plain(small)
+    names = set(net.state_dict())
+    # The third group is gone but for its projection shortcut.
+    gone = {name for name in names if ".residual.branch." in name and name.split(".")[1:3] not in
+            [["0", "0"], ["0", "1"], ["1", "0"], ["1", "1"]]}  # fmt: skip
+    assert set(small.state_dict()) == names - gone
+    assert [len(list(part.parameters())) for part in small.groups[2][1:]] == [0, 0]
+    # Nothing is left of a dropped block, not even the ReLU behind its sum.
+    assert [type(part) for part in small.groups[2][1].children()] == [nn.Identity, nn.Identity]
+    assert flops(small.eval(), torch.zeros(1, 3, 32, 32)) < flops(net.eval(), torch.zeros(1, 3, 32, 32))
+
+
+def test_a_relu_goes_only_where_another_one_comes_before() -> None:
+    net = nn.Sequential(
+        nn.Linear(4, 4), sd.Residual(nn.Linear(4, 4)), nn.ReLU(), sd.Residual(nn.Linear(4, 4)), nn.ReLU()
+    )
+    net, x = net.double(), torch.randn(5, 4, dtype=torch.float64)
+    plain = reference.copied(net)
+    sd.make_stochastic_(net, [0.5, 0.5])
+    small = sd.subnetwork(net, [1])
+    h = torch.relu(plain[0](x))
+    assert_near(small(x), torch.relu(h + 0.5 * plain[3].branch(h)))
+    both = sd.subnetwork(net, [0])
+    h = plain[0](x)
+    assert_near(both(x), torch.relu(h + 0.5 * plain[1].branch(h)))
+    assert [type(module) for module in both[2:]] == [nn.ReLU, nn.Identity, nn.Identity]
+
+
+def test_what_is_left_learns_on() -> None:
+    net, x = reference.conv_net(), reference.images(6)
+    sd.make_stochastic_(net, P)
+    small = sd.subnetwork(net, [0, 2])
+    assert small.training
+    small(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in small.parameters())
+    depth = sd.make_stochastic_(small, sd.uniform(0.5))
+    assert len(depth.names) == 2
+
+
+# ---------------------------------------------------------------------------------------------- budgets and orders
+
+
+def test_a_number_of_blocks_keeps_the_first_or_those_that_survive_most() -> None:
+    net = reference.mlp()
+    sd.make_stochastic_(net, [0.5, 0.9, 0.7, 0.5])
+
+    def kept(**how: object) -> list[int]:
+        small = sd.subnetwork(net, **how)
+        return [index for index, block in enumerate(small.blocks) if isinstance(block.residual, sd.Residual)]
+
+    assert kept(num_blocks=2) == [0, 1]
+    assert kept(num_blocks=2, order="survival") == [1, 2]
+    assert kept(num_blocks=3, order="survival") == [0, 1, 2]  # of equal ones the last goes first
+
+
+def test_lesion_drops_what_changes_the_outputs_least() -> None:
+    net, x = reference.mlp().eval(), reference.vectors(8)
+    with torch.no_grad():
+        for index, scale in enumerate([0.5, 0.01, 2.0, 0.1]):
+            net.blocks[index].residual.branch[2].weight.mul_(scale)
+            net.blocks[index].residual.branch[2].bias.mul_(scale)
+    plain = reference.copied(net)
+    whole = reference.forward(plain, x, factors=P)
+    change = []
+    for index in range(4):
+        factors = [p if index != other else 0.0 for other, p in enumerate(P)]
+        change.append(((reference.forward(plain, x, factors=factors) - whole).square().sum() / 8).item())
+    going = sorted(range(4), key=change.__getitem__)
+    sd.make_stochastic_(net, P)
+    from stochastic_depth.deploy.branches import trained_branches
+    from stochastic_depth.deploy.choice import lesions
+
+    batches = [(x[:5], torch.zeros(5)), (x[5:], torch.zeros(3))]
+    torch.testing.assert_close(lesions(net, trained_branches(net), batches), change, rtol=1e-9, atol=0)
+    small = sd.subnetwork(net, num_blocks=2, order="lesion", calibration=batches)
+    kept = [index for index, block in enumerate(small.blocks) if isinstance(block.residual, sd.Residual)]
+    assert kept == sorted(going[2:])
+    assert kept != [0, 1]
+
+
+@pytest.mark.parametrize("share", [1.0, 0.8, 0.55, 0.3])
+def test_a_budget_of_flops_is_met_and_as_much_is_kept_as_it_allows(share: float) -> None:
+    net = sd.models.cifar_resnet(20)
+    sd.make_stochastic_(net, sd.linear_decay(0.5))
+    x = torch.zeros(1, 3, 32, 32)
+    whole = flops(net.eval(), x)
+    small = sd.subnetwork(net, cost=share)
+    num_kept = sum(isinstance(module, sd.Residual) for module in small.modules())
+    assert flops(small, x) <= share * whole
+    if share < 1:
+        assert flops(sd.subnetwork(net, num_blocks=num_kept + 1), x) > share * whole
+    else:
+        assert num_kept == 9
+
+
+def test_a_budget_of_parameters_is_met_and_as_much_is_kept_as_it_allows() -> None:
+    net = sd.models.cifar_resnet(20)
+    sd.make_stochastic_(net, sd.linear_decay(0.5))
+    small = sd.subnetwork(net, parameters=0.5)
+    assert size(small) <= 0.5 * size(net)
+    num_kept = sum(isinstance(module, sd.Residual) for module in small.modules())
+    assert size(sd.subnetwork(net, num_blocks=num_kept + 1)) > 0.5 * size(net)
+
+
+# ---------------------------------------------------------------------------------------------- other libraries' models
+
+
+def check_foreign(make: Callable[[], nn.Module], x: Tensor, last: str = "") -> None:
+    model = awake(make())
+    twin = copy.deepcopy(model)
+    depth = sd.make_stochastic_(model, sd.linear_decay(0.4))
+    keep = list(range(0, len(depth.names), 2))
+    factors = [p if index in keep else 0.0 for index, p in enumerate(depth.survival_probs)]
+    with torch.no_grad():
+        expected = first_tensor(with_factors(twin, depth.names, factors, last)(x))
+        small = sd.subnetwork(model, keep)
+        assert_near(first_tensor(small(x)), expected)
+        assert_near(first_tensor(small(x[:1])), first_tensor(small(x))[:1], 1e-11)  # any batch size
+        assert first_tensor(small(x)).equal(first_tensor(reloaded(small)(x)))
+    assert set(small.state_dict()) < set(model.state_dict())
+    assert size(small) < size(model)
+    reference.assert_plain(small)
+
+
+def reloaded(net: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("name", [name for name in TIMM if name not in ("parallel-vit", "vit-without-layer-scale")])
+def test_timm_models_do_without_branches(name: str) -> None:
+    check_foreign(lambda: timm_model(name), plain_models.images(TIMM[name][2]))
+
+
+def test_torchvision_resnets_do_without_branches() -> None:
+    check_foreign(lambda: torchvision_resnet("resnet18"), plain_models.images(32), TORCHVISION["resnet18"])
+
+
+def test_blocks_of_which_nothing_is_left_go_altogether() -> None:
+    model = awake(timm_model("vit"))
+    sd.make_stochastic_(model, sd.linear_decay(0.5))
+    small = sd.subnetwork(model, num_blocks=2)  # of four: the first of the three blocks has a rate of 0
+    assert [type(block) for block in small.blocks] == [type(timm_model("vit").blocks[0])] * 2 + [nn.Identity]
+
+
+def test_a_small_network_of_foreign_blocks_loads_without_the_library(tmp_path: Path) -> None:
+    model = awake(torchvision_resnet("resnet18"))
+    sd.make_stochastic_(model, sd.linear_decay(0.5))
+    small, x = sd.subnetwork(model, num_blocks=5), plain_models.images(32)
+    torch.save(small, tmp_path / "small.pt")
+    torch.save((x, small(x)), tmp_path / "outputs.pt")
+    code = f"""
+        import sys, torch
+        conftest = {str(Path(__file__).parents[2] / "conftest.py")!r}
+        exec(open(conftest).read())
+        small = torch.load({str(tmp_path / "small.pt")!r}, weights_only=False)
+        x, expected = torch.load({str(tmp_path / "outputs.pt")!r})
+        assert torch.equal(small(x), expected)
+        assert not [name for name in sys.modules if name.startswith("stochastic_depth")]
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=120)
+
+
+class Sized(nn.Module):
+    """Goes another way for large inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, twice: bool = False) -> Tensor:
+        is_long = x.shape[1] > 3
+        x = x + self.a(x)
+        y = self.b(x)
+        if is_long:
+            y = y * 3
+        if twice:
+            y = y * 2
+        return x + y
+
+
+class Calls(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sized, self.twice = Sized(), True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.sized(x, twice=self.twice)
+
+
+def test_a_block_whose_code_depends_on_the_call_needs_an_example_and_refuses_another_call() -> None:
+    net = Calls().double()
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    expected = x + 6 * 0.5 * net.sized.b(x)
+    sd.make_stochastic_(net, sd.uniform(0.5))
+    with pytest.raises(ValueError, match="give inputs, an example"):
+        sd.subnetwork(net, [1])
+    small = sd.subnetwork(net, [1], inputs=x[:1])
+    assert_near(small(x), expected)
+    with pytest.raises(AssertionError, match="recorded for another call: it has another size"):
+        small(x[:, :2])
+    small.twice = False
+    with pytest.raises(AssertionError, match="recorded for another call: twice must be True"):
+        small(x)
+
+
+class Ends(nn.Module):
+    """An addition in code whose branch ends in an activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + torch.tanh(self.a(x))
+        return x + self.b(x)
+
+
+def test_a_factor_that_fits_no_weights_stays_in_the_code_of_a_foreign_block() -> None:
+    net = nn.Sequential(Ends()).double()
+    plain, x = reference.copied(net)[0], torch.randn(3, 4, dtype=torch.float64)
+    sd.make_stochastic_(net, [0.7, 0.4])
+    h = x + 0.7 * torch.tanh(plain.a(x))
+    with pytest.warns(UserWarning, match="0#1 cannot go into weights: it ends in a call of tanh"):
+        small = sd.subnetwork(net, [0])
+    assert_near(small(x), h)
+    assert set(small.state_dict()) == {"0.a.weight", "0.a.bias"}
+    with pytest.warns(UserWarning, match="kept as a scalar"):
+        sd.fold_(net)
+    assert_near(net(x), h + 0.4 * plain.b(h))
+    assert set(net.state_dict()) == {"0.a.weight", "0.a.bias", "0.b.weight", "0.b.bias"}
+
+
+def test_dropping_does_not_let_code_in_place_write_into_the_input() -> None:
+    model = awake(torchvision_resnet("resnet18"))  # its ReLU changes the sum in place
+    sd.make_stochastic_(model, sd.linear_decay(0.5))
+    small = sd.subnetwork(model, [0])
+    x = torch.randn(1, 64, 8, 8, dtype=torch.float64)
+    before = x.clone()
+    small.layer1[1](x)
+    assert torch.equal(x, before)
+
+
+def test_a_dropped_layer_hands_its_input_on() -> None:
+    torch.manual_seed(0)
+    layers = [nn.TransformerEncoderLayer(8, 2, 8, batch_first=True, dropout=0.0) for _ in range(3)]
+    net = nn.Sequential(*layers).double().eval()
+    x = torch.randn(2, 3, 8, dtype=torch.float64)
+    expected = net[1](x)
+    sd.make_stochastic_(net, sd.uniform(0.5), layers="*", rescale="none")
+    small = sd.subnetwork(net, [1], inputs=x)
+    assert_near(small(x), expected)
+    assert size(small) * 3 == size(net)
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({}, "exactly one of keep, num_blocks, cost, parameters, but none"),
+        ({"keep": [0], "cost": 0.5}, "exactly one .* but keep and cost"),
+        ({"keep": []}, "keep is empty"),
+        ({"keep": [0, 4]}, r"indices in 0\.\.3, but holds 4"),
+        ({"keep": [-1]}, r"indices in 0\.\.3, but holds -1"),
+        ({"keep": [1, 1]}, "holds 1 several times"),
+        ({"keep": [True, False, True, True]}, "no list of gates"),
+        ({"num_blocks": 0}, r"whole number in 1\.\.4, but is 0"),
+        ({"num_blocks": 5}, r"whole number in 1\.\.4, but is 5"),
+        ({"num_blocks": 0.6}, r"whole number in 1\.\.4, but is 0\.6"),
+        ({"cost": 60}, r"cost must be a share .* in \(0, 1\], but is 60"),
+        ({"cost": 0.2}, r"cost=0\.2 is below the smallest possible network, which has 0\.3\d+ of the whole: 1 of 4"),
+        ({"parameters": 0.01}, r"parameters=0\.01 is below the smallest possible network"),
+        ({"num_blocks": 2, "order": "first"}, "order must be one of 'last', 'survival', 'lesion', but is 'first'"),
+        ({"num_blocks": 2, "order": "lesion"}, "needs calibration"),
+        ({"num_blocks": 2, "order": "lesion", "calibration": []}, "calibration holds no batch"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "-".join(f"{k}{v}" for k, v in value.items()) or "nothing",
+)
+def test_wrong_input_is_refused_in_one_line(how: dict[str, object], message: str) -> None:
+    net = reference.mlp()
+    sd.make_stochastic_(net, P)
+    with pytest.raises(ValueError, match=message) as error:
+        sd.subnetwork(net, **how)
+    assert "\n" not in str(error.value)
+    assert sd.controller(net).survival_probs == P
+
+
+def test_a_network_of_constant_depth_works_with_a_warning() -> None:
+    net, x = reference.mlp(), reference.vectors(3)
+    with pytest.warns(UserWarning, match="was not trained with stochastic depth"):
+        small = sd.subnetwork(net, [0, 2])
+    assert_near(small(x), reference.forward(net, x, gates=[True, False, True, False]))
+    reference.assert_plain(net)
+
+
+def test_a_branch_that_is_only_masked_cannot_be_taken_out() -> None:
+    model = awake(timm_model("parallel-vit"))
+    sd.make_stochastic_(model)
+    with pytest.raises(ValueError, match="added to nothing"):
+        sd.subnetwork(model, [0])
+
+
+def test_flops_need_an_example_where_none_can_be_guessed() -> None:
+    net = nn.Sequential(nn.Embedding(4, 6), sd.Residual(nn.Linear(6, 6)), sd.Residual(nn.Linear(6, 6)))
+    sd.make_stochastic_(net, sd.uniform(0.5))
+    with pytest.raises(ValueError, match="cost needs inputs"):
+        sd.subnetwork(net, cost=0.6)
+    small = sd.subnetwork(net, cost=0.6, inputs=torch.tensor([1, 2]))
+    assert size(small) == 24 + 42
