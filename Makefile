@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check format clean
+.PHONY: demo test check faults format clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -21,6 +21,9 @@ check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-cache
+
+faults: .venv/installed  ## the long form of tests/faults: hundreds of kills and damaged files
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/faults.py
 
 format: .venv/installed
 	$(BIN)/ruff format .

@@ -2,18 +2,20 @@
 
 import hashlib
 import io
+import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from stochastic_depth_lab.atomic import flush_folder, write_whole
 from stochastic_depth_lab.config import differences
 
-FORMAT_VERSION = 2
-LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+FORMAT_VERSION = 3
+LAST, PREVIOUS, BEST, BEST_SAFETENSORS = "last.pt", "previous.pt", "best.pt", "best.safetensors"
 
 
 class CheckpointError(ValueError):
@@ -22,6 +24,8 @@ class CheckpointError(ValueError):
 
 def save(folder: Path, state: Mapping[str, Any], experiment: Mapping[str, Any]) -> None:
     """Write a checkpoint; the one before becomes `previous.pt`.
+
+    Beside the state it holds its format version, the configuration, and a SHA-256 digest of all that.
 
     A kill between the two renames leaves `previous.pt` alone, from which a run continues just as exactly.
 
@@ -33,7 +37,8 @@ def save(folder: Path, state: Mapping[str, Any], experiment: Mapping[str, Any]) 
     Raises:
         OSError: if it cannot be written, such as on a full disk; the old ones are kept.
     """
-    content = {"format_version": FORMAT_VERSION, "experiment": dict(experiment), **state}
+    content: dict[str, Any] = {"format_version": FORMAT_VERSION, "experiment": dict(experiment), **state}
+    content["digest"] = content_digest(content)
     folder.mkdir(exist_ok=True)
     next_one = folder / "next.pt"
     write_whole(next_one, _packed(content))
@@ -43,18 +48,30 @@ def save(folder: Path, state: Mapping[str, Any], experiment: Mapping[str, Any]) 
     flush_folder(folder)
 
 
-def save_weights(folder: Path, weights: Mapping[str, Any]) -> None:
-    """Write the weights of the lowest validation error as `best.pt`: a plain `state_dict`."""
+def save_weights(folder: Path, weights: Mapping[str, Tensor], experiment: Mapping[str, Any]) -> None:
+    """Write the weights of the lowest validation error: a plain `state_dict` as `best.pt`, and as safetensors.
+
+    `best.safetensors` holds format version and configuration as its metadata; nothing in it could ever run.
+    """
+    from safetensors.torch import save as as_safetensors
+
     folder.mkdir(exist_ok=True)
+    metadata = {"format": "pt", "format_version": str(FORMAT_VERSION), "experiment": json.dumps(experiment)}
+    plain = {name: weight.cpu().contiguous() for name, weight in weights.items()}
+    write_whole(folder / BEST_SAFETENSORS, as_safetensors(plain, metadata))
     write_whole(folder / BEST, _packed(dict(weights)))
 
 
-def load(folder: Path, experiment: Mapping[str, Any]) -> tuple[dict[str, Any] | None, list[str]]:
+def load(
+    folder: Path, experiment: Mapping[str, Any], *, set_aside: bool = False
+) -> tuple[dict[str, Any] | None, list[str]]:
     """The newest checkpoint that is whole, on the CPU, or None; and remarks on those that are not.
 
     Args:
         folder: the checkpoints' folder; it need not exist.
         experiment: the configuration of the run that wants to go on.
+        set_aside: rename a damaged newest one to `damaged.pt`, for a run that goes on: its next save would put it in
+            the place of the whole one before.
 
     Raises:
         CheckpointError: if the checkpoint is that of another configuration or format, or if there are some and all are
@@ -74,8 +91,14 @@ def load(folder: Path, experiment: Mapping[str, Any]) -> tuple[dict[str, Any] | 
                 f"{path} has format {content.get('format_version')}, this version reads {FORMAT_VERSION}: "
                 "continue with the version that began the run."
             )
+        stated = content.pop("digest", None)
+        if stated != content_digest(content):
+            remarks.append(f"{path} is damaged (its content does not match its digest).")
+            continue
         if others := differences(experiment, content["experiment"]):
             raise CheckpointError(f"{path} is of another configuration: {'; '.join(others)} (there, not here).")
+        if remarks and set_aside:
+            (folder / LAST).replace(folder / "damaged.pt")
         return content, remarks
     if remarks:
         raise CheckpointError(f"no checkpoint is whole: {' '.join(remarks)} Begin anew in another folder.")
@@ -89,12 +112,16 @@ def read(path: Path) -> dict[str, Any]:
         CheckpointError: if it is damaged, or would need to run code to be read.
     """
     try:
-        # PyTorch does not compare the checksums of the archive's parts (tried with 2.13): an altered byte would load.
         with zipfile.ZipFile(path) as archive:
+            _refuse_bomb(archive, path.stat().st_size)
+            # PyTorch does not compare the checksums of the parts (tried with 2.13): an altered byte would load.
             damaged = archive.testzip()
         if damaged is not None:
             raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
-        return cast("dict[str, Any]", torch.load(path, map_location="cpu", weights_only=True))
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise TypeError(f"it holds a {type(content).__name__}")
+        return cast("dict[str, Any]", content)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     except Exception as error:  # whatever a damaged file makes zipfile, torch and pickle stumble over
@@ -112,6 +139,46 @@ def digest(path: Path) -> str:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def content_digest(content: object) -> str:
+    """SHA-256 of nested dictionaries, lists, numbers, strings and tensors, down to the last bit of each.
+
+    Example:
+        >>> content_digest({"a": [1, torch.zeros(2)]}) == content_digest({"a": [1, torch.zeros(2)]})
+        True
+        >>> content_digest({"a": [1, torch.zeros(2)]}) == content_digest({"a": [1, torch.zeros(3)]})
+        False
+    """
+    hashed = hashlib.sha256()
+
+    def add(value: object) -> None:
+        if isinstance(value, Tensor):
+            hashed.update(f"tensor {value.dtype} {tuple(value.shape)};".encode())
+            hashed.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        elif isinstance(value, Mapping):
+            entries = cast("Mapping[object, object]", value)
+            hashed.update(f"mapping {len(entries)};".encode())
+            for name, entry in entries.items():
+                add(name)
+                add(entry)
+        elif isinstance(value, (list, tuple)):
+            items = cast("Sequence[object]", value)
+            hashed.update(f"sequence {len(items)};".encode())
+            for item in items:
+                add(item)
+        else:
+            hashed.update(f"{type(value).__name__} {value!r};".encode())
+
+    add(content)
+    return hashed.hexdigest()
+
+
+def _refuse_bomb(archive: zipfile.ZipFile, num_bytes: int) -> None:
+    """PyTorch packs nothing, so that an archive whose parts are larger than itself is made to fill the memory."""
+    parts = archive.infolist()
+    if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(p.file_size for p in parts) > num_bytes:
+        raise zipfile.BadZipFile("its parts are packed, which PyTorch never does")
 
 
 def _packed(content: Mapping[str, Any]) -> bytes:

@@ -114,7 +114,7 @@ def train(
             depth.set_costs(cost)  # what draw="equal_cost" evens out
         run = _Run(experiment, images, model, depth, cost, stop_requested)
         with records.opened(path, experiment, resume=resume) as folder:
-            state, remarks = checkpoint.load(folder.checkpoints, folder.experiment)
+            state, remarks = checkpoint.load(folder.checkpoints, folder.experiment, set_aside=True)
             for observer in observers:
                 for remark in remarks:
                     observer.on_remark(remark)
@@ -341,7 +341,7 @@ class _Run:
         test = None
         if (validation.error, validation.loss) < (self.best.validation_error, self.best.validation_loss):
             test = self._evaluate(self.images.data.test)
-            checkpoint.save_weights(folder.checkpoints, self.model.state_dict())
+            checkpoint.save_weights(folder.checkpoints, self.model.state_dict(), folder.experiment)
             self.best = _Best(self.epoch, self.tally.step, validation.error, validation.loss, test.error)
         self.validated_step = self._total_steps()
         return validation, test

@@ -1,6 +1,7 @@
 """Checkpoints: whole or not at all, the one before kept, damage noticed."""
 
 import errno
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -138,3 +139,38 @@ def test_nothing_is_run(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError):
         load(tmp_path, EXPERIMENT)
     assert not (tmp_path / "harmed").exists()
+
+
+def test_a_damaged_checkpoint_does_not_take_the_place_of_a_whole_one(tmp_path):
+    for number in (1, 2):
+        save(tmp_path, state(number), EXPERIMENT)
+    (tmp_path / "last.pt").write_bytes(b"")
+    _, remarks = load(tmp_path, EXPERIMENT, set_aside=True)
+    assert "last.pt is damaged" in remarks[0]
+    save(tmp_path, state(3), EXPERIMENT)
+    (tmp_path / "last.pt").write_bytes(b"")
+    assert loaded(tmp_path) == 1
+
+
+def test_a_state_that_does_not_match_its_digest_is_damaged(tmp_path):
+    for number in (1, 2):
+        save(tmp_path, state(number), EXPERIMENT)
+    content = torch.load(tmp_path / "last.pt", weights_only=True)
+    content["model"]["weight"][7] += 1e-3
+    torch.save(content, tmp_path / "last.pt")  # a whole archive, with checksums of its own
+    content, remarks = load(tmp_path, EXPERIMENT)
+    assert content["number"] == 1
+    assert "does not match its digest" in remarks[0]
+
+
+def test_the_best_weights_are_safetensors_too_with_their_configuration(tmp_path):
+    from safetensors import safe_open
+
+    weights = {"a": torch.randn(3, 2).t(), "num_batches_tracked": torch.tensor(4)}
+    checkpoint.save_weights(tmp_path, weights, EXPERIMENT)
+    with safe_open(tmp_path / "best.safetensors", "pt") as file:
+        assert file.metadata()["format_version"] == str(checkpoint.FORMAT_VERSION)
+        assert json.loads(file.metadata()["experiment"]) == EXPERIMENT
+        assert set(file.keys()) == set(weights)
+        assert all(torch.equal(file.get_tensor(name), weight) for name, weight in weights.items())
+    assert all(torch.equal(weights[n], w) for n, w in checkpoint.read(tmp_path / "best.pt").items())
