@@ -1,7 +1,14 @@
 """Stochastic depth (Huang et al. 2016) for residual networks, with every dropped branch really skipped."""
 
 from stochastic_depth import models
-from stochastic_depth.deploy import convert_rescale_, fold_, subnetwork
+from stochastic_depth.deploy import (
+    Prediction,
+    convert_rescale_,
+    fold_,
+    monte_carlo,
+    recalibrate_batchnorm_,
+    subnetwork,
+)
 from stochastic_depth.distributed import shard_
 from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit import (
@@ -27,6 +34,7 @@ __all__ = [
     "SCHEDULES",
     "Controller",
     "DropPathRule",
+    "Prediction",
     "Residual",
     "Schedule",
     "controller",
@@ -38,6 +46,8 @@ __all__ = [
     "linear_decay",
     "make_stochastic_",
     "models",
+    "monte_carlo",
+    "recalibrate_batchnorm_",
     "register_drop_path",
     "restore_",
     "shard_",

@@ -1,6 +1,8 @@
 """After training: plain weights, smaller networks, and what a network does not know."""
 
 from stochastic_depth.deploy.fold import convert_rescale_, fold_
+from stochastic_depth.deploy.monte_carlo import Prediction, monte_carlo
+from stochastic_depth.deploy.recalibrate import recalibrate_batchnorm_
 from stochastic_depth.deploy.subnetwork import subnetwork
 
-__all__ = ["convert_rescale_", "fold_", "subnetwork"]
+__all__ = ["Prediction", "convert_rescale_", "fold_", "monte_carlo", "recalibrate_batchnorm_", "subnetwork"]

@@ -1,0 +1,137 @@
+"""BatchNorm statistics of a network as it is evaluated."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from stochastic_depth.deploy.batches import arguments_of
+
+
+@torch.no_grad()
+def recalibrate_batchnorm_(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Replace the running statistics of BatchNorm by those of the evaluated network on some data, in place.
+
+    In training, statistics come from random sub-networks; evaluation runs another network, with every branch at its
+    test-time factor, and a `subnetwork` is another one again. Here the network runs in evaluation mode, no gate is
+    drawn and dropout is off, except that each BatchNorm normalises by the batch it sees. Running means and variances
+    become those of all values of all batches together (not a mean of the batches'), so that only the normalisation
+    further back depends on how the data are divided into batches.
+
+    Under `torch.distributed` the data of all ranks count together, and all ranks get the same statistics; each gives
+    its own share of the batches, which may differ in number, and waits for the others once, at the end. (Each
+    BatchNorm normalises by its own rank's batch, SyncBatchNorm too.)
+
+    Args:
+        model: the model, stochastic or plain; parameters and training modes are unchanged. Without BatchNorm that keeps
+            running statistics there is nothing to do, and a warning says so.
+        batches: tensors, tuples or lists that begin with one (the rest are labels), or mappings of arguments. A few
+            hundred samples are enough for most networks.
+
+    Raises:
+        ValueError: if there is no batch, on any rank; the statistics are then as they were, as after any other error.
+        TypeError: if `batches` is a tensor, or holds something else than batches.
+
+    Example:
+        >>> import stochastic_depth as sd
+        >>> net = sd.models.cifar_resnet(20)
+        >>> recalibrate_batchnorm_(net, [torch.randn(8, 3, 32, 32) for _ in range(2)])
+        >>> net.bn.num_batches_tracked
+        tensor(2)
+    """
+    if isinstance(batches, Tensor):
+        raise TypeError(f"batches must be batches, not a tensor {tuple(batches.shape)}: put it into a list, [images].")
+    while isinstance(model, (DataParallel, DistributedDataParallel)):  # their forwards talk to other ranks
+        model = model.module
+    layers = [each for each in model.modules() if isinstance(each, _BatchNorm) and each.running_mean is not None]
+    if not layers:
+        warnings.warn(
+            f"{type(model).__name__} has no BatchNorm with running statistics: there is nothing to recalibrate.",
+            stacklevel=2,
+        )
+        return
+    statistics = {layer: _Statistics(layer) for layer in layers}
+    before = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers()]
+    modes = [(module, module.training) for module in model.modules()]
+    hooks = [layer.register_forward_pre_hook(statistics[layer].see) for layer in layers]
+    num_batches = 0
+    try:
+        model.eval()
+        for batch in batches:
+            args, kwargs = arguments_of(batch, model)
+            model(*args, **kwargs)
+            num_batches += 1
+        num_batches = int(_sum_over_ranks(before[0][0].new_tensor([num_batches], dtype=torch.float64)))
+        if not num_batches:
+            raise ValueError("batches holds no batch: there are no data to take statistics of.")
+        for each in statistics.values():
+            each.write(num_batches)
+    except BaseException:
+        for buffer, value in before:
+            buffer.copy_(value)
+        raise
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes:
+            module.training = training
+
+
+class _Statistics:
+    """Number, mean and sum of squared deviations of all values that a layer has seen, per channel, in float64."""
+
+    def __init__(self, layer: _BatchNorm) -> None:
+        assert layer.running_mean is not None
+        self._layer = layer
+        self._before = [buffer.clone() for buffer in layer.buffers()]
+        self._count = 0
+        self._mean = torch.zeros_like(layer.running_mean, dtype=torch.float64)
+        self._deviations = torch.zeros_like(self._mean)
+
+    def see(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Forward pre-hook: adds a batch, and lets the layer normalise by it."""
+        assert isinstance(layer, _BatchNorm)
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        x = args[0]
+        dims = [dim for dim in range(x.dim()) if dim != 1]
+        variance, mean = torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)), dims, correction=0)
+        layer.running_mean.copy_(mean)
+        layer.running_var.copy_(variance)
+        count = x.numel() // x.shape[1]
+        total = self._count + count
+        # Two sets of values put together (Chan, Golub and LeVeque 1983).
+        shift = mean.double() - self._mean
+        self._deviations += variance.double() * count + shift.square() * (self._count * count / total)
+        self._mean += shift * (count / total)
+        self._count = total
+
+    def write(self, num_batches: int) -> None:
+        """Put the statistics of all ranks into the layer; of a layer that saw nothing they stay as they were."""
+        own = self._mean.new_full((1,), self._count)
+        total = _sum_over_ranks(own.clone())
+        mean = _sum_over_ranks(self._mean * own) / total.clamp(min=1)
+        deviations = _sum_over_ranks(self._deviations + own * (self._mean - mean).square())
+        if not total:
+            for buffer, value in zip(self._layer.buffers(), self._before, strict=True):
+                buffer.copy_(value)
+            return
+        layer = self._layer
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        layer.running_mean.copy_(mean)
+        layer.running_var.copy_(deviations / (total - 1).clamp(min=1))  # PyTorch's running variance is unbiased too
+        if layer.num_batches_tracked is not None:
+            layer.num_batches_tracked.fill_(num_batches)
+
+
+def _sum_over_ranks(values: Tensor) -> Tensor:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(values)
+    return values
