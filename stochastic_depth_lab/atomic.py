@@ -1,6 +1,8 @@
 """Files that appear whole or not at all, also when the process is killed or the power fails."""
 
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -23,6 +25,11 @@ def write_whole(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error  # that of a full disk names no file
     flush_folder(path.parent)
+
+
+def write_json(path: Path, fields: Mapping[str, object]) -> None:
+    """An object as a file, as `write_whole`."""
+    write_whole(path, json.dumps(fields, indent=2, allow_nan=False).encode() + b"\n")
 
 
 def flush_folder(folder: Path) -> None:

@@ -6,6 +6,7 @@ PyTorch takes seconds to import: whatever needs it is imported where it is used,
 import contextlib
 import errno
 import io
+import itertools
 import shlex
 import signal
 import sys
@@ -16,8 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from stochastic_depth_lab.config import Data, Depth, Experiment, Model, Precision, Recipe, quick
-from stochastic_depth_lab.experiments import EXPERIMENTS, find, find_pair
+from stochastic_depth_lab.config import Data, Depth, Experiment, Model, Precision, Recipe, Study, check, quick, small
+from stochastic_depth_lab.experiments import EXPERIMENTS, STUDIES, find, find_pair, find_study
 
 try:
     import tyro
@@ -26,6 +27,7 @@ except ModuleNotFoundError:
 
 if TYPE_CHECKING:
     from stochastic_depth_lab.loop import Observer
+    from stochastic_depth_lab.sweep import Job
 
 PROGRAM = "stochastic-depth"
 
@@ -45,16 +47,28 @@ class RunOptions:
     """Few images and five epochs: shows that everything works."""
     weights: Path | None = None
     """A file with a state_dict of this network to begin with. None: random weights."""
-    seed: int = 0
-    """Of weights, order of the images, augmentation and gates."""
+    seed: int | None = None
+    """Of weights, order of the images, augmentation and gates. None: the experiment's, which is 0."""
     data_root: Path | None = None
     """Where the data lie, and are downloaded to. None: $STOCHASTIC_DEPTH_DATA, else a folder in the user's cache."""
     device: str | None = None
     """cpu, cuda or cuda:NUMBER. None: the GPU if there is one."""
-    precision: Precision = "fp32"
-    """fp32, or mixed precision with bf16 or fp16."""
+    precision: Precision | None = None
+    """fp32, or mixed precision with bf16 or fp16. None: the experiment's, fp32; bf16 for small forms."""
     tensorboard: Flag = False
     """Write TensorBoard events too."""
+
+
+@dataclass(frozen=True)
+class ManyOptions:
+    """How many runs, and where each of them runs."""
+
+    scale: str = "full"
+    """full, or small: fewer layers, epochs and images, minutes for each run."""
+    seeds: int | None = None
+    """So many runs of each experiment, with the seeds from --seed on; the table has mean and standard deviation."""
+    jobs: int = 1
+    """So many runs at a time, each in a process of its own."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +85,13 @@ class Train:
 
 @dataclass(frozen=True)
 class Reproduce:
-    """Train a network with constant and with stochastic depth, same seed and data, and report on both."""
+    """Train a pair with constant and with stochastic depth, or all of a table or figure of the paper, and report."""
 
     name: tyro.conf.Positional[str]
-    """What two experiments have in common: digits, cifar10-110, svhn-152."""
+    """What two experiments have in common, such as digits, cifar10-110, svhn-152; or a table or figure, which trains
+    what is missing and goes on with what is unfinished: table1, table2, curves, gradients, survival, depth-survival."""
     run: tyro.conf.OmitArgPrefixes[RunOptions]
+    many: tyro.conf.OmitArgPrefixes[ManyOptions]
 
 
 @dataclass(frozen=True)
@@ -98,6 +114,21 @@ class Report:
     """The run folders."""
     out: Path | None = None
     """The folder for the page. None: the run's own, or the one that holds all the runs."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Train many runs, several at a time, over several machines; one that crashes loses itself alone."""
+
+    name: tyro.conf.Positional[str]
+    """An experiment, or a table or figure: what `reproduce` would train."""
+    run: tyro.conf.OmitArgPrefixes[RunOptions]
+    many: tyro.conf.OmitArgPrefixes[ManyOptions]
+    grid: tuple[str, ...] = ()
+    """Options of `train` with their values: recipe.learning-rate=0.1,0.05 depth.schedule=uniform,linear_decay. Every
+    combination is a run."""
+    shard: str | None = None
+    """i/n: this machine's share of n, i from 0, for the job array of a cluster."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: those of the command line if None.
 
     Returns:
-        The exit code: 0; 2 for wrong input; 130 and 143 for a run that was stopped and saved.
+        The exit code: 0; 1 if some of many runs failed; 2 for wrong input; 130 and 143 for what was stopped and saved.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -183,28 +214,39 @@ def _parse_train(arguments: Sequence[str]) -> tuple[Experiment, RunOptions]:
             raise ValueError("name the experiment to train, such as digits-stochastic; --help lists them all.")
         find(meant)
     base = EXPERIMENTS[name or "cifar10-110-stochastic"]
-    if "--quick" in arguments:
-        base = quick(base)
+    return _parse_changes(quick(base) if "--quick" in arguments else base, "train", arguments)
+
+
+def _parse_changes(base: Experiment, command: str, arguments: Sequence[str]) -> tuple[Experiment, RunOptions]:
+    """An experiment, changed as options of `train` say."""
     options = _parse(
         Train,
-        "train",
+        command,
         arguments,
-        Train(name or tyro.MISSING, _run_defaults(base), base.data, base.model, base.depth, base.recipe),
+        Train(base.name, RunOptions(tyro.MISSING), base.data, base.model, base.depth, base.recipe),
     )
     changed = replace(base, data=options.data, model=options.model, depth=options.depth, recipe=options.recipe)
     if changed != base:
         changed = replace(changed, published=None)  # it is no longer the published experiment
-    return replace(changed, seed=options.run.seed, precision=options.run.precision), options.run
+    return _with_options(changed, options.run), options.run
+
+
+def _with_options(experiment: Experiment, options: RunOptions) -> Experiment:
+    return replace(
+        experiment,
+        seed=experiment.seed if options.seed is None else options.seed,
+        precision=options.precision or experiment.precision,
+    )
 
 
 def _reproduce(arguments: Sequence[str]) -> int:
-    options = _parse(Reproduce, "reproduce", arguments, Reproduce(tyro.MISSING, _run_defaults(None)))
+    options = _parse(Reproduce, "reproduce", arguments)
+    _check_many(options.many)
+    if options.name in STUDIES or options.many != ManyOptions():
+        return _reproduce_study(find_study(options.name), options, arguments)
     from stochastic_depth_lab import records
 
-    pair = [
-        replace(quick(each) if options.run.quick else each, seed=options.run.seed, precision=options.run.precision)
-        for each in find_pair(options.name)
-    ]
+    pair = [_with_options(quick(each) if options.run.quick else each, options.run) for each in find_pair(options.name)]
     folders = [options.run.out / experiment.name for experiment in pair]
     for experiment, folder in zip(pair, folders, strict=True):
         records.look(folder, experiment, resume=options.run.resume)  # refuse before hours of work, not after
@@ -215,6 +257,97 @@ def _reproduce(arguments: Sequence[str]) -> int:
     if stop.signal is None:
         _print_report(folders, options.run.out)
     return _exit_code(stop, ["reproduce", *arguments])
+
+
+def _reproduce_study(study: Study, options: Reproduce, arguments: Sequence[str]) -> int:
+    from stochastic_depth_lab import sweep
+    from stochastic_depth_lab.report import write_study
+
+    experiments = study.small_experiments if options.many.scale == "small" else study.experiments
+    jobs = sweep.jobs_for(_runs(experiments, options.run, options.many), options.run.out / "runs")
+    code = _run_jobs(jobs, options.run, options.many, ["reproduce", *arguments])
+    if any(job.state == "done" for job in jobs):
+        report = write_study(study, [(job.experiment, job.folder) for job in jobs], options.run.out)
+        _print(f"{report.text}\n\nreport: {report.page}")
+    return code
+
+
+def _sweep(arguments: Sequence[str]) -> int:
+    options = _parse(Sweep, "sweep", arguments)
+    _check_many(options.many)
+    if options.name in EXPERIMENTS:
+        base = find(options.name)
+        experiments = _grid(small(base) if options.many.scale == "small" else base, options.grid)
+    else:
+        study = find_study(options.name)
+        experiments = study.small_experiments if options.many.scale == "small" else study.experiments
+        if options.grid:
+            raise ValueError(f"--grid changes one experiment, but {options.name} is a table of several.")
+    from stochastic_depth_lab import sweep
+
+    runs = _runs(experiments, options.run, options.many)
+    if options.shard is not None:
+        runs = sweep.shard(runs, options.shard)
+    jobs = sweep.jobs_for(runs, options.run.out)
+    code = _run_jobs(jobs, options.run, options.many, ["sweep", *arguments])
+    if done := [job.folder for job in jobs if job.state == "done"]:
+        _print_report(done, options.run.out)
+    return code
+
+
+def _check_many(options: ManyOptions) -> None:
+    if options.scale not in ("full", "small"):
+        raise ValueError(f"there is no scale {options.scale!r}, but full and small.")
+    for name, value in (("--seeds", options.seeds), ("--jobs", options.jobs)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, but is {value}.")
+
+
+def _grid(base: Experiment, grid: Sequence[str]) -> list[Experiment]:
+    """Every combination of the values, parsed and checked as those of `train`."""
+    choices: list[list[tuple[str, str]]] = []
+    for text in grid:
+        field, equals, values = text.partition("=")
+        if not (field and equals and values):
+            raise ValueError(f"--grid takes FIELD=VALUE,VALUE, such as recipe.learning-rate=0.1,0.05, but is {text!r}.")
+        choices.append([(field, value) for value in values.split(",")])
+    experiments: list[Experiment] = []
+    for combination in itertools.product(*choices):
+        options = [word for field, value in combination for word in (f"--{field}", value)]
+        changed, _ = _parse_changes(base, "train", [base.name, "--out", ".", *options])
+        suffix = "".join(f"-{field.rpartition('.')[2]}-{value}" for field, value in combination)
+        experiments.append(replace(changed, name=f"{base.name}{suffix}", title=f"{base.title}{suffix}"))
+    return experiments
+
+
+def _runs(experiments: Sequence[Experiment], options: RunOptions, many: ManyOptions) -> list[Experiment]:
+    """All seeds of an experiment, then those of the next."""
+    first = options.seed or 0
+    seeds = range(first, first + (many.seeds or 1))
+    chosen = [quick(each) if options.quick else each for each in experiments]
+    return [_with_options(each, replace(options, seed=seed)) for each in chosen for seed in seeds]
+
+
+def _run_jobs(jobs: "Sequence[Job]", options: RunOptions, many: ManyOptions, arguments: Sequence[str]) -> int:
+    """Run what is not done; the exit code: 0, 1 if a run failed, or that of a stop."""
+    from stochastic_depth_lab import sweep
+    from stochastic_depth_lab.sweep_display import watching_sweep
+
+    for job in jobs:
+        check(job.experiment)
+    with _stopping() as stop, watching_sweep() as observer:
+        sweep.run(
+            jobs,
+            observer,
+            num_processes=many.jobs,
+            device=options.device,
+            data_root=options.data_root,
+            stop_requested=lambda: stop.signal is not None,
+        )
+    if stop.signal is not None:
+        return _complain(f"stopped and saved. Go on with: {shlex.join([PROGRAM, *arguments])}", code=128 + stop.signal)
+    failed = [job.folder.name for job in jobs if job.state == "failed"]
+    return _complain(f"{len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}.", code=1) if failed else 0
 
 
 def _evaluate(arguments: Sequence[str]) -> int:
@@ -277,6 +410,7 @@ def _inspect(arguments: Sequence[str]) -> int:
 _COMMANDS: dict[str, tuple[type, Callable[[Sequence[str]], int]]] = {
     "train": (Train, _train),
     "reproduce": (Reproduce, _reproduce),
+    "sweep": (Sweep, _sweep),
     "evaluate": (Evaluate, _evaluate),
     "report": (Report, _report),
     "schedule": (Schedule, _schedule),
@@ -287,12 +421,6 @@ _COMMANDS: dict[str, tuple[type, Callable[[Sequence[str]], int]]] = {
 def _overview() -> str:
     commands = "\n".join(f"  {name:<10} {options.__doc__}" for name, (options, _) in _COMMANDS.items())
     return f"usage: {PROGRAM} COMMAND ...; each explains itself with --help\n\n{commands}"
-
-
-def _run_defaults(experiment: Experiment | None) -> RunOptions:
-    if experiment is None:
-        return RunOptions(tyro.MISSING)
-    return RunOptions(tyro.MISSING, seed=experiment.seed, precision=experiment.precision)
 
 
 def _parse(kind: type[Options], command: str, arguments: Sequence[str], default: Any = tyro.MISSING) -> Options:

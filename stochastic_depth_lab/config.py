@@ -105,6 +105,8 @@ class Published:
     """In percent."""
     source: str
     """Where it stands."""
+    train_h: float | None = None
+    """Hours of training that were published with it, on one Titan X."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,29 @@ class Experiment:
     published: Published | None = None
 
 
+@dataclass(frozen=True)
+class Study:
+    """A table or a figure: the runs behind it, and how they are shown. `reproduce NAME` makes it."""
+
+    name: str
+    """What the command line calls it."""
+    title: str
+    """What its page calls it."""
+    claim: str
+    """What the paper says, or what is asked, in a sentence or two."""
+    experiments: tuple[Experiment, ...]
+    """The runs, in the order of the table's rows."""
+    small_experiments: tuple[Experiment, ...]
+    """Their forms for two cores; `small-NAME` is that of NAME."""
+    figures: tuple[Literal["curves", "gradient", "survival_curve", "heat_map"], ...] = ()
+    """What is drawn beside the table."""
+
+    def published(self, experiment_name: str) -> Published | None:
+        """The published result for one of the experiments, or for the one that a small form stands for."""
+        full_name = experiment_name.removeprefix("small-")
+        return next((each.published for each in self.experiments if each.name == full_name), None)
+
+
 def quick(experiment: Experiment) -> Experiment:
     """The same network and recipe on few images for five epochs: shows that everything works, not what it gives.
 
@@ -149,6 +174,25 @@ def quick(experiment: Experiment) -> Experiment:
         validate_every=recipe.validate_every and 3,
     )
     return replace(experiment, data=replace(experiment.data, limit=limit), recipe=recipe, published=None)
+
+
+def small(experiment: Experiment, num_layers: int = 20) -> Experiment:
+    """A form of the same shape for two cores: fewer layers, epochs and images, bf16; the recipe's proportions stay.
+
+    5,000 images to learn from, 990 for validation (SVHN wants a multiple of 30), 5,000 to test on, for 12 epochs.
+    """
+    recipe = experiment.recipe
+    return replace(
+        experiment,
+        name=f"small-{experiment.name}",
+        title=f"{experiment.title} (small: {num_layers} layers)",
+        data=replace(experiment.data, limit=5000, num_validation=990),
+        model=replace(experiment.model, num_layers=num_layers),
+        # One thread: runs side by side, one on each core, take less time than two threads on one.
+        recipe=replace(recipe, epochs=12, warmup_epochs=min(recipe.warmup_epochs, 1), num_threads=1),
+        precision="bf16",
+        published=None,
+    )
 
 
 def check(experiment: Experiment) -> None:

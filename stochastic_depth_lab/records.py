@@ -1,6 +1,8 @@
 """The run folder: what a run is, where it ran, what it measured. Whoever reads it later needs nothing else."""
 
+import contextlib
 import fcntl
+import itertools
 import json
 import os
 import platform
@@ -16,7 +18,7 @@ from typing import Any, cast
 
 import torch
 
-from stochastic_depth_lab.atomic import write_whole
+from stochastic_depth_lab.atomic import write_json, write_whole
 from stochastic_depth_lab.config import Experiment, as_json, differences
 
 _LOCK = ".lock"
@@ -45,9 +47,9 @@ class RunFolder:
         if path.exists():
             first = read_json(path)
             environment = {**first, "resumed": [*first.get("resumed", []), environment]}
-        _write_json(path, environment)
-        _write_json(self.path / "branches.json", branches)
-        _write_json(self.path / "config.json", self.experiment)
+        write_json(path, environment)
+        write_json(self.path / "branches.json", branches)
+        write_json(self.path / "config.json", self.experiment)
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add an epoch to `metrics.jsonl`; it is on the disk when this returns."""
@@ -81,7 +83,7 @@ class RunFolder:
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write `result.json`: the run is finished."""
-        _write_json(self.path / "result.json", result)
+        write_json(self.path / "result.json", result)
 
 
 def look(path: Path, experiment: Experiment, *, resume: bool) -> dict[str, Any] | None:
@@ -106,6 +108,20 @@ def look(path: Path, experiment: Experiment, *, resume: bool) -> dict[str, Any] 
         raise RunError(f"{path} holds another run: {'; '.join(others)} (there, not here). Give another folder.")
     result = path / "result.json"
     return read_json(result) if result.exists() else None
+
+
+def folder_for(out: Path, experiment: Experiment) -> Path:
+    """Where a configuration runs among many: the folder in which it began, whatever its name, or a new one.
+
+    Folders of other configurations, and of versions whose configurations this one cannot read, are left alone.
+    """
+    for config in sorted(out.glob("*/config.json")):
+        with contextlib.suppress(ValueError):
+            if not differences(as_json(experiment), read_json(config)):
+                return config.parent
+    name = f"{experiment.name}-seed-{experiment.seed}"
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(out / name for name in names if not (out / name / "config.json").exists())
 
 
 @contextmanager
@@ -200,7 +216,3 @@ def _epoch_of(line: bytes) -> int | None:
         return json.loads(line)["epoch"]
     except (ValueError, KeyError, TypeError):
         return None
-
-
-def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
-    write_whole(path, json.dumps(fields, indent=2, allow_nan=False).encode() + b"\n")

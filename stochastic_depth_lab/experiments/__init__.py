@@ -2,8 +2,8 @@
 
 import difflib
 
-from stochastic_depth_lab.config import Experiment
-from stochastic_depth_lab.experiments import cifar, digits, svhn
+from stochastic_depth_lab.config import Experiment, Study, small
+from stochastic_depth_lab.experiments import cifar, digits, studies, svhn
 
 EXPERIMENTS: dict[str, Experiment] = {
     constant.name: constant
@@ -12,6 +12,11 @@ EXPERIMENTS: dict[str, Experiment] = {
     if isinstance(constant, Experiment)
 }
 """All of them by name: every experiment that is a constant of one of these files."""
+
+STUDIES: dict[str, Study] = {
+    constant.name: constant for constant in vars(studies).values() if isinstance(constant, Study)
+}
+"""The tables and figures by name."""
 
 
 def find(name: str) -> Experiment:
@@ -36,12 +41,34 @@ def find_pair(name: str) -> tuple[Experiment, Experiment]:
     """The experiments `name-constant` and `name-stochastic`.
 
     Raises:
-        ValueError: if there are none; it names the nearest.
+        ValueError: if there are none; it names the nearest, tables and figures among them.
     """
-    pairs = [each.removesuffix("-constant") for each in EXPERIMENTS if each.endswith("-constant")]
-    if name not in pairs:
-        raise ValueError(f"there is no pair of experiments {name!r}. {_nearest(name, pairs)}")
+    if name not in _pairs():
+        raise ValueError(f"there is no pair of experiments {name!r}. {_nearest(name, [*_pairs(), *STUDIES])}")
     return EXPERIMENTS[f"{name}-constant"], EXPERIMENTS[f"{name}-stochastic"]
+
+
+def find_study(name: str) -> Study:
+    """The table or figure of that name, or a pair as a table of its own.
+
+    Raises:
+        ValueError: if there is none; it names the nearest.
+
+    Example:
+        >>> [each.name for each in find_study("gradients").experiments]
+        ['cifar10-110-constant', 'cifar10-110-stochastic']
+        >>> find_study("cifar10-20").small_experiments[1].model.num_layers
+        20
+    """
+    if name in STUDIES:
+        return STUDIES[name]
+    pair = find_pair(name)
+    title = pair[0].title.removesuffix(", constant depth")
+    return Study(name, title, "", pair, tuple(map(small, pair)), figures=("curves", "gradient"))
+
+
+def _pairs() -> list[str]:
+    return [name.removesuffix("-constant") for name in EXPERIMENTS if name.endswith("-constant")]
 
 
 def _nearest(name: str, names: list[str]) -> str:

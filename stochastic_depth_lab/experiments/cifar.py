@@ -17,14 +17,19 @@ CIFAR100 = Data("cifar100", translation=4, flip=True)
 
 
 def _cifar(
-    data: Data, num_layers: int, recipe: Recipe = RECIPE, *, published: tuple[float, float] | None = None
+    data: Data,
+    num_layers: int,
+    recipe: Recipe = RECIPE,
+    *,
+    published: tuple[float, float] | None = None,
+    published_h: tuple[float, float] | tuple[None, None] = (None, None),
 ) -> tuple[Experiment, Experiment]:
     name, title = (
         f"{data.dataset}-{num_layers}",
         f"{data.dataset.upper().replace('CIFAR', 'CIFAR-')}, {num_layers} layers",
     )
     if data.flip:
-        return pair(name, title, data, recipe, num_layers=num_layers, published=published)
+        return pair(name, title, data, recipe, num_layers=num_layers, published=published, published_h=published_h)
     name, title = name.replace("-", "-unaugmented-"), f"{title}, no augmentation"
     return pair(name, title, data, recipe, num_layers=num_layers, published=published, source=LATER_SOURCE)
 
@@ -48,7 +53,9 @@ CIFAR10_56_CONSTANT, CIFAR10_56_STOCHASTIC = _cifar(CIFAR10, 56)
 # Huang et al. 2016: 6.41 % constant, 5.23 % stochastic (the authors' page: 5.25); 20 h 42 and 15 h 7 on one Titan X.
 # Here: about 68 h and 55 h on one core.
 # stochastic-depth reproduce cifar10-110 --out runs/cifar10-110
-CIFAR10_110_CONSTANT, CIFAR10_110_STOCHASTIC = _cifar(CIFAR10, 110, published=(6.41, 5.23))
+CIFAR10_110_CONSTANT, CIFAR10_110_STOCHASTIC = _cifar(
+    CIFAR10, 110, published=(6.41, 5.23), published_h=(20 + 42 / 60, 15 + 7 / 60)
+)
 
 # Huang et al. 2016: 6.72 % constant, 4.91 % stochastic; no time is given.
 # Here: about 790 h and 630 h on one core.
@@ -81,7 +88,9 @@ CIFAR100_56_CONSTANT, CIFAR100_56_STOCHASTIC = _cifar(CIFAR100, 56)
 # Huang et al. 2016: 27.22 % constant, 24.58 % stochastic; 20 h 51 and 15 h 20 on one Titan X.
 # Here: about 68 h and 55 h on one core.
 # stochastic-depth reproduce cifar100-110 --out runs/cifar100-110
-CIFAR100_110_CONSTANT, CIFAR100_110_STOCHASTIC = _cifar(CIFAR100, 110, published=(27.22, 24.58))
+CIFAR100_110_CONSTANT, CIFAR100_110_STOCHASTIC = _cifar(
+    CIFAR100, 110, published=(27.22, 24.58), published_h=(20 + 51 / 60, 15 + 20 / 60)
+)
 
 # Here: about 790 h and 630 h on one core.
 # stochastic-depth reproduce cifar100-1202 --out runs/cifar100-1202

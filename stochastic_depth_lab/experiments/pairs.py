@@ -14,6 +14,7 @@ def pair(
     *,
     num_layers: int,
     published: tuple[float, float] | None = None,
+    published_h: tuple[float, float] | tuple[None, None] = (None, None),
     source: str = SOURCE,
 ) -> tuple[Experiment, Experiment]:
     """`name-constant` and `name-stochastic`, which has linear decay to 0.5 (Huang et al. 2016).
@@ -25,9 +26,14 @@ def pair(
         recipe: how both are trained.
         num_layers: depth of the network, 6n + 2.
         published: test errors in percent, constant and stochastic.
+        published_h: hours of training on one Titan X, constant and stochastic.
         source: where these stand.
     """
-    constant, stochastic = (Published(error, source) for error in published) if published else (None, None)
+    constant, stochastic = (
+        [Published(error, source, hours) for error, hours in zip(published, published_h, strict=True)]
+        if published
+        else (None, None)
+    )
     model = Model(num_layers)
     return (
         Experiment(f"{name}-constant", f"{title}, constant depth", data, model, None, recipe, published=constant),

@@ -4,15 +4,18 @@ from stochastic_depth_lab.report.figures import write_figures
 from stochastic_depth_lab.report.page import write_report
 from stochastic_depth_lab.report.runs import ReportError, Run, read_run
 from stochastic_depth_lab.report.schedule import schedule_figure, schedule_text
+from stochastic_depth_lab.report.study import StudyReport, write_study
 from stochastic_depth_lab.report.table import text_table
 
 __all__ = [
     "ReportError",
     "Run",
+    "StudyReport",
     "read_run",
     "schedule_figure",
     "schedule_text",
     "text_table",
     "write_figures",
     "write_report",
+    "write_study",
 ]

@@ -44,19 +44,34 @@ class _Series:
 
 def drawings(runs: Sequence[Run]) -> tuple[Drawing, ...]:
     """The figures of a report; call it, and save them, inside `figure_style`."""
-    series = [
-        _Series(
-            run,
-            label,
-            colour=SERIES[number % len(SERIES)],
-            dashes=("-" if run.stochastic else "--") if number < len(SERIES) else ":",
-            time_share=time_share(run, runs),
-        )
-        for number, (run, label) in enumerate(zip(runs, labels(runs), strict=True))
-    ]
+    series = _series(runs, labels(runs))
     # Constant depth has nothing to show about gates, unless there is nothing else.
     gated = [s for s in series if s.run.stochastic] or series
     return _curves(series), _gradient(series), _survival(gated), _expectation(gated)
+
+
+def curves(runs: Sequence[Run], names: Sequence[str]) -> Drawing:
+    """Training loss and test error over epochs; runs of one name, such as its seeds, look the same."""
+    return _curves(_series(runs, names))
+
+
+def gradient(runs: Sequence[Run], names: Sequence[str]) -> Drawing:
+    """Gradient of the first convolution over epochs; runs of one name look the same."""
+    return _gradient(_series(runs, names))
+
+
+def _series(runs: Sequence[Run], names: Sequence[str]) -> list[_Series]:
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return [
+        _Series(
+            run,
+            name,
+            colour=SERIES[numbers[name] % len(SERIES)],
+            dashes=("-" if run.stochastic else "--") if numbers[name] < len(SERIES) else ":",
+            time_share=time_share(run, runs),
+        )
+        for run, name in zip(runs, names, strict=True)
+    ]
 
 
 def write_figures(runs: Sequence[Run], folder: Path) -> tuple[Path, ...]:
@@ -201,7 +216,7 @@ def _survival(series: Sequence[_Series]) -> Drawing:
     ]
     if counts:
         entries.append((Patch(color=MUTED, alpha=0.25, linewidth=0), "95 % band"))
-    _legend(figure, entries)
+    legend(figure, entries)
     return Drawing(
         "survival",
         "survival",
@@ -240,7 +255,7 @@ def _expectation(series: Sequence[_Series]) -> Drawing:
     axes.set_yticks([number * pitch + (len(series) - 1) / 2 for number in range(3)], [name for name, *_ in measures])
     axes.tick_params(axis="y", length=0)
     axes.grid(False, axis="y")
-    _legend(figure, [(Patch(color=s.colour), s.label) for s in series] + [(Line2D([], [], color=INK), "expected")])
+    legend(figure, [(Patch(color=s.colour), s.label) for s in series] + [(Line2D([], [], color=INK), "expected")])
     return Drawing(
         "expectation",
         "runs",
@@ -310,17 +325,18 @@ def _drops(series: Sequence[_Series]) -> list[tuple[float, float, float]]:
 
 
 def _runs_legend(figure: Figure, series: Sequence[_Series]) -> None:
-    _legend(figure, [(Line2D([], [], color=s.colour, linestyle=s.dashes), s.label) for s in series])
+    looks = {s.label: Line2D([], [], color=s.colour, linestyle=s.dashes) for s in series}
+    legend(figure, [(look, label) for label, look in looks.items()])
 
 
-def _legend(figure: Figure, entries: Sequence[tuple[Line2D | Patch, str]]) -> None:
+def legend(figure: Figure, entries: Sequence[tuple[Line2D | Patch, str]]) -> None:
     """A legend above the panels, in as many columns as fit."""
     longest = max(len(name) for _, name in entries)
     num_rows = math.ceil(len(entries) / max(1, 110 // (longest + 8)))
     handles = [handle for handle, _ in entries]
-    legend = figure.legend(
+    drawn = figure.legend(
         handles, ["-"] * len(handles), loc="outside upper left", ncols=math.ceil(len(entries) / num_rows)
     )
     # Given at once, a name that starts with an underscore would be left out of the legend.
-    for text, (_, name) in zip(legend.get_texts(), entries, strict=True):
+    for text, (_, name) in zip(drawn.get_texts(), entries, strict=True):
         text.set_text(name)

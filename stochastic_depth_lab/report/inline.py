@@ -32,4 +32,10 @@ def inline_svg(svg: bytes, name: str, title: str) -> str:
 
 def _own(value: str, name: str) -> str:
     value = re.sub(r"^#(?![0-9a-f]{6}$)|(?<=url\()#", f"#{name}-", value)
-    return re.sub(r"#[0-9a-f]{6}(?![\w-])", lambda colour: f"var({CSS_NAMES[colour.group()]})", value)
+    return re.sub(r"#[0-9a-f]{6}(?![\w-])", _variable, value)
+
+
+def _variable(colour: re.Match[str]) -> str:
+    """The style sheet's name for a colour of `theme`; the colours of a heat map are what they are."""
+    name = CSS_NAMES.get(colour.group())
+    return f"var({name})" if name else colour.group()

@@ -54,17 +54,40 @@ def _own_folder(folders: Sequence[Path]) -> Path:
 
 
 def _page(runs: Sequence[Run], figures: Sequence[Drawing]) -> str:
+    return html_page(_title(runs), _lead(runs), html_table(runs), remarks(runs), figures, runs)
+
+
+def html_page(
+    title: str,
+    lead: str,
+    table: str,
+    remarks: Sequence[str],
+    figures: Sequence[Drawing],
+    runs: Sequence[Run],
+    files: str = ".",
+) -> str:
+    """A self-contained page; call it inside `figure_style`.
+
+    Args:
+        title: of the page.
+        lead: what it says, in a few sentences.
+        table: as HTML.
+        remarks: what a reader must know beside it.
+        figures: below the table.
+        runs: whose configurations and environments are listed at the end.
+        files: the folder that holds `figures` and `data`, seen from the page.
+    """
     template = Template(
         resources.files("stochastic_depth_lab.report").joinpath("page.html").read_text(encoding="utf-8")
     )
     return template.substitute(
-        title=escape(_title(runs)),
+        title=escape(title),
         light=_variables({name: colour for colour, name in CSS_NAMES.items()}),
         dark=_variables(DARK),
-        lead=escape(_lead(runs)),
-        table=html_table(runs),
-        remarks="".join(f"<li>{escape(remark)}</li>" for remark in remarks(runs)),
-        figures="\n".join(_figure(figure) for figure in figures),
+        lead=escape(lead),
+        table=table,
+        remarks="".join(f"<li>{escape(remark)}</li>" for remark in remarks),
+        figures="\n".join(_figure(figure, files) for figure in figures),
         configuration=_settings(runs, [_flat(run.config) for run in runs], leave_out=("name", "title", "published")),
         environment=_settings(runs, [_flat(run.environment) for run in runs]),
     )
@@ -95,10 +118,10 @@ def _lead(runs: Sequence[Run]) -> str:
     return f"{len(runs)} runs, {len(stochastic)} of them with stochastic depth."
 
 
-def _figure(drawing: Drawing) -> str:
+def _figure(drawing: Drawing, files: str) -> str:
     svg = inline_svg(rendered(drawing.figure, "svg", transparent=True), drawing.name, drawing.title)
-    files = [f"figures/{drawing.name}.svg", f"figures/{drawing.name}.png", f"data/{drawing.data}.csv"]
-    links = " · ".join(f'<a href="{file}">{file.rpartition(".")[2].upper()}</a>' for file in files)
+    names = [f"figures/{drawing.name}.svg", f"figures/{drawing.name}.png", f"data/{drawing.data}.csv"]
+    links = " · ".join(f'<a href="{files}/{name}">{name.rpartition(".")[2].upper()}</a>' for name in names)
     return (
         f'<figure>\n<h2>{escape(drawing.title)}</h2>\n<div class="wide">{svg}</div>\n'
         f'<figcaption>{escape(drawing.caption)} <span class="files">{links}</span></figcaption>\n</figure>'

@@ -10,7 +10,7 @@ import pytest
 
 from stochastic_depth_lab.cli import main
 from stochastic_depth_lab.config import Experiment, as_json, check, differences, from_json, quick
-from stochastic_depth_lab.experiments import EXPERIMENTS, find, find_pair
+from stochastic_depth_lab.experiments import EXPERIMENTS, STUDIES, find, find_pair
 
 PUBLISHED = {  # PAPER.md
     "cifar10-110": (6.41, 5.23),
@@ -104,6 +104,7 @@ def test_the_recipe_is_the_papers():
         "published": {
             "test_error": 5.23,
             "source": "Huang et al. 2016, table of results, as given by public summaries",
+            "train_h": 15 + 7 / 60,
         },
     }
     assert find("cifar10-1202-constant").recipe.warmup_epochs == 10
@@ -132,3 +133,42 @@ def test_every_experiment_trains_quickly(name, made_up_data_root, tmp_path: Path
         assert sum(row["open_counts"]) == pytest.approx(row["realised_depth"] * row["num_steps"])
         assert (row["realised_cost"] == 1) == (experiment.depth is None)
     assert "test error" in capsys.readouterr().out
+
+
+def test_the_papers_tables_and_figures_are_there():
+    assert list(STUDIES)[:6] == ["table1", "table2", "curves", "gradients", "survival", "depth-survival"]
+    table2 = STUDIES["table2"]
+    hours = [published.train_h for each in table2.experiments if (published := table2.published(each.name))]
+    assert [f"{int(h)} h {round(h % 1 * 60)}" for h in hours if h] == [
+        "20 h 42", "15 h 7", "20 h 51", "15 h 20", "33 h 43", "25 h 33",
+    ]  # fmt: skip
+    errors = [each.published.test_error for each in STUDIES["table1"].experiments if each.published]
+    assert errors == [6.41, 5.23, 6.72, 4.91, 27.22, 24.58, 2.01, 1.75]
+
+
+@pytest.mark.parametrize("study", STUDIES.values(), ids=lambda study: study.name)
+def test_a_study_has_small_forms_and_no_run_twice(study):
+    for experiments in (study.experiments, study.small_experiments):
+        assert len({each.name for each in experiments}) == len(experiments)
+        configurations = {
+            json.dumps({**as_json(each), "name": "", "title": "", "published": None}) for each in experiments
+        }
+        assert len(configurations) == len(experiments)
+        for each in experiments:
+            check(each)
+            assert from_json(as_json(each)) == each
+    for each in study.small_experiments:
+        assert each.recipe.epochs == 12
+        assert each.model.num_layers <= 32
+
+
+def test_the_survival_curve_has_both_schedules_and_shares_the_tables_runs():
+    for experiments in (STUDIES["survival"].experiments, STUDIES["survival"].small_experiments):
+        probs = {"linear_decay": [], "uniform": []}
+        for each in experiments:
+            if each.depth:
+                probs[each.depth.schedule].append(each.depth.final_survival_prob)
+        assert probs["linear_decay"] == probs["uniform"]
+        assert len(probs["uniform"]) >= 4
+    assert find("cifar10-110-stochastic") in STUDIES["survival"].experiments
+    assert find("cifar10-110-constant") in STUDIES["depth-survival"].experiments

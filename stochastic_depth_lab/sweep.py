@@ -1,0 +1,179 @@
+"""Many runs, each in a process of its own: one that crashes loses itself and nothing else.
+
+What is finished is passed over, what is unfinished goes on from its checkpoint. What a process prints is in `log.txt`
+of its run folder; how a failed one ended is in `failed.json` there until it begins again.
+"""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Literal, Protocol
+
+from stochastic_depth_lab import loop, records
+from stochastic_depth_lab.atomic import write_json
+from stochastic_depth_lab.build import find_device
+from stochastic_depth_lab.config import Experiment
+from stochastic_depth_lab.observers import Lines
+
+State = Literal["waiting", "running", "done", "failed", "stopped"]
+_INTERRUPTED = 128 + signal.SIGTERM
+
+# The processes are forked from a server that has imported PyTorch and nothing more: they begin at once, and have
+# neither this process's threads nor its CUDA.
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["stochastic_depth_lab.loop"])
+
+
+@dataclass
+class Job:
+    """One run of a sweep, and how it stands."""
+
+    experiment: Experiment
+    folder: Path
+    state: State = "waiting"
+    reason: str = ""
+    """Why it failed, in one line."""
+
+
+class SweepObserver(Protocol):
+    """What is told how a sweep goes on, to show it."""
+
+    def on_change(self, jobs: Sequence[Job]) -> None:
+        """Called when a job begins or ends, and about every second in between."""
+        ...
+
+
+def jobs_for(experiments: Sequence[Experiment], out: Path) -> list[Job]:
+    """The jobs of a sweep; those that are finished are done already.
+
+    Args:
+        experiments: what is to run. No configuration twice.
+        out: the folder of their run folders.
+    """
+    jobs = [Job(experiment, records.folder_for(out, experiment)) for experiment in experiments]
+    for job in jobs:
+        if (job.folder / "result.json").exists():
+            job.state = "done"
+    return jobs
+
+
+def shard(experiments: Sequence[Experiment], text: str) -> Sequence[Experiment]:
+    """The share of one machine out of several, `"i/n"` with i from 0: every n-th, from the i-th on.
+
+    Raises:
+        ValueError: if the text is something else.
+
+    Example:
+        >>> [list(shard("abcde", f"{i}/2")) for i in range(2)]
+        [['a', 'c', 'e'], ['b', 'd']]
+    """
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ValueError(f"--shard must be i/n with i in 0..n-1, such as 0/4, but is {text!r}.")
+    return experiments[int(index) :: int(count)]
+
+
+def run(
+    jobs: Sequence[Job],
+    observer: SweepObserver,
+    *,
+    num_processes: int,
+    device: str | None,
+    data_root: Path | None,
+    stop_requested: Callable[[], bool],
+) -> None:
+    """Run the jobs that wait, so many at a time, until all have ended; their states say how.
+
+    Args:
+        jobs: from `jobs_for`.
+        observer: is told how it goes on.
+        num_processes: at a time.
+        device: of all of them.
+        data_root: where the data lie.
+        stop_requested: asked now and then; the runs save themselves, and the rest is not begun.
+    """
+    running: dict[BaseProcess, Job] = {}
+    waiting = [job for job in jobs if job.state == "waiting"]
+    stopping = False
+    while running or (waiting and not stopping):
+        while waiting and len(running) < num_processes and not stopping:
+            job = waiting.pop(0)
+            running[_begin(job, device, data_root)] = job
+        observer.on_change(jobs)
+        multiprocessing.connection.wait([process.sentinel for process in running], timeout=1)
+        for process in [process for process in running if not process.is_alive()]:
+            _end(running.pop(process), process)
+        if stop_requested() and not stopping:
+            stopping = True
+            for process in running:
+                process.terminate()
+    observer.on_change(jobs)
+
+
+def _begin(job: Job, device: str | None, data_root: Path | None) -> BaseProcess:
+    job.state = "running"
+    process = _PROCESSES.Process(target=_train, args=(job.experiment, job.folder, device, data_root))
+    process.start()
+    return process
+
+
+def _end(job: Job, process: BaseProcess) -> None:
+    process.join()
+    code = process.exitcode or 0
+    if code == 0:
+        job.state = "done"
+    elif code in (_INTERRUPTED, -signal.SIGTERM):
+        job.state = "stopped"
+    else:
+        log = job.folder / "log.txt"
+        last = log.read_text(errors="replace").strip().splitlines()[-1:] if log.exists() else []
+        job.state = "failed"
+        job.reason = f"killed by {signal.Signals(-code).name}" if code < 0 else " ".join(last) or f"exit code {code}"
+        job.folder.mkdir(parents=True, exist_ok=True)
+        write_json(job.folder / "failed.json", {"exit_code": code, "reason": job.reason})
+
+
+def _train(experiment: Experiment, folder: Path, device: str | None, data_root: Path | None) -> None:
+    """What each process does."""
+    stop = False
+
+    def note(*_: object) -> None:
+        nonlocal stop
+        stop = True
+
+    # Ctrl-C reaches every process of a terminal; the parent decides, and tells with SIGTERM.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, note)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "failed.json").unlink(missing_ok=True)
+    with (folder / "log.txt").open("a", buffering=1) as log:
+        os.dup2(log.fileno(), sys.stderr.fileno())
+        try:
+            loop.train(
+                experiment,
+                folder,
+                [Lines(sys.stderr)],
+                device=find_device(device, experiment.precision),
+                data_root=data_root,
+                resume=True,
+                stop_requested=lambda: stop,
+            )
+        except loop.Interrupted:
+            sys.exit(_INTERRUPTED)
+        except (ValueError, ArithmeticError, OSError) as error:
+            print(" ".join(str(error).split()), file=sys.stderr, flush=True)  # noqa: T201 -- into the log
+            sys.exit(2)
+
+
+def epochs_done(job: Job) -> int:
+    """Epochs that a job has finished."""
+    try:
+        return (job.folder / "metrics.jsonl").read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return 0

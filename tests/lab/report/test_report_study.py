@@ -1,0 +1,128 @@
+"""A study's page: means, deviations and published numbers as worked out by hand; what is missing is said."""
+
+import csv
+import json
+import re
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from stochastic_depth_lab.config import Depth, Experiment, Published, Study
+from stochastic_depth_lab.experiments import find
+from stochastic_depth_lab.report import ReportError, write_study
+from stochastic_depth_lab.report.figures import rendered
+from stochastic_depth_lab.report.study_figures import heat_map, survival_curve
+from stochastic_depth_lab.report.table import NOTHING
+from stochastic_depth_lab.report.theme import figure_style
+
+CONSTANT = replace(find("digits-constant"), name="constant", title="Constant", published=Published(6.41, "x", 20.7))
+STOCHASTIC = replace(find("digits-stochastic"), name="linear-0.5", title="Linear <0.5>", published=Published(5.23, "x"))
+ERRORS = {("constant", 0): 10.0, ("constant", 1): 12.0, ("linear-0.5", 0): 9.0, ("linear-0.5", 1): 9.5}
+
+
+def with_error(folder: Path, test_error: float) -> Path:
+    result = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps({**result, "test_error": test_error}))
+    return folder
+
+
+@pytest.fixture
+def folders(write_run) -> list[tuple[Experiment, Path]]:
+    return [
+        (
+            replace(experiment, seed=seed),
+            with_error(
+                write_run(f"{experiment.name}-{seed}", stochastic=experiment is STOCHASTIC, config={"seed": seed}),
+                ERRORS[experiment.name, seed],
+            ),
+        )
+        for experiment in (CONSTANT, STOCHASTIC)
+        for seed in (0, 1)
+    ]
+
+
+STUDY = Study("table", "A table", "The paper says so.", (CONSTANT, STOCHASTIC), (), ("curves", "survival_curve"))
+
+
+def test_the_table_is_the_papers_with_ours_beside_it(folders, tmp_path):
+    report = write_study(STUDY, folders, tmp_path / "out")
+    lines = [re.split(r"\s{2,}", line) for line in report.text.splitlines()]
+    std = statistics.stdev([10.0, 12.0])
+    assert lines[2][:4] == ["run", "paper, test error, %", "ours, test error, %", "seeds"]
+    assert lines[3][:5] == ["Constant", "6.41", f"11.00 ± {std:.2f}", "2", "20.7 h"]
+    assert lines[4][:5] == ["Linear <0.5>", "5.23", "9.25 ± 0.35", "2", NOTHING]
+    assert "0.700 ± 0.000" in lines[4]  # of the constant runs' seconds, by the made-up epochs
+    page = report.page.read_text()
+    assert page == (tmp_path / "out" / "table.html").read_text()
+    assert "Linear &lt;0.5&gt;" in page
+    assert "<0.5>" not in page
+    assert "The paper says so. Ours: mean and standard deviation over 2 seeds of each." in page
+    for link in re.findall(r'href="([^"#]+)"', page):
+        assert (tmp_path / "out" / link).is_file(), link
+    rows = list(csv.DictReader((tmp_path / "out" / "table" / "data" / "runs.csv").read_text().splitlines()))
+    assert [(row["experiment"], int(row["seed"]), float(row["test_error"])) for row in rows] == [
+        (name, seed, error) for (name, seed), error in ERRORS.items()
+    ]
+
+
+def test_what_is_missing_is_said(folders, tmp_path):
+    (folders[1][1] / "result.json").unlink()
+    (folders[2][1] / "result.json").unlink()
+    (folders[2][1] / "failed.json").write_text("{}")
+    text = write_study(STUDY, folders, tmp_path / "out").text
+    assert "constant, seed 1: is not finished" in text
+    assert "linear-0.5, seed 0: failed" in text
+    assert "10.00 " in text
+    for _, folder in folders:
+        (folder / "result.json").unlink(missing_ok=True)
+    with pytest.raises(ReportError, match="none of its 4 runs is finished"):
+        write_study(STUDY, folders, tmp_path / "out")
+
+
+def test_small_forms_stand_beside_the_full_results_and_the_page_says_so(folders, tmp_path):
+    shrunk = [(replace(each, name=f"small-{each.name}", published=None), folder) for each, folder in folders]
+    text = write_study(STUDY, shrunk, tmp_path / "out").text
+    assert "6.41" in text
+    assert "The paper's numbers are those of the full networks and recipes, ours of the small forms." in text
+
+
+def test_the_survival_curve_goes_through_the_means():
+    errors = {"linear_decay": {0.5: [9.0, 10.0], 0.2: [12.0]}, "uniform": {0.5: [20.0]}}
+    with figure_style():
+        drawing = survival_curve(errors, [11.0, 13.0])
+        (axes,) = drawing.figure.axes
+        lines = [(tuple(line.get_xdata()), tuple(line.get_ydata())) for line in axes.lines]
+        assert ((0.2, 0.5), (12.0, 9.5)) in lines
+        assert ((0, 1), (12.0, 12.0)) in lines  # constant depth, from edge to edge
+        assert ((0.5,), (20.0,)) in lines
+        assert b"uniform" in rendered(drawing.figure, "svg")
+
+
+def test_the_heat_map_holds_every_mean_and_marks_the_lowest():
+    with figure_style():
+        drawing = heat_map({(8, 0.5): [30.0, 32.0], (8, 1.0): [40.0], (14, 0.5): [20.0]})
+        (axes,) = drawing.figure.axes
+        texts = {(text.get_position(), text.get_text(), text.get_fontweight()) for text in axes.texts}
+    assert texts == {
+        ((0.5, 0.5), "31.00", "bold"),
+        ((1.5, 0.5), "40.00", "normal"),
+        ((0.5, 1.5), "20.00", "bold"),
+    }
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0.5", "constant"]
+
+
+def test_a_heat_maps_colours_survive_the_page(folders, tmp_path):
+    study = replace(STUDY, figures=("heat_map",))
+    page = write_study(study, folders, tmp_path / "out").page.read_text()
+    assert "fill: #" in page
+    assert "9.25" in page
+
+
+def test_figures_of_several_networks_have_names_of_their_own(folders, tmp_path):
+    (constant, first), *_ = folders
+    other = replace(constant, model=replace(constant.model, num_layers=20), depth=Depth())
+    write_study(STUDY, [(constant, first), (replace(other, name="other"), folders[2][1])], tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out" / "table" / "figures").glob("*.png")}
+    assert names == {"curves-digits-110.png", "curves-digits-20.png", "survival_curve.png"}
