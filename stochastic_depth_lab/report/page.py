@@ -64,7 +64,7 @@ def html_page(
     remarks: Sequence[str],
     figures: Sequence[Drawing],
     runs: Sequence[Run],
-    files: str = ".",
+    files: str = "",
 ) -> str:
     """A self-contained page; call it inside `figure_style`.
 
@@ -75,7 +75,7 @@ def html_page(
         remarks: what a reader must know beside it.
         figures: below the table.
         runs: whose configurations and environments are listed at the end.
-        files: the folder that holds `figures` and `data`, seen from the page.
+        files: in front of the paths of `figures` and `data`, seen from the page: `"NAME/"`.
     """
     template = Template(
         resources.files("stochastic_depth_lab.report").joinpath("page.html").read_text(encoding="utf-8")
@@ -121,7 +121,7 @@ def _lead(runs: Sequence[Run]) -> str:
 def _figure(drawing: Drawing, files: str) -> str:
     svg = inline_svg(rendered(drawing.figure, "svg", transparent=True), drawing.name, drawing.title)
     names = [f"figures/{drawing.name}.svg", f"figures/{drawing.name}.png", f"data/{drawing.data}.csv"]
-    links = " · ".join(f'<a href="{files}/{name}">{name.rpartition(".")[2].upper()}</a>' for name in names)
+    links = " · ".join(f'<a href="{files}{name}">{name.rpartition(".")[2].upper()}</a>' for name in names)
     return (
         f'<figure>\n<h2>{escape(drawing.title)}</h2>\n<div class="wide">{svg}</div>\n'
         f'<figcaption>{escape(drawing.caption)} <span class="files">{links}</span></figcaption>\n</figure>'

@@ -15,6 +15,22 @@ from stochastic_depth_lab.report.study_figures import heat_map, survival_curve
 from stochastic_depth_lab.report.table import NOTHING, csv_text, time_share
 from stochastic_depth_lab.report.theme import figure_style
 
+_SORTING = """\
+<script>
+// A click on a head sorts by its column, numbers as numbers; a second click turns the order round.
+for (const head of document.querySelectorAll("table.sortable thead th")) {
+  head.style.cursor = "pointer";
+  head.addEventListener("click", () => {
+    const body = head.closest("table").tBodies[0], column = head.cellIndex;
+    const value = row => row.cells[column].textContent;
+    const order = head.dataset.order = head.dataset.order === "1" ? "-1" : "1";
+    const compare = (a, b) => parseFloat(value(a)) - parseFloat(value(b)) || value(a).localeCompare(value(b));
+    body.append(...[...body.rows].sort((a, b) => order * compare(a, b)));
+  });
+}
+</script>
+"""
+
 
 @dataclass(frozen=True)
 class Seeds:
@@ -67,7 +83,9 @@ def write_study(study: Study, folders: Sequence[tuple[Experiment, Path]], out: P
         write_whole(inner / "data" / "epochs.csv", epochs_csv(runs).encode())
         page = out / f"{study.name}.html"
         lead = f"{study.claim} {_said(seeds)}".strip()
-        write_whole(page, html_page(study.title, lead, _html(seeds), remarks, figures, runs, files=study.name).encode())
+        write_whole(
+            page, html_page(study.title, lead, _html(seeds), remarks, figures, runs, files=f"{study.name}/").encode()
+        )
     return StudyReport(page, "\n".join([study.title, "", _text(seeds), *remarks]))
 
 
@@ -150,7 +168,7 @@ def _html(seeds: Sequence[Seeds]) -> str:
             + "</tr>"
             for row in body
         )
-        + "\n</tbody>\n</table>"
+        + f"\n</tbody>\n</table>\n{_SORTING}"
     )
 
 

@@ -58,6 +58,7 @@ def test_the_table_is_the_papers_with_ours_beside_it(folders, tmp_path):
     assert page == (tmp_path / "out" / "table.html").read_text()
     assert "Linear &lt;0.5&gt;" in page
     assert "<0.5>" not in page
+    assert page.count("<script>") == 1  # sorts the table
     assert "The paper says so. Ours: mean and standard deviation over 2 seeds of each." in page
     for link in re.findall(r'href="([^"#]+)"', page):
         assert (tmp_path / "out" / link).is_file(), link
