@@ -8,7 +8,7 @@ import pytest
 
 @pytest.mark.slow
 def test_whatever_happens_to_it_a_run_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    survived = faults.interrupt(tmp_path, epochs=3, kills=3, others=len(faults.OTHERS), seed=1)
-    assert survived["kill"] + survived["kill in a write"] == 3
+    survived = faults.interrupt(tmp_path, epochs=3, kills=4, others=len(faults.OTHERS), seed=1)
+    assert survived["kill"] + survived["kill in a write"] == 4
     assert all(survived[kind] == 1 for kind in faults.OTHERS)
     assert survived["of these while a checkpoint was being written"] >= 1
