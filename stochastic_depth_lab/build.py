@@ -169,8 +169,13 @@ def reproducible(recipe: Recipe) -> Generator[None]:
         torch.set_num_threads(num_threads)
 
 
-def find_device(name: str | None, precision: Precision) -> torch.device:
+def find_device(name: str | None, precision: Precision, local_rank: int | None = None) -> torch.device:
     """The device of that name; without one the GPU, or the CPU where there is none.
+
+    Args:
+        name: cpu, cuda, cuda:NUMBER or None.
+        precision: what it must compute in.
+        local_rank: number of this process on its machine: it takes the GPU of that number, unless one is named.
 
     Raises:
         ValueError: if there is no such device, or it does not know the precision.
@@ -182,6 +187,8 @@ def find_device(name: str | None, precision: Precision) -> torch.device:
         raise ValueError(f"--device must be cpu, cuda or cuda:NUMBER, but is {name!r}.")
     if kind == "cpu":
         return torch.device("cpu")
+    if local_rank is not None and not index:
+        name, index = f"cuda:{local_rank}", str(local_rank)
     if int(index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"there is no device {name!r}: {torch.cuda.device_count()} CUDA devices are visible to PyTorch."

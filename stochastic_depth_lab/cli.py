@@ -7,6 +7,7 @@ import contextlib
 import errno
 import io
 import itertools
+import os
 import shlex
 import signal
 import sys
@@ -201,7 +202,7 @@ def _train(arguments: Sequence[str]) -> int:
     experiment, options = _parse_train(arguments)
     with _stopping() as stop, _observing() as observer:
         _train_one(experiment, options, options.out, observer, stop)
-    if stop.signal is None:
+    if stop.signal is None and _is_first():
         _print_result(options.out)
     return _exit_code(stop, ["train", *arguments])
 
@@ -248,13 +249,14 @@ def _reproduce(arguments: Sequence[str]) -> int:
 
     pair = [_with_options(quick(each) if options.run.quick else each, options.run) for each in find_pair(options.name)]
     folders = [options.run.out / experiment.name for experiment in pair]
-    for experiment, folder in zip(pair, folders, strict=True):
-        records.look(folder, experiment, resume=options.run.resume)  # refuse before hours of work, not after
+    if _is_first():
+        for experiment, folder in zip(pair, folders, strict=True):
+            records.look(folder, experiment, resume=options.run.resume)  # refuse before hours of work, not after
     with _stopping() as stop, _observing() as observer:
         for experiment, folder in zip(pair, folders, strict=True):
             if stop.signal is None:
                 _train_one(experiment, options.run, folder, observer, stop)
-    if stop.signal is None:
+    if stop.signal is None and _is_first():
         _print_report(folders, options.run.out)
     return _exit_code(stop, ["reproduce", *arguments])
 
@@ -480,31 +482,40 @@ def _observing() -> "Generator[Observer]":
 
 
 def _train_one(experiment: Experiment, options: RunOptions, folder: Path, observer: "Observer", stop: _Stop) -> None:
-    from stochastic_depth_lab import loop, records
+    from stochastic_depth_lab import loop, processes, records
     from stochastic_depth_lab.build import find_device
     from stochastic_depth_lab.observers import TensorBoard
 
-    if records.look(folder, experiment, resume=options.resume) is not None:
-        observer.on_remark(f"{folder} is finished already.")
-        return
-    observers = [observer]
-    if options.tensorboard:
+    device = find_device(options.device, experiment.precision, processes.local_rank())
+    with processes.joined(device) as together:
+        if together.from_first(lambda: records.look(folder, experiment, resume=options.resume)) is not None:
+            if together.is_first:
+                observer.on_remark(f"{folder} is finished already.")
+            return
+        observers = [observer] if together.is_first else []
+        if options.tensorboard and together.is_first:
+            try:
+                observers.append(TensorBoard(folder / "tensorboard"))
+            except ModuleNotFoundError:
+                raise ValueError(
+                    "--tensorboard needs TensorBoard: pip install 'stochastic-depth[tensorboard]'"
+                ) from None
         try:
-            observers.append(TensorBoard(folder / "tensorboard"))
-        except ModuleNotFoundError:
-            raise ValueError("--tensorboard needs TensorBoard: pip install 'stochastic-depth[tensorboard]'") from None
-    # An interrupted run has saved itself; the command says how to go on once the progress bar is gone.
-    with contextlib.suppress(loop.Interrupted):
-        loop.train(
-            experiment,
-            folder,
-            observers,
-            device=find_device(options.device, experiment.precision),
-            data_root=options.data_root,
-            weights=options.weights,
-            resume=options.resume,
-            stop_requested=lambda: stop.signal is not None,
-        )
+            loop.train(
+                experiment,
+                folder,
+                observers,
+                device=device,
+                data_root=options.data_root,
+                weights=options.weights,
+                resume=options.resume,
+                stop_requested=lambda: stop.signal is not None,
+                processes=together,
+            )
+        except loop.Interrupted:
+            # It has saved itself; the command says how to go on once the progress bar is gone. Of several processes
+            # another one may have been told.
+            stop.signal = stop.signal or signal.SIGTERM
 
 
 def _print_result(folder: Path) -> None:
@@ -529,8 +540,15 @@ def _print_report(folders: Sequence[Path], out: Path | None) -> None:
 def _exit_code(stop: _Stop, arguments: Sequence[str]) -> int:
     if stop.signal is None:
         return 0
+    if not _is_first():
+        return 128 + stop.signal
     again = shlex.join([PROGRAM, *arguments, *([] if "--resume" in arguments else ["--resume"])])
     return _complain(f"stopped and saved. Go on with: {again}", code=128 + stop.signal)
+
+
+def _is_first() -> bool:
+    """Whether this process is the only one, or the first of those that torchrun has started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _complain(message: str, code: int = 2) -> int:

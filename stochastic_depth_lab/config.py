@@ -72,7 +72,8 @@ class Recipe:
     epochs: int
     """Passes over the training images."""
     batch_size: int = 128
-    """Images in a step. The last batch of an epoch may be shorter; it is used."""
+    """Images in a step, over all processes together, so that the learning rate does not depend on how many there are.
+    The last batch of an epoch may be shorter; it is used."""
     learning_rate: float = 0.1
     """The highest learning rate."""
     lr_schedule: LrSchedule = "step_text"
@@ -93,6 +94,9 @@ class Recipe:
     end of each epoch only."""
     num_threads: int | None = None
     """CPU threads, which decide the order of sums and with it the last bits. None: PyTorch's choice."""
+    batch_norm: Literal["local", "synchronised"] = "local"
+    """Where several processes train together: each normalises by its own part of a batch, and the running statistics
+    are the first one's; or all by the whole batch (on GPUs)."""
     checkpoint_every: int = 200
     """A checkpoint is written at the end of each epoch, and every so many steps within it."""
 

@@ -1,6 +1,6 @@
 """Error and loss of a network, by the test-time rule: every block runs, its branch counted with p (`model.eval()`)."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +36,19 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], precision: Precision = "fp32") -> Evaluation:
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    precision: Precision = "fp32",
+    sum_over_processes: Callable[[Tensor], Tensor] = lambda sums: sums,
+) -> Evaluation:
     """Error and loss over batches of inputs and labels, in evaluation mode; the mode is restored.
+
+    Args:
+        model: the network.
+        batches: of this process.
+        precision: to compute in.
+        sum_over_processes: adds up what the processes have found on their parts.
 
     Raises:
         ValueError: if there is no batch.
@@ -55,11 +66,13 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], precisi
             num_samples += len(labels)
     finally:
         model.train(was_training)
+    sums = torch.zeros(3, dtype=torch.float64, device=wrong[0].device if wrong else None)
+    if wrong:
+        sums = torch.stack([torch.stack(wrong).sum().double(), torch.stack(loss).sum(), sums[2] + num_samples])
+    num_wrong, total_loss, num_samples = sum_over_processes(sums).tolist()
     if not num_samples:
         raise ValueError("there is no batch to evaluate on.")
-    return Evaluation(
-        error=100 * torch.stack(wrong).sum().item() / num_samples, loss=torch.stack(loss).sum().item() / num_samples
-    )
+    return Evaluation(error=100 * num_wrong / num_samples, loss=total_loss / num_samples)
 
 
 def evaluate_run(

@@ -7,7 +7,7 @@ gates from (seed, step), the learning rate from (epoch, step). What is left to r
 import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,10 +29,12 @@ from stochastic_depth_lab.build import (
     reproducible,
 )
 from stochastic_depth_lab.config import Experiment, check
-from stochastic_depth_lab.data import DataError, ImageData, Split, batches, num_batches
+from stochastic_depth_lab.data import DataError, ImageData, Split, batches, num_batches, part_of_batch
 from stochastic_depth_lab.evaluation import BATCH_SIZE, Evaluation, autocast, evaluate
 from stochastic_depth_lab.lr_schedules import learning_rate
+from stochastic_depth_lab.processes import Processes
 
+_ALONE = Processes()
 _LOOK_EVERY = 20
 """Steps after which losses are read: reading one waits for the device."""
 
@@ -76,6 +78,7 @@ def train(
     weights: Path | None = None,
     resume: bool = False,
     stop_requested: Callable[[], bool] = lambda: False,
+    processes: Processes = _ALONE,
 ) -> dict[str, Any]:
     """Train, from the beginning or from the last checkpoint, and return the result.
 
@@ -91,7 +94,8 @@ def train(
         data: images in place of those that the experiment names.
         weights: a file with a `state_dict` to begin with, in place of random weights.
         resume: go on with the run in the folder.
-        stop_requested: asked between any two steps or evaluation batches.
+        stop_requested: asked between any two steps or evaluation batches; of several processes one is enough.
+        processes: those that train together, each on its part of every batch.
 
     Raises:
         ValueError: in one line, for what cannot be done as asked; nothing is overwritten.
@@ -101,7 +105,7 @@ def train(
     check(experiment)
     if weights is not None:
         experiment = replace(experiment, initial_weights=checkpoint.digest(weights))
-    finished = records.look(path, experiment, resume=resume)
+    finished = processes.from_first(lambda: records.look(path, experiment, resume=resume))
     if finished is not None:
         return finished
     with reproducible(experiment.recipe):
@@ -112,16 +116,28 @@ def train(
         branches, cost = describe_branches(model, depth, images.normalisation(images.data.train.images[:2]))
         if depth is not None:
             depth.set_costs(cost)  # what draw="equal_cost" evens out
-        run = _Run(experiment, images, model, depth, cost, stop_requested)
-        with records.opened(path, experiment, resume=resume) as folder:
-            state, remarks = checkpoint.load(folder.checkpoints, folder.experiment, set_aside=True)
+        run = _Run(experiment, images, model, depth, cost, stop_requested, processes)
+        folder = records.RunFolder(path, experiment, writes=False)
+        with ExitStack() as stack:
+
+            def begin() -> tuple[dict[str, Any] | None, list[str]]:
+                nonlocal folder
+                folder = stack.enter_context(records.opened(path, experiment, resume=resume))
+                return checkpoint.load(folder.checkpoints, folder.experiment, set_aside=True)
+
+            state, remarks = processes.from_first(begin)
             for observer in observers:
                 for remark in remarks:
                     observer.on_remark(remark)
             if state is not None:
                 run.load_state_dict(state)
-            folder.keep_epochs(run.epoch - 1)
-            folder.write_beginning(records.environment(device, data_root), asdict(branches))
+            environment = records.environment(device, data_root) | {"num_processes": processes.size}
+
+            def write_beginning() -> None:
+                folder.keep_epochs(run.epoch - 1)
+                folder.write_beginning(environment, asdict(branches))
+
+            processes.from_first(write_beginning)
             for observer in observers:
                 observer.on_start(experiment, run.num_steps, run.epoch, run.tally.step)
             try:
@@ -130,8 +146,12 @@ def train(
                 run.save(folder)
                 raise Interrupted(f"stopped in epoch {run.epoch}, after step {run.tally.step}") from None
             result = run.result() | {"expected_depth": branches.expected_depth, "expected_cost": branches.expected_cost}
-            folder.write_result(result | _totals(folder.metrics()))
-    return records.read_json(path / "result.json")
+
+            def write_result() -> dict[str, Any]:
+                folder.write_result(result | _totals(folder.metrics()))
+                return records.read_json(path / "result.json")
+
+            return processes.from_first(write_result)
 
 
 def _train_epochs(run: "_Run", folder: records.RunFolder, observers: Sequence[Observer]) -> None:
@@ -145,6 +165,8 @@ def _train_epochs(run: "_Run", folder: records.RunFolder, observers: Sequence[Ob
             seed=run.experiment.seed,
             epoch=run.epoch,
             start=run.tally.step,
+            rank=run.processes.rank,
+            num_ranks=run.processes.size,
         )
         run.model.train()
         run.watch.start()
@@ -162,7 +184,8 @@ def _train_epochs(run: "_Run", folder: records.RunFolder, observers: Sequence[Ob
                     run.save(folder)
         run.watch.stop()
         row = run.finish_epoch(folder)
-        folder.append_metrics(row)
+        if folder.writes:
+            folder.append_metrics(row)
         run.save(folder)
         for observer in observers:
             observer.on_epoch(row)
@@ -255,6 +278,7 @@ class _Run:
         depth: the network's controller, None at constant depth.
         cost: what the branches cost, None at constant depth.
         stop_requested: whether to stop between two steps.
+        processes: those that train together.
     """
 
     def __init__(
@@ -265,6 +289,7 @@ class _Run:
         depth: sd.Controller | None,
         cost: Cost | None,
         stop_requested: Callable[[], bool],
+        processes: Processes,
     ) -> None:
         self.experiment = experiment
         self.images = images
@@ -272,6 +297,9 @@ class _Run:
         self.depth = depth
         self.cost = cost
         self.device = images.data.train.images.device
+        self.processes = processes
+        synchronised = experiment.recipe.batch_norm == "synchronised"
+        self.wrapped = processes.wrapped(model, self.device, synchronise_batch_norm=synchronised)
         self.optimiser = build_optimiser(model, experiment.recipe)
         # A scaler that is not enabled passes everything through.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=experiment.precision == "fp16")
@@ -293,7 +321,7 @@ class _Run:
     def until_stopped(self, items: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
         """The items, until a stop is requested: between any two of them the state is that of a whole step."""
         for item in items:
-            if self._stop_requested():
+            if self.processes.any(self._stop_requested()):
                 self.watch.stop()
                 raise _StopRequested
             yield item
@@ -305,19 +333,28 @@ class _Run:
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         with autocast(self.device, self.experiment.precision):
-            loss = F.cross_entropy(self.model(inputs), labels)
+            loss = F.cross_entropy(self.wrapped(inputs), labels) * self._weight_of_part()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimiser)
         self.scaler.step(self.optimiser)
         self.scaler.update()
 
-        tally.losses[tally.step] = loss.detach()
+        tally.losses[tally.step] = self.processes.sum(loss.detach()) / self.processes.size
         tally.first_conv_grads[tally.step] = _gradient(self.first_conv).abs().mean()
         gates = [1.0] * self.num_branches if self.depth is None else self.depth.last_gates or []
         tally.open_counts = [count + gate for count, gate in zip(tally.open_counts, gates, strict=True)]
         tally.cost += 1.0 if self.cost is None else self.cost.share(gates)
         tally.step += 1
         self.optimiser.zero_grad()
+
+    def _weight_of_part(self) -> float:
+        """What this process's mean loss counts, so that the mean over the processes is that over the batch."""
+        if self.processes.size == 1:
+            return 1.0
+        batch_size = self.experiment.recipe.batch_size
+        num_images = min(batch_size, len(self.images.data.train) - self.tally.step * batch_size)
+        part = part_of_batch(num_images, self.processes.rank, self.processes.size)
+        return len(part) * self.processes.size / num_images
 
     def require_finite(self) -> None:
         """Raise `NotFiniteError` if a loss of this epoch is not finite."""
@@ -341,7 +378,8 @@ class _Run:
         test = None
         if (validation.error, validation.loss) < (self.best.validation_error, self.best.validation_loss):
             test = self._evaluate(self.images.data.test)
-            checkpoint.save_weights(folder.checkpoints, self.model.state_dict(), folder.experiment)
+            if folder.writes:
+                checkpoint.save_weights(folder.checkpoints, self.model.state_dict(), folder.experiment)
             self.best = _Best(self.epoch, self.tally.step, validation.error, validation.loss, test.error)
         self.validated_step = self._total_steps()
         return validation, test
@@ -373,8 +411,15 @@ class _Run:
         return row
 
     def _evaluate(self, split: Split) -> Evaluation:
-        images = batches(split, BATCH_SIZE, normalisation=self.images.normalisation)
-        evaluation = evaluate(self.model, self.until_stopped(images), self.experiment.precision)
+        images = batches(
+            split,
+            BATCH_SIZE,
+            normalisation=self.images.normalisation,
+            rank=self.processes.rank,
+            num_ranks=self.processes.size,
+        )
+        self.processes.share_buffers(self.model)
+        evaluation = evaluate(self.model, self.until_stopped(images), self.experiment.precision, self.processes.sum)
         if not math.isfinite(evaluation.loss):
             raise NotFiniteError(
                 f"the loss in evaluation is {evaluation.loss} in epoch {self.epoch}, after step {self.tally.step} of "
@@ -399,7 +444,8 @@ class _Run:
     def save(self, folder: records.RunFolder) -> None:
         """Write a checkpoint, unless the loss is not finite."""
         self.require_finite()
-        checkpoint.save(folder.checkpoints, self.state_dict(), folder.experiment)
+        if folder.writes:
+            checkpoint.save(folder.checkpoints, self.state_dict(), folder.experiment)
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on, bit for bit."""

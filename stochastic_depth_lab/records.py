@@ -34,10 +34,12 @@ class RunFolder:
     Args:
         path: the folder.
         experiment: what runs in it.
+        writes: whether this process writes; of several that train together only the first one does.
     """
 
-    def __init__(self, path: Path, experiment: Experiment) -> None:
+    def __init__(self, path: Path, experiment: Experiment, *, writes: bool = True) -> None:
         self.path = path
+        self.writes = writes
         self.experiment = as_json(experiment)
         self.checkpoints = path / "checkpoints"
 

@@ -1,7 +1,7 @@
 """Images in memory: digits, CIFAR-10, CIFAR-100 and SVHN, read from their authors' files, and their batches."""
 
 from stochastic_depth_lab.data.augmentation import Augmentation
-from stochastic_depth_lab.data.batches import batches, num_batches
+from stochastic_depth_lab.data.batches import batches, num_batches, part_of_batch
 from stochastic_depth_lab.data.catalogue import default_data_root, load
 from stochastic_depth_lab.data.errors import DataError
 from stochastic_depth_lab.data.image_data import ImageData, Split
@@ -17,4 +17,5 @@ __all__ = [
     "default_data_root",
     "load",
     "num_batches",
+    "part_of_batch",
 ]

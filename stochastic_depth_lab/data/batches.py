@@ -32,6 +32,8 @@ def batches(
     epoch: int = 0,
     start: int = 0,
     drop_last: bool = False,
+    rank: int = 0,
+    num_ranks: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of one epoch, on the split's device: inputs, float32 (B, C, H, W), and labels, int64 (B,).
 
@@ -48,6 +50,9 @@ def batches(
         epoch: number of the epoch: each has its own order and augmentation.
         start: batches to skip.
         drop_last: leave out a last batch that is shorter. (The authors keep it.)
+        rank: which part of each batch to yield, where several processes share it.
+        num_ranks: number of parts. Where a batch in random order has fewer images than that, some parts are empty; they
+            yield its first image, to be counted with weight 0, since every process must make the step.
 
     Raises:
         ValueError: if the batch size is not positive, `start` is negative or beyond the epoch, or augmentation is asked
@@ -60,7 +65,17 @@ def batches(
         raise ValueError(f"start must be in 0..{end}, the batches of this epoch, but is {start}: another batch size?")
     if augmentation is not None and seed is None:
         raise ValueError("augmentation is random and needs a seed: give both, or neither for evaluation.")
-    return _batches(split, batch_size, normalisation, augmentation, seed, epoch, range(start, end))
+    return _batches(split, batch_size, normalisation, augmentation, seed, epoch, range(start, end), (rank, num_ranks))
+
+
+def part_of_batch(num_images: int, rank: int, num_ranks: int) -> range:
+    """The places in a batch that are one process's; all parts together are the batch.
+
+    Example:
+        >>> part_of_batch(5, 0, 2), part_of_batch(5, 1, 2)
+        (range(0, 2), range(2, 5))
+    """
+    return range(num_images * rank // num_ranks, num_images * (rank + 1) // num_ranks)
 
 
 def _batches(
@@ -71,6 +86,7 @@ def _batches(
     seed: int | None,
     epoch: int,
     indices: range,
+    part: tuple[int, int],
 ) -> Iterator[tuple[Tensor, Tensor]]:
     device = split.images.device
     normalisation = normalisation.to(device)
@@ -80,7 +96,11 @@ def _batches(
         if augmentation is not None:
             draws = augmentation.draw(len(split), generator("augmentation", seed, epoch)).to(device)
     for index in indices:
-        places = slice(index * batch_size, (index + 1) * batch_size)
+        first, num_images = index * batch_size, min(batch_size, len(split) - index * batch_size)
+        own = part_of_batch(num_images, *part)
+        if order is not None and not own:
+            own = range(1)
+        places = slice(first + own.start, first + own.stop)
         chosen = places if order is None else order[places]
         inputs = normalisation(split.images[chosen])
         if augmentation is not None and draws is not None:
