@@ -14,21 +14,12 @@ import sys
 import time
 import warnings
 
+import timm
 import torch
+import torchvision
+import torchvision_schemas  # noqa: F401  # isort: split
 
-# A CPU build of PyTorch lacks these two operators of torchvision's wheels.
-_SCHEMAS = torch.library.Library("torchvision", "DEF")
-for _schema in (
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-):
-    if not hasattr(torch.ops.torchvision, _schema.split("(")[0]):
-        _SCHEMAS.define(_schema)
-
-import timm  # noqa: E402
-import torchvision  # noqa: E402
-
-import stochastic_depth as sd  # noqa: E402
+import stochastic_depth as sd
 
 
 def timm_names() -> list[str]:

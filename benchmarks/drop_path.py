@@ -5,22 +5,13 @@ from __future__ import annotations
 import argparse
 import functools
 
+import timm
 import torch
 import torch.nn.functional as F
+import torchvision_schemas  # noqa: F401  # isort: split
 from protocol import interleaved, ratio, write_table
 
 import stochastic_depth as sd
-
-# A CPU build of PyTorch lacks these two operators of torchvision's wheels, which timm imports.
-_SCHEMAS = torch.library.Library("torchvision", "DEF")
-for _schema in (
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-):
-    if not hasattr(torch.ops.torchvision, _schema.split("(")[0]):
-        _SCHEMAS.define(_schema)
-
-import timm  # noqa: E402
 
 
 def train_step(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:

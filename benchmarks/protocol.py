@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import random
 import statistics
 import sys
 import time
@@ -13,10 +14,14 @@ import torch
 
 
 def interleaved(steps: Mapping[str, Callable[[], None]], *, rounds: int, warm_up: int) -> dict[str, list[float]]:
-    """Process time in seconds of each step in each round; every round runs every step once, in turn."""
+    """Process time in seconds of each step in each round; every round runs every step once, in random order.
+
+    What a step leaves in the processor's caches and in the memory allocator falls on whichever step comes next.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
+    order = random.Random(0)
     for number in range(warm_up + rounds):
-        for name, step in steps.items():
+        for name, step in order.sample(list(steps.items()), len(steps)):
             begin = time.process_time()
             step()
             if number >= warm_up:

@@ -99,7 +99,7 @@ def measure_cost(root: nn.Module, passes: ForwardPasses, parts: Sequence[nn.Modu
     Raises:
         ValueError: if no output of the forward depends on a parameter that requires gradients.
     """
-    meter = _Meter(root)
+    meter = Meter(root)
     with undisturbed(root), all_gates_open(passes), observed(passes, meter.run_branch):
         root.train()
         with torch.enable_grad(), meter, torch.autograd.graph.saved_tensors_hooks(meter.save, lambda saved: saved):
@@ -173,7 +173,7 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
 
 
-class _Meter(TorchDispatchMode):
+class Meter(TorchDispatchMode):
     """Counts FLOPs and saved bytes, and books them on the branch in whose call they arise (-1: on none)."""
 
     def __init__(self, root: nn.Module) -> None:
@@ -188,6 +188,7 @@ class _Meter(TorchDispatchMode):
         self._seen = {_storage(tensor) for tensor in [*root.parameters(), *root.buffers()]}
 
     def run_branch(self, index: int, branch: Callable[[Any], Any], x: Any) -> Any:
+        """Run a branch, as an observer of the passes."""
         self.outer[index] = tuple(self._open)
         self._open.append(index)
         self._mark()
@@ -205,6 +206,7 @@ class _Meter(TorchDispatchMode):
         return self._open[-1] if self._open else _REST
 
     def save(self, tensor: Tensor) -> Tensor:
+        """Book a tensor that is kept for the backward, as the first of `saved_tensors_hooks`."""
         storage = _storage(tensor)
         if storage not in self._seen:
             self._seen.add(storage)

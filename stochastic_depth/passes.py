@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore
 
 from stochastic_depth.gates import Draw, draw_counts, draw_order
 
@@ -129,6 +131,7 @@ class ForwardPasses:
         self._passes: deque[_Remembered] = deque(maxlen=_NUM_REMEMBERED)
         self._current: Pass | None = None
         self._in_root = False
+        self._is_dry = False
         # From which autograd number on nodes belong to no pass yet; None where a pass may still be making some.
         self._unclaimed_from: int | None = 0
         # Which number the next node had when a part was last given its gate.
@@ -137,7 +140,16 @@ class ForwardPasses:
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("_passes", "_current", "_in_root", "_unclaimed_from", "_asked_at", "_orders", "observer"):
+        for name in (
+            "_passes",
+            "_current",
+            "_in_root",
+            "_is_dry",
+            "_unclaimed_from",
+            "_asked_at",
+            "_orders",
+            "observer",
+        ):
             del state[name]
         return state
 
@@ -187,6 +199,8 @@ class ForwardPasses:
             if training or self.forced is not None:
                 raise RuntimeError("An export would freeze the gates: export the model after model.eval().")
             return None
+        if self._is_dry:
+            return None
         this = self._pass_of_call(index, training=training)
         if this is None:
             return None
@@ -203,6 +217,27 @@ class ForwardPasses:
         if num_open == num_samples or (num_open == 0 and not has_several_ranks()):
             return Gate(num_open, None, survival_prob)
         return Gate(num_open, self._order_of(this, num_samples, device)[index], survival_prob)
+
+    @eager
+    def survival_prob_of_call(self, index: int, *, training: bool) -> float | None:
+        """The chance that the branch had to run which is being run; None where the rule of evaluation holds."""
+        if is_exporting():
+            return None
+        node = evaluated_node()
+        this = self._current if node is None else self._pass_of_node(node)
+        if this is None or not (training or this.forced):
+            return None
+        return this.survival_probs[index]
+
+    @contextmanager
+    def dry_run(self) -> Generator[None]:
+        """Within, what is run is run for its shapes only: every branch runs, unseen by FLOP counters and autograd."""
+        before, self._is_dry = self._is_dry, True
+        try:
+            with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+                yield
+        finally:
+            self._is_dry = before
 
     def draw_of(self, this: Pass, num_samples: int) -> list[int]:
         """For how many of `num_samples` separately gated samples each branch is open in a pass that is not forced."""

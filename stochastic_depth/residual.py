@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
+from stochastic_depth.copies import tensor_without_data, without_data
 from stochastic_depth.passes import ForwardPasses, Gate, Observer, graph_break
 
 # The gated sum stays out of torch.compile's graphs, which would be one per pattern of gates; the branches that it calls
@@ -20,6 +21,7 @@ compiled_inside = partial(graph_break, recursive=False)
 Rescale = Literal["eval", "train", "none"]
 SkippedGrad = Literal["zero", "none"]
 Samples = Tensor | tuple[Tensor, ...]
+BranchFunction = Callable[[nn.Module, Any], Tensor]
 
 
 class Residual(nn.Module):
@@ -63,86 +65,126 @@ class GatedBranch:
     index: int
     rescale: Rescale
     skipped_grad: SkippedGrad
+    _one_value: dict[Any, bool] = field(default_factory=dict[Any, bool], init=False, repr=False)
 
     @property
     def survival_prob(self) -> float:
         """The chance of the branch to run, in (0, 1]."""
         return self.passes.survival_probs[self.index]
 
+    def factor(self, survival_prob: float | None) -> float:
+        """What the branch counts with where it runs.
+
+        Args:
+            survival_prob: the chance that it had to run in its pass; None where the rule of evaluation holds.
+        """
+        if survival_prob is None:
+            return self.survival_prob if self.rescale == "eval" else 1.0
+        return 1 / survival_prob if self.rescale == "train" else 1.0
+
     @compiled_inside
     def add(
-        self, shortcut: Tensor, x: Samples, branch: Callable[[Any], Tensor], *, parts: nn.Module, training: bool
+        self,
+        shortcut: Tensor,
+        x: Samples,
+        module: nn.Module,
+        branch: BranchFunction,
+        *,
+        parts: nn.Module,
+        training: bool,
+        others: Sequence[Tensor] = (),
     ) -> Tensor:
-        """The gated sum `shortcut + gate * branch(x)`, which runs the branch only where its gate is open.
+        """The gated sum `shortcut + gate * branch(module, x)`, which runs the branch only where its gate is open.
 
         Args:
             shortcut: (N, ...), what the branch is added to; `x` itself or a view of it where it is the identity.
             x: (N, ...), input of the branch, or several in a tuple.
-            branch: computes the branch from `x`, for any number of samples.
+            module: whose parameters the branch uses.
+            branch: computes the branch from (module, x), for any number of samples.
             parts: holds the branch's parameters.
             training: whether the rule of training holds.
+            others: inputs of the branch to which the shortcut carries no gradient: like parameters, they get gradients
+                of zero from a branch that does not run.
 
         Returns:
             (N, ...), a tensor of its own, safe to be changed in place.
         """
         gate = self.passes.gate(self.index, shortcut.shape[0], shortcut.device, training=training)
         if self.passes.observer is not None:
-            branch = _Observed(self.passes.observer, self.index, branch)
+            branch = partial(_observed, self.passes.observer, self.index, branch)
         if gate is None:
-            return _plain_sum(shortcut, branch(x), self.survival_prob if self.rescale == "eval" else 1.0)
-        factor = 1 / gate.survival_prob if self.rescale == "train" else 1.0
+            return _plain_sum(shortcut, branch(module, x), self.factor(None))
+        factor = self.factor(gate.survival_prob)
         if gate.num_open == 0 and gate.order is None:
-            return self.skip(shortcut, parts)
+            return self.skip(shortcut, parts, others)
         if gate.num_open == shortcut.shape[0]:
-            return _plain_sum(shortcut, branch(x), factor)
-        return _sum_over_subset(shortcut, x, branch, gate, factor, parts)
+            return _plain_sum(shortcut, branch(module, x), factor)
+        return self._sum_over_subset(shortcut, x, module, branch, gate, factor, parts)
 
-    def skip(self, shortcut: Tensor, parts: nn.Module) -> Tensor:
+    def skip(self, shortcut: Tensor, parts: nn.Module, others: Sequence[Tensor] = ()) -> Tensor:
         """The sum where the branch, whose parameters `parts` holds, runs for no sample: a copy of `shortcut`."""
         if self.skipped_grad == "zero" and torch.is_grad_enabled():
-            parameters = [parameter for parameter in parts.parameters() if parameter.requires_grad]
-            if parameters:
-                return cast(Tensor, _WithZeroGradients.apply(shortcut, *parameters))
+            unused = [tensor for tensor in (*parts.parameters(), *others) if tensor.requires_grad]
+            if unused:
+                return cast(Tensor, _WithZeroGradients.apply(shortcut, *unused))
         # A copy: whoever changes the sum in place must not change the shortcut, which is somebody else's tensor.
         return shortcut.clone()
 
+    def _sum_over_subset(
+        self,
+        shortcut: Tensor,
+        x: Samples,
+        module: nn.Module,
+        branch: BranchFunction,
+        gate: Gate,
+        factor: float,
+        parts: nn.Module,
+    ) -> Tensor:
+        assert gate.order is not None
+        num_run = max(gate.num_open, 1)
+        if num_run == 1 and any(_batch_norms(parts)) and self._sees_one_value(module, branch, x):
+            # BatchNorm cannot normalise a single value per channel: another sample, of weight 0, gives it another.
+            num_run = 2
+        inputs = x if isinstance(x, tuple) else (x,)
+        taken = tuple(cast(Tensor, _Take.apply(each, gate.order[:num_run])) for each in inputs)
+        output = branch(module, taken if isinstance(x, tuple) else taken[0])
+        if num_run > gate.num_open:
+            output = output[: gate.num_open]
+        return cast(Tensor, _AddSubset.apply(shortcut, output, gate.order[: gate.num_open], factor))
 
-@dataclass
-class _Observed:
-    observer: Observer
-    index: int
-    branch: Callable[[Any], Tensor]
+    def _sees_one_value(self, module: nn.Module, branch: BranchFunction, x: Samples) -> bool:
+        """Whether a BatchNorm of the branch would see one value per channel if the branch ran for a single sample.
 
-    def __call__(self, x: Samples) -> Tensor:
-        return self.observer(self.index, self.branch, x)
+        It is looked up in a run without data. Where that fails, what the branch is given decides.
+        """
+        inputs = x if isinstance(x, tuple) else (x,)
+        shapes = tuple(each.shape[1:] for each in inputs)
+        if shapes not in self._one_value:
+            module = without_data(module)
+            alone = tuple(tensor_without_data(each, 1) for each in inputs)
+            seen: list[bool] = []
+            for norm in _batch_norms(module):
+                norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].numel() == args[0].shape[1]))
+                norm.eval()
+            try:
+                with self.passes.dry_run():
+                    branch(module, alone if isinstance(x, tuple) else alone[0])
+            except (RuntimeError, NotImplementedError):
+                seen = [each.shape[2:].numel() == 1 for each in inputs]
+            self._one_value[shapes] = any(seen)
+        return self._one_value[shapes]
+
+
+def _observed(observer: Observer, index: int, branch: BranchFunction, module: nn.Module, x: Samples) -> Tensor:
+    return observer(index, partial(branch, module), x)
 
 
 def _plain_sum(shortcut: Tensor, branch: Tensor, factor: float) -> Tensor:
     return shortcut + branch if factor == 1.0 else torch.add(shortcut, branch, alpha=factor)
 
 
-def _sum_over_subset(
-    shortcut: Tensor, x: Samples, branch: Callable[[Any], Tensor], gate: Gate, factor: float, parts: nn.Module
-) -> Tensor:
-    assert gate.order is not None
-    num_run = max(gate.num_open, 1)
-    inputs = x if isinstance(x, tuple) else (x,)
-    if num_run == 1 and _has_one_value_per_channel(shortcut, *inputs) and any(_batch_norms(parts)):
-        # BatchNorm cannot normalise a single value per channel: another sample, of weight 0, gives it another.
-        num_run = 2
-    taken = tuple(cast(Tensor, _Take.apply(each, gate.order[:num_run])) for each in inputs)
-    output = branch(taken if isinstance(x, tuple) else taken[0])
-    if num_run > gate.num_open:
-        output = output[: gate.num_open]
-    return cast(Tensor, _AddSubset.apply(shortcut, output, gate.order[: gate.num_open], factor))
-
-
-def _has_one_value_per_channel(*tensors: Tensor) -> bool:
-    return any(tensor.shape[2:].numel() == 1 for tensor in tensors)
-
-
-def _batch_norms(module: nn.Module) -> Iterator[nn.Module]:
-    return (part for part in module.modules() if isinstance(part, _BatchNorm) and part.training)
+def _batch_norms(module: nn.Module) -> list[nn.Module]:
+    return [part for part in module.modules() if isinstance(part, _BatchNorm) and part.training]
 
 
 # Samples are taken and added in the order of memory, forward and backward: PyTorch's own index_select and index_add
@@ -174,21 +216,22 @@ class _AddSubset(torch.autograd.Function):
     @staticmethod
     def forward(batch: Tensor, samples: Tensor, indices: Tensor, factor: float) -> Tensor:  # pyright: ignore
         dims, _ = _memory_order(batch)
-        samples = samples.to(batch.dtype).permute(dims)
-        result = batch.clone()
-        result.permute(dims).index_add_(0, indices, samples, alpha=factor)
+        dtype = torch.promote_types(batch.dtype, samples.dtype)  # As in the plain sum, under autocast for one.
+        result = batch.to(dtype, copy=True)
+        result.permute(dims).index_add_(0, indices, samples.to(dtype).permute(dims), alpha=factor)
         return result  # Not a view: what comes next may change it in place.
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: Tensor) -> None:  # noqa: ARG004
-        _, samples, ctx.indices, ctx.factor = inputs
-        ctx.dtype = samples.dtype
+        batch, samples, ctx.indices, ctx.factor = inputs
+        ctx.dtypes = batch.dtype, samples.dtype
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         (grad,) = grad_outputs
-        taken = _take(grad, ctx.indices).to(ctx.dtype)
-        return grad, taken if ctx.factor == 1.0 else taken * ctx.factor, None, None
+        of_batch, of_samples = ctx.dtypes
+        taken = _take(grad, ctx.indices).to(of_samples)
+        return grad.to(of_batch), taken if ctx.factor == 1.0 else taken * ctx.factor, None, None
 
 
 def _take(batch: Tensor, indices: Tensor) -> Tensor:
@@ -203,23 +246,23 @@ def _memory_order(tensor: Tensor) -> tuple[list[int], list[int]]:
 
 
 class _WithZeroGradients(torch.autograd.Function):
-    """A copy of `x` through which `parameters` get gradients of zero, as if they had been used with factor 0.
+    """A copy of `x` through which `unused` tensors get gradients of zero, as if they had been used with factor 0.
 
     That is what the authors' optimiser sees for a dropped block, and what a mask gives; and it makes plain
     DistributedDataParallel right, which waits for a gradient of every parameter.
     """
 
     @staticmethod
-    def forward(x: Tensor, *_parameters: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(x: Tensor, *_unused: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return x.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG004
-        ctx.parameters = inputs[1:]
+        ctx.unused = inputs[1:]
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        return grad_outputs[0], *(torch.zeros_like(parameter) for parameter in ctx.parameters)
+        return grad_outputs[0], *(torch.zeros_like(tensor) for tensor in ctx.unused)
 
 
 class StochasticResidual(Residual):
@@ -231,4 +274,6 @@ class StochasticResidual(Residual):
     def forward(self, x: Tensor) -> Tensor:
         """The gated sum. x: (N, ...)."""
         shortcut = x if self.shortcut is None else self.shortcut(x)
-        return self._stochastic_depth_branch.add(shortcut, x, self.branch, parts=self.branch, training=self.training)
+        return self._stochastic_depth_branch.add(
+            shortcut, x, self.branch, nn.Module.__call__, parts=self.branch, training=self.training
+        )

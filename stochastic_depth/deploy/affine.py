@@ -18,6 +18,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase  # pyright: ignore[reportPrivateUsage]
 from torch.nn.modules.instancenorm import _InstanceNorm  # pyright: ignore[reportPrivateUsage]
 
+from stochastic_depth.copies import plain_class
 from stochastic_depth.deploy.branches import TrainedBranch
 from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit import cuts
@@ -25,7 +26,7 @@ from stochastic_depth.retrofit.block import Key, find_sums
 from stochastic_depth.retrofit.cuts import CutError
 from stochastic_depth.retrofit.find import recordings
 from stochastic_depth.retrofit.rules import drop_path_rule
-from stochastic_depth.retrofit.trace import TraceError, is_size, plain_class
+from stochastic_depth.retrofit.trace import TraceError, is_size
 
 
 class NotAffineError(Exception):

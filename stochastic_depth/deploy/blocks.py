@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
+from stochastic_depth.copies import plain_class
 from stochastic_depth.deploy.affine import drop_path_call
 from stochastic_depth.deploy.batches import Call
 from stochastic_depth.retrofit import cuts
@@ -29,7 +30,6 @@ from stochastic_depth.retrofit.trace import (
     Recording,
     TraceError,
     flatten,
-    plain_class,
     record,
     size_value,
 )

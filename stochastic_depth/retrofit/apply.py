@@ -15,7 +15,7 @@ from stochastic_depth.retrofit.block import BlockBranches, StochasticBlock, Stoc
 from stochastic_depth.retrofit.classes import restore_class_, swap_class_
 from stochastic_depth.retrofit.controller import Controller
 from stochastic_depth.retrofit.find import Branch, Found, Where, find_branches
-from stochastic_depth.retrofit.layers import StochasticLayer, refuse_own_layerdrop
+from stochastic_depth.retrofit.layers import GatedLayer, LayerDropPath, StochasticLayer, refuse_own_layerdrop
 from stochastic_depth.schedules import Schedule, check_survival_probs
 
 _CONTROLLER = "_stochastic_depth"
@@ -59,8 +59,9 @@ def make_stochastic_(
         ranks: "agree": the same gates on every rank. "decorrelate": each rank its own.
         where: which branches: a predicate (name, module) -> bool, or fnmatch patterns of their names. The schedule
             spans the branches that are left.
-        layers: fnmatch patterns of whole layers that are branches, and the only ones (LayerDrop). A closed layer hands
-            its hidden states on, the first tensor that it is given.
+        layers: fnmatch patterns of whole layers that are branches (LayerDrop); with a schedule, the only ones. A
+            closed layer hands its hidden states on, the first tensor that it is given. Its gate stands for the drop
+            paths inside of it, which apply the factor of the sum; without a schedule, it has their rate.
         seed: seed of the gates. No global random state is read or changed.
 
     Returns:
@@ -92,8 +93,6 @@ def make_stochastic_(
     _refuse_stochastic(model)
     layers = [layers] if isinstance(layers, str) else layers
     if layers is not None:
-        if schedule is None:
-            raise ValueError("layers needs a schedule, such as uniform(0.9): whole layers have no rates of their own.")
         refuse_own_layerdrop(model)
     found = find_branches(model, where, layers, with_schedule=schedule is not None)
     branches = found.branches
@@ -107,8 +106,11 @@ def make_stochastic_(
         ranks=ranks,
     )
     for index, branch in enumerate(branches):
-        gated = GatedBranch(passes, index, rescale or _own_rescale(branch, schedule), skipped_grad)
-        _make_stochastic(branch, gated, found)
+        own = (passes, index, rescale or _own_rescale(branch, schedule), skipped_grad)
+        if branch.kind == "layer":
+            _make_layer_stochastic(branch, GatedLayer(*own, drop_paths=bool(branch.drop_paths)))
+        else:
+            _make_stochastic(branch, GatedBranch(*own), found)
     rescales = dict.fromkeys(rescale or _own_rescale(branch, schedule) for branch in branches)
     made = Controller(
         model, branches, passes, rescale=" or ".join(rescales), skipped_grad=skipped_grad, notes=found.notes
@@ -119,8 +121,7 @@ def make_stochastic_(
 
 def _make_stochastic(branch: Branch, gated: GatedBranch, found: Found) -> None:
     if branch.key is None:
-        single = StochasticResidual if isinstance(branch.module, Residual) else StochasticDropPath
-        swap_class_(branch.module, StochasticLayer if branch.kind == "layer" else single)
+        swap_class_(branch.module, StochasticResidual if isinstance(branch.module, Residual) else StochasticDropPath)
         setattr(branch.module, _BRANCH, gated)
         return
     if _BRANCH not in branch.module.__dict__:
@@ -128,6 +129,15 @@ def _make_stochastic(branch: Branch, gated: GatedBranch, found: Found) -> None:
         drop_paths, known = found.drop_paths[branch.module], found.known[branch.module]
         setattr(branch.module, _BRANCH, BlockBranches(branch.block_name, drop_paths, known))
     getattr(branch.module, _BRANCH).put(branch.key, gated, branch.treatment, branch.parts)
+
+
+def _make_layer_stochastic(branch: Branch, gated: GatedLayer) -> None:
+    for module, behaviour in (
+        (branch.module, StochasticLayer),
+        *((inner, LayerDropPath) for inner in branch.drop_paths),
+    ):
+        swap_class_(module, behaviour)
+        setattr(module, _BRANCH, gated)
 
 
 def _own_rescale(branch: Branch, schedule: Schedule | Sequence[float] | None) -> Rescale:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
+import torch
 from torch import Tensor, fx, nn
 
 from stochastic_depth.passes import Gate, is_exporting
@@ -15,7 +17,7 @@ from stochastic_depth.residual import GatedBranch, compiled_inside
 from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.cuts import CutError, Sum
 from stochastic_depth.retrofit.shapes import output_without_data, samples_among
-from stochastic_depth.retrofit.trace import PLAIN_TYPES, Recording, TraceError, flatten, is_size, record, size_value
+from stochastic_depth.retrofit.trace import PLAIN_TYPES, Recording, TraceError, decide_by, flatten, is_size, record
 
 Key = tuple[str, int]
 """A branch of a block: the path of its drop path, "" for a plain addition; and which of that path's uses, from 0."""
@@ -97,7 +99,7 @@ class BlockBranches:
             if recording.holds(leaves):
                 return rewritten, leaves
         try:
-            recording = record(block, signature, len(leaves), functools.partial(_decide_by, leaves))
+            recording = record(block, signature, len(leaves), functools.partial(decide_by, leaves))
             rewritten = rewrite(recording.graph, block, self)
         except (TraceError, CutError) as error:
             raise RuntimeError(
@@ -122,11 +124,6 @@ def _state(block: nn.Module) -> tuple[Any, ...]:
         if value is None  # pyright: ignore[reportPrivateUsage]
     )
     return plain, empty
-
-
-def _decide_by(leaves: Sequence[Any], node: fx.Node) -> Any:
-    placeholders = [other for other in node.graph.nodes if other.op == "placeholder"]
-    return size_value(node, dict(zip(placeholders, leaves, strict=True)))
 
 
 class StochasticBlock(nn.Module):
@@ -163,24 +160,42 @@ def find_sums(graph: fx.Graph, block: nn.Module, drop_paths: Sequence[str]) -> d
     if not drop_paths:
         return {("", index): residual for index, residual in enumerate(cuts.residual_sums(graph, block))}
     found: dict[Key, Sum | CutError] = {}
-    calls = dict.fromkeys(drop_paths, 0)
-    for node in graph.nodes:
-        if node.op == "call_module" and node.target in calls:
-            key = (node.target, calls[node.target])
-            calls[node.target] += 1
-            try:
-                residual = cuts.drop_path_sum(node, block)
-                cuts.cut(residual, block)
-                found[key] = residual
-            except CutError as error:
-                found[key] = error
+    for call in _calls(graph, drop_paths).values():
+        cuts.move_behind_what_commutes(call, block)
+    for key, call in _calls(graph, drop_paths).items():
+        try:
+            residual = cuts.drop_path_sum(call, block)
+            cuts.cut(residual, block)
+            found[key] = residual
+        except CutError as error:
+            found[key] = error
     return found
 
 
-def parts_of(branch: cuts.Branch, block: nn.Module) -> BranchParts:
-    """What holds a branch's parameters: children that only the branch calls, and single parameters."""
-    inner = set(branch.nodes)
-    outside = {node.target for node in branch.nodes[0].graph.nodes if node.op == "call_module" and node not in inner}
+def _calls(graph: fx.Graph, drop_paths: Sequence[str]) -> dict[Key, fx.Node]:
+    """The calls of a block's drop paths, in order."""
+    numbers = {path: itertools.count() for path in drop_paths}
+    return {
+        (cast(str, node.target), next(numbers[cast(str, node.target)])): node
+        for node in graph.nodes
+        if node.op == "call_module" and node.target in numbers
+    }
+
+
+def parts_of(branches: Mapping[Key, cuts.Branch], block: nn.Module) -> dict[Key, BranchParts]:
+    """What holds the parameters of each branch of a recording: children that only branches call, and single parameters.
+
+    A child that several branches call is a part of each.
+    """
+    if not branches:
+        return {}
+    inner = {node for branch in branches.values() for node in branch.nodes}
+    nodes = next(iter(inner)).graph.nodes
+    outside = {node.target for node in nodes if node.op == "call_module" and node not in inner}
+    return {key: _parts(branch, outside, block) for key, branch in branches.items()}
+
+
+def _parts(branch: cuts.Branch, outside: Collection[Any], block: nn.Module) -> BranchParts:
     members: dict[nn.Module, None] = {}
     direct: dict[tuple[nn.Module, str], None] = {}
     for node in branch.nodes:
@@ -196,13 +211,15 @@ def rewrite(graph: fx.Graph, block: nn.Module, branches: BlockBranches) -> Calla
     """Code of a block's forward, taking the block and the opaque arguments, with every gated branch behind its gate."""
     graph = _copy(graph)
     replaced: dict[fx.Node, fx.Node] = {}
-    for key, residual in find_sums(graph, block, branches.drop_paths).items():
+    sums = find_sums(graph, block, branches.drop_paths)
+    calls = _calls(graph, branches.drop_paths)
+    for key, residual in sums.items():
         if key not in branches.known:
             raise CutError(f"{key[0] or 'an addition'} is used in a way that was not foreseen")
         if key not in branches.gated:
             continue
         if branches.treatments[key] == "mask":
-            _mask(graph, key, block, branches)
+            _mask(calls[key], key, block, branches)
         elif isinstance(residual, CutError):
             raise residual
         else:
@@ -231,7 +248,10 @@ def _gate(residual: Sum, key: Key, block: nn.Module, branches: BlockBranches) ->
         if residual.shortcut is None and branch.sides:
             raise CutError("the branch is added to nothing and gives more than one value")
         make = _gated_value if residual.shortcut is None else _gated_sum_and_sides
-    gated_sum = make(block, branches, key, function, [kinds[node] for node in branch.inputs])
+    # Where the branch does not run, the shortcut carries no gradient to these inputs.
+    carried: set[fx.Node] = set() if residual.shortcut is None else cuts.ancestors(residual.shortcut)
+    inputs = [_Input(samples=kinds[node], carried=node in carried) for node in branch.inputs]
+    gated_sum = make(block, branches, key, function, inputs)
     with graph.inserting_before(residual.add):
         shortcut = () if residual.shortcut is None else (residual.shortcut,)
         gated_node = graph.call_function(gated_sum, (*shortcut, *branch.inputs))
@@ -280,40 +300,57 @@ def _compile(graph: fx.Graph, description: str) -> Callable[..., Any]:
     return namespace["forward"]
 
 
+class _Input(NamedTuple):
+    """What is known of an input of a branch.
+
+    Attributes:
+        samples: whether its first dimension is one of samples; None where the call must tell.
+        carried: whether it is the shortcut or what that is computed from.
+    """
+
+    samples: bool | None
+    carried: bool
+
+
 def _gated_sum(
-    block: nn.Module, branches: BlockBranches, key: Key, function: Callable[..., Tensor], kinds: Sequence[bool | None]
+    block: nn.Module, branches: BlockBranches, key: Key, function: Callable[..., Tensor], kinds: Sequence[_Input]
 ) -> Callable[..., Tensor]:
     gated, parts = branches.gated[key], branches.parts[key]
     known: dict[Any, list[bool]] = {}
 
     @compiled_inside
     def gated_sum(shortcut: Tensor, *inputs: Any) -> Tensor:
-        if len(inputs) == 1 and kinds[0] and inputs[0].shape[0] == shortcut.shape[0]:
-            branch = functools.partial(function, block)
-            return gated.add(shortcut, inputs[0], branch, parts=parts, training=block.training)
+        others = [
+            value for value, kind in zip(inputs, kinds, strict=True) if isinstance(value, Tensor) and not kind.carried
+        ]
+        if len(inputs) == 1 and kinds[0].samples and inputs[0].shape[0] == shortcut.shape[0]:
+            return gated.add(shortcut, inputs[0], block, function, parts=parts, training=block.training, others=others)
         shapes = (shortcut.shape[0], *(value.shape if isinstance(value, Tensor) else None for value in inputs))
         of_batch = known.get(shapes)
         if of_batch is None:
             if gated.passes.granularity == "batch":
                 of_batch = [False] * len(inputs)
             else:
-                of_batch = samples_among(function, block, inputs, kinds, shortcut.shape[0])
+                with gated.passes.dry_run():
+                    of_batch = samples_among(
+                        function, block, inputs, [kind.samples for kind in kinds], shortcut.shape[0]
+                    )
             known[shapes] = of_batch
         shared = [value for value, samples in zip(inputs, of_batch, strict=True) if not samples]
         own = tuple(value for value, samples in zip(inputs, of_batch, strict=True) if samples)
 
-        def branch_of_samples(taken: tuple[Tensor, ...]) -> Tensor:
+        def of_samples(module: nn.Module, taken: tuple[Tensor, ...]) -> Tensor:
             rest, some = iter(shared), iter(taken)
-            return function(block, *(next(some if samples else rest) for samples in of_batch))
+            return function(module, *(next(some if samples else rest) for samples in of_batch))
 
-        return gated.add(shortcut, own, branch_of_samples, parts=parts, training=block.training)
+        return gated.add(shortcut, own, block, of_samples, parts=parts, training=block.training, others=others)
 
     gated_sum.__name__ = f"gated_sum_{branches.known.index(key)}"
     return gated_sum
 
 
 def _gated_sum_and_sides(
-    block: nn.Module, branches: BlockBranches, key: Key, function: Callable[..., Any], kinds: Sequence[bool | None]
+    block: nn.Module, branches: BlockBranches, key: Key, function: Callable[..., Any], kinds: Sequence[_Input]
 ) -> Callable[..., Any]:
     """The sum, and what else the branch's attention returns: attention maps are None where not all samples ran."""
     number = branches.known.index(key)
@@ -334,7 +371,8 @@ def _gated_sum_and_sides(
             return summed, *seen[-1]
         shapes = tuple(value.shape if isinstance(value, Tensor) else None for value in inputs)
         if shapes not in sides_without_run:
-            sides = output_without_data(function, block, inputs)[1:]
+            with branches.gated[key].passes.dry_run():
+                sides = output_without_data(function, block, inputs)[1:]
             sides_without_run[shapes] = tuple(_without_tensors(side) for side in sides)
         return summed, *sides_without_run[shapes]
 
@@ -351,7 +389,7 @@ def _without_tensors(value: Any) -> Any:
 
 
 def _gated_value(
-    block: nn.Module, branches: BlockBranches, key: Key, function: Callable[..., Tensor], kinds: Sequence[bool | None]
+    block: nn.Module, branches: BlockBranches, key: Key, function: Callable[..., Tensor], kinds: Sequence[_Input]
 ) -> Callable[..., Tensor]:
     """Where a block without a shortcut drops all that it computes, closed gates give zeros."""
     gated_sum = _gated_sum(block, branches, key, function, kinds)
@@ -361,7 +399,8 @@ def _gated_value(
     def gated_value(*inputs: Any) -> Tensor:
         shapes = tuple(value.shape if isinstance(value, Tensor) else None for value in inputs)
         if shapes not in known:
-            known[shapes] = output_without_data(function, block, inputs).shape
+            with branches.gated[key].passes.dry_run():
+                known[shapes] = output_without_data(function, block, inputs).shape
         tensor = next(value for value in inputs if isinstance(value, Tensor))
         return gated_sum(tensor.new_zeros(known[shapes]), *inputs)
 
@@ -369,9 +408,7 @@ def _gated_value(
     return gated_value
 
 
-def _mask(graph: fx.Graph, key: Key, block: nn.Module, branches: BlockBranches) -> None:
-    calls = [node for node in graph.nodes if node.op == "call_module" and node.target == key[0]]
-    node = calls[key[1]]
+def _mask(call: fx.Node, key: Key, block: nn.Module, branches: BlockBranches) -> None:
     gated = branches.gated[key]
 
     @compiled_inside
@@ -379,15 +416,17 @@ def _mask(graph: fx.Graph, key: Key, block: nn.Module, branches: BlockBranches) 
         return mask(gated, x, training=block.training)
 
     masked.__name__ = f"masked_{branches.known.index(key)}"
-    node.op, node.target = "call_function", masked
+    call.op, call.target = "call_function", masked
 
 
 def mask(gated: GatedBranch, x: Tensor, *, training: bool) -> Tensor:
     """A branch's output `x` (N, ...) times its gates, where the branch cannot be skipped."""
     gate = gated.passes.gate(gated.index, x.shape[0], x.device, training=training)
+    factor = gated.factor(gate and gate.survival_prob)
+    if gated.passes.observer is not None and (gate is None or gate.num_open):
+        x = gated.passes.observer(gated.index, torch.clone, x)
     if gate is None:
-        return x * gated.survival_prob if gated.rescale == "eval" else x
-    factor = 1 / gate.survival_prob if gated.rescale == "train" else 1.0
+        return x if factor == 1.0 else x * factor
     return x * _weights(gate, x, factor)
 
 

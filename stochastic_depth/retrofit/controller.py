@@ -242,7 +242,7 @@ class Controller:
         Raises:
             RuntimeError: if one of these does not hold; the message names the branches.
         """
-        return verify(self._root, self._passes, [branch.parts for branch in self._branches], inputs)
+        return verify(self._root, self._passes, self._branches, inputs)
 
     def __str__(self) -> str:
         rows = [("branch", "survival", "treatment")]
@@ -266,7 +266,10 @@ class Controller:
         if survival_prob == 1:
             return "always runs"
         batch = self._passes.granularity == "batch"
-        return "skip: one gate per mini-batch" if batch else "subset: each sample its own gate"
+        how = "skip: one gate per mini-batch" if batch else "subset: each sample its own gate"
+        if branch.drop_paths:
+            how += f", and for the {len(branch.drop_paths)} drop paths of the whole layer"
+        return how
 
     def __repr__(self) -> str:
         return f"<Controller of {len(self.names)} branches, expected depth {self.expected_depth:.2f}>"

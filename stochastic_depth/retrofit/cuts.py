@@ -286,6 +286,60 @@ def batch_kinds(branch: Branch, residual: Sum) -> Mapping[fx.Node, bool | None]:
     return kinds
 
 
+def move_behind_what_commutes(drop_path: fx.Node, block: nn.Module) -> None:
+    """Move a drop path behind the linear maps that follow it, where nothing before it can be skipped.
+
+    timm's ResNeSt drops the input of a block's projection shortcut, which the branch needs too. Dropping before and
+    after a linear map of each sample is the same, and after it the map itself can be skipped.
+    """
+    source = drop_path.args[0]
+    calls = [node for node in drop_path.graph.nodes if node.op == "call_module" and node.target == drop_path.target]
+    if not isinstance(source, fx.Node) or len(calls) > 1:
+        return
+    if source.op != "placeholder" and all(user is drop_path or is_size(user) for user in source.users):
+        return
+    linear: list[fx.Node] = []
+    while (user := _only_user(linear[-1] if linear else drop_path)) is not None:
+        module = block.get_submodule(user.target) if user.op == "call_module" else None  # pyright: ignore
+        if type(module) is nn.Sequential and not _has_hooks(module):
+            _call_children(user, module)
+        elif type(module) in _LINEAR and getattr(module, "bias", None) is None:
+            linear.append(user)
+        else:
+            break
+    if any(_computes(node, block) for node in linear):
+        last = linear[-1]
+        with drop_path.graph.inserting_after(last):
+            moved = drop_path.graph.call_module(cast(str, drop_path.target), (last,))
+        last.replace_all_uses_with(moved, delete_user_cb=lambda user: user is not moved)
+        drop_path.replace_all_uses_with(source)
+        drop_path.graph.erase_node(drop_path)
+
+
+_LINEAR = (
+    nn.Identity, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d,
+    nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
+)  # fmt: skip
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    users = [user for user in node.users if not is_size(user)]
+    return users[0] if len(users) == 1 else None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, hooks) for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"))
+
+
+def _call_children(call: fx.Node, sequential: nn.Sequential) -> None:
+    value = cast(fx.Node, call.args[0])
+    with call.graph.inserting_before(call):
+        for name, _ in sequential.named_children():
+            value = call.graph.call_module(f"{call.target}.{name}", (value,))
+    call.replace_all_uses_with(value)
+    call.graph.erase_node(call)
+
+
 def name_values_changed_in_place(graph: fx.Graph, block: nn.Module) -> None:
     """Let all that uses a value after it was changed in place use the result of the change: the same tensor."""
     position = {node: index for index, node in enumerate(graph.nodes)}

@@ -5,18 +5,19 @@ from __future__ import annotations
 import fnmatch
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import fx, nn
 
+from stochastic_depth.copies import plain_class
 from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.block import BranchParts, Key, Treatment, find_sums, parts_of
 from stochastic_depth.retrofit.cuts import CutError, UnusedError
 from stochastic_depth.retrofit.rules import DropPathRule, drop_path_rule
-from stochastic_depth.retrofit.trace import OPAQUE, Recording, TraceError, flatten, plain_class, record
+from stochastic_depth.retrofit.trace import OPAQUE, Recording, TraceError, flatten, may_be_size, record
 
 Where = Callable[[str, nn.Module], bool] | str | Sequence[str]
 
@@ -40,6 +41,7 @@ class Branch:
         treatment: whether a closed gate skips it or only masks its output.
         cause: why it is masked.
         kind: whether it is an operand of a sum or a whole layer.
+        drop_paths: of a layer, the drop paths inside, for which its gate stands.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Branch:
     treatment: Treatment = "skip"
     cause: str = ""
     kind: Literal["sum", "layer"] = "sum"
+    drop_paths: tuple[nn.Module, ...] = ()
 
 
 @dataclass
@@ -74,10 +77,10 @@ class Found:
 def find_branches(model: nn.Module, where: Where | None, layers: Sequence[str] | None, *, with_schedule: bool) -> Found:
     """The branches of a model.
 
-    They are the given layers. Without, they are its `Residual`s, if a schedule is given, and its drop paths with a
-    rate above 0; if there is neither and a
-    schedule is given, the residual additions in its modules' code. A module that is used several times has one gate for
-    all its uses in a pass.
+    With a schedule they are the given layers. Without layers they are its `Residual`s and its drop paths with a rate
+    above 0; if there is neither, the residual additions in its modules' code. Without a schedule they are its drop
+    paths with a rate above 0, where the gate of a given layer stands for those inside of it. A module that is used
+    several times has one gate for all its uses in a pass.
 
     Args:
         model: the model.
@@ -90,8 +93,8 @@ def find_branches(model: nn.Module, where: Where | None, layers: Sequence[str] |
     """
     found = Found()
     if layers is not None:
-        _find_layers(model, layers, found)
-    else:
+        _find_layers(model, layers, found, with_schedule=with_schedule)
+    if layers is None or not with_schedule:
         _find_drop_paths(model, found)
     if with_schedule and layers is None:
         _find_residuals(model, found)
@@ -129,7 +132,7 @@ def _nothing_found(model: nn.Module, found: Found, *, with_schedule: bool) -> st
     return f"No residual branch was found in {type(model).__name__}: looked for {where}. {advice}{seen}"
 
 
-def _find_layers(model: nn.Module, layers: Sequence[str], found: Found) -> None:
+def _find_layers(model: nn.Module, layers: Sequence[str], found: Found, *, with_schedule: bool) -> None:
     for pattern in layers:
         names = [name for name, _ in model.named_modules() if name and fnmatch.fnmatchcase(name, pattern)]
         if not names:
@@ -144,7 +147,24 @@ def _find_layers(model: nn.Module, layers: Sequence[str], found: Found) -> None:
             outer.append(name)
             if type(module) in _CONTAINERS:
                 raise ValueError(f"layers: {name} is a {type(module).__name__}, no layer. Try {name + '.*'!r}.")
-            found.branches.append(Branch(name, module, name, module, module, kind="layer"))
+            drop_paths = {
+                inner: rule for inner in module.modules() if (rule := drop_path_rule(inner)) and rule.drop_rate > 0
+            }
+            rule = None if with_schedule else _common_rule(name, drop_paths.values())
+            found.branches.append(
+                Branch(name, module, name, module, module, rule=rule, kind="layer", drop_paths=tuple(drop_paths))
+            )
+
+
+def _common_rule(layer: str, rules: Collection[DropPathRule]) -> DropPathRule:
+    if not rules:
+        raise ValueError(
+            f"layers: {layer} has no drop path with a rate above 0. Give a schedule, such as uniform(0.9)."
+        )
+    first, *others = dict.fromkeys(rules)
+    if others:
+        raise ValueError(f"layers: the drop paths of {layer} have several rates or rules. Give a schedule.")
+    return first
 
 
 def _find_residuals(model: nn.Module, found: Found) -> None:
@@ -155,10 +175,11 @@ def _find_residuals(model: nn.Module, found: Found) -> None:
 
 def _find_drop_paths(model: nn.Module, found: Found) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
+    inside = {drop_path for layer in found.branches for drop_path in layer.drop_paths}
     blocks: dict[nn.Module, tuple[str, dict[str, DropPathRule]]] = {}
     for name, module in modules.items():
         rule = drop_path_rule(module)
-        if rule is None or rule.drop_rate == 0:
+        if rule is None or rule.drop_rate == 0 or module in inside:
             continue
         if not 0 < rule.drop_rate < 1:
             raise ValueError(
@@ -191,7 +212,10 @@ def _find_in_block(block: nn.Module, name: str, rules: dict[str, DropPathRule], 
         for path, rule in rules.items():
             drop_path = block.get_submodule(path)
             full_name = f"{name}.{path}" if name else path
-            cause = f"the forward of {name or 'the model'} ({type(block).__name__}) cannot be recorded: {error}"
+            cause = (
+                f"the forward of {name or 'the model'} ({type(block).__name__}) cannot be recorded: {error}. "
+                f"layers=[{name!r}] would run it as a whole"
+            )
             parts = BranchParts([], [])
             found.branches.append(Branch(full_name, drop_path, full_name, parts, drop_path, None, rule, "mask", cause))
         return
@@ -250,15 +274,18 @@ def _treatments(
     treatments: dict[Key, BranchParts | CutError] = {}
     for recording in recordings(block):
         called.update(dict.fromkeys(node.target for node in recording.graph.nodes if node.op == "call_module"))
+        branches: dict[Key, cuts.Branch] = {}
         for key, residual in find_sums(recording.graph, block, drop_paths).items():
-            if isinstance(residual, CutError):
-                treatments[key] = residual
-            elif not isinstance(treatments.get(key), CutError):
-                try:
-                    treatments[key] = parts_of(cuts.cut(residual, block), block)
-                except CutError as error:
-                    if drop_paths:
-                        treatments[key] = error
+            try:
+                if isinstance(residual, CutError):
+                    raise residual
+                branches[key] = cuts.cut(residual, block)
+            except CutError as error:
+                if drop_paths:
+                    treatments[key] = error
+        for key, parts in parts_of(branches, block).items():
+            if not isinstance(treatments.get(key), CutError):
+                treatments[key] = parts
     return dict(sorted(treatments.items(), key=lambda item: item[0][1])), called
 
 
@@ -301,9 +328,14 @@ def recordings(
         raise first_error
 
 
-def _explore(decisions: Sequence[bool], taken: list[bool], node: fx.Node) -> bool:
-    if node.target is not bool:
-        raise TraceError("the forward loops over an argument")
+def _explore(decisions: Sequence[bool], taken: list[bool], node: fx.Node) -> bool | int:
+    subject = cast(fx.Node, node.args[0])
+    if not may_be_size(subject):
+        raise TraceError(f"the forward decides by the value of {subject.name}")
+    if node.target is len:
+        # Arguments that a block loops over are sizes of an image more often than not. A call is recorded anew with
+        # what it is given, and refused if its branches are others.
+        return 2
     decision = decisions[len(taken)] if len(taken) < len(decisions) else True
     taken.append(decision)
     return decision

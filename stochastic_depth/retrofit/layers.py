@@ -2,21 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
 
+from stochastic_depth.copies import evaluated_copy, plain_class
 from stochastic_depth.passes import Gate
 from stochastic_depth.residual import GatedBranch, compiled_inside
 from stochastic_depth.retrofit.shapes import samples_among
-from stochastic_depth.retrofit.trace import TraceError, flatten, plain_class, record, size_value, unflatten
+from stochastic_depth.retrofit.trace import TraceError, decide_by, flatten, record, unflatten
+
+
+@dataclass(eq=False)
+class GatedLayer(GatedBranch):
+    """What a stochastic layer knows.
+
+    Attributes:
+        drop_paths: whether drop paths inside of the layer, for which its gate stands, apply the factor of the sum.
+    """
+
+    drop_paths: bool = False
+    _structures: dict[Any, Any] = field(default_factory=dict[Any, Any], repr=False)
+
+    def structure(self, layer: nn.Module, signature: Any, leaves: Sequence[Any]) -> Any:
+        """What the layer returns for a call, with None for all tensors."""
+        key = (signature, *(leaf.shape if isinstance(leaf, Tensor) else None for leaf in leaves))
+        if key not in self._structures:
+            try:
+                recording = record(layer, signature, len(leaves), partial(decide_by, leaves))
+                returned = next(iter(reversed(recording.graph.nodes))).args[0]
+                self._structures[key] = fx.map_arg(returned, lambda _: cast(fx.Node, None))
+            except TraceError:
+                # Only a run can tell, once: in evaluation, without gradients, on a copy without hooks.
+                args, kwargs = unflatten(signature, leaves)
+                with self.passes.dry_run():
+                    output = evaluated_copy(layer)(*args, **kwargs)
+                self._structures[key] = tree_map_only(Tensor, lambda _: None, output)
+        return self._structures[key]
 
 
 class StochasticLayer(nn.Module):
     """Behaviour of a layer that is a branch as a whole: output = input + gate * (layer(input) - input)."""
 
-    _stochastic_depth_branch: GatedBranch
+    _stochastic_depth_branch: GatedLayer
 
     @compiled_inside
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -30,15 +63,14 @@ class StochasticLayer(nn.Module):
         if hidden is None:
             raise TypeError(f"The layer {name} is called without a tensor: it has no hidden states to hand on.")
         gate = gated.passes.gate(gated.index, hidden.shape[0], hidden.device, training=self.training)
-        if gate is None:
-            return _scaled(
-                self._run(leaves, signature), hidden, gated.survival_prob if gated.rescale == "eval" else 1.0
-            )
-        factor = 1 / gate.survival_prob if gated.rescale == "train" else 1.0
-        if gate.num_open == hidden.shape[0]:
-            return _scaled(self._run(leaves, signature), hidden, factor)
+        factor = 1.0 if gated.drop_paths else gated.factor(gate and gate.survival_prob)
+        if gate is None or gate.num_open == hidden.shape[0]:
+            output = self._run(leaves, signature)
+            _check_shape(name, _first(output), hidden, hidden.shape[0])
+            return output if factor == 1.0 else _with_first(output, _scaled(output, hidden, factor))
         if gate.num_open == 0 and gate.order is None:
-            return _with_first(self._structure(signature, leaves), gated.skip(hidden, self))
+            others = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf is not hidden]
+            return _with_first(gated.structure(self, signature, leaves), gated.skip(hidden, self, others))
         return self._run_subset(leaves, signature, hidden, gate, factor)
 
     def _run(self, leaves: list[Any], signature: Any) -> Any:
@@ -52,6 +84,7 @@ class StochasticLayer(nn.Module):
         return run(leaves) if observer is None else observer(gated.index, run, leaves)
 
     def _run_subset(self, leaves: list[Any], signature: Any, hidden: Tensor, gate: Gate, factor: float) -> Any:
+        gated = self._stochastic_depth_branch
         assert gate.order is not None
         order = gate.order[: gate.num_open]
         run = gate.order[: max(gate.num_open, 1)]
@@ -61,35 +94,29 @@ class StochasticLayer(nn.Module):
             args, kwargs = unflatten(signature, values)
             return plain_class(layer).forward(layer, *args, **kwargs)
 
-        of_batch = samples_among(plain, self, leaves, kinds, hidden.shape[0])
+        with gated.passes.dry_run():
+            of_batch = samples_among(plain, self, leaves, kinds, hidden.shape[0])
         taken = [leaf.index_select(0, run) if samples else leaf for leaf, samples in zip(leaves, of_batch, strict=True)]
         output = self._run(taken, signature)
         own = _first(output)[: gate.num_open]
+        _check_shape(gated.passes.names[gated.index], own, hidden, gate.num_open)
         if factor == 1.0:
             first = hidden.to(own.dtype).index_copy(0, order, own)
         else:
             first = hidden.index_add(0, order, (own - hidden.index_select(0, order)).to(hidden.dtype), alpha=factor)
-        return _with_first(self._structure(signature, leaves), first)
-
-    def _structure(self, signature: Any, leaves: list[Any]) -> Any:
-        """What the layer returns, with None for all tensors."""
-        try:
-            recording = record(
-                self,
-                signature,
-                len(leaves),
-                lambda node: size_value(node, dict(zip(_placeholders(node), leaves, strict=True))),
-            )
-        except TraceError as error:
-            gated = self._stochastic_depth_branch
-            raise RuntimeError(
-                f"It cannot be told what {gated.passes.names[gated.index]} returns when it is not run: {error}."
-            ) from error
-        return fx.map_arg(next(iter(reversed(recording.graph.nodes))).args[0], lambda _: cast(fx.Node, None))
+        return _with_first(gated.structure(self, signature, leaves), first)
 
 
-def _placeholders(node: fx.Node) -> list[fx.Node]:
-    return [other for other in node.graph.nodes if other.op == "placeholder"]
+class LayerDropPath(nn.Module):
+    """Behaviour of a drop path inside of a layer whose gate stands for it: what arrives has survived."""
+
+    _stochastic_depth_branch: GatedLayer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` (N, ...) times the factor of the layer's sum."""
+        gated = self._stochastic_depth_branch
+        factor = gated.factor(gated.passes.survival_prob_of_call(gated.index, training=self.training))
+        return x if factor == 1.0 else x * factor
 
 
 def _first(output: Any) -> Tensor:
@@ -102,16 +129,16 @@ def _with_first(structure: Any, first: Tensor) -> Any:
     return first
 
 
-def _scaled(output: Any, hidden: Tensor, factor: float) -> Any:
-    own = _first(output)
-    if own.shape != hidden.shape:
+def _scaled(output: Any, hidden: Tensor, factor: float) -> Tensor:
+    return torch.add(hidden, _first(output) - hidden, alpha=factor)
+
+
+def _check_shape(name: str, own: Tensor, hidden: Tensor, num_samples: int) -> None:
+    if own.shape != (num_samples, *hidden.shape[1:]):
         raise RuntimeError(
-            f"The layer makes {tuple(own.shape)} of hidden states {tuple(hidden.shape)}: it cannot be a branch."
+            f"The layer {name} makes {tuple(own.shape)} of hidden states {(num_samples, *hidden.shape[1:])}: "
+            "it cannot be a branch."
         )
-    if factor == 1.0:
-        return output
-    scaled = torch.add(hidden, own - hidden, alpha=factor)
-    return type(output)([scaled, *output[1:]]) if isinstance(output, (tuple, list)) else scaled
 
 
 def refuse_own_layerdrop(model: nn.Module) -> None:

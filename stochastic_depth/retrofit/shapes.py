@@ -1,19 +1,19 @@
-"""Runs a branch without data, to know its shapes, and which inputs are samples, before its first real run."""
+"""Runs a branch without data, to know its shapes, and which inputs are samples, before its first real run.
+
+Callers wrap it into `ForwardPasses.dry_run`.
+"""
 
 from __future__ import annotations
 
-import copy
 import itertools
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.retrofit.trace import plain_class
+from stochastic_depth.copies import plain_copy, tensor_without_data, without_data
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _MAX_UNKNOWN = 4
 
 Function = Callable[..., Any]
@@ -21,8 +21,7 @@ Function = Callable[..., Any]
 
 def output_without_data(function: Function, block: nn.Module, inputs: Sequence[Any]) -> Any:
     """What a branch gives for these inputs, its tensors on the meta device."""
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        return function(without_data(block), *[_meta(value) for value in inputs])
+    return function(without_data(block).eval(), *[tensor_without_data(value) for value in inputs])
 
 
 def samples_among(
@@ -59,58 +58,57 @@ def samples_among(
     if not unknown:
         return is_batch
     possible: list[list[bool]] = []
-    meta_block = without_data(block)
+    meta_block = without_data(block).eval()
     for guess in itertools.product((False, True), repeat=len(unknown[:_MAX_UNKNOWN])):
         guessed = list(is_batch)
         for index, of_batch in zip(unknown, guess, strict=False):
             guessed[index] = of_batch
         tried = [
-            _meta(value, num_samples + 1 if of_batch else None) for value, of_batch in zip(inputs, guessed, strict=True)
+            tensor_without_data(value, num_samples + 1 if of_batch else None)
+            for value, of_batch in zip(inputs, guessed, strict=True)
         ]
         try:
-            fits = _output_shape(function, meta_block, tried)[:1] == (num_samples + 1,)
+            fits = _output(function, meta_block, tried).shape[:1] == (num_samples + 1,)
         except (RuntimeError, ValueError, IndexError):
             fits = False
         if fits:
             possible.append(guessed)
-    if len(possible) != 1:
+    if len(possible) == 1:
+        return possible[0]
+    return _samples_by_influence(function, block, inputs, possible)
+
+
+def _samples_by_influence(
+    function: Function, block: nn.Module, inputs: Sequence[Any], possible: Sequence[list[bool]]
+) -> list[bool]:
+    """Where shapes leave several possibilities open: an entry of samples changes its own sample's output only.
+
+    Of the block a copy with random parameters is run, whose branch cannot happen to give zeros.
+    """
+    undecided = [index for index in range(len(inputs)) if len({guess[index] for guess in possible}) > 1]
+    fitting = [inputs[index] for index in undecided]
+    if not possible or not all(isinstance(value, Tensor) and value.is_floating_point() for value in fitting):
         shapes = [tuple(value.shape) for value in inputs if isinstance(value, Tensor)]
         raise RuntimeError(
             f"It cannot be told which of the branch's inputs, of shapes {shapes}, "
             "hold one entry per sample. Use another batch size, or granularity='batch'."
         )
-    return possible[0]
+    generator = torch.Generator().manual_seed(0)
+
+    def random_like(tensor: Tensor) -> Tensor:
+        return torch.rand(tensor.shape, generator=generator).to(tensor)
+
+    trial = plain_copy(block, random_like, Tensor.detach).eval()
+    expected = _output(function, trial, inputs)
+    decided = list(possible[0])
+    for index in undecided:
+        changed = list(inputs)
+        changed[index] = torch.cat([random_like(inputs[index][:1]), inputs[index].detach()[1:]])
+        others = _output(function, trial, changed)[1:]
+        decided[index] = torch.equal(others, expected[1:])
+    return decided
 
 
-def without_data(block: nn.Module) -> nn.Module:
-    """A copy of a block without data, hooks and stochastic depth, in evaluation mode."""
-    memo: dict[int, Any] = {}
-    for module in block.modules():
-        for parameter in module._parameters.values():  # pyright: ignore[reportPrivateUsage]
-            if parameter is not None:
-                memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), False)
-        for buffer in module._buffers.values():  # pyright: ignore[reportPrivateUsage]
-            if buffer is not None:
-                memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-        for hooks in _HOOKS:
-            memo[id(getattr(module, hooks))] = OrderedDict[Any, Any]()
-        own = module.__dict__.get("_stochastic_depth_branch")
-        if own is not None:
-            memo[id(own)] = None
-    made = copy.deepcopy(block, memo)
-    for module in made.modules():
-        module.__class__ = plain_class(module)
-    return made.eval()
-
-
-def _output_shape(function: Function, block: nn.Module, inputs: Sequence[Any]) -> torch.Size:
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        output = function(block, *inputs)
-        return cast(Tensor, output[0] if isinstance(output, tuple) else output).shape
-
-
-def _meta(value: Any, num_samples: int | None = None) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    shape = value.shape if num_samples is None else (num_samples, *value.shape[1:])
-    return torch.empty(shape, dtype=value.dtype, device="meta")
+def _output(function: Function, block: nn.Module, inputs: Sequence[Any]) -> Tensor:
+    output = function(block, *inputs)
+    return cast(Tensor, output[0] if isinstance(output, tuple) else output)

@@ -20,6 +20,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from stochastic_depth.copies import plain_class
+
 PLAIN_TYPES = (type(None), bool, int, float, str, torch.dtype, torch.device)
 _SIZE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda"}
 _SIZE_METHODS = {"size", "dim", "numel", "ndimension", "element_size", "is_floating_point", "__len__", "get_device"}
@@ -171,11 +173,6 @@ class _Call(nn.Module):
         return self._plain.forward(self.block, *args, **kwargs)
 
 
-def plain_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module without stochastic depth."""
-    return getattr(type(module), "_plain_class", type(module))
-
-
 def _context() -> tuple[Any, ...]:
     return torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_grad_enabled()
 
@@ -241,6 +238,14 @@ def _is_size(node: fx.Node) -> bool:
     return all(is_size(argument) for argument in node.all_input_nodes)
 
 
+def may_be_size(node: fx.Node) -> bool:
+    """Whether a node is a plain value if the arguments that it is computed from are."""
+    if node.op == "placeholder" or is_size(node):
+        return True
+    is_plain = node.op == "call_function" and node.target in _SIZE_FUNCTIONS
+    return is_plain and all(may_be_size(argument) for argument in node.all_input_nodes)
+
+
 def size_value(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     """The value of a size, computed from the arguments of a call.
 
@@ -258,3 +263,13 @@ def size_value(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     if node.op == "call_method":
         return getattr(args[0], cast(str, node.target))(*args[1:], **kwargs)
     return cast("Callable[..., Any]", node.target)(*args, **kwargs)
+
+
+def decide_by(leaves: Sequence[Any], node: fx.Node) -> Any:
+    """The value of a node that a forward decides by, in a call with these opaque arguments.
+
+    Raises:
+        TraceError: if it depends on more than their sizes.
+    """
+    placeholders = [other for other in node.graph.nodes if other.op == "placeholder"]
+    return size_value(node, dict(zip(placeholders, leaves, strict=True)))

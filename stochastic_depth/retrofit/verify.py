@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
-from stochastic_depth.cost import observed, undisturbed
+from stochastic_depth.cost import Meter, observed, undisturbed
 from stochastic_depth.passes import ForwardPasses
+from stochastic_depth.retrofit.block import BranchParts
+from stochastic_depth.retrofit.find import Branch
 
 
 @dataclass(frozen=True)
@@ -21,32 +22,35 @@ class Verification:
 
     Attributes:
         num_branches: number of branches, each of them gated.
+        num_masked: how many of them are not skipped but masked.
         forward_flops_open: FLOPs of a forward with all gates open.
         forward_flops_closed: FLOPs of a forward with all gates closed.
     """
 
     num_branches: int
+    num_masked: int
     forward_flops_open: int
     forward_flops_closed: int
 
     def __str__(self) -> str:
         share = self.forward_flops_closed / max(self.forward_flops_open, 1)
+        masked = f", but {self.num_masked} that are computed and masked" if self.num_masked else ""
         return (
-            f"{self.num_branches} branches: each is gated and runs nothing when closed; evaluation is repeatable. "
-            f"With all gates closed {share:.1%} of the forward FLOPs are left."
+            f"{self.num_branches} branches: each is gated and runs nothing when closed{masked}; evaluation is "
+            f"repeatable. With all gates closed {share:.1%} of the forward FLOPs are left."
         )
 
 
-def verify(root: nn.Module, passes: ForwardPasses, parts: Sequence[nn.Module], inputs: Sequence[Any]) -> Verification:
+def verify(root: nn.Module, passes: ForwardPasses, branches: Sequence[Branch], inputs: Sequence[Any]) -> Verification:
     """See `Controller.verify`."""
-    every = range(len(parts))
+    every = range(len(branches))
     before = passes.forced
-    with torch.no_grad(), undisturbed(root), _Watch(passes, parts) as watch:
+    with torch.no_grad(), undisturbed(root), _Watch(root, passes, [branch.parts for branch in branches]) as watch:
         root.eval()
         try:
-            reached = watch.run(root, inputs, (True,) * len(parts))
+            reached = watch.run(root, inputs, (True,) * len(branches))
             _refuse(passes, set(every) - reached.branches, "never reached by this input")
-            closed = watch.run(root, inputs, (False,) * len(parts))
+            closed = watch.run(root, inputs, (False,) * len(branches))
             _refuse(passes, closed.branches, "run although their gates are closed")
             for index in every:
                 # Also one by one: a gate that opens with another branch's would pass the test above.
@@ -59,7 +63,8 @@ def verify(root: nn.Module, passes: ForwardPasses, parts: Sequence[nn.Module], i
             passes.forced = before
     if not all(_same(a, b) for a, b in zip(first.outputs, second.outputs, strict=True)):
         raise RuntimeError("Two evaluations of one input differ: something in the model draws in evaluation mode.")
-    return Verification(len(parts), reached.flops, closed.flops)
+    num_masked = sum(branch.treatment == "mask" for branch in branches)
+    return Verification(len(branches), num_masked, reached.flops, closed.flops)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -83,14 +88,21 @@ class _Run:
 class _Watch:
     """Sees which branches run: by the gate's own account, and by the modules that are called inside of each."""
 
-    def __init__(self, passes: ForwardPasses, parts: Sequence[nn.Module]) -> None:
+    def __init__(self, root: nn.Module, passes: ForwardPasses, parts: Sequence[nn.Module]) -> None:
         self._passes = passes
         self._ran: set[int] = set()
-        # A module that serves several branches does not tell which of them has called it.
+        # A module that serves several branches, or something else too, does not tell who has called it.
+        parents: dict[nn.Module, set[nn.Module]] = {}
+        for module in root.modules():
+            for child in module.children():
+                parents.setdefault(child, set()).add(module)
         owners: dict[nn.Module, set[int]] = {}
         for index, part in enumerate(parts):
-            for module in part.modules():
-                owners.setdefault(module, set()).add(index)
+            tops = set(part.members) if isinstance(part, BranchParts) else {part}
+            inside = {module for top in tops for module in top.modules()}
+            for module in inside:
+                if module in tops or parents.get(module, set()) <= inside:
+                    owners.setdefault(module, set()).add(index)
         self._owner = {module: next(iter(indices)) for module, indices in owners.items() if len(indices) == 1}
 
     def __enter__(self) -> _Watch:
@@ -114,7 +126,7 @@ class _Watch:
     def run(self, root: nn.Module, inputs: Sequence[Any], gates: tuple[bool, ...] | None) -> _Run:
         self._ran.clear()
         self._passes.forced = gates
-        with FlopCounterMode(display=False) as counter:
+        with Meter(root) as meter:
             output = root(*inputs)
         outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-        return _Run(set(self._ran), outputs, counter.get_total_flops())
+        return _Run(set(self._ran), outputs, sum(meter.flops.values()))

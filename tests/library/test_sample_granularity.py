@@ -154,7 +154,6 @@ POOLED = pytest.param(
     _Pooled,
     (4, 2, 2),
     id="pooled-inside",
-    marks=pytest.mark.xfail(strict=True, raises=ValueError, reason="the rule looks at the branch's ends only"),
 )
 
 
@@ -246,3 +245,22 @@ def test_forced_masks_are_copied() -> None:
         before = net(x)
         mask.fill_(True)
         assert torch.equal(net(x), before)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+def test_a_sum_of_two_precisions_has_the_plain_sums(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    class Cast(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * 3).to(dtypes[1])
+
+    net = sd.Residual(Cast())
+    x = torch.ones(4, 2, dtype=dtypes[0], requires_grad=True)
+    plain = net(x)
+    depth = sd.make_stochastic_(net, [0.5], granularity="sample")
+    with depth.gates([torch.tensor([True, False, True, True])]):
+        ours = net(x)
+    assert ours.dtype == plain.dtype == torch.float32
+    assert ours[:, 0].tolist() == [4, 1, 4, 4]
+    ours.sum().backward()
+    assert x.grad.dtype == dtypes[0]
+    assert x.grad[:, 0].tolist() == [4, 1, 4, 4]

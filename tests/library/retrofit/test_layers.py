@@ -1,10 +1,13 @@
 """Whole layers as branches: transformers' encoders and decoders, with their keyword arguments and tuples."""
 
 import copy
+from collections.abc import Sequence
 
 import pytest
 import torch
 import transformers
+from masked import assert_equals_original_under_mask, gradients, masked
+from torch import Tensor, nn
 
 import stochastic_depth as sd
 
@@ -102,10 +105,112 @@ def test_all_open_is_the_plain_model_and_all_closed_calls_no_layer(name: str) ->
     assert called == []
 
 
+class DropPath(nn.Module):
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        kept = (torch.rand(x.shape[0], 1) >= self.drop_prob).to(x.dtype)
+        return x * kept / (1 - self.drop_prob)
+
+
+class DecidingBlock(nn.Module):
+    """Looks at the values of its input, so that its forward cannot be recorded."""
+
+    def __init__(self, rates: Sequence[float] = (0.5, 0.5)) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.drop_path1, self.drop_path2 = DropPath(rates[0]), DropPath(rates[1])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, str]:
+        if x.abs().max() > 1e6:
+            raise ValueError("out of range")
+        x = x + self.drop_path1(self.first(x).tanh())
+        return x + self.drop_path2(self.second(x).tanh()), "more"
+
+
+class Deciding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(DecidingBlock() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x, more = block(x)
+            assert more == "more"
+        return x
+
+
+def test_a_block_that_cannot_be_recorded_is_masked_with_the_same_gates_and_says_so() -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return Deciding()
+
+    inputs = [torch.randn(4, 6, dtype=torch.float64)]
+    depth = assert_equals_original_under_mask(make, inputs)
+    assert [name for name, _ in depth.masked] == depth.names
+    assert "blocks.1 (DecidingBlock) cannot be recorded: the forward decides by" in str(depth)
+    assert "layers=['blocks.1'] would run it as a whole" in str(depth)
+
+
+def test_a_named_layer_runs_as_a_whole_and_its_gate_stands_for_its_drop_paths() -> None:
+    torch.manual_seed(0)
+    original = Deciding().double()
+    model = copy.deepcopy(original)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    depth = sd.make_stochastic_(model, layers=["blocks.1"])
+    # The other blocks keep their drop paths, masked; the named one has a single gate of their rate.
+    assert depth.names == [
+        "blocks.0.drop_path1", "blocks.0.drop_path2", "blocks.1", "blocks.2.drop_path1", "blocks.2.drop_path2",
+    ]  # fmt: skip
+    assert depth.survival_probs == [0.5] * 5
+    assert "and for the 2 drop paths of the whole layer" in str(depth)
+    masks = [torch.rand(4, generator=torch.Generator().manual_seed(i)) < 0.5 for i in range(5)]
+    of_drop_paths = [masks[0], masks[1], masks[2], masks[2], masks[3], masks[4]]
+    names = [f"blocks.{block}.drop_path{path}" for block in range(3) for path in (1, 2)]
+    reference = masked(original, names, of_drop_paths, [0.5] * 6)
+    expected, expected_gradients = gradients(reference.train(), [x])
+    sizes: list[int] = []
+    model.blocks[1].first.register_forward_pre_hook(lambda _m, args: sizes.append(len(args[0])))
+    with depth.gates(masks):
+        output, ours = gradients(model.train(), [x])
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-12, atol=1e-12, msg=name)
+    assert sizes == [int(masks[2].sum())]
+    assert 0 < sizes[0] < 4
+    with depth.gates([True, True, False, True, True]):
+        sizes.clear()
+        model(x)
+    # What a layer returns beside its hidden states only a run can tell: one, of a copy without hooks.
+    assert sizes == []
+    assert torch.equal(model.eval()(x), original.eval()(x))
+    sd.restore_(model)
+    assert type(model.blocks[1].drop_path1) is DropPath
+
+
+def test_layers_whose_drop_paths_disagree_need_a_schedule() -> None:
+    model = nn.Sequential(DecidingBlock((0.5, 0.2)))
+    with pytest.raises(ValueError, match="the drop paths of 0 have several rates or rules"):
+        sd.make_stochastic_(model, layers=["0"])
+    depth = sd.make_stochastic_(model, sd.uniform(0.8), layers=["0"], rescale="train")
+    assert depth.survival_probs == [0.8]
+
+
+def test_a_layer_that_changes_the_shape_cannot_be_a_branch() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 4))
+    sd.make_stochastic_(model, sd.uniform(0.5), layers=["1"], granularity="sample")
+    with pytest.raises(RuntimeError, match=r"The layer 1 makes \(1, 4\) of hidden states \(1, 3\)"):
+        model(torch.ones(2, 3))
+
+
 def test_bad_layers() -> None:
     with pytest.raises(ValueError, match="matches no module"):
         sd.make_stochastic_(model_of("Bert"), sd.uniform(0.5), layers=["decoder.*"])
-    with pytest.raises(ValueError, match="needs a schedule"):
+    with pytest.raises(ValueError, match="no drop path with a rate above 0"):
         sd.make_stochastic_(model_of("Bert"), layers=["encoder.layer.*"])
     with pytest.raises(ValueError, match="is a ModuleList"):
         sd.make_stochastic_(model_of("Bert"), sd.uniform(0.5), layers=["encoder.layer"])

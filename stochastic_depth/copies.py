@@ -1,0 +1,61 @@
+"""Copies of modules for dry runs: without hooks and stochastic depth, and without data where shapes are enough."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module without stochastic depth."""
+    return getattr(type(module), "_plain_class", type(module))
+
+
+def without_data(module: nn.Module) -> nn.Module:
+    """A copy on the meta device: it computes shapes."""
+    empty = functools.partial(torch.empty_like, device="meta")
+    return plain_copy(module, empty, empty)
+
+
+def evaluated_copy(module: nn.Module) -> nn.Module:
+    """A copy on the same data, in evaluation mode."""
+    return plain_copy(module, Tensor.detach, Tensor.detach).eval()
+
+
+def plain_copy(
+    module: nn.Module, parameter_of: Callable[[Tensor], Tensor], buffer_of: Callable[[Tensor], Tensor]
+) -> nn.Module:
+    """A copy with these parameters, that need no gradients, and buffers in place of the module's own."""
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        for parameter in part._parameters.values():  # pyright: ignore[reportPrivateUsage]
+            if parameter is not None:
+                memo[id(parameter)] = nn.Parameter(parameter_of(parameter), False)
+        for buffer in part._buffers.values():  # pyright: ignore[reportPrivateUsage]
+            if buffer is not None:
+                memo[id(buffer)] = buffer_of(buffer)
+        for hooks in _HOOKS:
+            memo[id(getattr(part, hooks))] = OrderedDict[Any, Any]()
+        own = part.__dict__.get("_stochastic_depth_branch")
+        if own is not None:
+            memo[id(own)] = None
+    made = copy.deepcopy(module, memo)
+    for part in made.modules():
+        part.__class__ = plain_class(part)
+    return made
+
+
+def tensor_without_data(value: Any, num_samples: int | None = None) -> Any:
+    """A tensor on the meta device of the same shape, or with another first dimension; what is no tensor, as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    shape = value.shape if num_samples is None else (num_samples, *value.shape[1:])
+    return torch.empty(shape, dtype=value.dtype, device="meta")
