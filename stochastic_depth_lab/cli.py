@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from stochastic_depth_lab.config import Data, Depth, Experiment, Model, Precision, Recipe, Study, check, quick, small
 from stochastic_depth_lab.experiments import EXPERIMENTS, STUDIES, find, find_pair, find_study
@@ -97,14 +97,47 @@ class Reproduce:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Evaluate a run's weights again: those of the lowest validation error, and the last."""
+    """Evaluate a run's weights again; how far it can be cut, and whether it knows when it is wrong."""
 
     folder: tyro.conf.Positional[Path]
     """The run folder."""
+    subnetworks: Flag = False
+    """Error against parameters, FLOPs and latency of its sub-networks, with and without new BatchNorm statistics, as
+    table and figure; beside it those of --against, or of the run of constant depth that it was reproduced with."""
+    against: Path | None = None
+    """Another run folder, for --subnetworks."""
+    order: Literal["last", "survival", "lesion"] = "last"
+    """Which blocks go first: the last, those that survive least, or those whose lesion changes the outputs least."""
+    monte_carlo: int | None = None
+    """Calibration of so many random sub-networks together, against the single forward, as table and figure."""
+    out: Path | None = None
+    """The folder for tables and figures. None: evaluation, in the run folder."""
     data_root: Path | None = None
     """Where the data lie."""
     device: str | None = None
     """cpu, cuda or cuda:NUMBER. None: the GPU if there is one."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a run's network as a file that needs nothing of this project, checked on real images."""
+
+    folder: tyro.conf.Positional[Path]
+    """The run folder."""
+    format: Literal["onnx", "torch-export", "safetensors"] = "onnx"
+    """onnx, torch-export (a program for PyTorch), or safetensors (weights only)."""
+    keep: tuple[int, ...] | None = None
+    """Blocks to keep, by their index from 0. None: all."""
+    cost: float | None = None
+    """Keep so many blocks that this share of the FLOPs is left. None: all."""
+    order: Literal["last", "survival", "lesion"] = "last"
+    """Which blocks go first: the last, those that survive least, or those whose lesion changes the outputs least."""
+    normalise: Flag = False
+    """Put the normalisation into the file: it takes images as they are stored, uint8."""
+    out: Path | None = None
+    """The file. None: the experiment's name, in the run folder."""
+    data_root: Path | None = None
+    """Where the data lie."""
 
 
 @dataclass(frozen=True)
@@ -354,6 +387,12 @@ def _run_jobs(jobs: "Sequence[Job]", options: RunOptions, many: ManyOptions, arg
 
 def _evaluate(arguments: Sequence[str]) -> int:
     options = _parse(Evaluate, "evaluate", arguments)
+    if options.subnetworks:
+        return _evaluate_subnetworks(options)
+    if options.against is not None:
+        return _complain("--against is for --subnetworks.")
+    if options.monte_carlo is not None:
+        return _evaluate_monte_carlo(options, options.monte_carlo)
     from stochastic_depth_lab.build import find_device
     from stochastic_depth_lab.evaluation import evaluate_run
 
@@ -361,6 +400,63 @@ def _evaluate(arguments: Sequence[str]) -> int:
     for weights, parts in evaluations.items():
         for part, evaluation in parts.items():
             _print(f"{weights} weights  {part:<10}  error {evaluation.error:.2f} %  loss {evaluation.loss:.4f}")
+    return 0
+
+
+def _evaluate_subnetworks(options: Evaluate) -> int:
+    from stochastic_depth_lab.build import find_device
+    from stochastic_depth_lab.report.subnetwork_curve import curve_text, write_curve
+    from stochastic_depth_lab.subnetworks import subnetwork_curve
+
+    if options.monte_carlo is not None:
+        return _complain("--subnetworks and --monte-carlo are two evaluations: ask for one at a time.")
+    name = options.folder.resolve().name
+    twin = options.folder.resolve().with_name(name.removesuffix("-stochastic") + "-constant")
+    against = options.against or (twin if twin.name != name and (twin / "config.json").exists() else None)
+    points = subnetwork_curve(
+        [options.folder] if against is None else [against, options.folder],
+        device=find_device(options.device, "fp32"),
+        data_root=options.data_root,
+        order=options.order,
+        progress=lambda line: print(line, file=sys.stderr),  # noqa: T201
+    )
+    _print(curve_text(points))
+    paths = write_curve(points, options.out or options.folder / "evaluation")
+    _print(f"\n{' '.join(map(str, paths))}")
+    return 0
+
+
+def _evaluate_monte_carlo(options: Evaluate, num_samples: int) -> int:
+    from stochastic_depth_lab.build import find_device
+    from stochastic_depth_lab.report.reliability import reliability_text, write_reliability
+    from stochastic_depth_lab.uncertainty import uncertainty
+
+    device = find_device(options.device, "fp32")
+    measured = uncertainty(options.folder, num_samples, device=device, data_root=options.data_root)
+    _print(reliability_text(measured))
+    paths = write_reliability(measured, options.out or options.folder / "evaluation")
+    _print(f"\n{' '.join(map(str, paths))}")
+    return 0
+
+
+def _export(arguments: Sequence[str]) -> int:
+    options = _parse(Export, "export", arguments)
+    from stochastic_depth_lab.export import default_path, export_run
+
+    made = export_run(
+        options.folder,
+        options.out or default_path(options.folder, options.format),
+        form=options.format,
+        keep=options.keep,
+        cost=options.cost,
+        order=options.order,
+        normalise=options.normalise,
+        data_root=options.data_root,
+    )
+    _print(
+        f"{made.path}: {made.num_bytes / 1e6:.2f} MB, {made.num_parameters} parameters; "
+        f"on {made.num_images} test images it differs by {made.difference:.1e} of the largest output"
+    )
     return 0
 
 
@@ -414,6 +510,7 @@ _COMMANDS: dict[str, tuple[type, Callable[[Sequence[str]], int]]] = {
     "reproduce": (Reproduce, _reproduce),
     "sweep": (Sweep, _sweep),
     "evaluate": (Evaluate, _evaluate),
+    "export": (Export, _export),
     "report": (Report, _report),
     "schedule": (Schedule, _schedule),
     "inspect": (Inspect, _inspect),

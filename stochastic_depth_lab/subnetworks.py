@@ -1,0 +1,115 @@
+"""How far a trained network can be cut: error against size of the sub-networks of one or several runs, side by side."""
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import stochastic_depth as sd
+from stochastic_depth.deploy.choice import Order
+from stochastic_depth_lab.build import reproducible
+from stochastic_depth_lab.data import batches
+from stochastic_depth_lab.evaluation import BATCH_SIZE, evaluate
+from stochastic_depth_lab.report.subnetwork_curve import Point
+from stochastic_depth_lab.trained import Trained, load_trained
+
+NUM_RECALIBRATION = 1000
+"""Training images, not augmented, that BatchNorm statistics are taken from."""
+NUM_LESION = 250
+"""Training images that lesions are measured on."""
+_NUM_ROUNDS, _NUM_WARM_UP = 15, 3
+
+
+def subnetwork_curve(
+    paths: Sequence[Path],
+    *,
+    device: torch.device,
+    data_root: Path | None = None,
+    order: Order = "last",
+    num_points: int = 9,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Point]:
+    """Test error, parameters, FLOPs and latency of sub-networks of several depths, for each run.
+
+    Latency is that of one image, the median over interleaved rounds of all sub-networks (processor time on a CPU).
+
+    Args:
+        paths: the run folders.
+        device: where.
+        data_root: where the data lie. None: where the runs found them.
+        order: which blocks go first, see `stochastic_depth.subnetwork`.
+        num_points: sub-networks of each run, the whole network included.
+        progress: is told of each sub-network.
+
+    Raises:
+        ValueError: in one line, if a folder holds no run with weights.
+    """
+    points: list[Point] = []
+    networks: list[nn.Module] = []
+    example: Tensor | None = None
+    for path in paths:
+        run = load_trained(path, device=device, data_root=data_root)
+        num_blocks = sum(isinstance(module, sd.Residual) for module in run.model.modules())
+        example = run.inputs(run.images.data.test, 1)
+        for count in sorted({max(1, round(num_blocks * k / num_points)) for k in range(1, num_points + 1)}):
+            point, network = _point(run, count, order)
+            points.append(point)
+            networks.append(network)
+            progress(f"{point.run}: {count} of {num_blocks} blocks, error {point.error:.2f} %")
+    assert example is not None
+    return [
+        replace(point, latency_ms=1000 * seconds)
+        for point, seconds in zip(points, _latencies(networks, example), strict=True)
+    ]
+
+
+def _point(run: Trained, num_blocks: int, order: Order) -> tuple[Point, nn.Module]:
+    calibration = run.training_batches(NUM_LESION) if order == "lesion" else None
+    with warnings.catch_warnings():
+        # That constant depth was never asked to do without a block is what the curve is about.
+        warnings.filterwarnings("ignore", message=".*was not trained with stochastic depth")
+        network = sd.subnetwork(run.model, num_blocks=num_blocks, order=order, calibration=calibration)
+
+    def error() -> float:
+        split = run.images.data.test
+        with reproducible(run.experiment.recipe):
+            return evaluate(network, batches(split, BATCH_SIZE, normalisation=run.images.normalisation)).error
+
+    plain = error()
+    sd.recalibrate_batchnorm_(network, run.training_batches(NUM_RECALIBRATION))
+    recalibrated = error()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(run.inputs(run.images.data.test, 1))
+    return (
+        Point(
+            run=run.experiment.name,
+            num_blocks=num_blocks,
+            num_parameters=sum(parameter.numel() for parameter in network.parameters()),
+            flops=counter.get_total_flops(),
+            latency_ms=float("nan"),
+            error=plain,
+            recalibrated_error=recalibrated,
+        ),
+        network,
+    )
+
+
+@torch.no_grad()
+def _latencies(networks: Sequence[nn.Module], example: Tensor) -> list[float]:
+    times: list[list[float]] = [[] for _ in networks]
+    clock = time.perf_counter if example.is_cuda else time.process_time
+    for number in range(_NUM_WARM_UP + _NUM_ROUNDS):
+        for network, seen in zip(networks, times, strict=True):
+            begin = clock()
+            network(example)
+            if example.is_cuda:
+                torch.cuda.synchronize()
+            if number >= _NUM_WARM_UP:
+                seen.append(clock() - begin)
+    return [median(seen) for seen in times]

@@ -1,0 +1,59 @@
+"""A finished run as objects again: its experiment, its images, and the network with its best weights."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import stochastic_depth as sd
+from stochastic_depth_lab import checkpoint, records
+from stochastic_depth_lab.build import Images, build_network, load_images
+from stochastic_depth_lab.config import Experiment, as_json, from_json
+from stochastic_depth_lab.data import Split, batches
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run's network, in evaluation mode, and what it was trained on."""
+
+    experiment: Experiment
+    images: Images
+    model: nn.Module
+    depth: sd.Controller | None
+    """None at constant depth."""
+
+    def inputs(self, split: Split, num_images: int) -> Tensor:
+        """The first images of a part, as the network takes them, (N, C, H, W)."""
+        return self.images.normalisation(split.images[:num_images])
+
+    def training_batches(self, num_images: int, batch_size: int = 250) -> list[tuple[Tensor, Tensor]]:
+        """The first training images, not augmented, with their labels."""
+        train = self.images.data.train
+        few = Split(train.images[:num_images], train.labels[:num_images])
+        return list(batches(few, batch_size, normalisation=self.images.normalisation))
+
+
+def load_trained(path: Path, *, device: torch.device, data_root: Path | None = None) -> Trained:
+    """The network of a run with the weights of the lowest validation error, or the last if it has none yet.
+
+    Raises:
+        ValueError: in one line, if the folder holds no run, no weights, or damaged ones.
+    """
+    experiment = from_json(records.read_json(path / "config.json"))
+    weights: dict[str, Any]
+    if (path / "checkpoints" / checkpoint.BEST).exists():
+        weights = checkpoint.read(path / "checkpoints" / checkpoint.BEST)
+    else:
+        state, _ = checkpoint.load(path / "checkpoints", as_json(experiment))
+        if state is None:
+            raise records.RunError(f"{path} holds no weights yet: its run has not come to a checkpoint.")
+        weights = state["model"]
+    if data_root is None:
+        found = records.read_json(path / "environment.json").get("data_root")
+        data_root = found and Path(found)
+    images = load_images(experiment, device, data_root)
+    model, depth = build_network(experiment, images.data)
+    model.load_state_dict(weights)
+    return Trained(experiment, images, model.eval(), depth)

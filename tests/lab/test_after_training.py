@@ -1,0 +1,210 @@
+"""The command line after training: sub-networks of a run, its calibration, and files of it."""
+
+import csv
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from small_runs import CPU, small, train
+from torch import nn
+
+import stochastic_depth as sd
+from stochastic_depth_lab import export
+from stochastic_depth_lab.cli import main
+from stochastic_depth_lab.trained import load_trained
+from stochastic_depth_lab.uncertainty import reliability
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pair of small runs, as `reproduce` leaves them."""
+    folder = tmp_path_factory.mktemp("runs")
+    train(replace(small(), name="small-stochastic"), folder / "small-stochastic")
+    train(replace(small(None), name="small-constant"), folder / "small-constant")
+    return folder
+
+
+def expected_logits(runs: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Test images as they are stored, and what the run's network, still stochastic, gives for them."""
+    run = load_trained(runs / "small-stochastic", device=CPU)
+    images = run.images.data.test.images[:40]
+    with torch.no_grad():
+        return images, run.model(run.images.normalisation(images))
+
+
+def test_sub_networks_of_a_pair_side_by_side(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(
+        ["evaluate", str(runs / "small-stochastic"), "--subnetworks", "--order", "lesion", "--out", str(tmp_path)]
+    )
+    assert code == 0
+    printed = capsys.readouterr()
+    assert "small-constant" in printed.out  # found beside it
+    assert "6 of 6 blocks" in printed.err
+    rows = list(csv.DictReader((tmp_path / "subnetworks.csv").read_text().splitlines()))
+    assert [row["run"] for row in rows] == ["small-constant"] * 6 + ["small-stochastic"] * 6
+    assert [int(row["num_blocks"]) for row in rows] == [1, 2, 3, 4, 5, 6] * 2
+    for name in ("num_parameters", "flops", "latency_ms"):
+        values = [float(row[name]) for row in rows]
+        assert all(value > 0 for value in values)
+        assert values[0] < values[5]
+    # The whole network is the run's: its error is what `evaluate` says of the best weights.
+    main(["evaluate", str(runs / "small-stochastic")])
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("best weights  test"))
+    assert float(line.split("error ")[1].split(" %")[0]) == pytest.approx(float(rows[11]["error"]), abs=0.01)
+    assert (tmp_path / "subnetworks.png").stat().st_size > 1000
+    assert (tmp_path / "subnetworks.svg").exists()
+
+
+def test_calibration_of_sub_networks_against_one_forward(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(runs / "small-stochastic"), "--monte-carlo", "4", "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("| one forward |")
+    assert lines[3].startswith("| 4 sub-networks |")
+    rows = list(csv.DictReader((tmp_path / "reliability.csv").read_text().splitlines()))
+    assert sum(int(row["count"]) for row in rows if row["prediction"] == "one forward") == 100
+    assert (tmp_path / "reliability.png").stat().st_size > 1000
+    assert main(["evaluate", str(runs / "small-constant"), "--monte-carlo", "4"]) == 2
+    assert "constant depth" in capsys.readouterr().err
+
+
+def test_calibration_by_hand() -> None:
+    # Confidence 0.9 and right, 0.9 and wrong (one bin); 0.6 and right (another): |0.5 - 0.9| * 2/3 + |1 - 0.6| * 1/3.
+    probabilities = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6]])
+    measured = reliability("x", probabilities, torch.tensor([0, 1, 1]), doubt=torch.tensor([0.1, 0.7, 0.7]))
+    assert measured.calibration_error == pytest.approx(0.4)
+    assert measured.error == pytest.approx(100 / 3)
+    assert measured.loss == pytest.approx(-(torch.tensor([0.9, 0.1, 0.6]).log().mean().item()))
+    assert measured.mistakes_found == pytest.approx(0.75)  # before one of two right answers, level with the other
+    assert [each.count for each in measured.bins] == [1, 2]
+    assert reliability("x", probabilities, torch.tensor([0, 0, 1])).mistakes_found is None
+
+
+@pytest.mark.parametrize("form", ["onnx", "torch-export", "safetensors"])
+def test_a_file_gives_what_the_run_gives(
+    form: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "deep" / f"network{export.SUFFIXES[form]}"
+    assert main(["export", str(runs / "small-stochastic"), "--format", form, "--out", str(path)]) == 0
+    assert "test images it differs by" in capsys.readouterr().out
+    images, expected = expected_logits(runs)
+    run = load_trained(runs / "small-stochastic", device=CPU)
+    inputs = run.images.normalisation(images)
+    if form == "onnx":
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        given = torch.from_numpy(session.run(None, {"images": inputs.numpy()})[0])  # 40 images: the batch is dynamic
+        metadata = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    elif form == "torch-export":
+        metadata = {}
+        files = {"metadata.json": ""}
+        given = torch.export.load(path, extra_files=files).module()(inputs)
+        metadata = json.loads(files["metadata.json"])
+    else:
+        fresh = sd.models.cifar_resnet(14, 10, in_channels=1)
+        fresh.load_state_dict(safetensors.torch.load_file(path), strict=True)
+        given = fresh.eval()(inputs)
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata()
+    torch.testing.assert_close(given, expected, atol=1e-5, rtol=1e-5)
+    assert json.loads(metadata["classes"]) == [str(digit) for digit in range(10)]
+    assert json.loads(metadata["mean"]) == run.images.normalisation.mean.tolist()
+
+
+def test_a_smaller_file_takes_images_as_they_are_stored(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "small.onnx"
+    arguments = ["export", str(runs / "small-stochastic"), "--cost", "0.6", "--normalise", "--out", str(path)]
+    assert main(arguments) == 0
+    images, _ = expected_logits(runs)
+    run = load_trained(runs / "small-stochastic", device=CPU)
+    small_one = sd.subnetwork(run.model, cost=0.6)
+    sd.recalibrate_batchnorm_(small_one, run.training_batches(1000))
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    given = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    torch.testing.assert_close(given, small_one(run.images.normalisation(images)), atol=1e-5, rtol=1e-5)
+    whole = sum(parameter.numel() for parameter in run.model.parameters())
+    assert f"{sum(parameter.numel() for parameter in small_one.parameters())} parameters" in capsys.readouterr().out
+    assert path.stat().st_size < 4 * whole
+    # Weights alone, of some blocks by their number.
+    arguments = ["export", str(runs / "small-stochastic"), "--keep", "0", "2", "--format", "safetensors"]
+    assert main(arguments) == 0
+    weights = safetensors.torch.load_file(runs / "small-stochastic" / "small-stochastic.safetensors")
+    assert {name.split(".")[1:3] == ["0", "0"] for name in weights if ".branch." in name} == {True, False}
+    assert not [name for name in weights if name.startswith("groups.2.1")]
+
+
+def test_a_program_needs_nothing_of_this_project(runs: Path, tmp_path: Path) -> None:
+    path = tmp_path / "network.pt2"
+    assert main(["export", str(runs / "small-stochastic"), "--format", "torch-export", "--out", str(path)]) == 0
+    code = (
+        f"import sys, torch; torch.export.load({str(path)!r}).module()(torch.zeros(3, 1, 8, 8)); "
+        "assert not [name for name in sys.modules if name.startswith('stochastic_depth')]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+class NoOnnx(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.svd(x.flatten(1))[1] * torch.special.airy_ai(x.sum())
+
+
+def test_an_operator_that_onnx_lacks_is_named_in_one_line() -> None:
+    with pytest.raises(ValueError, match=r"ONNX has no form of this network: .*(airy|svd)") as error:
+        export.write_onnx(NoOnnx(), torch.ones(2, 1, 3, 3), {})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--keep", "9"], "keep must hold indices in 0..5, but holds 9"),
+        (["--cost", "0.01"], "below the smallest possible network"),
+        (["--keep", "0", "--cost", "0.5"], "exactly one of"),
+        (["--format", "safetensors", "--normalise"], "safetensors holds weights only"),
+        (["--format", "tensorflow"], "tensorflow"),
+    ],
+    ids=["keep", "cost", "both", "normalise", "format"],
+)
+def test_wrong_input_exits_with_2_and_writes_nothing(
+    options: list[str], message: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "network.onnx"
+    assert main(["export", str(runs / "small-stochastic"), "--out", str(out), *options]) == 2
+    complaint = capsys.readouterr().err
+    assert message in complaint
+    assert complaint.count("\n") == 1
+    assert not out.exists()
+
+
+def test_a_file_that_differs_is_not_written(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_onnx = export.run_onnx
+    monkeypatch.setattr(export, "run_onnx", lambda content, inputs: run_onnx(content, inputs) * 1.01)
+    assert main(["export", str(runs / "small-stochastic"), "--out", str(tmp_path / "network.onnx")]) == 2
+    assert "is not written: on 64 images it differs by 1.0e-02" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_package_that_is_not_installed_is_one_line(
+    runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert main(["export", str(runs / "small-stochastic")]) == 2
+    assert "pip install 'stochastic-depth[export]'" in capsys.readouterr().err
+
+
+def test_without_a_run_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["evaluate", str(tmp_path), "--subnetworks"], ["export", str(tmp_path)]):
+        assert main(arguments) == 2
+        assert "is not a run folder" in capsys.readouterr().err
