@@ -15,6 +15,8 @@ from stochastic_depth.cost import Cost
 from stochastic_depth_lab import data
 from stochastic_depth_lab.config import Experiment, Precision, Recipe
 from stochastic_depth_lab.data import Augmentation, ImageData, Normalisation, Split
+from stochastic_depth_lab.regularisers import add_dropout_
+from stochastic_depth_lab.survival_schedules import mean_survival_probs, survival_probs
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ def build_network(experiment: Experiment, images: ImageData) -> tuple[nn.Module,
     # Convolutions pass the layout of their weights on; channels last halves the time of a step on CPUs.
     # PyTorch's annotations lack the argument.
     model = model.to(images.train.images.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    add_dropout_(model, experiment.regularisers)
     settings = experiment.depth
     if settings is None:
         return model, None
@@ -128,13 +131,27 @@ def _shape(value: object) -> str:
     return str(tuple(value.shape)) if isinstance(value, Tensor) else "absent"
 
 
-def describe_branches(model: nn.Module, depth: sd.Controller | None, inputs: Tensor) -> tuple[Branches, Cost | None]:
-    """The branches, and what they cost, counted on an example; None at constant depth."""
-    if depth is None:
+def describe_branches(
+    experiment: Experiment, model: nn.Module, depth: sd.Controller | None, inputs: Tensor
+) -> tuple[Branches, Cost | None]:
+    """The branches, and what they cost, counted on an example; None at constant depth.
+
+    Where survival changes over time, probabilities and expectations are means over the epochs.
+    """
+    if depth is None or experiment.depth is None:
         names = [name for name, module in model.named_modules() if isinstance(module, sd.Residual)]
         return Branches(names, [1.0] * len(names), float(len(names)), 1.0), None
     cost = depth.cost(inputs)
-    return Branches(depth.names, depth.survival_probs, depth.expected_depth, cost.training_flops), cost
+    probs = mean_survival_probs(depth.survival_probs, experiment.depth, experiment.recipe.epochs)
+    return Branches(depth.names, probs, sd.expected_depth(probs), cost.share(probs)), cost
+
+
+def set_epoch(experiment: Experiment, depth: sd.Controller | None, epoch: int) -> None:
+    """Give the gates the survival probabilities of an epoch, from 1, where they change over time."""
+    if depth is None or experiment.depth is None or experiment.depth.over_time == "constant":
+        return
+    over_depth = sd.SCHEDULES[experiment.depth.schedule](experiment.depth.final_survival_prob)(len(depth.names))
+    depth.set_survival_probs(survival_probs(over_depth, experiment.depth, epoch, experiment.recipe.epochs))
 
 
 def build_optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:

@@ -18,7 +18,19 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from stochastic_depth_lab.config import Data, Depth, Experiment, Model, Precision, Recipe, Study, check, quick, small
+from stochastic_depth_lab.config import (
+    Data,
+    Depth,
+    Experiment,
+    Model,
+    Precision,
+    Recipe,
+    Regularisers,
+    Study,
+    check,
+    quick,
+    small,
+)
 from stochastic_depth_lab.experiments import EXPERIMENTS, STUDIES, find, find_pair, find_study
 
 try:
@@ -82,6 +94,7 @@ class Train:
     model: Model
     depth: tyro.conf.AvoidSubcommands[Depth | None]
     recipe: Recipe
+    regularisers: Regularisers
 
 
 @dataclass(frozen=True)
@@ -257,9 +270,10 @@ def _parse_changes(base: Experiment, command: str, arguments: Sequence[str]) -> 
         Train,
         command,
         arguments,
-        Train(base.name, RunOptions(tyro.MISSING), base.data, base.model, base.depth, base.recipe),
+        Train(base.name, RunOptions(tyro.MISSING), base.data, base.model, base.depth, base.recipe, base.regularisers),
     )
-    changed = replace(base, data=options.data, model=options.model, depth=options.depth, recipe=options.recipe)
+    parts = {name: getattr(options, name) for name in ("data", "model", "depth", "recipe", "regularisers")}
+    changed = replace(base, **parts)
     if changed != base:
         changed = replace(changed, published=None)  # it is no longer the published experiment
     return _with_options(changed, options.run), options.run

@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 
 Precision = Literal["fp32", "bf16", "fp16"]
 LrSchedule = Literal["step_text", "step_code", "one_cycle"]
+OverTime = Literal["constant", "warm_up", "early", "late", "exponential", "plateau"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,24 @@ class Depth:
     """Momentum and weight decay still move the parameters of a dropped branch (the authors' code), or pass them by."""
     draw: Literal["bernoulli", "equal_cost"] = "bernoulli"
     """Independent gates (the paper), or nearly the same work in every step."""
+    over_time: OverTime = "constant"
+    """How the drop rates change over the epochs. constant (the paper); warm_up: they rise from 0; early: they fall
+    to 0; late: they are 0 at first; exponential: they approach their values ever more slowly ("progressive"); plateau:
+    they stay, then fall to 0 and recover."""
+    turn: float = 0.5
+    """The share of the epochs after which that is over; with plateau, after which it begins. In (0, 1)."""
+
+
+@dataclass(frozen=True)
+class Regularisers:
+    """What stochastic depth is compared with; none of it is the paper's method, and all of it is off by default."""
+
+    activation_survival_prob: float = 1.0
+    """Dropout between the convolutions of each branch: the chance of an activation to survive, in (0, 1]."""
+    filter_survival_prob: float = 1.0
+    """The same for whole filters: the chance of a channel of a sample to survive, in (0, 1]."""
+    filter_penalty: float = 0.0
+    """lambda of the penalty lambda * sum(W^2) / (sum_i sigma_i(W_i)^2 + lambda) on every convolution. 0: none."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +151,7 @@ class Experiment:
     """Of the initial weights, the order of the images, their augmentation and the gates."""
     initial_weights: str | None = None
     """SHA-256 of the file of weights that the network begins with. None: drawn at random."""
+    regularisers: Regularisers = Regularisers()
     published: Published | None = None
 
 
@@ -231,6 +251,21 @@ def check(experiment: Experiment) -> None:
         raise ValueError(f"recipe.momentum must be in (0, 1), but is {recipe.momentum}: Nesterov's needs one.")
     if not 0 <= recipe.weight_decay < float("inf"):
         raise ValueError(f"recipe.weight_decay must be 0 or a positive number, but is {recipe.weight_decay}.")
+    for name, survival_prob in (
+        ("regularisers.activation_survival_prob", experiment.regularisers.activation_survival_prob),
+        ("regularisers.filter_survival_prob", experiment.regularisers.filter_survival_prob),
+    ):
+        if not 0 < survival_prob <= 1:
+            raise ValueError(
+                f"{name} must be in (0, 1], but is {survival_prob}. It is the chance to survive: a drop rate of 0.2 is "
+                "a survival probability of 0.8."
+            )
+    if not 0 <= experiment.regularisers.filter_penalty < float("inf"):
+        raise ValueError(
+            f"regularisers.filter_penalty must be 0 or positive, but is {experiment.regularisers.filter_penalty}."
+        )
+    if experiment.depth is not None and not 0 < experiment.depth.turn < 1:
+        raise ValueError(f"depth.turn must be a share of the epochs in (0, 1), but is {experiment.depth.turn}.")
     if not all(0 < share < 1 for share in recipe.lr_drops):
         raise ValueError(
             f"recipe.lr_drops must be shares of the epochs in (0, 1), but are {recipe.lr_drops}: "
@@ -251,6 +286,7 @@ def from_json(fields: Mapping[str, Any]) -> Experiment:
             "model": Model(**fields["model"]),
             "depth": fields["depth"] and Depth(**fields["depth"]),
             "recipe": Recipe(**recipe),
+            "regularisers": Regularisers(**fields.get("regularisers", {})),
             "published": fields["published"] and Published(**fields["published"]),
         }
         return Experiment(**{**fields, **parts})

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stochastic_depth_lab import checkpoint, records
-from stochastic_depth_lab.build import build_network, load_images, reproducible
+from stochastic_depth_lab.build import build_network, load_images, reproducible, set_epoch
 from stochastic_depth_lab.config import Precision, as_json, from_json
 from stochastic_depth_lab.data import ImageData, batches
 
@@ -93,23 +93,24 @@ def evaluate_run(
         ValueError: in one line, if the folder holds no run, no weights yet, or damaged ones.
     """
     experiment = from_json(records.read_json(path / "config.json"))
-    weights: dict[str, dict[str, Any]] = {}
-    if (path / "checkpoints" / checkpoint.BEST).exists():
-        weights["best"] = checkpoint.read(path / "checkpoints" / checkpoint.BEST)
     state, _ = checkpoint.load(path / "checkpoints", as_json(experiment))
-    if state is not None:
-        weights["last"] = state["model"]
-    if not weights:
+    if state is None:
         raise records.RunError(f"{path} holds no weights yet: its run has not come to a checkpoint.")
+    # With each the epoch whose survival probabilities it was trained with.
+    weights: dict[str, tuple[dict[str, Any], int]] = {}
+    if (path / "checkpoints" / checkpoint.BEST).exists():
+        weights["best"] = checkpoint.read(path / "checkpoints" / checkpoint.BEST), state["best"]["epoch"]
+    weights["last"] = state["model"], state["epoch"] - (state["tally"]["step"] == 0)
     if data_root is None:
         found = records.read_json(path / "environment.json").get("data_root")
         data_root = found and Path(found)
     evaluations: dict[str, dict[str, Evaluation]] = {}
     with reproducible(experiment.recipe):
         images = load_images(experiment, device, data_root, data)
-        model, _ = build_network(experiment, images.data)
-        for name, state_dict in weights.items():
+        model, depth = build_network(experiment, images.data)
+        for name, (state_dict, epoch) in weights.items():
             model.load_state_dict(state_dict)
+            set_epoch(experiment, depth, max(epoch, 1))
             evaluations[name] = {
                 part: evaluate(
                     model, batches(split, BATCH_SIZE, normalisation=images.normalisation), experiment.precision

@@ -27,12 +27,14 @@ from stochastic_depth_lab.build import (
     load_images,
     load_weights,
     reproducible,
+    set_epoch,
 )
 from stochastic_depth_lab.config import Experiment, check
 from stochastic_depth_lab.data import DataError, ImageData, Split, batches, num_batches, part_of_batch
 from stochastic_depth_lab.evaluation import BATCH_SIZE, Evaluation, autocast, evaluate
 from stochastic_depth_lab.lr_schedules import learning_rate
 from stochastic_depth_lab.processes import Processes
+from stochastic_depth_lab.regularisers import filter_penalty
 
 _ALONE = Processes()
 _LOOK_EVERY = 20
@@ -113,7 +115,7 @@ def train(
         model, depth = build_network(experiment, images.data)
         if weights is not None:
             load_weights(model, checkpoint.read(weights), str(weights))
-        branches, cost = describe_branches(model, depth, images.normalisation(images.data.train.images[:2]))
+        branches, cost = describe_branches(experiment, model, depth, images.normalisation(images.data.train.images[:2]))
         if depth is not None:
             depth.set_costs(cost)  # what draw="equal_cost" evens out
         run = _Run(experiment, images, model, depth, cost, stop_requested, processes)
@@ -168,6 +170,7 @@ def _train_epochs(run: "_Run", folder: records.RunFolder, observers: Sequence[Ob
             rank=run.processes.rank,
             num_ranks=run.processes.size,
         )
+        set_epoch(run.experiment, run.depth, run.epoch)
         run.model.train()
         run.watch.start()
         for inputs, labels in run.until_stopped(training_batches):
@@ -334,7 +337,10 @@ class _Run:
             group["lr"] = rate
         with autocast(self.device, self.experiment.precision):
             loss = F.cross_entropy(self.wrapped(inputs), labels) * self._weight_of_part()
-        self.scaler.scale(loss).backward()
+        objective = loss
+        if strength := self.experiment.regularisers.filter_penalty:
+            objective = loss + filter_penalty(self.model, strength)
+        self.scaler.scale(objective).backward()
         self.scaler.unscale_(self.optimiser)
         self.scaler.step(self.optimiser)
         self.scaler.update()

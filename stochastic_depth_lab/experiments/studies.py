@@ -8,7 +8,7 @@ minutes are for one run on one core of an AMD EPYC, bf16.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from stochastic_depth_lab.config import Depth, Experiment, Study, small
+from stochastic_depth_lab.config import Depth, Experiment, OverTime, Regularisers, Study, small
 from stochastic_depth_lab.experiments import cifar, svhn
 
 _SURVIVAL_PROBS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -138,4 +138,62 @@ DEPTH_SURVIVAL = Study(
         for p in (*_FEW_SURVIVAL_PROBS, 1.0)
     ),
     figures=("heat_map",),
+)
+
+
+def _over_time(pair: tuple[Experiment, Experiment], over_time: OverTime, turn: float) -> Experiment:
+    _, stochastic = pair
+    return replace(
+        stochastic,
+        name=f"{stochastic.name.removesuffix('-stochastic')}-{over_time}-{turn}",
+        title=f"{stochastic.title}, {over_time}, turn at {turn}",
+        depth=Depth(over_time=over_time, turn=turn),
+        published=None,
+    )
+
+
+def _regularised(pair: tuple[Experiment, Experiment], name: str, regularisers: Regularisers) -> Experiment:
+    constant, _ = pair
+    return replace(
+        constant,
+        name=f"{constant.name.removesuffix('-constant')}-{name}",
+        title=constant.title.replace("constant depth", name.replace("-", " ")),
+        regularisers=regularisers,
+        published=None,
+    )
+
+
+# Not of the paper. Liu et al. 2023, "Dropout Reduces Underfitting": dropping only early (the first 50 of 300 epochs,
+# falling to 0) helps models that under-fit, dropping only late those that over-fit.
+# stochastic-depth reproduce over-time --out runs/paper
+# About 240 h on one core; not run. Small: 4 runs of about 2 minutes.
+_OVER_TIME = (*_CIFAR10_110, _over_time(_CIFAR10_110, "early", 0.25), _over_time(_CIFAR10_110, "late", 0.25))
+OVER_TIME = Study(
+    "over-time",
+    "Stochastic depth early, late, and throughout",
+    "Dropping early only helps what under-fits, dropping late only what over-fits (Liu et al. 2023, other networks).",
+    experiments=_OVER_TIME,
+    small_experiments=_small(_OVER_TIME),
+    figures=("curves", "gradient"),
+)
+
+# Huang et al. 2016 say that dropout gains little next to BatchNorm; no numbers are known.
+# stochastic-depth reproduce regularisers --out runs/paper
+# About 400 h on one core; not run. Small: 6 runs of about 2 minutes.
+_REGULARISERS = (
+    *_CIFAR10_110,
+    _regularised(_CIFAR10_110, "dropout", Regularisers(activation_survival_prob=0.8)),
+    _regularised(_CIFAR10_110, "dropped-filters", Regularisers(filter_survival_prob=0.8)),
+    _regularised(_CIFAR10_110, "filter-penalty", Regularisers(filter_penalty=0.3)),
+    _regularised(
+        _CIFAR10_110, "dropped-filters-and-penalty", Regularisers(filter_survival_prob=0.8, filter_penalty=0.3)
+    ),
+)
+REGULARISERS = Study(
+    "regularisers",
+    "Stochastic depth beside other regularisers",
+    "Dropout gains little next to BatchNorm. Dropped filters and the penalty on filters are not the paper's method.",
+    experiments=_REGULARISERS,
+    small_experiments=_small(_REGULARISERS),
+    figures=("curves",),
 )

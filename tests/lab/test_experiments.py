@@ -50,8 +50,12 @@ def test_an_experiment_survives_its_file(experiment: Experiment):
 
 def test_differences_are_named_once_and_what_an_older_version_did_not_know_is_its_default():
     constant, stochastic = map(as_json, find_pair("digits"))
-    assert differences(constant, stochastic) == ["depth: linear_decay 0.5 batch eval zero bernoulli, not none"]
-    assert differences(stochastic, constant) == ["depth: none, not linear_decay 0.5 batch eval zero bernoulli"]
+    assert differences(constant, stochastic) == [
+        "depth: linear_decay 0.5 batch eval zero bernoulli constant 0.5, not none"
+    ]
+    assert differences(stochastic, constant) == [
+        "depth: none, not linear_decay 0.5 batch eval zero bernoulli constant 0.5"
+    ]
     older = {name: value for name, value in constant.items() if name != "initial_weights"}
     older["recipe"] = {name: value for name, value in constant["recipe"].items() if name != "num_threads"}
     assert differences({**constant, "initial_weights": "ab"}, older) == [
@@ -83,6 +87,8 @@ def test_the_recipe_is_the_papers():
             "rescale": "eval",
             "skipped_grad": "zero",
             "draw": "bernoulli",
+            "over_time": "constant",
+            "turn": 0.5,
         },
         "recipe": {
             "epochs": 500,
@@ -96,11 +102,13 @@ def test_the_recipe_is_the_papers():
             "weight_decay": 1e-4,
             "validate_every": None,
             "num_threads": None,
+            "batch_norm": "local",
             "checkpoint_every": 200,
         },
         "precision": "fp32",
         "seed": 0,
         "initial_weights": None,
+        "regularisers": {"activation_survival_prob": 1.0, "filter_survival_prob": 1.0, "filter_penalty": 0.0},
         "published": {
             "test_error": 5.23,
             "source": "Huang et al. 2016, table of results, as given by public summaries",

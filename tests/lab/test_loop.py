@@ -12,7 +12,7 @@ from small_runs import CPU, Silent, assert_same, outcome, small, train
 import stochastic_depth as sd
 from stochastic_depth_lab import checkpoint, loop
 from stochastic_depth_lab.build import find_device
-from stochastic_depth_lab.config import Data, Depth
+from stochastic_depth_lab.config import Data, Depth, Regularisers
 from stochastic_depth_lab.data import Augmentation, Normalisation, batches, load
 from stochastic_depth_lab.evaluation import Evaluation, evaluate_run
 from stochastic_depth_lab.loop import Interrupted, NotFiniteError
@@ -103,6 +103,8 @@ def uninterrupted(tmp_path_factory):
         "stochastic": small(),
         "sample": small(Depth(granularity="sample")),
         "within epochs": small(validate_every=3, checkpoint_every=2),
+        "over time": small(Depth(over_time="plateau", turn=0.3)),
+        "regularised": replace(small(None), regularisers=Regularisers(0.8, 0.8, 0.3)),
     }
     for name, experiment in experiments.items():
         train(experiment, folder / name)
@@ -110,7 +112,7 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.mark.parametrize("questions", [4, 7])
-@pytest.mark.parametrize("name", ["constant", "stochastic", "sample", "within epochs"])
+@pytest.mark.parametrize("name", ["constant", "stochastic", "sample", "within epochs", "over time", "regularised"])
 def test_a_run_stopped_again_and_again_is_the_uninterrupted_one(tmp_path, uninterrupted, name, questions):
     experiment, expected = uninterrupted[name]
     starts = set()

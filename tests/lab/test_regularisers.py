@@ -1,0 +1,94 @@
+"""Dropout, dropped filters and the penalty on filters, against their formulas."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from small_runs import Silent, small, train
+
+import stochastic_depth as sd
+from stochastic_depth_lab.config import Regularisers, check
+from stochastic_depth_lab.regularisers import add_dropout_, filter_penalty
+
+
+def relu_outputs(settings: Regularisers, *, training: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """What goes into the second convolution of a branch, without and with the regulariser; positive throughout."""
+    torch.manual_seed(0)
+    net = sd.models.cifar_resnet(8, 10)
+    add_dropout_(net, settings)
+    net.train(training)
+    branch = net.groups[0][0].residual.branch
+    inputs = torch.rand(64, 16, 8, 8) + 1
+    seen = []
+    branch.conv2.register_forward_hook(lambda _module, given, _output: seen.append(given[0]))
+    branch.bn1.register_forward_hook(lambda _module, _given, _output: inputs.clone())
+    branch(torch.zeros(64, 16, 8, 8))
+    return inputs, seen[0]
+
+
+def test_dropout_keeps_single_activations_and_the_mean():
+    plain, dropped = relu_outputs(Regularisers(activation_survival_prob=0.8), training=True)
+    kept = dropped != 0
+    assert kept.double().mean().item() == pytest.approx(0.8, abs=4 * (0.16 / kept.numel()) ** 0.5)
+    torch.testing.assert_close(dropped[kept], plain[kept] / 0.8)
+    assert not (kept.all((2, 3)) | ~kept.any((2, 3))).any()  # no channel as a whole
+
+
+def test_dropped_filters_are_whole_channels_of_a_sample():
+    plain, dropped = relu_outputs(Regularisers(filter_survival_prob=0.6), training=True)
+    kept = dropped != 0
+    channels = kept.any((2, 3))
+    assert torch.equal(kept, channels[:, :, None, None].expand_as(kept))
+    assert channels.double().mean().item() == pytest.approx(0.6, abs=4 * (0.24 / channels.numel()) ** 0.5)
+    assert len({tuple(row) for row in channels.tolist()}) > 32  # each sample its own
+    torch.testing.assert_close(dropped[kept], plain[kept] / 0.6)
+
+
+def test_nothing_is_dropped_in_evaluation():
+    plain, same = relu_outputs(Regularisers(0.5, 0.5), training=False)
+    assert torch.equal(plain, same)
+
+
+def test_the_penalty_is_its_formula_layer_by_layer():
+    torch.manual_seed(0)
+    net = sd.models.cifar_resnet(8, 10).double()
+    strength, expected = 0.3, 0.0
+    for name, weight in net.named_parameters():
+        if weight.ndim == 4:
+            magnitudes = [sum(w * w for w in f.flatten().tolist()) ** 0.5 for f in weight]
+            expected += strength * weight.square().sum().item() / (sum(m * m for m in magnitudes) + strength)
+            total = weight.square().sum().item()
+            gradient = 2 * weight.detach() * (strength / (total + strength)) ** 2
+            net.zero_grad()
+            filter_penalty(net, strength).backward()
+            torch.testing.assert_close(weight.grad, gradient, msg=name)
+    assert filter_penalty(net, strength).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_penalty_moves_the_weights_and_not_the_loss_that_is_shown(tmp_path):
+    plain, penalised = Silent(), Silent()
+    train(small(None, epochs=1), tmp_path / "plain", observer=plain)
+    experiment = replace(small(None, epochs=1), regularisers=Regularisers(filter_penalty=5.0))
+    train(experiment, tmp_path / "penalised", observer=penalised)
+    # The first convolutions' penalties add up to several nats; cross-entropy alone stays near ln 10.
+    assert penalised.rows[0]["train_loss"] == pytest.approx(plain.rows[0]["train_loss"], rel=0.3)
+    assert penalised.rows[0]["train_loss"] != plain.rows[0]["train_loss"]
+
+    def total(folder):
+        model = torch.load(tmp_path / folder / "checkpoints" / "last.pt", weights_only=True)["model"]
+        return sum(value.square().sum().item() for value in model.values() if value.ndim == 4)
+
+    assert total("penalised") < total("plain")
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        (Regularisers(activation_survival_prob=0.0), "activation_survival_prob must be in"),
+        (Regularisers(filter_survival_prob=1.5), "filter_survival_prob must be in"),
+        (Regularisers(filter_penalty=-1.0), "filter_penalty must be 0 or positive"),
+    ],
+)
+def test_numbers_that_make_no_sense(settings, field):
+    with pytest.raises(ValueError, match=field):
+        check(replace(small(), regularisers=settings))
