@@ -1,5 +1,6 @@
 """How far a trained network can be cut: error against size of the sub-networks of one or several runs, side by side."""
 
+import copy
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import stochastic_depth as sd
-from stochastic_depth.deploy.choice import Order
+from stochastic_depth.deploy.branches import trained_branches
+from stochastic_depth.deploy.choice import Order, order_of_going
 from stochastic_depth_lab.build import reproducible
 from stochastic_depth_lab.data import batches
 from stochastic_depth_lab.evaluation import BATCH_SIZE, evaluate
@@ -57,8 +59,9 @@ def subnetwork_curve(
         run = load_trained(path, device=device, data_root=data_root)
         num_blocks = sum(isinstance(module, sd.Residual) for module in run.model.modules())
         example = run.inputs(run.images.data.test, 1)
+        going = _going(run, order)
         for count in sorted({max(1, round(num_blocks * k / num_points)) for k in range(1, num_points + 1)}):
-            point, network = _point(run, count, order)
+            point, network = _point(run, sorted(going[num_blocks - count :]))
             points.append(point)
             networks.append(network)
             progress(f"{point.run}: {count} of {num_blocks} blocks, error {point.error:.2f} %")
@@ -69,12 +72,20 @@ def subnetwork_curve(
     ]
 
 
-def _point(run: Trained, num_blocks: int, order: Order) -> tuple[Point, nn.Module]:
+def _going(run: Trained, order: Order) -> list[int]:
+    """The blocks by their index, the first to go first."""
+    network = copy.deepcopy(run.model)
+    if run.depth is None:
+        sd.make_stochastic_(network, sd.uniform(1.0))
     calibration = run.training_batches(NUM_LESION) if order == "lesion" else None
+    return order_of_going(network, trained_branches(network), order, calibration)
+
+
+def _point(run: Trained, keep: list[int]) -> tuple[Point, nn.Module]:
     with warnings.catch_warnings():
         # That constant depth was never asked to do without a block is what the curve is about.
         warnings.filterwarnings("ignore", message=".*was not trained with stochastic depth")
-        network = sd.subnetwork(run.model, num_blocks=num_blocks, order=order, calibration=calibration)
+        network = sd.subnetwork(run.model, keep)
 
     def error() -> float:
         split = run.images.data.test
@@ -89,7 +100,7 @@ def _point(run: Trained, num_blocks: int, order: Order) -> tuple[Point, nn.Modul
     return (
         Point(
             run=run.experiment.name,
-            num_blocks=num_blocks,
+            num_blocks=len(keep),
             num_parameters=sum(parameter.numel() for parameter in network.parameters()),
             flops=counter.get_total_flops(),
             latency_ms=float("nan"),
