@@ -14,6 +14,8 @@ import random
 import resource
 import shlex
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -38,16 +40,19 @@ _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(_PRELOADED)
 
 
-def start(arguments: Sequence[str], log: Path, file_limit: int | None = None) -> BaseProcess:
+def start(
+    arguments: Sequence[str], log: Path, file_limit: int | None = None, variables: dict[str, str] | None = None
+) -> BaseProcess:
     """The command line in a process of its own, which finds PyTorch loaded already."""
-    process = _FORKS.Process(target=_command, args=(list(arguments), str(log), file_limit))
+    process = _FORKS.Process(target=_command, args=(list(arguments), str(log), file_limit, variables or {}))
     process.start()
     return process
 
 
-def _command(arguments: list[str], log: str, file_limit: int | None) -> None:
+def _command(arguments: list[str], log: str, file_limit: int | None, variables: dict[str, str]) -> None:
     from stochastic_depth_lab.cli import main
 
+    os.environ.update(variables)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
@@ -195,17 +200,85 @@ def interrupt(folder: Path, *, epochs: int, kills: int, others: int, seed: int) 
     return survived
 
 
+def start_two(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    """The command line in two processes, which torchrun starts again when one of them dies."""
+    torchrun = shlex.split("-m torch.distributed.run --nproc-per-node 2 --max-restarts 100 --monitor-interval 0.1")
+    command = [sys.executable, *torchrun, "-m", "stochastic_depth_lab", *arguments]
+    with log.open("ab") as file:
+        return subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def _finish_with_two(arguments: Sequence[str], log: Path) -> None:
+    """The command line in two processes, as torchrun starts them, to the end."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    ranks = [{**address, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+    processes = [start(arguments, log, variables=variables) for variables in ranks]
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0, log.read_text()
+
+
+def _workers(process: subprocess.Popen[bytes]) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def interrupt_two(folder: Path, *, epochs: int, kills: int, seed: int) -> Counter[str]:
+    """One of two processes is killed again and again; torchrun starts both again, from the last checkpoint.
+
+    Then torchrun itself is told to end, and the run is continued by another.
+    """
+    moments = random.Random(seed)
+    survived: Counter[str] = Counter()
+    shared = [*EXPERIMENT, "--recipe.epochs", str(epochs)]
+    log = folder / "log"
+    _finish_with_two([*shared, "--out", str(folder / "whole")], log)
+    run = folder / "parts"
+    arguments = [*shared, "--out", str(run), "--resume"]
+    last = run / "checkpoints" / "last.pt"
+    process = start_two(arguments, log)
+
+    def wait_for_checkpoint() -> None:
+        started = time.time_ns()
+        while process.poll() is None and not (last.exists() and last.stat().st_mtime_ns > started):
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.2))
+
+    for _ in range(kills):
+        wait_for_checkpoint()
+        workers = _workers(process) if process.poll() is None else []
+        if len(workers) == 2:
+            os.kill(moments.choice(workers), signal.SIGKILL)
+            survived["one of two processes killed"] += 1
+    wait_for_checkpoint()
+    if process.poll() is None:
+        process.terminate()
+        process.wait(DEADLINE_S + 30)
+        survived["SIGTERM to torchrun"] += 1
+        assert not (run / "result.json").exists()
+        _finish_with_two(arguments, log)
+    else:
+        assert process.returncode == 0, log.read_text()
+    assert_same(outcome(run), outcome(folder / "whole"))
+    return survived
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--others", type=int, default=25)
     parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--of-two", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         survived = interrupt(
             Path(folder), epochs=options.epochs, kills=options.kills, others=options.others, seed=options.seed
         )
+    with tempfile.TemporaryDirectory() as folder:
+        survived += interrupt_two(Path(folder), epochs=8 * options.of_two, kills=options.of_two, seed=options.seed)
     print("faults survived; every run ended with the weights and metrics of the uninterrupted one, bit for bit")
     for kind, count in sorted(survived.items()):
         print(f"{count:6d}  {kind}")
