@@ -23,6 +23,7 @@ check: .venv/installed
 	$(BIN)/lint-imports --no-cache
 
 faults: .venv/installed  ## the long form of tests/faults: hundreds of kills and damaged files
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/hostile.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/faults.py
 
 format: .venv/installed

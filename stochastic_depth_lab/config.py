@@ -6,8 +6,9 @@ instant: schedules, shortcuts and the like are named by strings.
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, cast
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from types import NoneType
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 Precision = Literal["fp32", "bf16", "fp16"]
 LrSchedule = Literal["step_text", "step_code", "one_cycle"]
@@ -228,6 +229,10 @@ def check(experiment: Experiment) -> None:
         ValueError: in one line; it names the field.
     """
     data, recipe = experiment.data, experiment.recipe
+    if experiment.name in ("", ".", "..") or any(letter in "/\\" or ord(letter) < 32 for letter in experiment.name):
+        raise ValueError(
+            f"the name of a run must be a plain file name, but is {experiment.name!r}: its folder is called so."
+        )
     for name, value, least in (
         ("recipe.epochs", recipe.epochs, 1),
         ("recipe.batch_size", recipe.batch_size, 1),
@@ -277,21 +282,43 @@ def from_json(fields: Mapping[str, Any]) -> Experiment:
     """The experiment that a `config.json` holds.
 
     Raises:
-        ValueError: if a field is missing or unknown.
+        ValueError: if a field is missing or unknown, or its value is not of the field's type.
     """
-    try:
-        recipe: dict[str, Any] = {**fields["recipe"], "lr_drops": tuple(fields["recipe"]["lr_drops"])}
-        parts: dict[str, Any] = {
-            "data": Data(**fields["data"]),
-            "model": Model(**fields["model"]),
-            "depth": fields["depth"] and Depth(**fields["depth"]),
-            "recipe": Recipe(**recipe),
-            "regularisers": Regularisers(**fields.get("regularisers", {})),
-            "published": fields["published"] and Published(**fields["published"]),
-        }
-        return Experiment(**{**fields, **parts})
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"this is not the configuration of an experiment of this version: {error}.") from None
+    return _of_type(Experiment, fields, "it")
+
+
+def _of_type(kind: Any, value: Any, where: str) -> Any:
+    """A value from JSON as an annotation of this file says; lists become tuples, objects dataclasses."""
+    arguments = get_args(kind)
+    if is_dataclass(kind) and isinstance(value, Mapping):
+        fields = cast("Mapping[str, Any]", value)
+        kinds = get_type_hints(kind)
+        if unknown := [name for name in fields if name not in kinds]:
+            raise _not_ours(f"{where} has an unknown field {unknown[0][:40]!r}")
+        made = {name: _of_type(kinds[name], inner, name) for name, inner in fields.items()}
+        try:
+            return cast(Any, kind)(**made)
+        except TypeError as error:
+            raise _not_ours(str(error)) from None
+    if get_origin(kind) is Literal:
+        right = isinstance(value, str) and value in arguments
+    elif get_origin(kind) is tuple:
+        if isinstance(value, list):
+            return tuple(_of_type(arguments[0], item, where) for item in cast("list[Any]", value))
+        right = False
+    elif NoneType in arguments:
+        return None if value is None else _of_type(arguments[0], value, where)
+    elif kind is float:
+        right = isinstance(value, (int, float)) and not isinstance(value, bool)
+    else:
+        right = type(value) is kind
+    if not right:
+        raise _not_ours(f"{where} cannot be {str(value)[:40]!r}")
+    return value
+
+
+def _not_ours(reason: str) -> ValueError:
+    return ValueError(f"this is not the configuration of an experiment of this version: {reason}.")
 
 
 def as_json(experiment: Experiment) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 
 from stochastic_depth_lab.atomic import write_json, write_whole
-from stochastic_depth_lab.config import Experiment, as_json, differences
+from stochastic_depth_lab.config import Experiment, as_json, check, differences
 
 _LOCK = ".lock"
 
@@ -116,7 +116,11 @@ def folder_for(out: Path, experiment: Experiment) -> Path:
     """Where a configuration runs among many: the folder in which it began, whatever its name, or a new one.
 
     Folders of other configurations, and of versions whose configurations this one cannot read, are left alone.
+
+    Raises:
+        ValueError: if its name could lead out of `out`.
     """
+    check(experiment)
     for config in sorted(out.glob("*/config.json")):
         with contextlib.suppress(ValueError):
             if not differences(as_json(experiment), read_json(config)):
@@ -164,7 +168,7 @@ def read_json(path: Path) -> dict[str, Any]:
         fields = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise RunError(f"{path.parent} is not a run folder: it has no {path.name}.") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise RunError(f"{path} is damaged: not JSON.") from None
     if not isinstance(fields, dict):
         raise RunError(f"{path} is damaged: not an object.")
@@ -216,5 +220,5 @@ def _commit() -> str | None:
 def _epoch_of(line: bytes) -> int | None:
     try:
         return json.loads(line)["epoch"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None

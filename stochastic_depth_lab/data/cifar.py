@@ -11,6 +11,7 @@ bytes and nothing else.
 import io
 import math
 import pickle
+import pickletools
 import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -54,6 +55,9 @@ class CifarSource:
     num_classes: int
     validation: int = 5000
 
+
+_MAX_UNPACKED_BYTES = 1 << 30
+"""Five times what the larger of the two archives unpacks to."""
 
 CIFAR10 = CifarSource(
     name="cifar10",
@@ -178,14 +182,24 @@ def _contents(source: CifarSource, data_root: Path, *, download: bool) -> dict[s
 
 
 def _members(archive: Path, wanted: Mapping[str, str]) -> dict[str, bytes]:
-    """Content of the wanted members of a .tar.gz, which must be regular files; nothing is unpacked to disk."""
+    """Content of the wanted members of a .tar.gz, which must be regular files; nothing is unpacked to disk.
+
+    Raises:
+        DataError: if it is damaged, or unpacks to more than any published archive.
+    """
     contents: dict[str, bytes] = {}
     try:
         with tarfile.open(archive, "r:gz") as tar:
             for member in tar:
+                if member.offset_data + member.size > _MAX_UNPACKED_BYTES:
+                    raise DataError(
+                        f"{archive} unpacks to more than {_MAX_UNPACKED_BYTES:,} bytes: it is no archive of CIFAR."
+                    )
                 if member.name in wanted and member.isfile() and (file := tar.extractfile(member)):
                     contents[wanted[member.name]] = file.read()
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # a damaged archive can fail in any way
         raise DataError(f"{archive} is no readable .tar.gz ({error}): it is damaged. Remove it.") from error
     return contents
 
@@ -193,6 +207,7 @@ def _members(archive: Path, wanted: Mapping[str, str]) -> dict[str, bytes]:
 def _unpickle(content: bytes, where: str) -> dict[str, Any]:
     """The pickled dictionary, which holds numpy arrays, lists, text and numbers and nothing else."""
     try:
+        _refuse_far_memo(content)
         loaded: object = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
     except Exception as error:  # a damaged pickle can fail in any way
         raise DataError(
@@ -201,6 +216,13 @@ def _unpickle(content: bytes, where: str) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise DataError(f"{where}: holds a {type(loaded).__name__} instead of a dictionary: this is no CIFAR file.")
     return {_text(key): value for key, value in cast("dict[object, object]", loaded).items()}
+
+
+def _refuse_far_memo(content: bytes) -> None:
+    """Python makes room for all places of its memo up to the highest that a pickle names: a byte can ask for 64 GB."""
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(content)):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and cast(int, argument) > number:
+            raise pickle.UnpicklingError(f"it puts its operation {number} at place {argument} of the memo")
 
 
 def _text(value: object) -> str:
