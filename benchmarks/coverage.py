@@ -8,6 +8,9 @@ out of its block; one that the model never calls, or whose result it does not us
 
 from __future__ import annotations
 
+import torchvision_schemas  # noqa: F401
+
+# isort: split
 import argparse
 import collections
 import sys
@@ -17,7 +20,6 @@ import warnings
 import timm
 import torch
 import torchvision
-import torchvision_schemas  # noqa: F401  # isort: split
 
 import stochastic_depth as sd
 

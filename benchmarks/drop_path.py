@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import torchvision_schemas  # noqa: F401
+
+# isort: split
 import argparse
 import functools
 
 import timm
 import torch
 import torch.nn.functional as F
-import torchvision_schemas  # noqa: F401  # isort: split
 from protocol import interleaved, ratio, write_table
 
 import stochastic_depth as sd

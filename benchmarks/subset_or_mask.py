@@ -7,13 +7,15 @@ One forward and backward of a gated sum, process time, as a ratio to the plain s
 
 from __future__ import annotations
 
+import torchvision_schemas  # noqa: F401
+
+# isort: split
 import argparse
 import functools
 from collections.abc import Callable
 
 import timm
 import torch
-import torchvision_schemas  # noqa: F401  # isort: split
 from protocol import interleaved, ratio, write_table
 from torch import Tensor, nn
 

@@ -8,7 +8,7 @@ was made inside that call.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -109,7 +109,7 @@ def measure_cost(root: nn.Module, passes: ForwardPasses, parts: Sequence[nn.Modu
                 raise ValueError("No output of the model requires gradients: there is no training step to measure.")
             parameters = [parameter for parameter in root.parameters() if parameter.requires_grad]
             torch.autograd.grad([leaf.sum() for leaf in outputs], parameters, allow_unused=True)
-    gradient_bytes = _gradient_bytes(root, parts)
+    gradient_bytes = _gradient_bytes(root, parts, meter.outer)
     branches = tuple(
         BranchCost(
             name=name,
@@ -148,8 +148,8 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _gradient_bytes(root: nn.Module, parts: Sequence[nn.Module]) -> list[int]:
-    """Bytes of each branch's own parameters: those that no other branch and nothing else of the model uses."""
+def _gradient_bytes(root: nn.Module, parts: Sequence[nn.Module], outer: Mapping[int, tuple[int, ...]]) -> list[int]:
+    """Bytes of each branch's own parameters: those that nothing else uses but the branches that it lies in."""
     holders: dict[Tensor, set[int]] = {}
     inside: set[int] = set()
     for index, part in enumerate(parts):
@@ -157,14 +157,19 @@ def _gradient_bytes(root: nn.Module, parts: Sequence[nn.Module]) -> list[int]:
             inside.add(id(module))
             for parameter in module.parameters(recurse=False):
                 holders.setdefault(parameter, set()).add(index)
+    # Single parameters of a block, such as the gain of a LayerScale, that a branch alone uses.
+    direct = {parameter for part in parts for parameter in part.parameters(recurse=False)}
     for module in root.modules():
         if id(module) not in inside:
             for parameter in module.parameters(recurse=False):
+                if parameter in direct:
+                    continue
                 holders.setdefault(parameter, set()).add(_REST)
     gradient_bytes = [0] * len(parts)
     for parameter, indices in holders.items():
-        if parameter.requires_grad and len(indices) == 1 and _REST not in indices:
-            gradient_bytes[next(iter(indices))] += _bytes(parameter)
+        innermost = max(indices, key=lambda index: len(outer.get(index, ())))
+        if parameter.requires_grad and _REST not in indices and indices <= {innermost, *outer.get(innermost, ())}:
+            gradient_bytes[innermost] += _bytes(parameter)
     return gradient_bytes
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from stochastic_depth.copies import tensor_without_data, without_data
-from stochastic_depth.passes import ForwardPasses, Gate, Observer, graph_break
+from stochastic_depth.passes import ForwardPasses, Gate, Observer, eager, graph_break
 
 # The gated sum stays out of torch.compile's graphs, which would be one per pattern of gates; the branches that it calls
 # are compiled, one graph per shape.
@@ -152,6 +152,7 @@ class GatedBranch:
             output = output[: gate.num_open]
         return cast(Tensor, _AddSubset.apply(shortcut, output, gate.order[: gate.num_open], factor))
 
+    @eager
     def _sees_one_value(self, module: nn.Module, branch: BranchFunction, x: Samples) -> bool:
         """Whether a BatchNorm of the branch would see one value per channel if the branch ran for a single sample.
 

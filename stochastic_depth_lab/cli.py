@@ -39,6 +39,7 @@ except ModuleNotFoundError:
     sys.exit("The stochastic-depth command needs the laboratory: pip install 'stochastic-depth[lab]'")
 
 if TYPE_CHECKING:
+    import stochastic_depth as sd
     from stochastic_depth_lab.loop import Observer
     from stochastic_depth_lab.sweep import Job
 
@@ -199,9 +200,14 @@ class Inspect:
     model: tyro.conf.Positional[str]
     """timm:NAME, torchvision:NAME or transformers:NAME; the weights are random."""
     drop_path_rate: float = 0.1
-    """The rate that the model is made with."""
+    """The rate that the model is made with, if it has drop paths."""
+    schedule: str | None = None
+    """Survival over depth in place of the model's own rates, and for models without drop paths: linear_decay, uniform,
+    timm, efficientnet, convnext."""
+    final_survival_prob: float = 0.5
+    """With a schedule: survival probability of the last branch, in (0, 1]."""
     measure: Flag = False
-    """Measure time and memory of a step too, against the model at rate 0, on this machine."""
+    """Measure time and memory of a step too, against the original model, on this machine."""
     batch_size: int = 8
     """Images in a measured step."""
     image_size: int | None = None
@@ -487,10 +493,9 @@ def _schedule(arguments: Sequence[str]) -> int:
     import stochastic_depth as sd
     from stochastic_depth_lab.report import schedule_figure, schedule_text
 
-    if options.schedule not in sd.SCHEDULES:
-        return _complain(f"there is no schedule {options.schedule!r}, but {', '.join(sd.SCHEDULES)}.")
+    schedule = _named_schedule(options.schedule, options.final_survival_prob)
     model = sd.models.cifar_resnet(options.num_layers)
-    depth = sd.make_stochastic_(model, sd.SCHEDULES[options.schedule](options.final_survival_prob))
+    depth = sd.make_stochastic_(model, schedule)
     blocks = range(1, len(depth.names) + 1)
     _print(schedule_text(blocks, depth.survival_probs))
     share = depth.cost(torch.zeros(1, 3, 32, 32)).training_flops
@@ -502,14 +507,24 @@ def _schedule(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _named_schedule(name: str, final_survival_prob: float) -> "sd.Schedule":
+    from stochastic_depth import SCHEDULES
+
+    if name not in SCHEDULES:
+        raise ValueError(f"There is no schedule {name!r}, but {', '.join(SCHEDULES)}.")
+    return SCHEDULES[name](final_survival_prob)
+
+
 def _inspect(arguments: Sequence[str]) -> int:
     options = _parse(Inspect, "inspect", arguments)
     from stochastic_depth_lab.inspect import inspect_model
 
+    schedule = None if options.schedule is None else _named_schedule(options.schedule, options.final_survival_prob)
     _print(
         inspect_model(
             options.model,
             options.drop_path_rate,
+            schedule=schedule,
             measure=options.measure,
             batch_size=options.batch_size,
             image_size=options.image_size,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import difflib
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,11 +32,11 @@ def inspect_model(
     """The table of a model's branches, rates and treatment, and the predicted saving of a training step.
 
     Args:
-        spec: `timm:NAME`, `torchvision:NAME` or `transformers:NAME`, where the last is a configuration's class or model
-            type, such as `beit`. Weights are random.
+        spec: `timm:NAME`, `torchvision:NAME` or `transformers:TYPE`, where the last is a configuration's model type,
+            such as `beit`. Weights are random.
         drop_path_rate: the rate that the model is created with; of no use to models without drop paths.
         schedule: survival over depth; None keeps the model's own rates.
-        measure: also measure time and memory of a step against the same model at rate 0, on this machine.
+        measure: also measure time and memory of a step against the original model, on this machine.
         batch_size: number of images that cost and time are measured with.
         image_size: their width and height; None is the model's own.
         device: where to measure.
@@ -47,17 +50,17 @@ def inspect_model(
     model, own_size = _create(spec, drop_path_rate)
     size = image_size or own_size
     model = model.to(device)
+    original = copy.deepcopy(model) if measure else None
     images = torch.randn(batch_size, 3, size, size, device=device)
-    measured_plain = _measure(_create(spec, 0.0)[0].to(device), images) if measure else None
     depth = sd.make_stochastic_(model, schedule)
-    lines = [str(depth), "", str(depth.cost(images[:1] if batch_size == 1 else images[:2]))]
-    if measured_plain is not None:
-        own_s, own_bytes = _measure(model, images)
-        plain_s, plain_bytes = measured_plain
+    lines = [str(depth), "", str(depth.cost(images[:2]))]
+    if original is not None:
+        (own_s, own_bytes), (original_s, original_bytes) = _measure((model, original), images)
         lines.append(
-            f"median of {_NUM_MEASURED} steps of {batch_size} images on {device}, PyTorch {torch.__version__}: "
-            f"{own_s:.3f} s against {plain_s:.3f} s at rate 0 ({own_s / plain_s:.0%}); kept for the backward "
-            f"{own_bytes / 2**20:.0f} MiB against {plain_bytes / 2**20:.0f} MiB ({own_bytes / plain_bytes:.0%})"
+            f"median of {_NUM_MEASURED} interleaved steps of {batch_size} images on {device}, "
+            f"PyTorch {torch.__version__}: {own_s:.3f} s, the original {original_s:.3f} s ({own_s / original_s:.0%}); "
+            f"kept for the backward {own_bytes / 2**20:.0f} MiB against {original_bytes / 2**20:.0f} MiB "
+            f"({own_bytes / original_bytes:.0%})"
         )
     return "\n".join(lines)
 
@@ -102,6 +105,10 @@ def _torchvision(name: str, rate: float) -> tuple[nn.Module, int]:
 def _transformers(name: str, rate: float) -> tuple[nn.Module, int]:
     import transformers
 
+    known = transformers.models.auto.configuration_auto.CONFIG_MAPPING
+    if name not in known:
+        similar = difflib.get_close_matches(name, known, n=5)
+        raise ValueError(f"transformers has no model type {name!r}. Similar: {', '.join(similar) or 'none'}.")
     config = transformers.AutoConfig.for_model(name, drop_path_rate=rate)
     size: Any = getattr(config, "image_size", None) or 224
     return transformers.AutoModel.from_config(config), int(size if isinstance(size, int) else size[0])
@@ -110,26 +117,31 @@ def _transformers(name: str, rate: float) -> tuple[nn.Module, int]:
 _CREATE = {"timm": _timm, "torchvision": _torchvision, "transformers": _transformers}
 
 
-def _measure(model: nn.Module, images: Tensor) -> tuple[float, float]:
-    """Median time of a training step in seconds, and mean number of bytes kept for its backward."""
-    model.train()
-    times: list[float] = []
-    kept: list[int] = []
-    for step in range(_NUM_MEASURED + 1):
-        storages: dict[int, int] = {}
+def _measure(models: Sequence[nn.Module], images: Tensor) -> list[tuple[float, float]]:
+    """Of each model the median time of a training step in seconds, and the mean bytes kept for its backward."""
+    times: dict[nn.Module, list[float]] = {model.train(): [] for model in models}
+    kept: dict[nn.Module, list[int]] = {model: [] for model in models}
+    for _ in range(_NUM_MEASURED + 1):
+        for model in models:
+            begin = time.perf_counter()
+            kept[model].append(_step(model, images))
+            if images.is_cuda:
+                torch.cuda.synchronize()
+            times[model].append(time.perf_counter() - begin)
+    # The first step warms up.
+    return [(statistics.median(times[model][1:]), statistics.fmean(kept[model][1:])) for model in models]
 
-        def pack(tensor: Tensor, storages: dict[int, int] = storages) -> Tensor:
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
 
-        begin = time.perf_counter()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            outputs = [leaf for leaf in tree_leaves(model(images)) if isinstance(leaf, Tensor) and leaf.requires_grad]
-        torch.stack([leaf.float().mean() for leaf in outputs]).sum().backward()
-        if images.is_cuda:
-            torch.cuda.synchronize()
-        if step:  # The first step warms up.
-            times.append(time.perf_counter() - begin)
-            kept.append(sum(storages.values()))
-        model.zero_grad()
-    return statistics.median(times), statistics.fmean(kept)
+def _step(model: nn.Module, images: Tensor) -> int:
+    """Forward and backward; the number of bytes that were kept in between."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = [leaf for leaf in tree_leaves(model(images)) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    torch.stack([leaf.float().mean() for leaf in outputs]).sum().backward()
+    return sum(storages.values())

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, fx, nn
 
-from stochastic_depth.passes import Gate, is_exporting
+from stochastic_depth.passes import Gate, eager, is_exporting
 from stochastic_depth.residual import GatedBranch, compiled_inside
 from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.cuts import CutError, Sum
@@ -86,6 +86,7 @@ class BlockBranches:
             for branch in self.gated.values()
         )
 
+    @eager
     def forward_for(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Any]]:
         """The rewritten forward for a call, and its opaque arguments.
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
 from stochastic_depth.copies import evaluated_copy, plain_class
-from stochastic_depth.passes import Gate
+from stochastic_depth.passes import Gate, eager
 from stochastic_depth.residual import GatedBranch, compiled_inside
 from stochastic_depth.retrofit.shapes import samples_among
 from stochastic_depth.retrofit.trace import TraceError, decide_by, flatten, record, unflatten
@@ -29,6 +29,7 @@ class GatedLayer(GatedBranch):
     drop_paths: bool = False
     _structures: dict[Any, Any] = field(default_factory=dict[Any, Any], repr=False)
 
+    @eager
     def structure(self, layer: nn.Module, signature: Any, leaves: Sequence[Any]) -> Any:
         """What the layer returns for a call, with None for all tensors."""
         key = (signature, *(leaf.shape if isinstance(leaf, Tensor) else None for leaf in leaves))

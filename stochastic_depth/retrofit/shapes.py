@@ -13,17 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.copies import plain_copy, tensor_without_data, without_data
+from stochastic_depth.passes import eager
 
 _MAX_UNKNOWN = 4
 
 Function = Callable[..., Any]
 
 
+@eager
 def output_without_data(function: Function, block: nn.Module, inputs: Sequence[Any]) -> Any:
     """What a branch gives for these inputs, its tensors on the meta device."""
     return function(without_data(block).eval(), *[tensor_without_data(value) for value in inputs])
 
 
+@eager
 def samples_among(
     function: Function, block: nn.Module, inputs: Sequence[Any], kinds: Sequence[bool | None], num_samples: int
 ) -> list[bool]:

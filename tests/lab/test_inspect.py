@@ -16,11 +16,38 @@ def test_a_timm_model_is_shown_with_its_rates_and_its_saving(capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(
+    ("arguments", "branch"),
+    [
+        pytest.param(
+            ["torchvision:convnext_tiny", "--drop-path-rate", "0.5"], "features.7.2.stochastic_depth", id="torchvision"
+        ),
+        pytest.param(["torchvision:resnet18", "--schedule", "linear_decay"], "layer4.1#1", id="additions"),
+        pytest.param(
+            ["transformers:convnext", "--drop-path-rate", "0.5"],
+            "encoder.stages.3.layers.2.drop_path",
+            id="transformers",
+        ),
+    ],
+)
+def test_models_of_all_sources_are_shown_and_measured(
+    arguments: list[str], branch: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", *arguments, "--image-size", "32", "--measure", "--batch-size", "2"]) == 0
+    output = capsys.readouterr().out
+    (row,) = (line for line in output.splitlines() if line.startswith(f"{branch} ") and "gate" in line)
+    assert "0.5000" in row
+    assert "median of 5 interleaved steps of 2 images on cpu" in output
+
+
+@pytest.mark.parametrize(
     ("model", "rate", "said"),
     [
         pytest.param("timm:vit_tiny_patch16_22", "0.1", "Similar names", id="unknown model"),
         pytest.param("nowhere:vit", "0.1", "timm:NAME", id="unknown source"),
         pytest.param("timm:vit_tiny_patch16_224", "1", "drop rate of 1", id="a rate of 1"),
+        pytest.param("torchvision:resnet", "0.1", "torchvision has no model", id="unknown to torchvision"),
+        pytest.param("transformers:resnat", "0.1", "transformers has no model type", id="unknown to transformers"),
+        pytest.param("torchvision:resnet18", "0.1", "No residual branch", id="no drop path"),
     ],
 )
 def test_what_cannot_be_shown_is_one_line(model: str, rate: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
