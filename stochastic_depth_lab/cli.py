@@ -115,6 +115,8 @@ class Evaluate:
 
     folder: tyro.conf.Positional[Path]
     """The run folder."""
+    analyse: Flag = False
+    """What each block adds to its shortcut, the error without it, and calibration; in the run's next report too."""
     subnetworks: Flag = False
     """Error against parameters, FLOPs and latency of its sub-networks, with and without new BatchNorm statistics, as
     table and figure; beside it those of --against, or of the run of constant depth that it was reproduced with."""
@@ -407,6 +409,8 @@ def _run_jobs(jobs: "Sequence[Job]", options: RunOptions, many: ManyOptions, arg
 
 def _evaluate(arguments: Sequence[str]) -> int:
     options = _parse(Evaluate, "evaluate", arguments)
+    if options.analyse:
+        return _analyse(options)
     if options.subnetworks:
         return _evaluate_subnetworks(options)
     if options.against is not None:
@@ -420,6 +424,23 @@ def _evaluate(arguments: Sequence[str]) -> int:
     for weights, parts in evaluations.items():
         for part, evaluation in parts.items():
             _print(f"{weights} weights  {part:<10}  error {evaluation.error:.2f} %  loss {evaluation.loss:.4f}")
+    return 0
+
+
+def _analyse(options: Evaluate) -> int:
+    from stochastic_depth_lab.analysis import analyse
+    from stochastic_depth_lab.build import find_device
+    from stochastic_depth_lab.report.analysis import analysis_text
+
+    if options.subnetworks or options.monte_carlo is not None:
+        return _complain("--analyse, --subnetworks and --monte-carlo are evaluations: ask for one at a time.")
+    analysis = analyse(
+        options.folder,
+        device=find_device(options.device, "fp32"),
+        data_root=options.data_root,
+        progress=lambda line: print(line, file=sys.stderr),  # noqa: T201
+    )
+    _print(analysis_text(analysis))
     return 0
 
 

@@ -249,6 +249,8 @@ class _Tally:
     """(num_steps,) float32 on the device: mean |gradient| of the first convolution's weights."""
     open_counts: list[float]
     """Per branch: sum over the steps of the share of samples whose gate was open."""
+    depth_counts: list[int]
+    """How many steps ran 0, 1, ..., all branches; with gates per sample, in the mean over the samples, rounded."""
     step: int = 0
     """Steps done."""
     cost: float = 0.0
@@ -319,7 +321,7 @@ class _Run:
 
     def _new_tally(self) -> _Tally:
         empty = torch.zeros(self.num_steps, device=self.device)
-        return _Tally(empty, empty.clone(), [0.0] * self.num_branches)
+        return _Tally(empty, empty.clone(), [0.0] * self.num_branches, [0] * (self.num_branches + 1))
 
     def until_stopped(self, items: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
         """The items, until a stop is requested: between any two of them the state is that of a whole step."""
@@ -349,6 +351,7 @@ class _Run:
         tally.first_conv_grads[tally.step] = _gradient(self.first_conv).abs().mean()
         gates = [1.0] * self.num_branches if self.depth is None else self.depth.last_gates or []
         tally.open_counts = [count + gate for count, gate in zip(tally.open_counts, gates, strict=True)]
+        tally.depth_counts[round(sum(gates))] += 1
         tally.cost += 1.0 if self.cost is None else self.cost.share(gates)
         tally.step += 1
         self.optimiser.zero_grad()
@@ -410,6 +413,7 @@ class _Run:
             "num_steps": num_steps,
             "steps_per_s": num_steps / self.watch.seconds,
             "open_counts": tally.open_counts,
+            "depth_counts": tally.depth_counts,
         }
         self.epoch += 1
         self.tally = self._new_tally()
@@ -482,7 +486,8 @@ class _Run:
         self.epoch = state["epoch"]
         tally = state["tally"]
         on_device = {name: tally[name].to(self.device) for name in ("losses", "first_conv_grads")}
-        self.tally = _Tally(**{**tally, **on_device})
+        # An older version counted less: what it did not count begins at 0.
+        self.tally = _Tally(**{**vars(self.tally), **tally, **on_device})
         self.best = _Best(**state["best"])
         self.validated_step = state["validated_step"]
         self.watch.seconds = state["train_s"]

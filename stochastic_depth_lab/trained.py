@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import stochastic_depth as sd
 from stochastic_depth_lab import checkpoint, records
-from stochastic_depth_lab.build import Images, build_network, load_images
+from stochastic_depth_lab.build import Images, build_network, load_images, set_epoch
 from stochastic_depth_lab.config import Experiment, as_json, from_json
 from stochastic_depth_lab.data import Split, batches
 
@@ -42,18 +42,19 @@ def load_trained(path: Path, *, device: torch.device, data_root: Path | None = N
         ValueError: in one line, if the folder holds no run, no weights, or damaged ones.
     """
     experiment = from_json(records.read_json(path / "config.json"))
-    weights: dict[str, Any]
-    if (path / "checkpoints" / checkpoint.BEST).exists():
-        weights = checkpoint.read(path / "checkpoints" / checkpoint.BEST)
-    else:
+    best, epoch = path / "checkpoints" / checkpoint.BEST, experiment.recipe.epochs
+    over_time = experiment.depth is not None and experiment.depth.over_time != "constant"
+    weights: dict[str, Any] = checkpoint.read(best) if best.exists() else {}
+    if over_time or not weights:
         state, _ = checkpoint.load(path / "checkpoints", as_json(experiment))
         if state is None:
             raise records.RunError(f"{path} holds no weights yet: its run has not come to a checkpoint.")
-        weights = state["model"]
+        weights, epoch = weights or state["model"], max(state["best"]["epoch"], 1)
     if data_root is None:
         found = records.read_json(path / "environment.json").get("data_root")
         data_root = found and Path(found)
     images = load_images(experiment, device, data_root)
     model, depth = build_network(experiment, images.data)
     model.load_state_dict(weights)
+    set_epoch(experiment, depth, epoch)  # the survival probabilities that the weights were trained with
     return Trained(experiment, images, model.eval(), depth)

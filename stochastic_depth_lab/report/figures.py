@@ -47,7 +47,14 @@ def drawings(runs: Sequence[Run]) -> tuple[Drawing, ...]:
     series = _series(runs, labels(runs))
     # Constant depth has nothing to show about gates, unless there is nothing else.
     gated = [s for s in series if s.run.stochastic] or series
-    return _curves(series), _gradient(series), _survival(gated), _expectation(gated)
+    counted = [s for s in gated if s.run.stochastic and s.run.depth_frequencies]
+    return (
+        _curves(series),
+        _gradient(series),
+        _survival(gated),
+        *([_depth(counted)] if counted else []),
+        _expectation(gated),
+    )
 
 
 def curves(runs: Sequence[Run], names: Sequence[str]) -> Drawing:
@@ -98,7 +105,7 @@ def rendered(figure: Figure, form: str, *, transparent: bool = False) -> bytes:
 
 def epochs_csv(runs: Sequence[Run]) -> str:
     """One line per run and epoch: the data of the curves and of the gradient figure."""
-    keys = [key for key in Epoch.__dataclass_fields__ if key != "open_counts"]
+    keys = [key for key in Epoch.__dataclass_fields__ if not key.endswith("_counts")]
     return csv_text(
         ["run", *keys],
         [
@@ -224,6 +231,28 @@ def _survival(series: Sequence[_Series]) -> Drawing:
         "How often each block was open, and how far that is from its survival probability. "
         + ("Band: 95 % of fair draws (exact binomial), so that one block in twenty may lie outside. " if counts else "")
         + " ".join(counts),
+        figure,
+    )
+
+
+def _depth(series: Sequence[_Series]) -> Drawing:
+    figure = Figure(figsize=(8, 0.9 + 1.7 * len(series)), layout="constrained")
+    panels = figure.subplots(len(series), 1, squeeze=False)
+    for (axes,), s in zip(panels, series, strict=True):
+        frequencies = s.run.depth_frequencies
+        axes.bar(range(len(frequencies)), frequencies, width=0.9, color=s.colour)
+        axes.axvline(s.run.expected_depth, color=INK, linewidth=1.6)
+        shown = [depth for depth, frequency in enumerate(frequencies) if frequency]
+        axes.set_xlim(min(shown) - 1, max(shown) + 1)
+        axes.xaxis.set_major_locator(_whole_numbers())
+        axes.set_title(f"{s.label}: share of {s.run.num_steps:,} steps")
+    panels[-1][0].set_xlabel("blocks run in a step")
+    legend(figure, [(Line2D([], [], color=INK), "expected depth")])
+    return Drawing(
+        "depth",
+        "epochs",
+        "Realised depth",
+        "How many blocks the steps ran: each is a network of another depth.",
         figure,
     )
 

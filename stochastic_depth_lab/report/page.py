@@ -8,7 +8,15 @@ from string import Template
 from typing import cast
 
 from stochastic_depth_lab.atomic import write_whole
-from stochastic_depth_lab.report.figures import Drawing, drawings, epochs_csv, rendered, save, survival_csv
+from stochastic_depth_lab.report.analysis import analysis_csv, analysis_drawings
+from stochastic_depth_lab.report.figures import (
+    Drawing,
+    drawings,
+    epochs_csv,
+    rendered,
+    save,
+    survival_csv,
+)
 from stochastic_depth_lab.report.inline import inline_svg
 from stochastic_depth_lab.report.runs import ReportError, Run, labels, printable, read_runs
 from stochastic_depth_lab.report.table import NOTHING, constant_depth_of, html_table, remarks, summary_csv, time_share
@@ -31,11 +39,14 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     out = out or _own_folder(folders)
     try:
         with figure_style():
-            figures = drawings(runs)
+            figures = (*drawings(runs), *analysis_drawings(runs))
             for figure in figures:
                 save(figure.figure, out / "figures", figure.name)
             (out / "data").mkdir(exist_ok=True)
-            for name, text in {"runs": summary_csv, "epochs": epochs_csv, "survival": survival_csv}.items():
+            tables = {"runs": summary_csv, "epochs": epochs_csv, "survival": survival_csv}
+            if any(figure.data == "analysis" for figure in figures):
+                tables["analysis"] = analysis_csv
+            for name, text in tables.items():
                 write_whole(out / "data" / f"{name}.csv", text(runs).encode("utf-8", "replace"))
             page = out / "report.html"
             write_whole(page, _page(runs, figures).encode("utf-8", "replace"))

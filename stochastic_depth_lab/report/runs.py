@@ -29,6 +29,8 @@ class Epoch:
     learning_rate: float
     num_steps: int
     open_counts: tuple[float, ...]
+    depth_counts: tuple[float, ...]
+    """How many steps ran 0, 1, ..., all branches; empty in runs of older versions, which did not count."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,15 @@ class Run:
     def first_conv_grad(self) -> float:
         """Mean |gradient| of the first convolution's weights over all steps."""
         return self._mean_over_steps([e.first_conv_grad for e in self.epochs])
+
+    @property
+    def depth_frequencies(self) -> tuple[float, ...]:
+        """The share of the steps that ran 0, 1, ..., all branches; empty where an epoch was not counted."""
+        if not all(e.depth_counts for e in self.epochs):
+            return ()
+        return tuple(
+            math.fsum(counts) / self.num_steps for counts in zip(*(e.depth_counts for e in self.epochs), strict=True)
+        )
 
     @property
     def open_frequencies(self) -> tuple[float, ...]:
@@ -331,6 +342,9 @@ def _epoch(fields: _Reader, num_branches: int) -> Epoch:
         learning_rate=fields.number("learning_rate"),
         num_steps=fields.whole("num_steps"),
         open_counts=fields.numbers("open_counts", length=num_branches),
+        depth_counts=(
+            fields.numbers("depth_counts", length=num_branches + 1) if "depth_counts" in fields.fields else ()
+        ),
     )
 
 
