@@ -1,0 +1,87 @@
+"""Other people's training loops: each example is short, trains, and resumed equals the uninterrupted run."""
+
+import importlib.util
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import stochastic_depth as sd
+
+sys.path[:0] = [str(Path(__file__).parents[1] / "library" / "distributed"), str(Path(__file__).parent)]
+import ranks  # noqa: E402
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+NEEDS = {
+    "lightning_module": "lightning",
+    "accelerate_loop": "accelerate",
+    "hf_trainer": "accelerate",
+    "timm_training": "timm",
+}
+
+
+def load_example(name: str) -> Callable[[Path, int], dict[str, Tensor]]:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.train
+
+
+def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_an_example_is_at_most_60_lines(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 60
+
+
+# What these packages warn of in their own code is theirs.
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", NEEDS)
+def test_resumed_it_is_the_uninterrupted_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip(NEEDS[name])
+    train = load_example(name)
+    drawn: list[int] = []
+    plain = sd.Controller.load_state_dict
+    monkeypatch.setattr(
+        sd.Controller, "load_state_dict", lambda self, state: (drawn.append(state["counter"]), plain(self, state))[1]
+    )
+    whole = train(tmp_path / "whole", 3)
+    assert drawn == []
+    first = train(tmp_path / "parts", 1)
+    assert any(not torch.equal(tensor, whole[key]) for key, tensor in first.items())
+    resumed = train(tmp_path / "parts", 3)
+    assert drawn == [8]  # steps of an epoch: the gates went on from there
+    assert_equal(resumed, whole)
+
+
+def torchrun(folder: Path, epochs: int) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    arguments = [str(EXAMPLES / "plain_torchrun.py"), "--out", str(folder), "--epochs", str(epochs)]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def _plain(_rank: int, folder: str, epochs: int) -> None:
+    load_example("plain_torchrun")(Path(folder), epochs)
+
+
+@pytest.mark.slow
+def test_plain_torchrun_resumed_is_the_uninterrupted_run(tmp_path: Path) -> None:
+    torchrun(tmp_path / "whole", 2)
+    for epochs in (1, 2):
+        ranks.run(_plain, 2, str(tmp_path / "parts"), epochs)
+    whole, parts = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts"))
+    assert_equal(parts["model"], whole["model"])
+    assert parts["depth"] == whole["depth"]
+    assert parts["depth"]["counter"] == 8  # steps: half as many as one process makes of the same data
