@@ -3,7 +3,6 @@
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from pathlib import Path
 
 from stochastic_depth_lab.atomic import write_whole
@@ -12,24 +11,8 @@ from stochastic_depth_lab.report.figures import Drawing, curves, epochs_csv, gra
 from stochastic_depth_lab.report.page import html_page
 from stochastic_depth_lab.report.runs import ReportError, Run, read_run
 from stochastic_depth_lab.report.study_figures import heat_map, survival_curve
-from stochastic_depth_lab.report.table import NOTHING, csv_text, time_share
+from stochastic_depth_lab.report.table import NOTHING, csv_text, sortable_table, time_share
 from stochastic_depth_lab.report.theme import figure_style
-
-_SORTING = """\
-<script>
-// A click on a head sorts by its column, numbers as numbers; a second click turns the order round.
-for (const head of document.querySelectorAll("table.sortable thead th")) {
-  head.style.cursor = "pointer";
-  head.addEventListener("click", () => {
-    const body = head.closest("table").tBodies[0], column = head.cellIndex;
-    const value = row => row.cells[column].textContent;
-    const order = head.dataset.order = head.dataset.order === "1" ? "-1" : "1";
-    const compare = (a, b) => parseFloat(value(a)) - parseFloat(value(b)) || value(a).localeCompare(value(b));
-    body.append(...[...body.rows].sort((a, b) => order * compare(a, b)));
-  });
-}
-</script>
-"""
 
 
 @dataclass(frozen=True)
@@ -84,7 +67,10 @@ def write_study(study: Study, folders: Sequence[tuple[Experiment, Path]], out: P
         page = out / f"{study.name}.html"
         lead = f"{study.claim} {_said(seeds)}".strip()
         write_whole(
-            page, html_page(study.title, lead, _html(seeds), remarks, figures, runs, files=f"{study.name}/").encode()
+            page,
+            html_page(
+                study.title, lead, sortable_table(_cells(seeds)), remarks, figures, runs, files=f"{study.name}/"
+            ).encode(),
         )
     return StudyReport(page, "\n".join([study.title, "", _text(seeds), *remarks]))
 
@@ -126,11 +112,11 @@ _COLUMNS: tuple[tuple[str, Callable[[Seeds], str]], ...] = (
     ("ours, test error, %", lambda row: _mean_std(row.test_errors, ".2f")),
     ("seeds", lambda row: str(len(row.runs))),
     (
-        "paper, training time",
+        "paper, training time (h:m:s)",
         lambda row: _duration(3600 * row.published.train_h) if row.published and row.published.train_h else NOTHING,
     ),
     (
-        "ours, training time",
+        "ours, training time (h:m:s)",
         lambda row: _duration(statistics.mean(run.train_s for run in row.runs)) if row.runs else NOTHING,
     ),
     ("share of constant depth's time", lambda row: _mean_std(row.time_shares, ".3f")),
@@ -153,22 +139,6 @@ def _text(seeds: Sequence[Seeds]) -> str:
             [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         )
         for row in cells
-    )
-
-
-def _html(seeds: Sequence[Seeds]) -> str:
-    head, *body = _cells(seeds)
-    return (
-        '<table class="sortable">\n<thead><tr>'
-        + "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
-        + "</tr></thead>\n<tbody>\n"
-        + "\n".join(
-            f'<tr><th scope="row">{escape(row[0])}</th>'
-            + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
-            + "</tr>"
-            for row in body
-        )
-        + f"\n</tbody>\n</table>\n{_SORTING}"
     )
 
 
@@ -264,4 +234,5 @@ def _mean_std(values: Sequence[float], form: str) -> str:
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"

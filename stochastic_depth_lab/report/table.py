@@ -9,6 +9,23 @@ from html import escape
 from stochastic_depth_lab.report.runs import Run, labels, printable
 
 NOTHING = "\N{EN DASH}"
+_MOST_COLUMNS = 6
+"""Runs that the table shows side by side; more become rows of an index."""
+_SORTING = """\
+<script>
+// A click on a head sorts by its column, numbers as numbers; a second click turns the order round.
+for (const head of document.querySelectorAll("table.sortable thead th")) {
+  head.style.cursor = "pointer";
+  head.addEventListener("click", () => {
+    const body = head.closest("table").tBodies[0], column = head.cellIndex;
+    const value = row => row.cells[column].textContent.replaceAll(",", "");
+    const order = head.dataset.order = head.dataset.order === "1" ? "-1" : "1";
+    const compare = (a, b) => parseFloat(value(a)) - parseFloat(value(b)) || value(a).localeCompare(value(b));
+    body.append(...[...body.rows].sort((a, b) => order * compare(a, b)));
+  });
+}
+</script>
+"""
 _HARDWARE = ("cpu", "num_threads", "device", "gpu")
 
 
@@ -117,8 +134,27 @@ def text_table(runs: Sequence[Run]) -> str:
     return "\n\n".join([*blocks, *(["\n".join(remarks(runs))] if remarks(runs) else [])])
 
 
+def sortable_table(cells: Sequence[Sequence[str]]) -> str:
+    """Head and rows as HTML, everything escaped; a click on a head sorts."""
+    head, *body = cells
+    return (
+        '<table class="sortable">\n<thead><tr>'
+        + "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+        + "</tr></thead>\n<tbody>\n"
+        + "\n".join(
+            f'<tr><th scope="row">{escape(first)}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in rest) + "</tr>"
+            for first, *rest in body
+        )
+        + f"\n</tbody>\n</table>\n{_SORTING}"
+    )
+
+
 def html_table(runs: Sequence[Run]) -> str:
-    """The table as HTML, everything in it escaped."""
+    """The table as HTML, everything in it escaped: a column for each run, or a row each if they are many."""
+    if len(runs) > _MOST_COLUMNS:
+        table = rows(runs)
+        by_run = zip(labels(runs), *(row.cells for row in table), strict=True)
+        return sortable_table([["run", *(row.label for row in table)], *map(list, by_run)])
     head = "".join(f'<th scope="col">{escape(label)}</th>' for label in labels(runs))
     body = "\n".join(
         f'<tr class="{row.key}"><th scope="row">{escape(row.label)}</th>'

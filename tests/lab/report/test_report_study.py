@@ -51,7 +51,7 @@ def test_the_table_is_the_papers_with_ours_beside_it(folders, tmp_path):
     lines = [re.split(r"\s{2,}", line) for line in report.text.splitlines()]
     std = statistics.stdev([10.0, 12.0])
     assert lines[2][:4] == ["run", "paper, test error, %", "ours, test error, %", "seeds"]
-    assert lines[3][:5] == ["Constant", "6.41", f"11.00 ± {std:.2f}", "2", "20.7 h"]
+    assert lines[3][:5] == ["Constant", "6.41", f"11.00 ± {std:.2f}", "2", "20:42:00"]
     assert lines[4][:5] == ["Linear <0.5>", "5.23", "9.25 ± 0.35", "2", NOTHING]
     assert "0.700 ± 0.000" in lines[4]  # of the constant runs' seconds, by the made-up epochs
     page = report.page.read_text()

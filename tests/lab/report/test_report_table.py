@@ -131,3 +131,13 @@ def test_time_across_machines_is_said(write_run):
     (run / "environment.json").write_text('{"cpu": "B", "num_threads": 2, "started": "now"}')
     remark = "digits-stochastic: its time is compared across a difference in cpu, precision"
     assert text_table([read_run(constant), read_run(run)]).splitlines()[-1] == remark
+
+
+def test_many_runs_become_rows_that_can_be_sorted(write_run):
+    runs = [read_run(write_run(f"run-{seed}", config={"seed": seed})) for seed in range(7)]
+    few, many = html_table(runs[:6]), html_table(runs)
+    assert few.count("<tr") == len(rows(runs)) + 1
+    assert "sortable" not in few
+    assert many.count("<tr") == 8
+    assert '<table class="sortable">' in many
+    assert '<tr><th scope="row">digits-constant, seed 6</th><td>5.12</td>' in many
