@@ -210,7 +210,9 @@ def small(experiment: Experiment, num_layers: int = 20) -> Experiment:
     return replace(
         experiment,
         name=f"small-{experiment.name}",
-        title=f"{experiment.title} (small: {num_layers} layers)",
+        title=experiment.title.replace(
+            f"{experiment.model.num_layers} layers", f"{num_layers} layers for {experiment.model.num_layers}"
+        ),
         data=replace(experiment.data, limit=5000, num_validation=990),
         model=replace(experiment.model, num_layers=num_layers),
         # One thread: runs side by side, one on each core, take less time than two threads on one.

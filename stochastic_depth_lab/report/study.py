@@ -97,13 +97,17 @@ def _read(study: Study, folders: Sequence[tuple[Experiment, Path]]) -> tuple[lis
     ]
     if any(row.published and row.experiment.published is None for row in seeds):
         remarks.insert(0, "The paper's numbers are those of the full networks and recipes, ours of the small forms.")
+    if any(len(row.time_shares) for row in seeds):
+        remarks.append("Times are wall-clock: they compare only where the machine had nothing else to do.")
     return seeds, remarks
 
 
 def _said(seeds: Sequence[Seeds]) -> str:
     counts = {len(row.runs) for row in seeds if row.runs}
+    if counts == {1}:
+        return "Ours: one seed of each."
     number = str(min(counts)) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
-    return f"Ours: mean and standard deviation over {number} seed{'s' if counts != {1} else ''} of each."
+    return f"Ours: mean and standard deviation over {number} seeds of each."
 
 
 _COLUMNS: tuple[tuple[str, Callable[[Seeds], str]], ...] = (

@@ -142,11 +142,18 @@ def sortable_table(cells: Sequence[Sequence[str]]) -> str:
         + "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
         + "</tr></thead>\n<tbody>\n"
         + "\n".join(
-            f'<tr><th scope="row">{escape(first)}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in rest) + "</tr>"
+            f'<tr><th scope="row">{escape(first)}</th>'
+            + "".join(f"<td>{escape(_unbroken(cell))}</td>" for cell in rest)
+            + "</tr>"
             for first, *rest in body
         )
         + f"\n</tbody>\n</table>\n{_SORTING}"
     )
+
+
+def _unbroken(cell: str) -> str:
+    """A mean and its deviation stay on one line."""
+    return cell.replace(" \N{PLUS-MINUS SIGN} ", "\N{NO-BREAK SPACE}\N{PLUS-MINUS SIGN}\N{NO-BREAK SPACE}")
 
 
 def html_table(runs: Sequence[Run]) -> str:
