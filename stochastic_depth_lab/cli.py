@@ -390,6 +390,8 @@ def _run_jobs(jobs: "Sequence[Job]", options: RunOptions, many: ManyOptions, arg
     from stochastic_depth_lab import sweep
     from stochastic_depth_lab.sweep_display import watching_sweep
 
+    if options.weights is not None or options.tensorboard:
+        raise ValueError("--weights and --tensorboard are for train, and for reproduce of one pair.")
     for job in jobs:
         check(job.experiment)
     with _stopping() as stop, watching_sweep() as observer:

@@ -167,6 +167,8 @@ MISTAKES = {
     "sweep digits-stochastic --out OUT --grid recipe.epochs=0": "recipe.epochs must be at least 1, but is 0",
     "sweep digits --out OUT --grid recipe.epochs=3": "--grid changes one experiment, but digits is a table",
     "sweep digits --out OUT --shard 2/2": "--shard must be i/n",
+    "reproduce gradients --out OUT --tensorboard": "--weights and --tensorboard are for train",
+    "sweep digits --out OUT --weights FILE": "--weights and --tensorboard are for train",
 }
 
 
