@@ -9,11 +9,16 @@ from types import TracebackType
 from typing import Any, cast
 
 import pooch
+import requests
 from requests.exceptions import RequestException
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from stochastic_depth_lab.data.errors import DataError
+
+_CHUNK_BYTES = 1 << 16
+_TIMEOUT_S = 30
+"""How long the server may be silent."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,8 @@ class PublishedFile:
     def in_folder(self, folder: Path, *, download: bool) -> Path:
         """Path of this file in a folder, where it is put if it is not there; its content is the published one.
 
-        A download is complete and verified before it gets its name; progress goes to stderr.
+        A download is complete and verified before it gets its name; progress goes to stderr. What came before a
+        connection broke is kept as `NAME.part`, and the next attempt goes on from there.
 
         Args:
             folder: made if it does not exist.
@@ -66,8 +72,8 @@ class PublishedFile:
                     "free some, or choose another folder with --data-root or STOCHASTIC_DEPTH_DATA."
                 )
             with _DownloadProgress(self.url) as progress:
-                # cast: pooch takes any bar with tqdm's methods, and its own downloader, but its annotations deny both.
-                downloader = cast(Any, pooch.HTTPDownloader(progressbar=cast(Any, progress), chunk_size=1 << 20))
+                # cast: pooch takes any function of this form, but its annotations deny it.
+                downloader = cast(Any, _Resuming(folder / f"{self.name}.part", self.num_bytes, progress))
                 pooch.retrieve(self.url, f"md5:{self.md5}", fname=self.name, path=folder, downloader=downloader)
         except DataError:
             raise
@@ -105,18 +111,45 @@ def _md5_of_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+class _Resuming:
+    """Downloads over HTTP, from where an earlier attempt was cut off.
+
+    Args:
+        part: what has come so far; it is kept only where the connection breaks.
+        num_bytes: of the whole file.
+        progress: is told how much there is.
+    """
+
+    def __init__(self, part: Path, num_bytes: int, progress: "_DownloadProgress") -> None:
+        self.part = part
+        self.num_bytes = num_bytes
+        self.progress = progress
+
+    def __call__(self, url: str, output_file: str, _pooch: object) -> None:
+        """Download to `output_file`, in the form that pooch asks for."""
+        done = self.part.stat().st_size if self.part.exists() else 0
+        if done >= self.num_bytes:  # it would be there under its own name, were it right
+            self.part.unlink()
+            done = 0
+        headers = {"Range": f"bytes={done}-"} if done else {}
+        with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT_S) as response:
+            response.raise_for_status()
+            goes_on = response.status_code == requests.codes.partial_content
+            self.progress.begin(self.num_bytes, done if goes_on else 0)
+            with self.part.open("ab" if goes_on else "wb") as file:
+                for chunk in response.iter_content(_CHUNK_BYTES):
+                    file.write(chunk)
+                    self.progress.update(len(chunk))
+        self.part.replace(output_file)
+
+
 class _DownloadProgress:
-    """A bar on stderr, one line where that is no terminal; in pooch's form: `total`, `update`, `reset`, `close`."""
+    """A bar on stderr."""
 
     def __init__(self, name: str) -> None:
-        pooch.get_logger().setLevel("WARNING")  # it would tell in two lines more
         columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-        console = Console(stderr=True)
-        if not console.is_terminal:
-            console.print(f"downloading {name}", highlight=False, markup=False)
-        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._bar = Progress(*columns, console=Console(stderr=True))
         self._task = self._bar.add_task(name, total=None)
-        self.total = 0
 
     def __enter__(self) -> "_DownloadProgress":
         self._bar.start()
@@ -127,11 +160,10 @@ class _DownloadProgress:
     ) -> None:
         self._bar.stop()
 
+    def begin(self, total: int, done: int) -> None:
+        """How many bytes there are in all, and how many have come before."""
+        self._bar.update(self._task, total=total, completed=done)
+
     def update(self, num_bytes: int) -> None:
-        self._bar.update(self._task, total=self.total, advance=num_bytes)
-
-    def reset(self) -> None:
-        self._bar.reset(self._task)
-
-    def close(self) -> None:
-        self._bar.stop()
+        """So many more have come."""
+        self._bar.update(self._task, advance=num_bytes)
