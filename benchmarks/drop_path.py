@@ -29,6 +29,9 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=96)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rate", type=float, default=0.5, help="drop path rate of the last block; timm's linear decay")
+    parser.add_argument(
+        "--uniform", action="store_true", help="the same rate in every block, as DINOv2 and DeiT III have"
+    )
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--warm-up", type=int, default=2)
     args = parser.parse_args()
@@ -37,17 +40,22 @@ def main() -> None:
     def create(rate: float) -> torch.nn.Module:
         torch.manual_seed(0)
         size = {"img_size": args.image_size} if "vit" in args.model else {}
-        return timm.create_model(args.model, drop_path_rate=rate, num_classes=10, **size)
+        model = timm.create_model(args.model, drop_path_rate=rate, num_classes=10, **size)
+        if args.uniform and rate:
+            for block in model.blocks:
+                block.drop_path1, block.drop_path2 = timm.layers.DropPath(rate), timm.layers.DropPath(rate)
+        return model
 
     images = torch.randn(args.batch_size, 3, args.image_size, args.image_size)
     labels = torch.randint(10, (args.batch_size,))
     skipping = create(args.rate)
     depth = sd.make_stochastic_(skipping)
+    shape = "uniform" if args.uniform else "linear"
     models = {
         "rate 0": create(0.0),
         "rate 0 again": create(0.0),
-        f"rate {args.rate}, timm": create(args.rate),
-        f"rate {args.rate}, make_stochastic_": skipping,
+        f"{shape} {args.rate}, timm": create(args.rate),
+        f"{shape} {args.rate}, make_stochastic_": skipping,
     }
     steps = {name: functools.partial(train_step, model, images, labels) for name, model in models.items()}
     times = interleaved(steps, rounds=args.rounds, warm_up=args.warm_up)
@@ -56,7 +64,7 @@ def main() -> None:
         median, mean = ratio(values, times["rate 0"])
         rows.append([name, f"{sorted(values)[len(values) // 2] * 1e3:.0f}", f"{median:.3f}", f"{mean:.3f}"])
     write_table(
-        f"drop_path_{args.model}",
+        f"drop_path_{args.model}_{shape}_{args.rate}",
         f"Forward and backward, {args.model}, {args.image_size} pixels, batch {args.batch_size}, fp32",
         ["model", "process time, ms (median)", "ratio to rate 0 (median)", "ratio of means"],
         rows,

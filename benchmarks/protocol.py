@@ -7,7 +7,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,14 +19,18 @@ def interleaved(steps: Mapping[str, Callable[[], None]], *, rounds: int, warm_up
     What a step leaves in the processor's caches and in the memory allocator falls on whichever step comes next.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
-    order = random.Random(0)
-    for number in range(warm_up + rounds):
-        for name, step in order.sample(list(steps.items()), len(steps)):
-            begin = time.process_time()
-            step()
-            if number >= warm_up:
-                times[name].append(time.process_time() - begin)
-    return times
+    for name in shuffled_rounds(steps, rounds=warm_up + rounds):
+        begin = time.process_time()
+        steps[name]()
+        times[name].append(time.process_time() - begin)
+    return {name: values[warm_up:] for name, values in times.items()}
+
+
+def shuffled_rounds(names: Iterable[str], *, rounds: int) -> Iterator[str]:
+    """All names in each round, in random order."""
+    names, order = list(names), random.Random(0)
+    for _ in range(rounds):
+        yield from order.sample(names, len(names))
 
 
 def ratio(times: Sequence[float], reference: Sequence[float]) -> tuple[float, float]:
@@ -62,3 +66,26 @@ def write_table(name: str, title: str, header: Sequence[str], rows: Sequence[Seq
     folder = Path(__file__).parent / "tables"
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.md").write_text(text)
+
+
+def kept_bytes(step: Callable[[], torch.Tensor], model: torch.nn.Module) -> int:
+    """Bytes that a forward keeps for its backward, parameters and buffers of the model not counted.
+
+    Args:
+        step: the forward; gives the loss.
+        model: the model.
+    """
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = step()
+    loss.backward()
+    model.zero_grad()
+    return sum(storage.nbytes() for storage in kept.values())

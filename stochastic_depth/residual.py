@@ -126,7 +126,7 @@ class GatedBranch:
         if self.skipped_grad == "zero" and torch.is_grad_enabled():
             unused = [tensor for tensor in (*parts.parameters(), *others) if tensor.requires_grad]
             if unused:
-                return cast(Tensor, _WithZeroGradients.apply(shortcut, *unused))
+                return cast(Tensor, _apply(_WithZeroGradients, shortcut, *unused))
         # A copy: whoever changes the sum in place must not change the shortcut, which is somebody else's tensor.
         return shortcut.clone()
 
@@ -146,11 +146,11 @@ class GatedBranch:
             # BatchNorm cannot normalise a single value per channel: another sample, of weight 0, gives it another.
             num_run = 2
         inputs = x if isinstance(x, tuple) else (x,)
-        taken = tuple(cast(Tensor, _Take.apply(each, gate.order[:num_run])) for each in inputs)
+        taken = tuple(cast(Tensor, _apply(_Take, each, gate.order[:num_run])) for each in inputs)
         output = branch(module, taken if isinstance(x, tuple) else taken[0])
         if num_run > gate.num_open:
             output = output[: gate.num_open]
-        return cast(Tensor, _AddSubset.apply(shortcut, output, gate.order[: gate.num_open], factor))
+        return cast(Tensor, _apply(_AddSubset, shortcut, output, gate.order[: gate.num_open], factor))
 
     @eager
     def _sees_one_value(self, module: nn.Module, branch: BranchFunction, x: Samples) -> bool:
@@ -174,6 +174,13 @@ class GatedBranch:
                 seen = [each.shape[2:].numel() == 1 for each in inputs]
             self._one_value[shapes] = any(seen)
         return self._one_value[shapes]
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():  # pyright: ignore
+        return function.apply(*args)
+    # What `apply` does otherwise, without binding the arguments to their names, which takes longer than all the rest.
+    return super(torch.autograd.Function, function).apply(*args)  # pyright: ignore
 
 
 def _observed(observer: Observer, index: int, branch: BranchFunction, module: nn.Module, x: Samples) -> Tensor:

@@ -681,3 +681,19 @@ def test_a_step_leaves_no_graph_behind() -> None:
         loss_of(net(vectors(4, seed=step))).backward()
     gc.collect()
     assert sum(issubclass(type(thing), Tensor) for thing in gc.get_objects()) <= before
+
+
+def test_functional_transforms_give_the_same_gradients() -> None:
+    net = mlp()
+    depth = sd.make_stochastic_(net, SURVIVAL_PROBS, granularity="sample")
+    x = vectors(4)
+    parameters = dict(net.named_parameters())
+
+    def loss(values: dict[str, Tensor]) -> Tensor:
+        return loss_of(torch.func.functional_call(net, values, (x,)))
+
+    gates = [torch.tensor([True, False, True, False]), False, True, torch.tensor([False, True, True, True])]
+    with depth.gates(gates):
+        functional = torch.func.grad(loss)(parameters)
+        loss_of(net(x)).backward()
+    assert_close(functional, gradients(net))
