@@ -127,6 +127,10 @@ def _nothing_found(model: nn.Module, found: Found, *, with_schedule: bool) -> st
         if with_schedule
         else "Create it with a rate, such as drop_path_rate=0.1, or give a schedule, such as linear_decay(0.5)."
     )
+    if found.notes and not with_schedule:
+        advice = (
+            "It holds some that its forward never uses. Give a schedule, such as linear_decay(0.5), to gate its sums."
+        )
     seen = "".join(f"\n  {note}" for note in found.notes[:8])
     where = "; ".join(looked_for)
     return f"No residual branch was found in {type(model).__name__}: looked for {where}. {advice}{seen}"
