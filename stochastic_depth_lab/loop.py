@@ -132,7 +132,7 @@ def train(
                 for remark in remarks:
                     observer.on_remark(remark)
             if state is not None:
-                run.load_state_dict(state)
+                _restore(run, state, folder.checkpoints)
             environment = records.environment(device, data_root) | {"num_processes": processes.size}
 
             def write_beginning() -> None:
@@ -154,6 +154,19 @@ def train(
                 return records.read_json(path / "result.json")
 
             return processes.from_first(write_result)
+
+
+def _restore(run: "_Run", state: dict[str, Any], checkpoints: Path) -> None:
+    try:
+        run.load_state_dict(state)
+    except DataError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise checkpoint.CheckpointError(
+            f"the checkpoint in {checkpoints} holds the state of something else ({reason}). "
+            "Begin anew in another folder."
+        ) from error
 
 
 def _train_epochs(run: "_Run", folder: records.RunFolder, observers: Sequence[Observer]) -> None:

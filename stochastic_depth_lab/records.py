@@ -208,7 +208,8 @@ def _commit() -> str | None:
         return None
 
     def git(*arguments: str) -> str:
-        command: Sequence[str] = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
+        # No lock: killed in the middle of it, a run would leave one in the user's repository.
+        command: Sequence[str] = ["git", "--no-optional-locks", "-C", str(Path(__file__).parents[1]), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:

@@ -6,7 +6,9 @@ torchvision has them. Training and extra images are used together (Huang et al. 
 of the first and 200 per class of the second are for validation.
 """
 
+import struct
 import warnings
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +99,7 @@ def read_file(path: Path) -> Split:
     if not path.is_file():
         raise DataError(f"{path} does not exist.")
     try:
+        _check_elements(path)
         shapes = {
             name: tuple(shape) for name, shape, _ in cast("Sequence[tuple[str, Sequence[int], str]]", whosmat(path))
         }
@@ -120,6 +123,54 @@ def read_file(path: Path) -> Split:
         raise DataError(f"{path}: label {digits[wrong]} of image {wrong} is not in 1..10: the file is damaged.")
     images = torch.from_numpy(pixels).permute(3, 2, 0, 1).contiguous()
     return Split(images, torch.from_numpy(digits % 10))
+
+
+_MATRIX, _COMPRESSED = 14, 15
+_NUMBERS = {1, 2, 3, 4, 5, 6, 7, 9, 12, 13}
+"""Types of elements that hold numbers."""
+_HEAD_BYTES = 1024
+
+
+def _check_elements(path: Path) -> None:
+    """Raises DataError unless the file is a sequence of real numeric arrays, compressed or not, in MATLAB's format 5.
+
+    scipy 1.17 looks up an element's type in a table without looking at its end: a wrong byte kills the process.
+    """
+
+    def damaged(what: str) -> DataError:
+        return DataError(f"{path}: {what}: it is truncated or no MATLAB 5 file of numbers.")
+
+    with path.open("rb") as file:
+        if file.read(128)[124:] != b"\x00\x01IM":
+            raise damaged("its header is not that of the format")
+        while tag := file.read(8):
+            if len(tag) < 8:
+                raise damaged("an element's tag is cut off")
+            kind, num_bytes = struct.unpack("<II", tag)
+            start = file.tell()
+            head = file.read(min(num_bytes, _HEAD_BYTES))
+            if kind == _COMPRESSED:
+                head = zlib.decompressobj().decompress(head, _HEAD_BYTES)
+                kind, head = int.from_bytes(head[:4], "little"), head[8:]
+            kinds = _element_kinds(head)
+            if kind != _MATRIX or kinds[0] != 6 or kinds[1] != 5 or kinds[2] != 1 or kinds[3] not in _NUMBERS:
+                raise damaged(f"an element has the types {kind}: {kinds}")
+            (flags,) = struct.unpack_from("<I", head, 8)
+            if not 6 <= flags & 0xFF <= 15 or flags & 0xFF00:
+                raise damaged(f"a variable is no array of real numbers (flags {flags:#x})")
+            file.seek(start + num_bytes)
+
+
+def _element_kinds(head: bytes) -> list[int]:
+    """Types of the four parts of an array: flags, dimensions, name, numbers."""
+    kinds: list[int] = []
+    place = 0
+    for _ in range(4):
+        word, num_bytes = struct.unpack_from("<II", head, place)
+        small = word >> 16  # up to four bytes stand in the tag itself
+        kinds.append(word & 0xFFFF if small else word)
+        place += 8 if small else 8 + (num_bytes + 7) // 8 * 8
+    return kinds
 
 
 def _check_shapes(shapes: dict[str, tuple[int, ...]], path: Path) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from small_runs import CPU, Silent, assert_same, outcome, small, train
 
 import stochastic_depth as sd
-from stochastic_depth_lab import checkpoint, loop
+from stochastic_depth_lab import checkpoint, config, loop
 from stochastic_depth_lab.build import find_device
 from stochastic_depth_lab.config import Data, Depth, Regularisers
 from stochastic_depth_lab.data import Augmentation, Normalisation, batches, load
@@ -261,3 +261,17 @@ def test_a_run_on_the_gpu_resumes_bit_for_bit(tmp_path, precision):
         loop.train(experiment, tmp_path / "parts", [Silent()], device=device, stop_requested=StopAfter(12))
     loop.train(experiment, tmp_path / "parts", [Silent()], device=device, resume=True)
     assert_same(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("change", [{"tally": 3}, {"model": {}}, {"gates": {"seed": 0}}, {"best": None}], ids=str)
+def test_a_checkpoint_with_the_state_of_something_else_is_refused(tmp_path, change):
+    experiment = small(epochs=1)
+    train(experiment, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    path = tmp_path / "run" / "checkpoints"
+    state, _ = checkpoint.load(path, config.as_json(experiment))
+    for name in ("experiment", "format_version"):
+        del state[name]
+    checkpoint.save(path, {**state, **change}, config.as_json(experiment))  # whole, and with the right digest
+    with pytest.raises(checkpoint.CheckpointError, match="holds the state of something else"):
+        train(experiment, tmp_path / "run", resume=True)
