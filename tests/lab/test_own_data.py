@@ -9,7 +9,6 @@ from small_runs import CPU, Silent, assert_same, outcome, small, train
 from torch.utils.data import DataLoader, TensorDataset
 
 import stochastic_depth as sd
-from stochastic_depth_lab import checkpoint
 from stochastic_depth_lab.config import Data
 from stochastic_depth_lab.data import DataError, ImageData, Split, load
 from stochastic_depth_lab.evaluation import evaluate_run
@@ -83,7 +82,7 @@ def test_weights_of_another_network_are_refused_before_anything_is_written(tmp_p
     torch.save(sd.models.cifar_resnet(14, 100, in_channels=1).state_dict(), tmp_path / "weights.pt")
     with pytest.raises(ValueError, match=r"weights.pt: 2 of its names or shapes .* fc.weight is \(100, 64\) there, "):
         train(small(), tmp_path / "run", weights=tmp_path / "weights.pt")
-    checkpoint.save_weights(tmp_path, {"conv": torch.zeros(1)})
+    torch.save({"conv": torch.zeros(1)}, tmp_path / "best.pt")
     with pytest.raises(ValueError, match=r"best.pt: \d+ of its names or shapes .* conv.weight is absent there, "):
         train(small(), tmp_path / "run", weights=tmp_path / "best.pt")
     assert not (tmp_path / "run").exists()
