@@ -145,7 +145,8 @@ def forward_flops(model: nn.Module, passes: ForwardPasses, inputs: Sequence[Any]
             own[inside[-1]] = own.get(inside[-1], 0) - flops
         return output
 
-    with undisturbed(model), torch.no_grad(), all_gates_open(passes), observed(passes, run), counter:
+    # With gradients: without, a view of a parameter still requires them, and the counter looks for their function.
+    with undisturbed(model), torch.enable_grad(), all_gates_open(passes), observed(passes, run), counter:
         model.eval()
         model(*inputs)
     total = counter.get_total_flops()

@@ -157,6 +157,36 @@ def test_a_budget_of_flops_is_met_and_as_much_is_kept_as_it_allows(share: float)
         assert num_kept == 9
 
 
+@torch.no_grad()
+def test_flops_are_counted_where_a_block_is_given_a_view_of_a_parameter() -> None:
+    model = awake(timm_model("cait"))  # its class token
+    sd.make_stochastic_(model, sd.linear_decay(0.5))
+    x = plain_models.images()
+    small = sd.subnetwork(model, num_blocks=2, inputs=x)
+    share = matrix_flops(small, x) / matrix_flops(model, x)
+    again = sd.subnetwork(model, cost=share + 1e-6, inputs=x)
+    assert list(again.state_dict()) == list(small.state_dict())
+
+
+def matrix_flops(net: nn.Module, x: Tensor) -> int:
+    """FLOPs of a forward, by a counter that does not follow the modules."""
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.flops = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            output = func(*args, **(kwargs or {}))
+            count = torch.utils.flop_counter.flop_registry.get(func._overloadpacket)
+            self.flops += count(*args, **(kwargs or {}), out_val=output) if count else 0
+            return output
+
+    with Count() as counter:
+        net(x)
+    return counter.flops
+
+
 def test_a_budget_of_parameters_is_met_and_as_much_is_kept_as_it_allows() -> None:
     net = sd.models.cifar_resnet(20)
     sd.make_stochastic_(net, sd.linear_decay(0.5))
