@@ -48,10 +48,12 @@ def curve_text(points: Sequence[Point]) -> str:
     whole = max(points, key=lambda point: point.num_blocks)
     for num_blocks in sorted({point.num_blocks for point in points}, reverse=True):
         of_run = {point.run: point for point in points if point.num_blocks == num_blocks}
-        first = next(iter(of_run.values()))
-        cells = [str(num_blocks)]
-        cells += [f"{first.num_parameters / whole.num_parameters:.0%}", f"{first.flops / whole.flops:.0%}"]
-        cells = [cell.replace("%", " %") for cell in cells]
+        # Runs that drop other blocks differ here: one number each, in the order of the columns.
+        shares = [
+            [f"{point.num_parameters / whole.num_parameters:.0%}" for point in of_run.values()],
+            [f"{point.flops / whole.flops:.0%}" for point in of_run.values()],
+        ]
+        cells = [str(num_blocks), *(" / ".join(dict.fromkeys(each)).replace("%", " %") for each in shares)]
         for run in runs:
             point = of_run.get(run)
             cells += (
