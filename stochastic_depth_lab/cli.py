@@ -218,6 +218,22 @@ class Inspect:
     """Where to measure: cpu, cuda or cuda:NUMBER."""
 
 
+@dataclass(frozen=True)
+class Bench:
+    """Measure what skipping is worth on this machine: a training step of the paper's network, in ratios."""
+
+    num_layers: int = 56
+    """6n + 2."""
+    batch_size: int = 64
+    """Images in a step, 32x32, made up."""
+    final_survival_prob: float = 0.5
+    """Survival probability of the last block, in (0, 1]; linear decay."""
+    rounds: int = 8
+    """Each takes every way of training once."""
+    device: str | None = None
+    """cpu, cuda or cuda:NUMBER. None: the GPU if there is one."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
@@ -557,6 +573,23 @@ def _inspect(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _bench(arguments: Sequence[str]) -> int:
+    options = _parse(Bench, "bench", arguments)
+    from stochastic_depth_lab.bench import bench, bench_text
+    from stochastic_depth_lab.build import find_device
+
+    device = find_device(options.device, "fp32")
+    measured = bench(
+        num_layers=options.num_layers,
+        batch_size=options.batch_size,
+        final_survival_prob=options.final_survival_prob,
+        rounds=options.rounds,
+        device=device,
+    )
+    _print(bench_text(measured, device, options.rounds))
+    return 0
+
+
 _COMMANDS: dict[str, tuple[type, Callable[[Sequence[str]], int]]] = {
     "train": (Train, _train),
     "reproduce": (Reproduce, _reproduce),
@@ -566,6 +599,7 @@ _COMMANDS: dict[str, tuple[type, Callable[[Sequence[str]], int]]] = {
     "report": (Report, _report),
     "schedule": (Schedule, _schedule),
     "inspect": (Inspect, _inspect),
+    "bench": (Bench, _bench),
 }
 
 

@@ -1,0 +1,44 @@
+"""`stochastic-depth bench`: ratios, expected FLOPs and bars, and one line for what cannot be measured."""
+
+import pytest
+
+from stochastic_depth_lab.cli import main
+
+
+def test_every_way_of_training_is_measured_and_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--num-layers", "8", "--batch-size", "2", "--rounds", "2", "--device", "cpu"]
+    assert main(["bench", *arguments, "--final-survival-prob", "0.4"]) == 0
+    *rows, note = capsys.readouterr().out.splitlines()
+    assert [row.split("█")[0].strip() for row in rows] == [
+        "constant depth", "all gates open", "granularity batch", "granularity sample",
+    ]  # fmt: skip
+    ratios = [float(row.rpartition("█")[2].split()[0]) for row in rows]
+    assert ratios[0] == 1.0
+    assert all(ratio > 0 for ratio in ratios)
+    expected = [float(row.split(" of the FLOPs")[0].rpartition(" ")[2]) for row in rows]
+    assert expected[:2] == [1.0, 1.0]
+    # Three blocks of nearly the same FLOPs survive with 0.8, 0.6 and 0.4; the rest always runs.
+    assert expected[2] == expected[3]
+    assert 0.6 < expected[2] < 0.7
+    lengths = [row.count("█") for row in rows]
+    assert lengths == [round(40 * ratio / max(1.0, *ratios)) for ratio in ratios]
+    assert "medians of 2 interleaved rounds" in note
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        pytest.param(["--rounds", "0"], "at least one round", id="no round"),
+        pytest.param(["--batch-size", "0"], "at least one round and one image", id="no image"),
+        pytest.param(["--num-layers", "9"], "6n + 2", id="layers"),
+        pytest.param(["--final-survival-prob", "0"], "must be in (0, 1]", id="probability"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert said in captured.err
+    assert len(captured.err.splitlines()) == 1
