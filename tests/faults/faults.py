@@ -117,10 +117,20 @@ class Interrupted:
         return False
 
     def _wait(self, process: BaseProcess) -> None:
-        """Until a random moment: in the start, most of all in training."""
-        end = time.monotonic() + self.moments.uniform(0, 3)
+        """Until a random moment: in the start, or after a checkpoint, so that a slow machine gets on too."""
+        if self.moments.random() < 0.7:
+            while process.is_alive() and not self._has_saved():
+                time.sleep(0.002)
+        end = time.monotonic() + self.moments.uniform(0, 1)
         while process.is_alive() and time.monotonic() < end:
-            time.sleep(0.005)
+            time.sleep(0.002)
+
+    def _has_saved(self) -> bool:
+        last = self.checkpoints / "last.pt"
+        try:
+            return last.stat().st_mtime_ns > self._started_ns
+        except FileNotFoundError:
+            return False
 
     def _wait_for_write(self, process: BaseProcess) -> None:
         """Until a checkpoint is being written."""
