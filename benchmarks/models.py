@@ -5,14 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torchvision_schemas  # noqa: F401
 from torch import nn
-
-# torchvision's wheels register these operators from CUDA libraries; without them its import, and timm's, fails.
-_SCHEMAS = torch.library.Library("torchvision", "DEF")
-for _schema in ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-                "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"):  # fmt: skip
-    if not hasattr(torch.ops.torchvision, _schema.split("(")[0]):
-        _SCHEMAS.define(_schema)
 
 
 def timm_model(name: str, **arguments: Any) -> nn.Module:
