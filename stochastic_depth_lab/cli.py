@@ -550,7 +550,7 @@ def _named_schedule(name: str, final_survival_prob: float) -> "sd.Schedule":
     from stochastic_depth import SCHEDULES
 
     if name not in SCHEDULES:
-        raise ValueError(f"There is no schedule {name!r}, but {', '.join(SCHEDULES)}.")
+        raise ValueError(f"there is no schedule {name!r}, but {', '.join(SCHEDULES)}.")
     return SCHEDULES[name](final_survival_prob)
 
 

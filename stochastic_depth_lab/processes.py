@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 Value = TypeVar("Value")
@@ -98,7 +99,12 @@ def joined(device: torch.device) -> Generator[Processes]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    store, rank, size = next(iter(rendezvous("env://")))
+    # torchrun keeps its store over restarts: without a prefix of their own, processes that are started anew would find
+    # the addresses of those before them, and wait for them.
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
     finally:

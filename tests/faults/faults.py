@@ -34,6 +34,7 @@ EXPERIMENT = shlex.split(
     "--recipe.learning-rate 0.02 --recipe.num-threads 1"
 )
 DEADLINE_S = 30
+WAIT_S = 300.0
 """What a cluster gives a process between SIGTERM and SIGKILL."""
 _PRELOADED = ["torch", "sklearn.datasets", "matplotlib", "stochastic_depth_lab.cli", "stochastic_depth_lab.loop"]
 _FORKS = multiprocessing.get_context("forkserver")
@@ -253,6 +254,7 @@ def interrupt_two(folder: Path, *, epochs: int, kills: int, seed: int) -> Counte
     def wait_for_checkpoint() -> None:
         started = time.time_ns()
         while process.poll() is None and not (last.exists() and last.stat().st_mtime_ns > started):
+            assert time.time_ns() - started < WAIT_S * 1e9, f"no checkpoint for {WAIT_S} s: {log.read_text()[-2000:]}"
             time.sleep(0.01)
         time.sleep(moments.uniform(0, 0.2))
 
