@@ -126,3 +126,17 @@ def test_outputs_that_are_not_finite_are_no_false_alarm() -> None:
     x = vectors(2)
     x[0, 0] = float("nan")
     assert depth.verify(x).num_branches == 4
+
+
+def test_a_module_that_is_called_from_elsewhere_too_is_no_sign_of_an_open_gate() -> None:
+    class Through(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x)
+
+    shared = nn.Linear(4, 4)
+    net = nn.Sequential(sd.Residual(Through(shared)), Through(shared))
+    assert sd.make_stochastic_(net, sd.uniform(0.5)).verify(torch.ones(2, 4)).num_branches == 1

@@ -254,3 +254,13 @@ def test_a_registered_class_of_the_users_own() -> None:
     depth = sd.make_stochastic_(nn.Sequential(Block()))
     assert (depth.names, depth.survival_probs) == (["0.skip"], [0.75])
     assert "rescale 'none'" in str(depth)
+
+
+def test_gradient_bytes_count_the_single_parameters_of_a_block() -> None:
+    """ConvNeXt holds the gain of its LayerScale itself."""
+    model = timm.create_model("test_convnext", drop_path_rate=0.5)
+    depth = sd.make_stochastic_(model)
+    branch = depth.cost(torch.randn(1, 3, 64, 64)).branches[-1]
+    block = model.get_submodule(branch.name.rpartition(".")[0])
+    assert isinstance(block.gamma, nn.Parameter)
+    assert branch.gradient_bytes == sum(4 * parameter.numel() for parameter in block.parameters())
