@@ -94,7 +94,7 @@ class Interrupted:
             assert process.exitcode == (0 if self.finished() else 2), self.log.read_text()
         elif fault == "SIGTERM":
             self._wait(process)
-            os.kill(process.pid or 0, signal.SIGTERM)
+            process.terminate()  # SIGTERM, unless it has just come to its end
             process.join(DEADLINE_S)
             # Before the command has put up its handler there is nothing to save, and the signal ends it.
             assert process.exitcode in (0, 128 + signal.SIGTERM, -signal.SIGTERM), self.log.read_text()
@@ -262,7 +262,10 @@ def interrupt_two(folder: Path, *, epochs: int, kills: int, seed: int) -> Counte
         wait_for_checkpoint()
         workers = _workers(process) if process.poll() is None else []
         if len(workers) == 2:
-            os.kill(moments.choice(workers), signal.SIGKILL)
+            try:
+                os.kill(moments.choice(workers), signal.SIGKILL)
+            except ProcessLookupError:  # It has just come to its end.
+                continue
             survived["one of two processes killed"] += 1
     wait_for_checkpoint()
     if process.poll() is None:
