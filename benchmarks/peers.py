@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import stochastic_depth as sd
 
 
-def ways(network: str, rate: float) -> dict[str, nn.Module]:
+def ways(network: str, rate: float, seed: int) -> dict[str, nn.Module]:
     """The network at constant depth, and with every way of dropping at this rate."""
     made = {
         "constant depth": networks.create(network, 0.0),
@@ -41,7 +41,7 @@ def ways(network: str, rate: float) -> dict[str, nn.Module]:
     }
     for granularity in ("batch", "sample"):
         model = made[f"make_stochastic_ {granularity}"] = networks.create(network, rate)
-        sd.make_stochastic_(model, granularity=granularity)
+        sd.make_stochastic_(model, granularity=granularity, seed=seed)
     return {name: model for name, model in made.items() if model is not None}
 
 
@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[0.1, 0.2, 0.5])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 64, 256])
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0, help="of the gates and the images")
     parser.add_argument("--name", default="peers", help="name of the table's file")
     parser.add_argument("--counted", type=int, default=20, help="steps whose FLOPs and bytes are counted")
     args = parser.parse_args()
@@ -77,7 +78,8 @@ def main() -> None:
     rows = []
     for network in args.networks:
         for rate in args.rates:
-            models = ways(network, rate)
+            models = ways(network, rate, args.seed)
+            torch.manual_seed(args.seed)
             few = torch.randn(8, 3, networks.IMAGE_SIZE, networks.IMAGE_SIZE), torch.randint(10, (8,))
             num_counted = {name: args.counted if "make" in name else 1 for name in models}
             flops = {

@@ -27,7 +27,7 @@ class GatedLayer(GatedBranch):
     """
 
     drop_paths: bool = False
-    _structures: dict[Any, Any] = field(default_factory=dict[Any, Any], repr=False)
+    _structures: dict[Any, Any] = field(default_factory=dict[Any, Any], init=False, repr=False)
 
     @eager
     def structure(self, layer: nn.Module, signature: Any, leaves: Sequence[Any]) -> Any:
