@@ -3,38 +3,41 @@
 PyTorch takes seconds to import: whatever needs it is imported where it is used, so that help and mistakes are instant.
 """
 
-import contextlib
 import errno
-import io
-import itertools
 import os
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING
 
-from stochastic_depth_lab.config import (
-    Data,
-    Depth,
-    Experiment,
-    Model,
-    Precision,
-    Recipe,
-    Regularisers,
-    Study,
-    check,
-    quick,
-    small,
-)
+from stochastic_depth_lab.config import Experiment, Study, check, quick, small
 from stochastic_depth_lab.experiments import EXPERIMENTS, STUDIES, find, find_pair, find_study
 
 try:
-    import tyro
+    from stochastic_depth_lab.options import (
+        PROGRAM,
+        Bench,
+        Evaluate,
+        Export,
+        Inspect,
+        ManyOptions,
+        Report,
+        Reproduce,
+        RunOptions,
+        Schedule,
+        Sweep,
+        Train,
+        grid,
+        parse,
+        parse_train,
+        with_options,
+        with_seeds,
+    )
 except ModuleNotFoundError:
     sys.exit("The stochastic-depth command needs the laboratory: pip install 'stochastic-depth[lab]'")
 
@@ -42,196 +45,6 @@ if TYPE_CHECKING:
     import stochastic_depth as sd
     from stochastic_depth_lab.loop import Observer
     from stochastic_depth_lab.sweep import Job
-
-PROGRAM = "stochastic-depth"
-
-Options = TypeVar("Options")
-Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """Where and how to run."""
-
-    out: Path
-    """The folder for everything that comes of it."""
-    resume: Flag = False
-    """Go on with what is in the folder, from its last checkpoint."""
-    quick: Flag = False
-    """Few images and five epochs: shows that everything works."""
-    weights: Path | None = None
-    """A file with a state_dict of this network to begin with. None: random weights."""
-    seed: int | None = None
-    """Of weights, order of the images, augmentation and gates. None: the experiment's, which is 0."""
-    data_root: Path | None = None
-    """Where the data lie, and are downloaded to. None: $STOCHASTIC_DEPTH_DATA, else a folder in the user's cache."""
-    device: str | None = None
-    """cpu, cuda or cuda:NUMBER. None: the GPU if there is one."""
-    precision: Precision | None = None
-    """fp32, or mixed precision with bf16 or fp16. None: the experiment's, fp32; bf16 for small forms."""
-    tensorboard: Flag = False
-    """Write TensorBoard events too."""
-
-
-@dataclass(frozen=True)
-class ManyOptions:
-    """How many runs, and where each of them runs."""
-
-    scale: str = "full"
-    """full, or small: fewer layers, epochs and images, minutes for each run."""
-    seeds: int | None = None
-    """So many runs of each experiment, with the seeds from --seed on; the table has mean and standard deviation."""
-    jobs: int = 1
-    """So many runs at a time, each in a process of its own."""
-
-
-@dataclass(frozen=True)
-class Train:
-    """Train one experiment; what is given beside its name and the folder changes it."""
-
-    experiment: Annotated[tyro.conf.Positional[str], tyro.conf.arg(help=f"One of {', '.join(EXPERIMENTS)}.")]
-    run: tyro.conf.OmitArgPrefixes[RunOptions]
-    data: Data
-    model: Model
-    depth: tyro.conf.AvoidSubcommands[Depth | None]
-    recipe: Recipe
-    regularisers: Regularisers
-
-
-@dataclass(frozen=True)
-class Reproduce:
-    """Train a pair with constant and with stochastic depth, or all of a table or figure of the paper, and report."""
-
-    name: tyro.conf.Positional[str]
-    """What two experiments have in common, such as digits, cifar10-110, svhn-152; or a table or figure, which trains
-    what is missing and goes on with what is unfinished: table1, table2, curves, gradients, survival, depth-survival."""
-    run: tyro.conf.OmitArgPrefixes[RunOptions]
-    many: tyro.conf.OmitArgPrefixes[ManyOptions]
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    """Evaluate a run's weights again; how far it can be cut, and whether it knows when it is wrong."""
-
-    folder: tyro.conf.Positional[Path]
-    """The run folder."""
-    analyse: Flag = False
-    """What each block adds to its shortcut, the error without it, and calibration; in the run's next report too."""
-    subnetworks: Flag = False
-    """Error against parameters, FLOPs and latency of its sub-networks, with and without new BatchNorm statistics, as
-    table and figure; beside it those of --against, or of the run of constant depth that it was reproduced with."""
-    against: Path | None = None
-    """Another run folder, for --subnetworks."""
-    order: Literal["last", "survival", "lesion"] = "last"
-    """Which blocks go first: the last, those that survive least, or those whose lesion changes the outputs least."""
-    monte_carlo: int | None = None
-    """Calibration of so many random sub-networks together, against the single forward, as table and figure."""
-    out: Path | None = None
-    """The folder for tables and figures. None: evaluation, in the run folder."""
-    data_root: Path | None = None
-    """Where the data lie."""
-    device: str | None = None
-    """cpu, cuda or cuda:NUMBER. None: the GPU if there is one."""
-
-
-@dataclass(frozen=True)
-class Export:
-    """Write a run's network as a file that needs nothing of this project, checked on real images."""
-
-    folder: tyro.conf.Positional[Path]
-    """The run folder."""
-    format: Literal["onnx", "torch-export", "safetensors"] = "onnx"
-    """onnx, torch-export (a program for PyTorch), or safetensors (weights only)."""
-    keep: tuple[int, ...] | None = None
-    """Blocks to keep, by their index from 0. None: all."""
-    cost: float | None = None
-    """Keep so many blocks that this share of the FLOPs is left. None: all."""
-    order: Literal["last", "survival", "lesion"] = "last"
-    """Which blocks go first: the last, those that survive least, or those whose lesion changes the outputs least."""
-    normalise: Flag = False
-    """Put the normalisation into the file: it takes images as they are stored, uint8."""
-    out: Path | None = None
-    """The file. None: the experiment's name, in the run folder."""
-    data_root: Path | None = None
-    """Where the data lie."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """Compare runs: a table here, and a page with figures."""
-
-    folders: tyro.conf.Positional[tuple[Path, ...]]
-    """The run folders."""
-    out: Path | None = None
-    """The folder for the page. None: the run's own, or the one that holds all the runs."""
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """Train many runs, several at a time, over several machines; one that crashes loses itself alone."""
-
-    name: tyro.conf.Positional[str]
-    """An experiment, or a table or figure: what `reproduce` would train."""
-    run: tyro.conf.OmitArgPrefixes[RunOptions]
-    many: tyro.conf.OmitArgPrefixes[ManyOptions]
-    grid: tuple[str, ...] = ()
-    """Options of `train` with their values: recipe.learning-rate=0.1,0.05 depth.schedule=uniform,linear_decay. Every
-    combination is a run."""
-    shard: str | None = None
-    """i/n: this machine's share of n, i from 0, for the job array of a cluster."""
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Show survival probabilities over depth, expected depth and what is saved, for the paper's network."""
-
-    num_layers: int = 110
-    """6n + 2."""
-    schedule: tyro.conf.Positional[str] = "linear_decay"
-    """linear_decay or uniform, or as others count: timm, efficientnet, convnext."""
-    final_survival_prob: float = 0.5
-    """Survival probability of the last block, in (0, 1]."""
-    out: Path | None = None
-    """A PNG or SVG file for the figure."""
-
-
-@dataclass(frozen=True)
-class Inspect:
-    """Show the branches of a published model, how each is treated, and what skipping them saves."""
-
-    model: tyro.conf.Positional[str]
-    """timm:NAME, torchvision:NAME or transformers:NAME; the weights are random."""
-    drop_path_rate: float = 0.1
-    """The rate that the model is made with, if it has drop paths."""
-    schedule: str | None = None
-    """Survival over depth in place of the model's own rates, and for models without drop paths: linear_decay, uniform,
-    timm, efficientnet, convnext."""
-    final_survival_prob: float = 0.5
-    """With a schedule: survival probability of the last branch, in (0, 1]."""
-    measure: Flag = False
-    """Measure time and memory of a step too, against the original model, on this machine."""
-    batch_size: int = 8
-    """Images in a measured step."""
-    image_size: int | None = None
-    """Their width and height. None: the model's own."""
-    device: str = "cpu"
-    """Where to measure: cpu, cuda or cuda:NUMBER."""
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Measure what skipping is worth on this machine: a training step of the paper's network, in ratios."""
-
-    num_layers: int = 56
-    """6n + 2."""
-    batch_size: int = 64
-    """Images in a step, 32x32, made up."""
-    final_survival_prob: float = 0.5
-    """Survival probability of the last block, in (0, 1]; linear decay."""
-    rounds: int = 8
-    """Each takes every way of training once."""
-    device: str | None = None
-    """cpu, cuda or cuda:NUMBER. None: the GPU if there is one."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -269,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: Sequence[str]) -> int:
-    experiment, options = _parse_train(arguments)
+    experiment, options = parse_train(arguments)
     with _stopping() as stop, _observing() as observer:
         _train_one(experiment, options, options.out, observer, stop)
     if stop.signal is None and _is_first():
@@ -277,48 +90,14 @@ def _train(arguments: Sequence[str]) -> int:
     return _exit_code(stop, ["train", *arguments])
 
 
-def _parse_train(arguments: Sequence[str]) -> tuple[Experiment, RunOptions]:
-    name = next((argument for argument in arguments if argument in EXPERIMENTS), None)
-    if name is None and not {"-h", "--help"} & {*arguments}:
-        meant = next((argument for argument in arguments if not argument.startswith("-")), None)
-        if meant is None:
-            raise ValueError("name the experiment to train, such as digits-stochastic; --help lists them all.")
-        find(meant)
-    base = EXPERIMENTS[name or "cifar10-110-stochastic"]
-    return _parse_changes(quick(base) if "--quick" in arguments else base, "train", arguments)
-
-
-def _parse_changes(base: Experiment, command: str, arguments: Sequence[str]) -> tuple[Experiment, RunOptions]:
-    """An experiment, changed as options of `train` say."""
-    options = _parse(
-        Train,
-        command,
-        arguments,
-        Train(base.name, RunOptions(tyro.MISSING), base.data, base.model, base.depth, base.recipe, base.regularisers),
-    )
-    parts = {name: getattr(options, name) for name in ("data", "model", "depth", "recipe", "regularisers")}
-    changed = replace(base, **parts)
-    if changed != base:
-        changed = replace(changed, published=None)  # it is no longer the published experiment
-    return _with_options(changed, options.run), options.run
-
-
-def _with_options(experiment: Experiment, options: RunOptions) -> Experiment:
-    return replace(
-        experiment,
-        seed=experiment.seed if options.seed is None else options.seed,
-        precision=options.precision or experiment.precision,
-    )
-
-
 def _reproduce(arguments: Sequence[str]) -> int:
-    options = _parse(Reproduce, "reproduce", arguments)
-    _check_many(options.many)
+    options = parse(Reproduce, "reproduce", arguments)
+    options.many.check()
     if options.name in STUDIES or options.many != ManyOptions():
         return _reproduce_study(find_study(options.name), options, arguments)
     from stochastic_depth_lab import records
 
-    pair = [_with_options(quick(each) if options.run.quick else each, options.run) for each in find_pair(options.name)]
+    pair = [with_options(quick(each) if options.run.quick else each, options.run) for each in find_pair(options.name)]
     folders = [options.run.out / experiment.name for experiment in pair]
     if _is_first():
         for experiment, folder in zip(pair, folders, strict=True):
@@ -337,7 +116,7 @@ def _reproduce_study(study: Study, options: Reproduce, arguments: Sequence[str])
     from stochastic_depth_lab.report import write_study
 
     experiments = study.small_experiments if options.many.scale == "small" else study.experiments
-    jobs = sweep.jobs_for(_runs(experiments, options.run, options.many), options.run.out / "runs")
+    jobs = sweep.jobs_for(with_seeds(experiments, options.run, options.many), options.run.out / "runs")
     code = _run_jobs(jobs, options.run, options.many, ["reproduce", *arguments])
     if any(job.state == "done" for job in jobs):
         report = write_study(study, [(job.experiment, job.folder) for job in jobs], options.run.out)
@@ -346,11 +125,11 @@ def _reproduce_study(study: Study, options: Reproduce, arguments: Sequence[str])
 
 
 def _sweep(arguments: Sequence[str]) -> int:
-    options = _parse(Sweep, "sweep", arguments)
-    _check_many(options.many)
+    options = parse(Sweep, "sweep", arguments)
+    options.many.check()
     if options.name in EXPERIMENTS:
         base = find(options.name)
-        experiments = _grid(small(base) if options.many.scale == "small" else base, options.grid)
+        experiments = grid(small(base) if options.many.scale == "small" else base, options.grid)
     else:
         study = find_study(options.name)
         experiments = study.small_experiments if options.many.scale == "small" else study.experiments
@@ -358,7 +137,7 @@ def _sweep(arguments: Sequence[str]) -> int:
             raise ValueError(f"--grid changes one experiment, but {options.name} is a table of several.")
     from stochastic_depth_lab import sweep
 
-    runs = _runs(experiments, options.run, options.many)
+    runs = with_seeds(experiments, options.run, options.many)
     if options.shard is not None:
         runs = sweep.shard(runs, options.shard)
     jobs = sweep.jobs_for(runs, options.run.out)
@@ -366,39 +145,6 @@ def _sweep(arguments: Sequence[str]) -> int:
     if done := [job.folder for job in jobs if job.state == "done"]:
         _print_report(done, options.run.out)
     return code
-
-
-def _check_many(options: ManyOptions) -> None:
-    if options.scale not in ("full", "small"):
-        raise ValueError(f"there is no scale {options.scale!r}, but full and small.")
-    for name, value in (("--seeds", options.seeds), ("--jobs", options.jobs)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, but is {value}.")
-
-
-def _grid(base: Experiment, grid: Sequence[str]) -> list[Experiment]:
-    """Every combination of the values, parsed and checked as those of `train`."""
-    choices: list[list[tuple[str, str]]] = []
-    for text in grid:
-        field, equals, values = text.partition("=")
-        if not (field and equals and values):
-            raise ValueError(f"--grid takes FIELD=VALUE,VALUE, such as recipe.learning-rate=0.1,0.05, but is {text!r}.")
-        choices.append([(field, value) for value in values.split(",")])
-    experiments: list[Experiment] = []
-    for combination in itertools.product(*choices):
-        options = [word for field, value in combination for word in (f"--{field}", value)]
-        changed, _ = _parse_changes(base, "train", [base.name, "--out", ".", *options])
-        suffix = "".join(f"-{field.rpartition('.')[2]}-{value}" for field, value in combination)
-        experiments.append(replace(changed, name=f"{base.name}{suffix}", title=f"{base.title}{suffix}"))
-    return experiments
-
-
-def _runs(experiments: Sequence[Experiment], options: RunOptions, many: ManyOptions) -> list[Experiment]:
-    """All seeds of an experiment, then those of the next."""
-    first = options.seed or 0
-    seeds = range(first, first + (many.seeds or 1))
-    chosen = [quick(each) if options.quick else each for each in experiments]
-    return [_with_options(each, replace(options, seed=seed)) for each in chosen for seed in seeds]
 
 
 def _run_jobs(jobs: "Sequence[Job]", options: RunOptions, many: ManyOptions, arguments: Sequence[str]) -> int:
@@ -426,7 +172,7 @@ def _run_jobs(jobs: "Sequence[Job]", options: RunOptions, many: ManyOptions, arg
 
 
 def _evaluate(arguments: Sequence[str]) -> int:
-    options = _parse(Evaluate, "evaluate", arguments)
+    options = parse(Evaluate, "evaluate", arguments)
     if options.analyse:
         return _analyse(options)
     if options.subnetworks:
@@ -499,7 +245,7 @@ def _evaluate_monte_carlo(options: Evaluate, num_samples: int) -> int:
 
 
 def _export(arguments: Sequence[str]) -> int:
-    options = _parse(Export, "export", arguments)
+    options = parse(Export, "export", arguments)
     from stochastic_depth_lab.export import default_path, export_run
 
     made = export_run(
@@ -520,13 +266,13 @@ def _export(arguments: Sequence[str]) -> int:
 
 
 def _report(arguments: Sequence[str]) -> int:
-    options = _parse(Report, "report", arguments)
+    options = parse(Report, "report", arguments)
     _print_report(options.folders, options.out)
     return 0
 
 
 def _schedule(arguments: Sequence[str]) -> int:
-    options = _parse(Schedule, "schedule", arguments)
+    options = parse(Schedule, "schedule", arguments)
     import torch
 
     import stochastic_depth as sd
@@ -555,7 +301,7 @@ def _named_schedule(name: str, final_survival_prob: float) -> "sd.Schedule":
 
 
 def _inspect(arguments: Sequence[str]) -> int:
-    options = _parse(Inspect, "inspect", arguments)
+    options = parse(Inspect, "inspect", arguments)
     from stochastic_depth_lab.inspect import inspect_model
 
     schedule = None if options.schedule is None else _named_schedule(options.schedule, options.final_survival_prob)
@@ -574,7 +320,7 @@ def _inspect(arguments: Sequence[str]) -> int:
 
 
 def _bench(arguments: Sequence[str]) -> int:
-    options = _parse(Bench, "bench", arguments)
+    options = parse(Bench, "bench", arguments)
     from stochastic_depth_lab.bench import bench, bench_text
     from stochastic_depth_lab.build import find_device
 
@@ -606,22 +352,6 @@ _COMMANDS: dict[str, tuple[type, Callable[[Sequence[str]], int]]] = {
 def _overview() -> str:
     commands = "\n".join(f"  {name:<10} {options.__doc__}" for name, (options, _) in _COMMANDS.items())
     return f"usage: {PROGRAM} COMMAND ...; each explains itself with --help\n\n{commands}"
-
-
-def _parse(kind: type[Options], command: str, arguments: Sequence[str], default: Any = tyro.MISSING) -> Options:
-    """The options of a command; a mistake becomes one line instead of tyro's box."""
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            defaults = {} if default is tyro.MISSING else {"default": default}
-            return tyro.cli(kind, prog=f"{PROGRAM} {command}", args=arguments, **defaults)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        _, *lines = box.getvalue().splitlines()
-        inside = [line.strip("│╭╮╰╯─ ") for line in lines]
-        message = " ".join(inside[: inside.index("")] if "" in inside else inside)
-        raise ValueError(f"{message.rstrip('.')}. See {PROGRAM} {command} --help.") from None
 
 
 @dataclass

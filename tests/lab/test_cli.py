@@ -18,6 +18,7 @@ from small_runs import assert_same, outcome
 from stochastic_depth_lab import cli
 from stochastic_depth_lab.cli import main
 from stochastic_depth_lab.observers import Lines
+from stochastic_depth_lab.options import parse_train
 
 SMALL = shlex.split("--model.num-layers 14 --data.limit 100 --recipe.batch-size 16 --recipe.epochs 6")
 
@@ -166,7 +167,7 @@ def test_train_reports_and_evaluates(tmp_path, capsys):
 
 def test_reproduce_trains_both_and_reports(tmp_path, capsys, monkeypatch):
     for name in ("digits-constant", "digits-stochastic"):
-        experiment, _ = cli._parse_train([name, "--out", "x", *SMALL])
+        experiment, _ = parse_train([name, "--out", "x", *SMALL])
         monkeypatch.setitem(cli.EXPERIMENTS, name, experiment)
     assert main(["reproduce", "digits", "--out", str(tmp_path / "runs"), "--seed", "2"]) == 0
     shown = capsys.readouterr()
