@@ -145,12 +145,19 @@ class GatedBranch:
         if num_run == 1 and any(_batch_norms(parts)) and self._sees_one_value(module, branch, x):
             # BatchNorm cannot normalise a single value per channel: another sample, of weight 0, gives it another.
             num_run = 2
-        inputs = x if isinstance(x, tuple) else (x,)
-        taken = tuple(cast(Tensor, _apply(_Take, each, gate.order[:num_run])) for each in inputs)
-        output = branch(module, taken if isinstance(x, tuple) else taken[0])
+        run = gate.order[:num_run]
+        carried = shortcut
+        taken: list[Tensor] = []
+        for each in x if isinstance(x, tuple) else (x,):
+            if each is shortcut:
+                samples, carried = cast("tuple[Tensor, Tensor]", _apply(_TakeAndCarry, each, run))
+            else:
+                samples = cast(Tensor, _apply(_Take, each, run))
+            taken.append(samples)
+        output = branch(module, tuple(taken) if isinstance(x, tuple) else taken[0])
         if num_run > gate.num_open:
             output = output[: gate.num_open]
-        return cast(Tensor, _apply(_AddSubset, shortcut, output, gate.order[: gate.num_open], factor))
+        return cast(Tensor, _apply(_AddSubset, carried, output, gate.order[: gate.num_open], factor))
 
     @eager
     def _sees_one_value(self, module: nn.Module, branch: BranchFunction, x: Samples) -> bool:
@@ -218,6 +225,28 @@ class _Take(torch.autograd.Function):
         return full.permute(back), None
 
 
+class _TakeAndCarry(torch.autograd.Function):
+    """Some samples (K, ...) of a batch (N, ...), and the batch itself, where both are used.
+
+    Their gradients meet here: added to that of the batch, those of the samples need no batch of zeros around them.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _take(x, indices), x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:  # noqa: ARG004
+        ctx.indices = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        of_samples, of_batch = grad_outputs
+        dims, back = _memory_order(of_batch)
+        total = of_batch.permute(dims).index_add(0, ctx.indices, of_samples.permute(dims))
+        return total.permute(back), None
+
+
 class _AddSubset(torch.autograd.Function):
     """A batch (N, ...) plus `factor` times other samples (K, ...), added to those with the indices (K,)."""
 
@@ -239,7 +268,7 @@ class _AddSubset(torch.autograd.Function):
         (grad,) = grad_outputs
         of_batch, of_samples = ctx.dtypes
         taken = _take(grad, ctx.indices).to(of_samples)
-        return grad.to(of_batch), taken if ctx.factor == 1.0 else taken * ctx.factor, None, None
+        return grad.to(of_batch), taken if ctx.factor == 1.0 else taken.mul_(ctx.factor), None, None
 
 
 def _take(batch: Tensor, indices: Tensor) -> Tensor:
