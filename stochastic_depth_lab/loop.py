@@ -1,7 +1,8 @@
 """The training loop, from the first step to the result, and on from any step where it was interrupted.
 
 A run is a function of its configuration: the order of the images and their augmentation follow from (seed, epoch),
-gates from (seed, step), the learning rate from (epoch, step). What is left to remember is the state of a `_Run`.
+gates from (seed, step), dropout from (seed, epoch, step), the learning rate from (epoch, step). What is left to
+remember is the state of a `_Run`.
 """
 
 import math
@@ -31,6 +32,7 @@ from stochastic_depth_lab.build import (
 )
 from stochastic_depth_lab.config import Experiment, check
 from stochastic_depth_lab.data import DataError, ImageData, Split, batches, num_batches, part_of_batch
+from stochastic_depth_lab.data.seeding import seed
 from stochastic_depth_lab.evaluation import BATCH_SIZE, Evaluation, autocast, evaluate
 from stochastic_depth_lab.lr_schedules import learning_rate
 from stochastic_depth_lab.processes import Processes
@@ -119,7 +121,7 @@ def train(
         if depth is not None:
             depth.set_costs(cost)  # what draw="equal_cost" evens out
         run = _Run(experiment, images, model, depth, cost, stop_requested, processes)
-        folder = records.RunFolder(path, experiment, writes=False)
+        folder = records.RunFolder(path, experiment)
         with ExitStack() as stack:
 
             def begin() -> tuple[dict[str, Any] | None, list[str]]:
@@ -200,8 +202,7 @@ def _train_epochs(run: "_Run", folder: records.RunFolder, observers: Sequence[Ob
                     run.save(folder)
         run.watch.stop()
         row = run.finish_epoch(folder)
-        if folder.writes:
-            folder.append_metrics(row)
+        run.processes.from_first(lambda row=row: folder.append_metrics(row))
         run.save(folder)
         for observer in observers:
             observer.on_epoch(row)
@@ -350,6 +351,8 @@ class _Run:
         rate = learning_rate(recipe, self.epoch, tally.step, self.num_steps)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
+        # Dropout draws from PyTorch's global state, which begins anew in each step, elsewhere in each process.
+        torch.manual_seed(seed("dropout", self.experiment.seed, self.epoch, tally.step, self.processes.rank))
         with autocast(self.device, self.experiment.precision):
             loss = F.cross_entropy(self.wrapped(inputs), labels) * self._weight_of_part()
         objective = loss
@@ -400,8 +403,9 @@ class _Run:
         test = None
         if (validation.error, validation.loss) < (self.best.validation_error, self.best.validation_loss):
             test = self._evaluate(self.images.data.test)
-            if folder.writes:
-                checkpoint.save_weights(folder.checkpoints, self.model.state_dict(), folder.experiment)
+            self.processes.from_first(
+                lambda: checkpoint.save_weights(folder.checkpoints, self.model.state_dict(), folder.experiment)
+            )
             self.best = _Best(self.epoch, self.tally.step, validation.error, validation.loss, test.error)
         self.validated_step = self._total_steps()
         return validation, test
@@ -467,8 +471,7 @@ class _Run:
     def save(self, folder: records.RunFolder) -> None:
         """Write a checkpoint, unless the loss is not finite."""
         self.require_finite()
-        if folder.writes:
-            checkpoint.save(folder.checkpoints, self.state_dict(), folder.experiment)
+        self.processes.from_first(lambda: checkpoint.save(folder.checkpoints, self.state_dict(), folder.experiment))
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on, bit for bit."""
@@ -483,8 +486,6 @@ class _Run:
             "gates": None if self.depth is None else self.depth.state_dict(),
             "scaler": self.scaler.state_dict(),
             "normalisation": self.images.normalisation.state_dict(),
-            "cpu_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -509,9 +510,6 @@ class _Run:
         if self.depth is not None:
             self.depth.load_state_dict(state["gates"])
         self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["cpu_rng"])
-        if self.device.type == "cuda" and len(state["cuda_rng"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
 
 
 def _gradient(module: nn.Conv2d) -> Tensor:

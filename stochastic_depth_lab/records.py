@@ -29,17 +29,15 @@ class RunError(ValueError):
 
 
 class RunFolder:
-    """A run folder that this process writes; `opened` makes it.
+    """A run folder; `opened` makes it for who writes. Of several processes that train together only the first one does.
 
     Args:
         path: the folder.
         experiment: what runs in it.
-        writes: whether this process writes; of several that train together only the first one does.
     """
 
-    def __init__(self, path: Path, experiment: Experiment, *, writes: bool = True) -> None:
+    def __init__(self, path: Path, experiment: Experiment) -> None:
         self.path = path
-        self.writes = writes
         self.experiment = as_json(experiment)
         self.checkpoints = path / "checkpoints"
 

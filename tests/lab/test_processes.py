@@ -1,30 +1,42 @@
 """Several processes on one run: each its part of every batch, one writes, resumed it is the uninterrupted run."""
 
+import contextlib
+import errno
 import json
 import sys
+from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from small_runs import CPU, Silent, assert_same, outcome, small
+from small_runs import CPU, TIMES, Silent, assert_same, outcome, small
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "library" / "distributed"), str(Path(__file__).parent)]
 import ranks  # noqa: E402
 
-from stochastic_depth_lab import loop  # noqa: E402
+from stochastic_depth_lab import checkpoint, loop  # noqa: E402
 from stochastic_depth_lab.build import find_device  # noqa: E402
 from stochastic_depth_lab.cli import main  # noqa: E402
+from stochastic_depth_lab.config import Experiment  # noqa: E402
 from stochastic_depth_lab.data import batches, load, part_of_batch  # noqa: E402
 from stochastic_depth_lab.data.normalisation import Normalisation  # noqa: E402
 from stochastic_depth_lab.processes import Processes  # noqa: E402
 from stochastic_depth_lab.records import RunError  # noqa: E402
 
-SMALL = small(num_threads=1, validate_every=3)
+# Halves of 15 images differ, so that dropout draws more in one process than in the other.
+SMALL = small(num_threads=1, validate_every=3, batch_size=15)
+SMALL = replace(SMALL, regularisers=replace(SMALL.regularisers, activation_survival_prob=0.9))
+# The last batch of an epoch has two images: of three processes one has none of them.
+EXACT = replace(small(num_threads=1, epochs=2, validate_every=3), data=replace(SMALL.data, limit=98))
+EXACT = replace(EXACT, regularisers=replace(EXACT.regularisers, filter_penalty=1e-3))
 
 
-def _train(rank: int, folder: str, stop_after: int | None = None, **options: Any) -> dict[str, Any]:
+def _train(
+    rank: int, folder: str, stop_after: int | None = None, experiment: Experiment = SMALL, **options: Any
+) -> dict[str, Any]:
     """Trains; told to stop, only the second process is asked to."""
     asked = [0]
 
@@ -36,11 +48,17 @@ def _train(rank: int, folder: str, stop_after: int | None = None, **options: Any
     processes = Processes(rank, dist.get_world_size(), dist.new_group(backend="gloo"))
     try:
         result = loop.train(
-            SMALL, Path(folder), [observer], device=CPU, stop_requested=stop_requested, processes=processes, **options
+            experiment,
+            Path(folder),
+            [observer],
+            device=CPU,
+            stop_requested=stop_requested,
+            processes=processes,
+            **options,
         )
     except loop.Interrupted:
         result = {}
-    return {"result": result, "rows": observer.rows, "starts": observer.starts}
+    return {"result": result, "rows": observer.rows, "starts": observer.starts, "seed": torch.initial_seed()}
 
 
 def _whole_and_interrupted(rank: int, folder: str) -> dict[str, Any]:
@@ -52,7 +70,63 @@ def _whole_and_interrupted(rank: int, folder: str) -> dict[str, Any]:
         refusal = ""
     except RunError as error:
         refusal = str(error)
-    return {"whole": whole, "stopped": stopped, "resumed": resumed, "refusal": refusal}
+    return {"whole": whole, "stopped": stopped, "resumed": resumed, "refusal": refusal, "full": _full(rank, folder)}
+
+
+def _full(rank: int, folder: str) -> str:
+    """The disk is full, which the first process alone can see, when it saves the first weights."""
+
+    def full(path: Path, _content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 0:
+            patch.setattr(checkpoint, "write_whole", full)
+        with pytest.raises(OSError, match="No space left on device") as error:
+            _train(rank, f"{folder}/full")
+    return Path(error.value.filename).name
+
+
+@contextlib.contextmanager
+def _layer_norm() -> Generator[None]:
+    """Networks that normalise each image by itself, in float64: a batch is the mean of its parts to rounding."""
+    plain = loop.build_network
+
+    def built(*arguments: Any) -> Any:
+        model, depth = plain(*arguments)
+        for module in model.modules():
+            for name, child in module.named_children():
+                if isinstance(child, torch.nn.BatchNorm2d):
+                    setattr(module, name, torch.nn.GroupNorm(1, child.num_features))
+        model.double().register_forward_pre_hook(lambda _module, inputs: inputs[0].double())
+        return model, depth
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "build_network", built)
+        yield
+
+
+def _with_layer_norm(rank: int, folder: str) -> dict[str, Any]:
+    with _layer_norm():
+        return _train(rank, folder, experiment=EXACT)
+
+
+def test_three_processes_with_a_third_of_the_batch_each_equal_one_with_the_whole(tmp_path):
+    of_three = ranks.run(_with_layer_norm, 3, str(tmp_path / "three"))
+    observer = Silent()
+    with _layer_norm():
+        result = loop.train(EXACT, tmp_path / "alone", [observer], device=CPU)
+    for of_rank in of_three:
+        for three, alone in zip(of_rank["rows"], observer.rows, strict=True):
+            numbers = {name: value for name, value in three.items() if name not in TIMES}
+            torch.testing.assert_close(numbers, {name: alone[name] for name in numbers}, rtol=1e-5, atol=1e-7)
+        assert of_rank["result"]["test_error"] == result["test_error"]
+    three, alone = (
+        torch.load(tmp_path / name / "checkpoints" / "last.pt", weights_only=True) for name in ("three", "alone")
+    )
+    assert three["gates"] == alone["gates"]
+    for name, weight in alone["model"].items():
+        torch.testing.assert_close(three["model"][name], weight, rtol=1e-10, atol=1e-12)
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +151,16 @@ def test_stopped_by_one_and_resumed_by_both_it_is_the_uninterrupted_run(trained)
     assert first["stopped"]["result"] == second["stopped"]["result"] == {}
     assert first["resumed"]["starts"] == second["resumed"]["starts"] != [(1, 0)]
     assert_same(outcome(folder / "parts"), outcome(folder / "whole"))
+
+
+def test_dropout_differs_between_processes_and_goes_on_when_resumed(trained):
+    _, (first, second) = trained
+    assert first["whole"]["seed"] == first["resumed"]["seed"] != second["whole"]["seed"] == second["resumed"]["seed"]
+
+
+def test_a_full_disk_ends_them_all_with_the_reason(trained):
+    _, both = trained
+    assert [of_rank["full"] for of_rank in both] == ["best.safetensors"] * 2
 
 
 def test_a_refusal_of_the_first_process_ends_them_all(trained):
