@@ -1,8 +1,12 @@
 """Files as the authors of a data set publish them: found or downloaded, and verified before anything opens them."""
 
+import fcntl
 import hashlib
+import os
 import shutil
 import textwrap
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -44,7 +48,8 @@ class PublishedFile:
         """Path of this file in a folder, where it is put if it is not there; its content is the published one.
 
         A download is complete and verified before it gets its name; progress goes to stderr. What came before a
-        connection broke is kept as `NAME.part`, and the next attempt goes on from there.
+        connection broke is kept as `NAME.part`, and the next attempt goes on from there. Of several processes that miss
+        the file one downloads it, and the others wait.
 
         Args:
             folder: made if it does not exist.
@@ -65,21 +70,26 @@ class PublishedFile:
     def _download(self, folder: Path) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(folder).free
-            if free < self.num_bytes:
-                raise DataError(
-                    f"{self.name} needs {self.num_bytes:,} bytes, but {folder} has {free:,} left: "
-                    "free some, or choose another folder with --data-root or STOCHASTIC_DEPTH_DATA."
-                )
-            with _DownloadProgress(self.url) as progress:
-                # cast: pooch takes any function of this form, but its annotations deny it.
-                downloader = cast(Any, _Resuming(folder / f"{self.name}.part", self.num_bytes, progress))
-                pooch.retrieve(self.url, f"md5:{self.md5}", fname=self.name, path=folder, downloader=downloader)
+            with _alone(folder / f"{self.name}.lock"):
+                if not (folder / self.name).exists():  # else another process has downloaded it in the meantime
+                    self._download_alone(folder)
         except DataError:
             raise
         except (RequestException, OSError, ValueError) as error:  # ValueError: pooch, about the digest
             reason = textwrap.shorten(f"{type(error).__name__}: {error}", 160, placeholder=" ...")
             raise DataError(f"{self.url} could not be downloaded ({reason}). {self._by_hand(folder)}") from error
+
+    def _download_alone(self, folder: Path) -> None:
+        free = shutil.disk_usage(folder).free
+        if free < self.num_bytes:
+            raise DataError(
+                f"{self.name} needs {self.num_bytes:,} bytes, but {folder} has {free:,} left: "
+                "free some, or choose another folder with --data-root or STOCHASTIC_DEPTH_DATA."
+            )
+        with _DownloadProgress(self.url) as progress:
+            # cast: pooch takes any function of this form, but its annotations deny it.
+            downloader = cast(Any, _Resuming(folder / f"{self.name}.part", self.num_bytes, progress))
+            pooch.retrieve(self.url, f"md5:{self.md5}", fname=self.name, path=folder, downloader=downloader)
 
     def _by_hand(self, folder: Path) -> str:
         return f"Fetch {self.url} ({self.num_bytes:,} bytes, MD5 {self.md5}) and put it into {folder}."
@@ -109,6 +119,21 @@ def _md5_of_file(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+@contextmanager
+def _alone(lock: Path) -> Generator[None]:
+    """Within, no other process is; the operating system drops the lock with a process that dies."""
+    while True:
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not os.fstat(file.fileno()).st_nlink:  # removed by who was in before; others may be at a new one
+                continue
+            try:
+                yield
+            finally:
+                lock.unlink()
+            return
 
 
 class _Resuming:

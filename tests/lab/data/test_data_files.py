@@ -9,6 +9,7 @@ import struct
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -514,6 +515,21 @@ def unreliable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tupl
         yield handler, PublishedFile(address, len(content), hashlib.md5(content).hexdigest())
         running.shutdown()
         thread.join()
+
+
+def test_of_many_that_miss_a_file_one_downloads_it(
+    tmp_path: Path, unreliable: tuple[type[Unreliable], PublishedFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler, file = unreliable
+    handler.holds = file.num_bytes
+    root = tmp_path / "root"
+    room = iter([file.num_bytes])  # for one
+    monkeypatch.setattr(published.shutil, "disk_usage", lambda _: SimpleNamespace(free=next(room, 0)))
+    with ThreadPoolExecutor(8) as threads:
+        paths = list(threads.map(lambda _: file.in_folder(root, download=True), range(8)))
+    assert paths == [root / "file.bin"] * 8
+    assert handler.asked == [None]
+    assert [entry.name for entry in root.iterdir()] == ["file.bin"]
 
 
 def test_a_download_that_was_cut_off_goes_on_where_it_was(
