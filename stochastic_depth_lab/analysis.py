@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 import stochastic_depth as sd
 from stochastic_depth_lab.atomic import write_json
 from stochastic_depth_lab.build import reproducible
-from stochastic_depth_lab.data import Split, batches
+from stochastic_depth_lab.data import PictureSplit, Split, batches
 from stochastic_depth_lab.evaluation import BATCH_SIZE, evaluate
 from stochastic_depth_lab.report.analysis import FILE_NAME, Analysis, as_json
 from stochastic_depth_lab.trained import Trained, load_trained
@@ -39,9 +39,10 @@ def analyse(
         ValueError: in one line, if the folder holds no run with weights.
     """
     run = load_trained(path, device=device, data_root=data_root)
-    test = run.images.data.test
-    images = Split(test.images[:num_images], test.labels[:num_images])
+    images = run.images.data.test.first(num_images)
     residuals = {name: each for name, each in run.model.named_modules() if isinstance(each, sd.Residual)}
+    if not residuals:
+        raise ValueError(f"{path}: --analyse knows the blocks of the paper's networks for small images only.")
 
     def evaluate_again() -> float:
         return evaluate(run.model, batches(images, BATCH_SIZE, normalisation=run.images.normalisation)).error
@@ -64,7 +65,7 @@ def analyse(
     return analysis
 
 
-def _forward(run: Trained, images: Split, residuals: list[sd.Residual]) -> tuple[Tensor, list[float]]:
+def _forward(run: Trained, images: Split | PictureSplit, residuals: list[sd.Residual]) -> tuple[Tensor, list[float]]:
     """Probabilities of the classes, and per block mean |branch| / mean |shortcut| as both enter the sum."""
     branches, shortcuts = [0.0] * len(residuals), [0.0] * len(residuals)
     handles: list[RemovableHandle] = []

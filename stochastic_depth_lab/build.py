@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import stochastic_depth as sd
 from stochastic_depth.cost import Cost
 from stochastic_depth_lab import data
-from stochastic_depth_lab.config import Experiment, Precision, Recipe
-from stochastic_depth_lab.data import Augmentation, ImageData, Normalisation, Split
+from stochastic_depth_lab.config import Experiment, Model, Precision, Recipe
+from stochastic_depth_lab.data import Augmentation, ImageData, Normalisation, import_torchvision
 from stochastic_depth_lab.regularisers import add_dropout_
 from stochastic_depth_lab.survival_schedules import mean_survival_probs, survival_probs
 
@@ -55,20 +55,19 @@ def load_images(
     """
     settings = experiment.data
     images = given or data.load(
-        settings.dataset, data_root=data_root, validation=settings.num_validation, split_seed=settings.split_seed
+        settings.dataset,
+        data_root=data_root,
+        validation=settings.num_validation,
+        split_seed=settings.split_seed,
+        image_size=settings.image_size,
+        num_workers=settings.num_workers,
     )
-    if settings.limit is not None:
-        parts = (_first(part, settings.limit) for part in (images.train, images.validation, images.test))
-        images = ImageData(images.name, images.num_classes, images.class_names, *parts)
-    images = images.to(device)
+    images = (images if settings.limit is None else images.limited(settings.limit)).to(device)
     augmentation = None
     if settings.translation or settings.flip:
         augmentation = Augmentation(translation=settings.translation, flip=settings.flip)
-    return Images(images, Normalisation.fit(images.train.images, settings.normalisation), augmentation)
-
-
-def _first(split: Split, limit: int) -> Split:
-    return Split(split.images[:limit], split.labels[:limit])
+    normalisation = images.normalisation or Normalisation.fit(images.train.images, settings.normalisation)
+    return Images(images, normalisation, augmentation)
 
 
 def build_network(experiment: Experiment, images: ImageData) -> tuple[nn.Module, sd.Controller | None]:
@@ -80,16 +79,10 @@ def build_network(experiment: Experiment, images: ImageData) -> tuple[nn.Module,
         ValueError: if its depth or a survival probability is not allowed.
     """
     torch.manual_seed(experiment.seed)
-    model = sd.models.cifar_resnet(
-        experiment.model.num_layers,
-        images.num_classes,
-        shortcut=experiment.model.shortcut,
-        init=experiment.model.init,
-        in_channels=images.train.images.shape[1],
-    )
+    model = _plain_network(experiment.model, images)
     # Convolutions pass the layout of their weights on; channels last halves the time of a step on CPUs.
     # PyTorch's annotations lack the argument.
-    model = model.to(images.train.images.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    model = model.to(images.train.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     add_dropout_(model, experiment.regularisers)
     settings = experiment.depth
     if settings is None:
@@ -104,6 +97,19 @@ def build_network(experiment: Experiment, images: ImageData) -> tuple[nn.Module,
         seed=experiment.seed,
     )
     return model, depth
+
+
+def _plain_network(settings: Model, images: ImageData) -> nn.Module:
+    if settings.family == "imagenet":
+        models = import_torchvision("torchvision.models")
+        return cast(nn.Module, getattr(models, f"resnet{settings.num_layers}")(num_classes=images.num_classes))
+    return sd.models.cifar_resnet(
+        settings.num_layers,
+        images.num_classes,
+        shortcut=settings.shortcut,
+        init=settings.init,
+        in_channels=images.train.image_shape[0],
+    )
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, object], where: str) -> None:
@@ -139,7 +145,8 @@ def describe_branches(
     Where survival changes over time, probabilities and expectations are means over the epochs.
     """
     if depth is None or experiment.depth is None:
-        names = [name for name, module in model.named_modules() if isinstance(module, sd.Residual)]
+        names = sd.make_stochastic_(model, sd.uniform(1.0)).names
+        sd.restore_(model)
         return Branches(names, [1.0] * len(names), float(len(names)), 1.0), None
     cost = depth.cost(inputs)
     probs = mean_survival_probs(depth.survival_probs, experiment.depth, experiment.recipe.epochs)

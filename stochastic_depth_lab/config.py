@@ -20,7 +20,8 @@ class Data:
     """The images and what happens to them before the network sees them."""
 
     dataset: str
-    """digits, cifar10, cifar100 or svhn. Images that a program gives to `loop.train` may be called as it likes."""
+    """digits, cifar10, cifar100, svhn or imagenet. Images that a program gives to `loop.train` may be called as it
+    likes."""
     normalisation: Literal["channel", "pixel"] = "channel"
     """Mean and standard deviation per channel (the paper's text), or the mean image and one standard deviation (the
     authors' code)."""
@@ -34,17 +35,23 @@ class Data:
     """Which ones these are."""
     limit: int | None = None
     """Use only the first so many images of each part: for trials."""
+    image_size: int | None = None
+    """Width and height that imagenet's pictures are cropped and scaled to. None: 224."""
+    num_workers: int = 8
+    """Processes that read imagenet's pictures; 0: none beside the training itself. The numbers do not depend on it."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """The residual network of the paper for small images."""
+    """The residual network."""
 
     num_layers: int
-    """6n + 2: 20, 32, 44, 56, 110, 152, 1202."""
+    """The paper's for small images, 6n + 2: 20, 32, 44, 56, 110, 152, 1202. ImageNet's: 18, 34, 50, 101, 152."""
+    family: Literal["cifar", "imagenet"] = "cifar"
+    """The paper's networks for small images, or He et al.'s for ImageNet, as torchvision has them."""
     shortcut: Literal["pad", "subsample", "projection", "projection_all"] = "pad"
     """What carries the image past a block that halves it: average pooling and channels of zeros (the paper's text),
-    every second pixel and channels of zeros, or a 1x1 convolution, there or in every block."""
+    every second pixel and channels of zeros, or a 1x1 convolution, there (imagenet: always) or in every block."""
     init: Literal["he", "authors"] = "he"
     """Initial weights: He et al.'s, or those of the authors' code (BatchNorm gains from U(0, 1))."""
 
@@ -198,22 +205,30 @@ def quick(experiment: Experiment) -> Experiment:
         warmup_epochs=min(recipe.warmup_epochs, 1),
         validate_every=recipe.validate_every and 3,
     )
-    return replace(experiment, data=replace(experiment.data, limit=limit), recipe=recipe, published=None)
+    data = replace(_small_pictures(experiment.data, num_workers=0), limit=limit)
+    return replace(experiment, data=data, recipe=recipe, published=None)
+
+
+def _small_pictures(data: Data, *, num_workers: int) -> Data:
+    """ImageNet's pictures at 64 pixels, a twelfth of the work; other data as they are."""
+    return replace(data, image_size=64, num_workers=num_workers) if data.dataset == "imagenet" else data
 
 
 def small(experiment: Experiment, num_layers: int = 20) -> Experiment:
     """A form of the same shape for two cores: fewer layers, epochs and images, bf16; the recipe's proportions stay.
 
     5,000 images to learn from, 990 for validation (SVHN wants a multiple of 30), 5,000 to test on, for 12 epochs.
+    ImageNet's pictures at 64 pixels.
     """
     recipe = experiment.recipe
+    data = replace(_small_pictures(experiment.data, num_workers=1), limit=5000, num_validation=990)
     return replace(
         experiment,
         name=f"small-{experiment.name}",
         title=experiment.title.replace(
             f"{experiment.model.num_layers} layers", f"{num_layers} layers for {experiment.model.num_layers}"
         ),
-        data=replace(experiment.data, limit=5000, num_validation=990),
+        data=data,
         model=replace(experiment.model, num_layers=num_layers),
         # One thread: runs side by side, one on each core, take less time than two threads on one.
         recipe=replace(recipe, epochs=12, warmup_epochs=min(recipe.warmup_epochs, 1), num_threads=1),
@@ -244,10 +259,13 @@ def check(experiment: Experiment) -> None:
         ("recipe.checkpoint_every", recipe.checkpoint_every, 1),
         ("data.limit", data.limit, 1),
         ("data.num_validation", data.num_validation, 1),
+        ("data.image_size", data.image_size, 32),
+        ("data.num_workers", data.num_workers, 0),
         ("data.translation", data.translation, 0),
     ):
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, but is {value}.")
+    _check_family(experiment)
     for name, rate in (
         ("recipe.learning_rate", recipe.learning_rate),
         ("recipe.warmup_learning_rate", recipe.warmup_learning_rate),
@@ -278,6 +296,26 @@ def check(experiment: Experiment) -> None:
             f"recipe.lr_drops must be shares of the epochs in (0, 1), but are {recipe.lr_drops}: "
             "250 of 500 epochs is 0.5."
         )
+
+
+def _check_family(experiment: Experiment) -> None:
+    """Refuse what ImageNet's pictures and networks do not have, or have alone."""
+    data, model = experiment.data, experiment.model
+    if data.dataset == "imagenet" and data.normalisation != "channel":
+        raise ValueError("data.normalisation must be channel for imagenet: its pictures are not read for a mean image.")
+    if data.dataset in ("digits", "cifar10", "cifar100", "svhn") and data.image_size is not None:
+        raise ValueError(f"data.image_size is for imagenet: images of {data.dataset} have a size of their own.")
+    if model.family == "cifar":
+        return
+    if model.num_layers not in (18, 34, 50, 101, 152):
+        raise ValueError(f"model.num_layers must be 18, 34, 50, 101 or 152 for imagenet, but is {model.num_layers}.")
+    if (model.shortcut, model.init) != ("projection", "he"):
+        raise ValueError(
+            f"model.shortcut and model.init must be projection and he for imagenet, as torchvision has them, but are "
+            f"{model.shortcut} and {model.init}."
+        )
+    if experiment.regularisers.activation_survival_prob != 1 or experiment.regularisers.filter_survival_prob != 1:
+        raise ValueError("dropout and dropped filters know the paper's networks for small images only.")
 
 
 def from_json(fields: Mapping[str, Any]) -> Experiment:

@@ -102,7 +102,7 @@ def export_run(
     if normalise:
         network = WithNormalisation(network, run.images.normalisation)
     network = network.eval().to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
-    images = run.images.data.test.images[: max(_CHECKED_BATCHES)]
+    images = run.images.data.test.first(max(_CHECKED_BATCHES)).images
     inputs = images if normalise else run.images.normalisation(images)
     with torch.no_grad():
         expected = original(run.images.normalisation(images))

@@ -31,7 +31,7 @@ from stochastic_depth_lab.build import (
     set_epoch,
 )
 from stochastic_depth_lab.config import Experiment, check
-from stochastic_depth_lab.data import DataError, ImageData, Split, batches, num_batches, part_of_batch
+from stochastic_depth_lab.data import DataError, ImageData, PictureSplit, Split, batches, num_batches, part_of_batch
 from stochastic_depth_lab.data.seeding import seed
 from stochastic_depth_lab.evaluation import BATCH_SIZE, Evaluation, autocast, evaluate
 from stochastic_depth_lab.lr_schedules import learning_rate
@@ -117,10 +117,13 @@ def train(
         model, depth = build_network(experiment, images.data)
         if weights is not None:
             load_weights(model, checkpoint.read(weights), str(weights))
-        branches, cost = describe_branches(experiment, model, depth, images.normalisation(images.data.train.images[:2]))
+        branches, cost = describe_branches(
+            experiment, model, depth, images.normalisation(images.data.train.first(2).images)
+        )
         if depth is not None:
             depth.set_costs(cost)  # what draw="equal_cost" evens out
-        run = _Run(experiment, images, model, depth, cost, stop_requested, processes)
+        num_branches = len(branches.names)
+        run = _Run(experiment, images, model, depth, cost, num_branches, stop_requested, processes)
         folder = records.RunFolder(path, experiment)
         with ExitStack() as stack:
 
@@ -296,6 +299,7 @@ class _Run:
         model: its network.
         depth: the network's controller, None at constant depth.
         cost: what the branches cost, None at constant depth.
+        num_branches: of the network, gated or not.
         stop_requested: whether to stop between two steps.
         processes: those that train together.
     """
@@ -307,6 +311,7 @@ class _Run:
         model: nn.Module,
         depth: sd.Controller | None,
         cost: Cost | None,
+        num_branches: int,
         stop_requested: Callable[[], bool],
         processes: Processes,
     ) -> None:
@@ -315,7 +320,7 @@ class _Run:
         self.model = model
         self.depth = depth
         self.cost = cost
-        self.device = images.data.train.images.device
+        self.device = images.data.train.device
         self.processes = processes
         synchronised = experiment.recipe.batch_norm == "synchronised"
         self.wrapped = processes.wrapped(model, self.device, synchronise_batch_norm=synchronised)
@@ -323,7 +328,7 @@ class _Run:
         # A scaler that is not enabled passes everything through.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=experiment.precision == "fp16")
         self.first_conv = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
-        self.num_branches = sum(isinstance(module, sd.Residual) for module in model.modules())
+        self.num_branches = num_branches
         self.num_steps = num_batches(len(images.data.train), experiment.recipe.batch_size)
         self.watch = _Stopwatch(self.device)
         self.epoch = 1
@@ -437,7 +442,7 @@ class _Run:
         self.watch.seconds = 0.0
         return row
 
-    def _evaluate(self, split: Split) -> Evaluation:
+    def _evaluate(self, split: Split | PictureSplit) -> Evaluation:
         images = batches(
             split,
             BATCH_SIZE,

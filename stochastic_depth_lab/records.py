@@ -175,9 +175,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def environment(device: torch.device, data_root: Path | None) -> dict[str, Any]:
     """Versions, hardware, threads, data, command and time: what a number needs to be repeated."""
-    packages = ("stochastic-depth", "torch", "numpy")
     return {
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
+        "versions": {"python": platform.python_version(), **_versions()},
         "system": platform.platform(),
         "cpu": _cpu(),
         "num_cpus": os.cpu_count(),
@@ -190,6 +189,15 @@ def environment(device: torch.device, data_root: Path | None) -> dict[str, Any]:
         "commit": _commit(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _versions() -> dict[str, str]:
+    """Of the packages that numbers depend on; the last two read ImageNet, and may be missing."""
+    found: dict[str, str] = {}
+    for name in ("stochastic-depth", "torch", "numpy", "torchvision", "pillow"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def _cpu() -> str:

@@ -11,7 +11,7 @@ import stochastic_depth as sd
 from stochastic_depth_lab import checkpoint, records
 from stochastic_depth_lab.build import Images, build_network, load_images, set_epoch
 from stochastic_depth_lab.config import Experiment, as_json, from_json
-from stochastic_depth_lab.data import Split, batches
+from stochastic_depth_lab.data import PictureSplit, Split, batches
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,13 @@ class Trained:
     depth: sd.Controller | None
     """None at constant depth."""
 
-    def inputs(self, split: Split, num_images: int) -> Tensor:
+    def inputs(self, split: Split | PictureSplit, num_images: int) -> Tensor:
         """The first images of a part, as the network takes them, (N, C, H, W)."""
-        return self.images.normalisation(split.images[:num_images])
+        return self.images.normalisation(split.first(num_images).images)
 
     def training_batches(self, num_images: int, batch_size: int = 250) -> list[tuple[Tensor, Tensor]]:
         """The first training images, not augmented, with their labels."""
-        train = self.images.data.train
-        few = Split(train.images[:num_images], train.labels[:num_images])
+        few = self.images.data.train.first(num_images)
         return list(batches(few, batch_size, normalisation=self.images.normalisation))
 
 

@@ -1,4 +1,4 @@
-"""Images in memory: digits, CIFAR-10, CIFAR-100 and SVHN, read from their authors' files, and their batches."""
+"""Images and their batches: digits, CIFAR-10, CIFAR-100 and SVHN in memory, ImageNet from its files."""
 
 from stochastic_depth_lab.data.augmentation import Augmentation
 from stochastic_depth_lab.data.batches import batches, num_batches, part_of_batch
@@ -6,15 +6,18 @@ from stochastic_depth_lab.data.catalogue import default_data_root, load
 from stochastic_depth_lab.data.errors import DataError
 from stochastic_depth_lab.data.image_data import ImageData, Split
 from stochastic_depth_lab.data.normalisation import Normalisation
+from stochastic_depth_lab.data.pictures import PictureSplit, import_torchvision
 
 __all__ = [
     "Augmentation",
     "DataError",
     "ImageData",
     "Normalisation",
+    "PictureSplit",
     "Split",
     "batches",
     "default_data_root",
+    "import_torchvision",
     "load",
     "num_batches",
     "part_of_batch",

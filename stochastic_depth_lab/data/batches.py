@@ -9,6 +9,7 @@ from torch import Tensor
 from stochastic_depth_lab.data.augmentation import Augmentation
 from stochastic_depth_lab.data.image_data import Split
 from stochastic_depth_lab.data.normalisation import Normalisation
+from stochastic_depth_lab.data.pictures import PictureSplit
 from stochastic_depth_lab.data.seeding import generator
 
 
@@ -23,7 +24,7 @@ def num_batches(num_images: int, batch_size: int, *, drop_last: bool = False) ->
 
 
 def batches(
-    split: Split,
+    split: Split | PictureSplit,
     batch_size: int,
     *,
     normalisation: Normalisation,
@@ -45,7 +46,7 @@ def batches(
         split: the part to read.
         batch_size: images in a batch; the last batch of an epoch may be shorter.
         normalisation: fitted on the training part.
-        augmentation: for training; needs a seed.
+        augmentation: for training; needs a seed. Pictures in files are cropped at random with it.
         seed: of the run. None: all images in their own order, for evaluation.
         epoch: number of the epoch: each has its own order and augmentation.
         start: batches to skip.
@@ -79,7 +80,7 @@ def part_of_batch(num_images: int, rank: int, num_ranks: int) -> range:
 
 
 def _batches(
-    split: Split,
+    split: Split | PictureSplit,
     batch_size: int,
     normalisation: Normalisation,
     augmentation: Augmentation | None,
@@ -88,21 +89,33 @@ def _batches(
     indices: range,
     part: tuple[int, int],
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    device = split.images.device
+    device = split.device
     normalisation = normalisation.to(device)
-    order = draws = None
+    order = torch.arange(len(split))
+    draws = crop_seeds = None
     if seed is not None:  # drawn on the CPU: every device sees the same epoch
-        order = torch.randperm(len(split), generator=generator("order", seed, epoch)).to(device)
+        order = torch.randperm(len(split), generator=generator("order", seed, epoch))
         if augmentation is not None:
             draws = augmentation.draw(len(split), generator("augmentation", seed, epoch)).to(device)
-    for index in indices:
-        first, num_images = index * batch_size, min(batch_size, len(split) - index * batch_size)
-        own = part_of_batch(num_images, *part)
-        if order is not None and not own:
-            own = range(1)
-        places = slice(first + own.start, first + own.stop)
-        chosen = places if order is None else order[places]
-        inputs = normalisation(split.images[chosen])
+            crop_seeds = torch.randint(1 << 32, (len(split),), generator=generator("crop", seed, epoch))
+    places = [_own_places(len(split), batch_size, index, part, random=seed is not None) for index in indices]
+    if isinstance(split, PictureSplit):
+        seeds = None if crop_seeds is None else [crop_seeds[each] for each in places]
+        images = split.read([order[each] for each in places], seeds)
+    else:
+        images = split.read(map(order.to(device).__getitem__, places))
+    labels = split.labels[order.to(device)]
+    for own, batch in zip(places, images, strict=True):
+        inputs = normalisation(batch)
         if augmentation is not None and draws is not None:
-            inputs = augmentation(inputs, draws[places])
-        yield inputs, split.labels[chosen]
+            inputs = augmentation(inputs, draws[own])
+        yield inputs, labels[own]
+
+
+def _own_places(num_images: int, batch_size: int, index: int, part: tuple[int, int], *, random: bool) -> slice:
+    """Which places of an epoch's order are one process's in the batch of that index."""
+    first, num_images = index * batch_size, min(batch_size, num_images - index * batch_size)
+    own = part_of_batch(num_images, *part)
+    if random and not own:
+        own = range(1)
+    return slice(first + own.start, first + own.stop)

@@ -7,11 +7,11 @@ from typing import Literal, get_args
 
 import pooch
 
-from stochastic_depth_lab.data import cifar, digits, svhn
+from stochastic_depth_lab.data import cifar, digits, imagenet, svhn
 from stochastic_depth_lab.data.errors import DataError
 from stochastic_depth_lab.data.image_data import ImageData
 
-Name = Literal["digits", "cifar10", "cifar100", "svhn"]
+Name = Literal["digits", "cifar10", "cifar100", "svhn", "imagenet"]
 
 
 def default_data_root() -> Path:
@@ -26,15 +26,20 @@ def load(
     validation: int | None = None,
     split_seed: int = 0,
     download: bool = True,
+    image_size: int | None = None,
+    num_workers: int = 0,
 ) -> ImageData:
-    """A data set, whole, on the CPU; `.to(device)` moves it.
+    """A data set on the CPU, whole but for imagenet, whose pictures stay in their files; `.to(device)` moves it.
 
     Args:
-        name: `"digits"`, `"cifar10"`, `"cifar100"` or `"svhn"`.
+        name: `"digits"`, `"cifar10"`, `"cifar100"`, `"svhn"` or `"imagenet"`.
         data_root: folder of the authors' files, and of what is downloaded. None: `default_data_root()`.
-        validation: images for validation. None: the paper's number, 5,000 of CIFAR and 6,000 of SVHN; 180 digits.
+        validation: images for validation. None: the paper's number, 5,000 of CIFAR and 6,000 of SVHN; 180 digits;
+            10,000 of ImageNet.
         split_seed: which images these are; the test images are always the same.
         download: whether missing files are downloaded.
+        image_size: of imagenet's pictures. None: 224.
+        num_workers: processes that read imagenet's pictures.
 
     Raises:
         DataError: if there is no such data set, or its files are missing, damaged or altered; one line with the remedy.
@@ -44,7 +49,10 @@ def load(
         torch.Size([1257, 1, 8, 8])
     """
     try:
-        return _load(name, default_data_root() if data_root is None else data_root, validation, split_seed, download)
+        root = default_data_root() if data_root is None else data_root
+        if name == "imagenet":
+            return imagenet.load(root, validation, split_seed, image_size=image_size, num_workers=num_workers)
+        return _load(name, root, validation, split_seed, download)
     except OSError as error:
         raise DataError(f"{name}: {error.filename} cannot be read: {error.strerror}.") from error
 

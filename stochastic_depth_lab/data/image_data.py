@@ -1,8 +1,8 @@
-"""A data set in memory: whole, as bytes, on the device that trains."""
+"""A data set and its parts, in memory: whole, as bytes, on the device that trains."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from stochastic_depth_lab.data.errors import DataError
+from stochastic_depth_lab.data.normalisation import Normalisation
+from stochastic_depth_lab.data.pictures import PictureSplit
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +52,26 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.labels.device
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        _, channels, height, width = self.images.shape
+        return channels, height, width
+
+    def first(self, num_images: int) -> "Split":
+        """The first so many, or all if there are not as many."""
+        return Split(self.images[:num_images], self.labels[:num_images])
+
+    def read(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The images of each batch: uint8, (B, C, H, W), of indices, int64 (B,)."""
+        for batch in batches:
+            yield self.images[batch]
 
     def __getitem__(self, indices: Tensor) -> "Split":
         return Split(self.images[indices], self.labels[indices])
@@ -104,6 +126,7 @@ class ImageData:
         train: what is learnt from, and what normalisation is fitted on.
         validation: what chooses the epoch whose test error is reported.
         test: what is reported.
+        normalisation: if it is given with the data set. None: it is fitted on the training part.
 
     Raises:
         DataError: if names, labels or image sizes disagree.
@@ -112,26 +135,35 @@ class ImageData:
     name: str
     num_classes: int
     class_names: tuple[str, ...]
-    train: Split
-    validation: Split
-    test: Split
+    train: Split | PictureSplit
+    validation: Split | PictureSplit
+    test: Split | PictureSplit
+    normalisation: Normalisation | None = None
 
     def __post_init__(self) -> None:
         if len(self.class_names) != self.num_classes:
             raise DataError(f"{self.name}: {self.num_classes} classes, but {len(self.class_names)} class names.")
         for part in ("train", "validation", "test"):
-            split = cast(Split, getattr(self, part))
+            split = cast("Split | PictureSplit", getattr(self, part))
             if not len(split):
                 raise DataError(f"{self.name}: the {part} part is empty.")
-            if split.images.shape[1:] != self.train.images.shape[1:]:
-                shapes = tuple(split.images.shape[1:]), tuple(self.train.images.shape[1:])
-                raise DataError(f"{self.name}: images are {shapes[0]} in the {part} part, {shapes[1]} in training.")
+            if split.image_shape != self.train.image_shape:
+                raise DataError(
+                    f"{self.name}: images are {split.image_shape} in the {part} part, {self.train.image_shape} in "
+                    "training."
+                )
             check_labels(split.labels, self.num_classes, f"{self.name}, {part} part")
 
     def to(self, device: torch.device | str) -> "ImageData":
         """The same data on another device."""
-        parts = (part.to(device) for part in (self.train, self.validation, self.test))
-        return ImageData(self.name, self.num_classes, self.class_names, *parts)
+        train, validation, test = (part.to(device) for part in (self.train, self.validation, self.test))
+        normalisation = self.normalisation and self.normalisation.to(device)
+        return replace(self, train=train, validation=validation, test=test, normalisation=normalisation)
+
+    def limited(self, num_images: int) -> "ImageData":
+        """The same with the first so many images of each part."""
+        train, validation, test = (part.first(num_images) for part in (self.train, self.validation, self.test))
+        return replace(self, train=train, validation=validation, test=test)
 
 
 def check_labels(labels: Tensor, num_classes: int, where: str) -> None:

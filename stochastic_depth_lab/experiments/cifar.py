@@ -7,7 +7,7 @@ have not been timed. Where no result is given none is published: He et al.'s oth
 
 from dataclasses import replace
 
-from stochastic_depth_lab.config import Data, Experiment, Recipe
+from stochastic_depth_lab.config import Data, Experiment, Model, Recipe
 from stochastic_depth_lab.experiments.pairs import LATER_SOURCE, pair
 
 RECIPE = Recipe(epochs=500)
@@ -29,9 +29,9 @@ def _cifar(
         f"{data.dataset.upper().replace('CIFAR', 'CIFAR-')}, {num_layers} layers",
     )
     if data.flip:
-        return pair(name, title, data, recipe, num_layers=num_layers, published=published, published_h=published_h)
+        return pair(name, title, data, recipe, model=Model(num_layers), published=published, published_h=published_h)
     name, title = name.replace("-", "-unaugmented-"), f"{title}, no augmentation"
-    return pair(name, title, data, recipe, num_layers=num_layers, published=published, source=LATER_SOURCE)
+    return pair(name, title, data, recipe, model=Model(num_layers), published=published, source=LATER_SOURCE)
 
 
 # Here: about 13 h and 10 h on one core.

@@ -1,6 +1,6 @@
 """Digits: 1,797 real images of 8x8 pixels, which come with scikit-learn. Not of the paper: the three-minute demo."""
 
-from stochastic_depth_lab.config import Data, Recipe
+from stochastic_depth_lab.config import Data, Model, Recipe
 from stochastic_depth_lab.experiments.pairs import pair
 
 # Test error in percent over the seeds 0 to 3: 1.60 constant (1.11 to 2.22), 0.83 stochastic (0.28 to 1.39), where one
@@ -13,5 +13,5 @@ DIGITS_CONSTANT, DIGITS_STOCHASTIC = pair(
     "Digits, 110 layers",
     Data("digits"),
     Recipe(epochs=20, batch_size=64, learning_rate=0.03, lr_schedule="one_cycle", num_threads=1),
-    num_layers=110,
+    model=Model(110),
 )

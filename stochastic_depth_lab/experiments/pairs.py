@@ -12,7 +12,8 @@ def pair(
     data: Data,
     recipe: Recipe,
     *,
-    num_layers: int,
+    model: Model,
+    stochastic_recipe: Recipe | None = None,
     published: tuple[float, float] | None = None,
     published_h: tuple[float, float] | tuple[None, None] = (None, None),
     source: str = SOURCE,
@@ -24,7 +25,8 @@ def pair(
         title: common part of their titles.
         data: the images.
         recipe: how both are trained.
-        num_layers: depth of the network, 6n + 2.
+        model: the network.
+        stochastic_recipe: where stochastic depth is trained otherwise.
         published: test errors in percent, constant and stochastic.
         published_h: hours of training on one Titan X, constant and stochastic.
         source: where these stand.
@@ -34,10 +36,15 @@ def pair(
         if published
         else (None, None)
     )
-    model = Model(num_layers)
     return (
         Experiment(f"{name}-constant", f"{title}, constant depth", data, model, None, recipe, published=constant),
         Experiment(
-            f"{name}-stochastic", f"{title}, stochastic depth", data, model, Depth(), recipe, published=stochastic
+            f"{name}-stochastic",
+            f"{title}, stochastic depth",
+            data,
+            model,
+            Depth(),
+            stochastic_recipe or recipe,
+            published=stochastic,
         ),
     )

@@ -1,4 +1,4 @@
-"""CIFAR and SVHN made up: files of the published form with a few random images, and the sources that describe them.
+"""CIFAR, SVHN and ImageNet made up: files of the published form with a few random images, and what describes them.
 
 The readers accept the published files only, by their digests. A test that trains on made-up files therefore replaces
 what is published too: `write_all(folder)` writes the files, `publish(monkeypatch, sources)` has readers expect them.
@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy.io import savemat
 
-from stochastic_depth_lab.data import cifar, svhn
+from stochastic_depth_lab.data import cifar, imagenet, svhn
 from stochastic_depth_lab.data.cifar import CifarSource
 from stochastic_depth_lab.data.published import PublishedFile
 from stochastic_depth_lab.data.svhn import SvhnSource
@@ -28,8 +29,11 @@ class Sources:
 
 
 def write_all(folder: Path) -> Sources:
-    """Training, validation and test images: CIFAR-10 240, 60, 60; CIFAR-100 340, 60, 400; SVHN 150, 60, 100."""
+    """Training, validation and test images: CIFAR-10 240, 60, 60; CIFAR-100 340, 60, 400; SVHN 150, 60, 100; ImageNet
+    18 for training and validation, 9 for the test."""
     folder.mkdir(parents=True, exist_ok=True)
+    write_pictures(folder / "imagenet" / "train", pictures_per_class=6)
+    write_pictures(folder / "imagenet" / "val", pictures_per_class=3)
     return Sources(
         cifar10=write_cifar(folder, cifar.CIFAR10, images_per_file=60),
         cifar100=write_cifar(folder, cifar.CIFAR100, images_per_file=400),
@@ -42,6 +46,7 @@ def publish(monkeypatch: pytest.MonkeyPatch, sources: Sources) -> None:
     monkeypatch.setattr(cifar, "CIFAR10", sources.cifar10)
     monkeypatch.setattr(cifar, "CIFAR100", sources.cifar100)
     monkeypatch.setattr(svhn, "SVHN", sources.svhn)
+    monkeypatch.setattr(imagenet, "NUM_VALIDATION", 6)
 
 
 def write_cifar(folder: Path, source: CifarSource, *, images_per_file: int) -> CifarSource:
@@ -82,6 +87,20 @@ def write_svhn(folder: Path, source: SvhnSource) -> SvhnSource:
         savemat(folder / published.name, {"X": pixels, "y": digits}, do_compression=True)
         files[part] = described(folder / published.name, published)
     return replace(source, **files, validation=60)
+
+
+def write_pictures(folder: Path, *, pictures_per_class: int) -> None:
+    """Writes three folders of JPEGs of several sizes, each class with a colour of its own, one picture of them grey."""
+    for label, name in enumerate(("n01", "n02", "n03")):
+        (folder / name).mkdir(parents=True)
+        for number in range(pictures_per_class):
+            drawn = np.random.default_rng((label, number))
+            pixels = drawn.integers(0, 128, (90 + 10 * number, 120 - 10 * number, 3), dtype=np.uint8)
+            pixels[..., label] += 127
+            picture = Image.fromarray(pixels)
+            if (label, number) == (0, 0):
+                picture = picture.convert("L")
+            picture.save(folder / name / f"{number}.JPEG")
 
 
 def described(path: Path, published: PublishedFile) -> PublishedFile:

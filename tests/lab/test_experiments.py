@@ -17,6 +17,7 @@ PUBLISHED = {  # PAPER.md
     "cifar10-1202": (6.72, 4.91),
     "cifar100-110": (27.22, 24.58),
     "svhn-152": (2.01, 1.75),
+    "imagenet-152": (21.78, 21.98),
     "cifar10-unaugmented-110": (13.63, 11.66),
     "cifar100-unaugmented-110": (44.74, 37.80),
 }
@@ -25,7 +26,7 @@ PAIRS = [name.removesuffix("-constant") for name in EXPERIMENTS if name.endswith
 
 def test_the_promised_experiments_exist():
     families = [f"cifar{classes}-{layers}" for classes in (10, 100) for layers in (20, 32, 44, 56, 110, 1202)]
-    assert set(PAIRS) >= {"digits", "svhn-152", *families}
+    assert set(PAIRS) >= {"digits", "svhn-152", "imagenet-152", *families}
     assert len(EXPERIMENTS) == 2 * len(PAIRS)
 
 
@@ -34,9 +35,17 @@ def test_a_pair_differs_in_nothing_but_depth(name):
     constant, stochastic = find_pair(name)
     fields = [line.partition(":")[0] for line in differences(as_json(constant), as_json(stochastic))]
     assert fields
+    if name == "imagenet-152":  # 30 more epochs with stochastic depth, as in the paper
+        fields = [field for field in fields if field not in ("recipe.epochs", "recipe.lr_drops")]
     assert all(field.startswith("depth") for field in fields)
     results = [each.published.test_error for each in (constant, stochastic) if each.published]
     assert results == list(PUBLISHED.get(name, ()))
+
+
+def test_the_deepest_networks_differ_in_nothing_but_their_images():
+    for kind in ("constant", "stochastic"):
+        one, other = (as_json(find(f"{data}-1202-{kind}")) for data in ("cifar10", "cifar100"))
+        assert differences(one, other) == ["data.dataset: cifar100, not cifar10"]
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=lambda experiment: experiment.name)
@@ -78,8 +87,10 @@ def test_the_recipe_is_the_papers():
             "num_validation": None,
             "split_seed": 0,
             "limit": None,
+            "image_size": None,
+            "num_workers": 8,
         },
-        "model": {"num_layers": 110, "shortcut": "pad", "init": "he"},
+        "model": {"num_layers": 110, "family": "cifar", "shortcut": "pad", "init": "he"},
         "depth": {
             "schedule": "linear_decay",
             "final_survival_prob": 0.5,
@@ -126,16 +137,28 @@ def test_names_need_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+# The deepest take a minute each: two epochs are enough to see them learn at both rates, and one of two that differ in
+# nothing but depth, or but the images, stands for the other (tested above).
+DEEPEST = {"cifar10-1202-stochastic", "cifar100-1202-constant", "imagenet-152-stochastic"}
+
+
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if "1202" in name else ()) for name in EXPERIMENTS]
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in DEEPEST else ())
+        for name in EXPERIMENTS
+        if name in DEEPEST or name.rpartition("-")[0] not in ("cifar10-1202", "cifar100-1202", "imagenet-152")
+    ],
 )
 def test_every_experiment_trains_quickly(name, made_up_data_root, tmp_path: Path, capsys):
-    assert main(["train", name, "--quick", "--out", str(tmp_path / "run")]) == 0
+    fewer = ["--recipe.epochs", "2"] if name in DEEPEST else []
+    assert main(["train", name, "--quick", *fewer, "--out", str(tmp_path / "run")]) == 0
     experiment = quick(find(name))
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5]
+    assert [row["epoch"] for row in rows] == list(range(1, 3 if name in DEEPEST else 6))
     branches = json.loads((tmp_path / "run" / "branches.json").read_text())
-    assert len(branches["names"]) == (experiment.model.num_layers - 2) // 2
+    convolutions = 2 if experiment.model.family == "cifar" else 3
+    assert len(branches["names"]) == (experiment.model.num_layers - 2) // convolutions
     for row in rows:
         assert 0 < row["realised_depth"] <= len(branches["names"])
         assert sum(row["open_counts"]) == pytest.approx(row["realised_depth"] * row["num_steps"])
@@ -151,7 +174,10 @@ def test_the_papers_tables_and_figures_are_there():
         "20 h 42", "15 h 7", "20 h 51", "15 h 20", "33 h 43", "25 h 33",
     ]  # fmt: skip
     errors = [each.published.test_error for each in STUDIES["table1"].experiments if each.published]
-    assert errors == [6.41, 5.23, 6.72, 4.91, 27.22, 24.58, 2.01, 1.75]
+    assert errors == [6.41, 5.23, 6.72, 4.91, 27.22, 24.58, 2.01, 1.75, 21.78, 21.98]
+    assert [each.name for each in STUDIES["curves"].experiments] == [
+        each.name for each in STUDIES["table1"].experiments if "imagenet" not in each.name
+    ]
 
 
 @pytest.mark.parametrize("study", STUDIES.values(), ids=lambda study: study.name)

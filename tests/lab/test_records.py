@@ -93,7 +93,7 @@ def test_metrics_are_cut_to_the_epochs_of_the_checkpoint(tmp_path):
 def test_the_environment_says_what_a_number_needs(tmp_path):
     train(small(epochs=1), tmp_path / "run")
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
-    assert environment["versions"].keys() == {"python", "stochastic-depth", "torch", "numpy"}
+    assert environment["versions"].keys() >= {"python", "stochastic-depth", "torch", "numpy"}
     assert environment["num_cpus"] == os.cpu_count()
     assert environment["device"] == str(CPU)
     assert environment["command"]
