@@ -14,6 +14,11 @@ from torch import Tensor, nn
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody's function runs with each call of the module or with its backward."""
+    return any(getattr(module, hooks) for hooks in _HOOKS)
+
+
 def plain_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module without stochastic depth."""
     return getattr(type(module), "_plain_class", type(module))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore
 
+from stochastic_depth.cuda_graphs import BranchGraphs
 from stochastic_depth.gates import Draw, draw_counts, draw_order
 
 Granularity = Literal["batch", "sample"]
@@ -53,9 +54,12 @@ def graph_break(function: Function, *, recursive: bool) -> Function:
 _compiler_of_frames: Callable[[], object] = torch._C._dynamo.eval_frame.get_eval_frame_callback  # pyright: ignore
 
 
-def is_exporting() -> bool:
-    """Whether torch.export is tracing; PyTorch 2.6 cannot tell."""
-    return torch.compiler.is_exporting() if hasattr(torch.compiler, "is_exporting") else False
+def _is_never_exporting() -> bool:
+    return False
+
+
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", _is_never_exporting)
+"""Whether torch.export is tracing; PyTorch 2.6 cannot tell."""
 
 
 eager = functools.partial(graph_break, recursive=True)
@@ -66,14 +70,18 @@ class Gate(NamedTuple):
 
     Attributes:
         num_open: for how many samples of the batch it is open, 0..N.
-        order: (N,) int64, indices of the samples, the open ones first; None where all are open, or none is and the
-            branch is not to be called. Where none is and there is an order, the branch runs one sample of weight 0.
+        order: (N,) int64, indices of the samples, the open ones first; None where all are open, or the branch is not
+            to be called. Where none is open and there is an order, the branch runs one sample of weight 0.
         survival_prob: the chance that it had to be open in this pass, which a later change does not alter.
     """
 
     num_open: int
     order: Tensor | None
     survival_prob: float
+
+
+CLOSED = Gate(0, None, 1.0)
+"""The gate of every branch that is not to be called; its chance does not matter."""
 
 
 @dataclass
@@ -131,6 +139,8 @@ class ForwardPasses:
         """The latest pass with a draw."""
         self.observer: Observer | None = None
         """Runs every branch in place of its plain call, while something is measured."""
+        self.graphs: BranchGraphs | None = None
+        """Replays branches, after `Controller.capture`."""
         self._forget()
 
     def _forget(self) -> None:
@@ -156,6 +166,7 @@ class ForwardPasses:
             "_asked_at",
             "_orders",
             "observer",
+            "graphs",
         ):
             del state[name]
         return state
@@ -163,6 +174,7 @@ class ForwardPasses:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.observer = None
+        self.graphs = None
         self._forget()
 
     @eager
@@ -186,7 +198,7 @@ class ForwardPasses:
         self._unclaimed_from = next_node()
 
     @eager
-    def gate(self, index: int, num_samples: int, device: torch.device, *, training: bool) -> Gate | None:
+    def gate(self, index: int, num_samples: int, device: torch.device, training: bool) -> Gate | None:
         """The gate of branch `index` in the call that is being made.
 
         Args:
@@ -202,28 +214,32 @@ class ForwardPasses:
             ValueError: if a forced gate of single samples does not fit the batch.
             RuntimeError: if the model is exported in training mode or with forced gates.
         """
-        if is_exporting():
-            if training or self.forced is not None:
-                raise RuntimeError("An export would freeze the gates: export the model after model.eval().")
-            return None
-        if self._is_dry:
-            return None
-        this = self._pass_of_call(index, training=training)
-        if this is None:
-            return None
-        survival_prob = this.survival_probs[index]
+        this = self._current
+        # In a forward of the root, the common case, nothing else has to be looked at.
+        if this is None or not self._in_root or self._is_dry or evaluated_node() is not None:
+            if is_exporting():
+                if training or self.forced is not None:
+                    raise RuntimeError("An export would freeze the gates: export the model after model.eval().")
+                return None
+            if self._is_dry:
+                return None
+            this = self._pass_of_call(index, training=training)
+            if this is None:
+                return None
         if this.forced is not None:
-            return self._forced_gate(this.forced[index], index, num_samples, device, survival_prob)
+            return self._forced_gate(this.forced[index], index, num_samples, device, this.survival_probs[index])
         if not training:
             return None
         if self.granularity == "batch":
-            return Gate(num_samples * self.draw_of(this, 1)[index], None, survival_prob)
+            is_open = (this.counts.get(1) or self.draw_of(this, 1))[index]
+            return Gate(num_samples, None, this.survival_probs[index]) if is_open else CLOSED
         num_open = self.draw_of(this, num_samples)[index]
         # Another rank may have more samples, and with them a survivor where this one has none. What synchronises
         # inside of a branch waits for every rank; the sizes of their batches are not known here, so none stays away.
-        if num_open == num_samples or (num_open == 0 and not has_several_ranks()):
-            return Gate(num_open, None, survival_prob)
-        return Gate(num_open, self._order_of(this, num_samples, device)[index], survival_prob)
+        if num_open == 0 and not has_several_ranks():
+            return CLOSED
+        order = None if num_open == num_samples else self._order_of(this, num_samples, device)[index]
+        return Gate(num_open, order, this.survival_probs[index])
 
     @eager
     def survival_prob_of_call(self, index: int, *, training: bool) -> float | None:
@@ -275,13 +291,15 @@ class ForwardPasses:
         self, forced: bool | Tensor, index: int, num_samples: int, device: torch.device, survival_prob: float
     ) -> Gate:
         if isinstance(forced, bool):
-            return Gate(num_samples * forced, None, survival_prob)
+            return Gate(num_samples, None, survival_prob) if forced else CLOSED
         if len(forced) != num_samples:
             raise ValueError(
                 f"The gate of {self.names[index]!r} has {len(forced)} entries, but the batch has {num_samples} samples."
             )
         num_open = int(forced.sum())
-        if num_open in (0, num_samples):
+        if num_open == 0:
+            return CLOSED
+        if num_open == num_samples:
             return Gate(num_open, None, survival_prob)
         return Gate(num_open, forced.int().argsort(descending=True, stable=True).to(device), survival_prob)
 
@@ -379,6 +397,11 @@ class Node(Protocol):
 
 def _is_reentrant_checkpoint(node: Node) -> bool:
     return node.name() == "CheckpointFunctionBackward"
+
+
+def is_checkpointed() -> bool:
+    """Whether what runs now is being checkpointed, or is recomputed in a backward."""
+    return evaluated_node() is not None or _inside_checkpoint()
 
 
 def _inside_checkpoint() -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from stochastic_depth.copies import tensor_without_data, without_data
-from stochastic_depth.passes import ForwardPasses, Gate, Observer, eager, graph_break
+from stochastic_depth.passes import CLOSED, ForwardPasses, Gate, Observer, eager, graph_break, is_checkpointed
 
 # The gated sum stays out of torch.compile's graphs, which would be one per pattern of gates; the branches that it calls
 # are compiled, one graph per shape.
@@ -93,6 +93,7 @@ class GatedBranch:
         parts: nn.Module,
         training: bool,
         others: Sequence[Tensor] = (),
+        repeatable: bool = False,
     ) -> Tensor:
         """The gated sum `shortcut + gate * branch(module, x)`, which runs the branch only where its gate is open.
 
@@ -105,26 +106,32 @@ class GatedBranch:
             training: whether the rule of training holds.
             others: inputs of the branch to which the shortcut carries no gradient: like parameters, they get gradients
                 of zero from a branch that does not run.
+            repeatable: whether `branch` is the same in every call and a function of its arguments and `parts` only, so
+                that a recording of it may be replayed.
 
         Returns:
             (N, ...), a tensor of its own, safe to be changed in place.
         """
-        gate = self.passes.gate(self.index, shortcut.shape[0], shortcut.device, training=training)
+        num_samples = shortcut.shape[0]
+        gate = self.passes.gate(self.index, num_samples, shortcut.device, training)
+        if gate is CLOSED:
+            return self.skip(shortcut, parts, others)
         if self.passes.observer is not None:
             branch = partial(_observed, self.passes.observer, self.index, branch)
         if gate is None:
             return _plain_sum(shortcut, branch(module, x), self.factor(None))
         factor = self.factor(gate.survival_prob)
-        if gate.num_open == 0 and gate.order is None:
-            return self.skip(shortcut, parts, others)
-        if gate.num_open == shortcut.shape[0]:
+        graphs = self.passes.graphs
+        if graphs is not None and repeatable and self.passes.observer is None and not is_checkpointed():
+            branch = cast(BranchFunction, partial(graphs.run, self.index, parts, _parameters(parts), branch))
+        if gate.num_open == num_samples:
             return _plain_sum(shortcut, branch(module, x), factor)
         return self._sum_over_subset(shortcut, x, module, branch, gate, factor, parts)
 
     def skip(self, shortcut: Tensor, parts: nn.Module, others: Sequence[Tensor] = ()) -> Tensor:
         """The sum where the branch, whose parameters `parts` holds, runs for no sample: a copy of `shortcut`."""
         if self.skipped_grad == "zero" and torch.is_grad_enabled():
-            unused = [tensor for tensor in (*parts.parameters(), *others) if tensor.requires_grad]
+            unused = [tensor for tensor in (*_parameters(parts), *others) if tensor.requires_grad]
             if unused:
                 return cast(Tensor, _apply(_WithZeroGradients, shortcut, *unused))
         # A copy: whoever changes the sum in place must not change the shortcut, which is somebody else's tensor.
@@ -181,6 +188,17 @@ class GatedBranch:
                 seen = [each.shape[2:].numel() == 1 for each in inputs]
             self._one_value[shapes] = any(seen)
         return self._one_value[shapes]
+
+
+def _parameters(module: nn.Module) -> list[nn.Parameter]:
+    """What `module.parameters()` gives, without its names, which take longer than a gate."""
+    if type(module).named_parameters is not nn.Module.named_parameters:
+        return list(module.parameters())
+    found = [parameter for parameter in module._parameters.values() if parameter is not None]  # pyright: ignore
+    for child in module._modules.values():  # pyright: ignore
+        if child is not None:
+            found += _parameters(child)
+    return found
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -299,7 +317,9 @@ class _WithZeroGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        return grad_outputs[0], *(torch.zeros_like(tensor) for tensor in ctx.unused)
+        zeros = [torch.empty_like(tensor) for tensor in ctx.unused]
+        torch._foreach_zero_(zeros)  # pyright: ignore -- all at once: a GPU is not called for each parameter
+        return grad_outputs[0], *zeros
 
 
 class StochasticResidual(Residual):
@@ -311,6 +331,7 @@ class StochasticResidual(Residual):
     def forward(self, x: Tensor) -> Tensor:
         """The gated sum. x: (N, ...)."""
         shortcut = x if self.shortcut is None else self.shortcut(x)
+        branch = cast(nn.Module, self._modules["branch"])  # Found faster than as an attribute.
         return self._stochastic_depth_branch.add(
-            shortcut, x, self.branch, nn.Module.__call__, parts=self.branch, training=self.training
+            shortcut, x, branch, nn.Module.__call__, parts=branch, training=self.training, repeatable=True
         )

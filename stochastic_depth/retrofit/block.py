@@ -314,7 +314,13 @@ class _Input(NamedTuple):
 
 
 def _gated_sum(
-    block: nn.Module, branches: BlockBranches, key: Key, function: Callable[..., Tensor], kinds: Sequence[_Input]
+    block: nn.Module,
+    branches: BlockBranches,
+    key: Key,
+    function: Callable[..., Tensor],
+    kinds: Sequence[_Input],
+    *,
+    repeatable: bool = True,
 ) -> Callable[..., Tensor]:
     gated, parts = branches.gated[key], branches.parts[key]
     known: dict[Any, list[bool]] = {}
@@ -325,7 +331,16 @@ def _gated_sum(
             value for value, kind in zip(inputs, kinds, strict=True) if isinstance(value, Tensor) and not kind.carried
         ]
         if len(inputs) == 1 and kinds[0].samples and inputs[0].shape[0] == shortcut.shape[0]:
-            return gated.add(shortcut, inputs[0], block, function, parts=parts, training=block.training, others=others)
+            return gated.add(
+                shortcut,
+                inputs[0],
+                block,
+                function,
+                parts=parts,
+                training=block.training,
+                others=others,
+                repeatable=repeatable,
+            )
         shapes = (shortcut.shape[0], *(value.shape if isinstance(value, Tensor) else None for value in inputs))
         of_batch = known.get(shapes)
         if of_batch is None:
@@ -367,7 +382,7 @@ def _gated_sum_and_sides(
                 seen.append(tuple(sides))
             return output
 
-        summed = _gated_sum(block, branches, key, first, kinds)(shortcut, *inputs)
+        summed = _gated_sum(block, branches, key, first, kinds, repeatable=False)(shortcut, *inputs)
         if seen:
             return summed, *seen[-1]
         shapes = tuple(value.shape if isinstance(value, Tensor) else None for value in inputs)
@@ -422,7 +437,7 @@ def _mask(call: fx.Node, key: Key, block: nn.Module, branches: BlockBranches) ->
 
 def mask(gated: GatedBranch, x: Tensor, *, training: bool) -> Tensor:
     """A branch's output `x` (N, ...) times its gates, where the branch cannot be skipped."""
-    gate = gated.passes.gate(gated.index, x.shape[0], x.device, training=training)
+    gate = gated.passes.gate(gated.index, x.shape[0], x.device, training)
     factor = gated.factor(gate and gate.survival_prob)
     if gated.passes.observer is not None and (gate is None or gate.num_open):
         x = gated.passes.observer(gated.index, torch.clone, x)

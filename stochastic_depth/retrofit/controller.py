@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.cost import Cost, measure_cost
+from stochastic_depth.cuda_graphs import BranchGraphs, refuse_unrecordable
 from stochastic_depth.passes import ForwardPasses
 from stochastic_depth.residual import SkippedGrad
 from stochastic_depth.retrofit.ddp import refuse_unsound
@@ -101,6 +102,24 @@ class Controller:
             return None
         num_samples = 1 if self._passes.granularity == "batch" else next(reversed(latest.counts), 1)
         return [count / num_samples for count in self._passes.draw_of(latest, num_samples)]
+
+    def capture(self) -> BranchGraphs:
+        """Replay each branch as a CUDA graph from now on, forward and backward; recorded when it first runs.
+
+        A step then asks the GPU for two launches per open branch, whatever it computes, and for none per closed one.
+        Outputs and gradients are those of the plain branch. What a graph computes in lies in memory of its own, also
+        in steps in which the branch is closed. Branches of several inputs, masked ones, whole layers (`layers=`),
+        activation checkpoints and evaluation run without graphs. Deepcopies and files are without them.
+
+        Returns:
+            What counts the recordings and replays.
+
+        Raises:
+            ValueError: if a branch is not on a GPU, or does more than a graph repeats, such as hooks.
+        """
+        refuse_unrecordable(self.names, [branch.parts for branch in self._branches])
+        self._passes.graphs = BranchGraphs(self.names)
+        return self._passes.graphs
 
     def set_survival_probs(self, survival_probs: Sequence[float]) -> None:
         """Change the survival probabilities, from the next forward on. Schedules over time use it.

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
 from stochastic_depth.copies import evaluated_copy, plain_class
-from stochastic_depth.passes import Gate, eager
+from stochastic_depth.passes import CLOSED, Gate, eager
 from stochastic_depth.residual import GatedBranch, compiled_inside
 from stochastic_depth.retrofit.shapes import samples_among
 from stochastic_depth.retrofit.trace import TraceError, decide_by, flatten, record, unflatten
@@ -63,13 +63,13 @@ class StochasticLayer(nn.Module):
         hidden = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
         if hidden is None:
             raise TypeError(f"The layer {name} is called without a tensor: it has no hidden states to hand on.")
-        gate = gated.passes.gate(gated.index, hidden.shape[0], hidden.device, training=self.training)
+        gate = gated.passes.gate(gated.index, hidden.shape[0], hidden.device, self.training)
         factor = 1.0 if gated.drop_paths else gated.factor(gate and gate.survival_prob)
         if gate is None or gate.num_open == hidden.shape[0]:
             output = self._run(leaves, signature)
             _check_shape(name, _first(output), hidden, hidden.shape[0])
             return output if factor == 1.0 else _with_first(output, _scaled(output, hidden, factor))
-        if gate.num_open == 0 and gate.order is None:
+        if gate is CLOSED:
             others = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf is not hidden]
             return _with_first(gated.structure(self, signature, leaves), gated.skip(hidden, self, others))
         return self._run_subset(leaves, signature, hidden, gate, factor)

@@ -136,9 +136,9 @@ def seen_samples(
     passes = depth._passes
     plain_gate = passes.gate
 
-    def gate(index, num, device, *, training):
+    def gate(index, num, device, training):
         seen[index] = num
-        return plain_gate(index, num, device, training=training)
+        return plain_gate(index, num, device, training)
 
     def run(index, branch, x):
         outer[index] = running[-1] if running else None
