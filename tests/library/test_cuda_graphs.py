@@ -168,24 +168,25 @@ def test_evaluation_runs_without_graphs() -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "num_recorded"),
     [
-        lambda net: net.groups[0].requires_grad_(False),
-        lambda net: net.load_state_dict({k: v * 2 for k, v in net.state_dict().items()}, assign=True),
-        lambda net: [part.eval() for part in net.groups.modules() if isinstance(part, nn.BatchNorm2d)],
-        lambda net: net.load_state_dict({k: v * 2 for k, v in net.state_dict().items()}),
+        (lambda net: net.groups[0].requires_grad_(False), 9 + 3),
+        (lambda net: net.load_state_dict({k: v * 2 for k, v in net.state_dict().items()}, assign=True), 18),
+        (lambda net: [part.eval() for part in net.groups.modules() if isinstance(part, nn.BatchNorm2d)], 18),
+        (lambda net: net.load_state_dict({k: v * 2 for k, v in net.state_dict().items()}), 9),
     ],
     ids=["frozen", "assigned", "norms in evaluation", "loaded"],
 )
-def test_a_model_that_was_changed_is_not_run_as_it_was(change: Callable[[Any], object]) -> None:
+def test_a_model_that_was_changed_is_not_run_as_it_was(change: Callable[[Any], object], num_recorded: int) -> None:
     model, plain = network(), network()
-    captured(sd.make_stochastic_(model, sd.uniform(1.0)))
+    graphs = captured(sd.make_stochastic_(model, sd.uniform(1.0)))
     for net in (model, plain):
         loss_of(net).backward()
         net.zero_grad()
         change(net)
         loss_of(net).backward()
     assert_same(gradients(model), gradients(plain))
+    assert sum(graphs.num_recorded) == num_recorded
 
 
 def test_statistics_are_as_if_nothing_had_been_warmed_up() -> None:
