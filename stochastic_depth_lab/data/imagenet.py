@@ -77,10 +77,12 @@ def load(
 
 def _listed(data_root: Path, part: str) -> tuple[tuple[Path, ...], Tensor, list[str]]:
     """Paths, labels and class names of one part."""
-    datasets = import_torchvision("torchvision.datasets")
     folder = data_root / FOLDER / part
     try:
-        found = datasets.ImageFolder(folder)
+        next(
+            folder.iterdir(), None
+        )  # whoever lacks the pictures is told so first, and then that torchvision is missing
+        found = import_torchvision("torchvision.datasets").ImageFolder(folder)
     except FileNotFoundError as error:  # no folder, no class, or a class without a picture
         raise DataError(
             f"{folder} holds no folders of pictures ({error}). Register at https://image-net.org, fetch "

@@ -44,7 +44,9 @@ def find_pair(name: str) -> tuple[Experiment, Experiment]:
         ValueError: if there are none; it names the nearest, tables and figures among them.
     """
     if name not in _pairs():
-        raise ValueError(f"there is no pair of experiments {name!r}. {_nearest(name, [*_pairs(), *STUDIES])}")
+        raise ValueError(
+            f"there is no pair of experiments, table or figure {name!r}. {_nearest(name, [*_pairs(), *STUDIES])}"
+        )
     return EXPERIMENTS[f"{name}-constant"], EXPERIMENTS[f"{name}-stochastic"]
 
 

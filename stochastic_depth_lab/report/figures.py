@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from stochastic_depth_lab.atomic import write_whole
 from stochastic_depth_lab.report.binomial import central_band
 from stochastic_depth_lab.report.runs import Epoch, Run, labels
-from stochastic_depth_lab.report.table import csv_text, time_share
+from stochastic_depth_lab.report.table import csv_text, is_index, time_share
 from stochastic_depth_lab.report.theme import INK, MUTED, SERIES, figure_style
 
 
@@ -43,8 +43,13 @@ class _Series:
 
 
 def drawings(runs: Sequence[Run]) -> tuple[Drawing, ...]:
-    """The figures of a report; call it, and save them, inside `figure_style`."""
+    """The figures of a report; call it, and save them, inside `figure_style`.
+
+    Of many runs only those that show all of them at once: each has a page of its own for the others.
+    """
     series = _series(runs, labels(runs))
+    if is_index(runs):
+        return _curves(series), _gradient(series), _expectation(series)
     # Constant depth has nothing to show about gates, unless there is nothing else.
     gated = [s for s in series if s.run.stochastic] or series
     counted = [s for s in gated if s.run.stochastic and s.run.depth_frequencies]

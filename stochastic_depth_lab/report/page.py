@@ -1,14 +1,16 @@
 """The report: one self-contained page, the figures and the data beside it."""
 
+import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
 from string import Template
 from typing import cast
+from urllib.parse import quote
 
 from stochastic_depth_lab.atomic import write_whole
-from stochastic_depth_lab.report.analysis import analysis_csv, analysis_drawings
+from stochastic_depth_lab.report.analysis import FILE_NAME, analysis_csv, analysis_drawings
 from stochastic_depth_lab.report.figures import (
     Drawing,
     drawings,
@@ -19,14 +21,23 @@ from stochastic_depth_lab.report.figures import (
 )
 from stochastic_depth_lab.report.inline import inline_svg
 from stochastic_depth_lab.report.runs import ReportError, Run, labels, printable, read_runs
-from stochastic_depth_lab.report.table import NOTHING, constant_depth_of, html_table, remarks, summary_csv, time_share
+from stochastic_depth_lab.report.table import (
+    NOTHING,
+    constant_depth_of,
+    html_table,
+    is_index,
+    remarks,
+    summary_csv,
+    time_share,
+)
 from stochastic_depth_lab.report.theme import CSS_NAMES, DARK, figure_style
 
 
 def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     """Write `report.html`, `figures/` and `data/` into `out` and return the page's path.
 
-    The page holds everything it shows; it comes last, and every file appears whole or not at all.
+    The page holds everything it shows; it comes last, and every file appears whole or not at all. That of many runs is
+    an index: it leads to a page in each run's own folder, which is written if it is missing or older than the run.
 
     Args:
         folders: The run folders to compare.
@@ -39,17 +50,19 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     out = out or _own_folder(folders)
     try:
         with figure_style():
-            figures = (*drawings(runs), *analysis_drawings(runs))
+            index = is_index(runs)
+            links = [_own_page(folder, out) for folder in folders] if index else []
+            figures = (*drawings(runs), *(() if index else analysis_drawings(runs)))
             for figure in figures:
                 save(figure.figure, out / "figures", figure.name)
             (out / "data").mkdir(exist_ok=True)
             tables = {"runs": summary_csv, "epochs": epochs_csv, "survival": survival_csv}
-            if any(figure.data == "analysis" for figure in figures):
+            if any(run.folder.joinpath(FILE_NAME).exists() for run in runs):
                 tables["analysis"] = analysis_csv
             for name, text in tables.items():
                 write_whole(out / "data" / f"{name}.csv", text(runs).encode("utf-8", "replace"))
             page = out / "report.html"
-            write_whole(page, _page(runs, figures).encode("utf-8", "replace"))
+            write_whole(page, _page(runs, figures, links).encode("utf-8", "replace"))
             return page
     except OSError as error:
         raise ReportError(f"the report cannot be written to {out}: {error.strerror}") from None
@@ -64,8 +77,18 @@ def _own_folder(folders: Sequence[Path]) -> Path:
     return parents.pop()
 
 
-def _page(runs: Sequence[Run], figures: Sequence[Drawing]) -> str:
-    return html_page(_title(runs), _lead(runs), html_table(runs), remarks(runs), figures, runs)
+def _own_page(folder: Path, index: Path) -> str:
+    """The link from an index to a run's page, which is there and not older than the run when this returns."""
+    page = folder / "report.html"
+    written = page.stat().st_mtime_ns if page.exists() else 0
+    sources = [folder / name for name in ("metrics.jsonl", "result.json", FILE_NAME)]
+    if any(source.stat().st_mtime_ns > written for source in sources if source.exists()):
+        write_report([folder])
+    return quote(Path(os.path.relpath(page, index)).as_posix())
+
+
+def _page(runs: Sequence[Run], figures: Sequence[Drawing], links: Sequence[str]) -> str:
+    return html_page(_title(runs), _lead(runs), html_table(runs, links), remarks(runs), figures, runs)
 
 
 def html_page(
@@ -126,7 +149,8 @@ def _lead(runs: Sequence[Run]) -> str:
     if len(runs) == 1:
         kind = "stochastic" if runs[0].stochastic else "constant"
         return f"Test error {runs[0].test_error:.2f} % with {kind} depth, after epoch {runs[0].best_epoch}."
-    return f"{len(runs)} runs, {len(stochastic)} of them with stochastic depth."
+    pages = " Each has a page of its own, with more figures." if is_index(runs) else ""
+    return f"{len(runs)} runs, {len(stochastic)} of them with stochastic depth.{pages}"
 
 
 def _figure(drawing: Drawing, files: str) -> str:

@@ -134,18 +134,26 @@ def text_table(runs: Sequence[Run]) -> str:
     return "\n\n".join([*blocks, *(["\n".join(remarks(runs))] if remarks(runs) else [])])
 
 
-def sortable_table(cells: Sequence[Sequence[str]]) -> str:
-    """Head and rows as HTML, everything escaped; a click on a head sorts."""
+def sortable_table(cells: Sequence[Sequence[str]], links: Sequence[str] = ()) -> str:
+    """Head and rows as HTML, everything escaped; a click on a head sorts.
+
+    Args:
+        cells: head and rows.
+        links: where the first cell of each row leads. Empty: nowhere.
+    """
     head, *body = cells
+    names = [escape(first) for first, *_ in body]
+    if links:
+        names = [f'<a href="{escape(link)}">{name}</a>' for link, name in zip(links, names, strict=True)]
     return (
         '<table class="sortable">\n<thead><tr>'
         + "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
         + "</tr></thead>\n<tbody>\n"
         + "\n".join(
-            f'<tr><th scope="row">{escape(first)}</th>'
+            f'<tr><th scope="row">{name}</th>'
             + "".join(f"<td>{escape(_unbroken(cell))}</td>" for cell in rest)
             + "</tr>"
-            for first, *rest in body
+            for name, (_, *rest) in zip(names, body, strict=True)
         )
         + f"\n</tbody>\n</table>\n{_SORTING}"
     )
@@ -156,12 +164,22 @@ def _unbroken(cell: str) -> str:
     return cell.replace(" \N{PLUS-MINUS SIGN} ", "\N{NO-BREAK SPACE}\N{PLUS-MINUS SIGN}\N{NO-BREAK SPACE}")
 
 
-def html_table(runs: Sequence[Run]) -> str:
-    """The table as HTML, everything in it escaped: a column for each run, or a row each if they are many."""
-    if len(runs) > _MOST_COLUMNS:
+def is_index(runs: Sequence[Run]) -> bool:
+    """Whether they are too many to stand side by side: then each has a row, and a page of its own."""
+    return len(runs) > _MOST_COLUMNS
+
+
+def html_table(runs: Sequence[Run], links: Sequence[str] = ()) -> str:
+    """The table as HTML, everything in it escaped: a column for each run, or a row each if they are many.
+
+    Args:
+        runs: what is compared.
+        links: the pages of many runs.
+    """
+    if is_index(runs):
         table = rows(runs)
         by_run = zip(labels(runs), *(row.cells for row in table), strict=True)
-        return sortable_table([["run", *(row.label for row in table)], *map(list, by_run)])
+        return sortable_table([["run", *(row.label for row in table)], *map(list, by_run)], links)
     head = "".join(f'<th scope="col">{escape(label)}</th>' for label in labels(runs))
     body = "\n".join(
         f'<tr class="{row.key}"><th scope="row">{escape(row.label)}</th>'

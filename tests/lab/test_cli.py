@@ -93,7 +93,7 @@ MISTAKES = {
     "train digits-constant --out OUT --weights FILE": "FILE is damaged",
     "train digits-constant --out FULL": "is not empty",
     "train digits-constant --out FILE": "--out must be a folder",
-    "reproduce digit --out OUT": "there is no pair of experiments 'digit'. Nearest: digits",
+    "reproduce digit --out OUT": "there is no pair of experiments, table or figure 'digit'. Nearest: digits",
     "reproduce digits": "--out",
     "evaluate FULL": "is not a run folder",
     "evaluate NOWHERE": "is not a run folder",

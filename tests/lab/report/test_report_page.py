@@ -1,12 +1,14 @@
 """The page: whole, self-contained, harmless whatever a run is called, the same every time."""
 
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from stochastic_depth_lab.report import ReportError, write_report
+from stochastic_depth_lab.report import ReportError, table, write_report
 from stochastic_depth_lab.report import page as page_module
 from stochastic_depth_lab.report.theme import CSS_NAMES, DARK
 
@@ -186,3 +188,24 @@ def test_damaged_run_writes_nothing(write_run, tmp_path):
     with pytest.raises(ReportError):
         write_report([good, bad], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_many_runs_have_an_index_that_leads_to_their_pages(write_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "_MOST_COLUMNS", 2)
+    folders = [write_run(f"run #{seed}", config={"seed": seed}, stochastic=seed == 1) for seed in range(3)]
+    path = write_report(folders, tmp_path / "index")
+    page = read_page(path)
+    assert sum(tag == "svg" for tag, _ in page.elements) == 3
+    links = [str(attrs["href"]) for tag, attrs in page.elements if tag == "a" and "report.html" in str(attrs["href"])]
+    assert [(path.parent / unquote(urlsplit(link).path)).resolve() for link in links] == [
+        each / "report.html" for each in folders
+    ]
+    assert "realised frequency" in read_page(folders[1] / "report.html").text
+
+    # The next index writes the page of the run that has gone on, and no other.
+    pages = [folder / "report.html" for folder in folders]
+    before = [page.stat().st_mtime_ns for page in pages]
+    later = max(before) + 1
+    os.utime(folders[2] / "metrics.jsonl", ns=(later, later))
+    write_report(folders, tmp_path / "index")
+    assert [page.stat().st_mtime_ns != old for page, old in zip(pages, before, strict=True)] == [False, False, True]
