@@ -1,7 +1,8 @@
 """From an experiment's words to its objects: images on the device, network, gates, optimiser, settings of PyTorch."""
 
 import os
-from collections.abc import Generator, Mapping
+import warnings
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,10 +77,12 @@ def build_network(experiment: Experiment, images: ImageData) -> tuple[nn.Module,
     The same seed gives the same weights with and without gates.
 
     Raises:
-        ValueError: if its depth or a survival probability is not allowed.
+        ValueError: if its depth, a block to keep or a survival probability is not allowed.
     """
     torch.manual_seed(experiment.seed)
     model = _plain_network(experiment.model, images)
+    if experiment.model.keep is not None:
+        model = _without_the_other_blocks(model, experiment.model.keep)
     # Convolutions pass the layout of their weights on; channels last halves the time of a step on CPUs.
     # PyTorch's annotations lack the argument.
     model = model.to(images.train.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -112,6 +115,13 @@ def _plain_network(settings: Model, images: ImageData) -> nn.Module:
     )
 
 
+def _without_the_other_blocks(model: nn.Module, keep: Sequence[int]) -> nn.Module:
+    with warnings.catch_warnings():
+        # It was not trained at all so far.
+        warnings.filterwarnings("ignore", message=".*was not trained with stochastic depth")
+        return sd.subnetwork(model, keep)
+
+
 def load_weights(model: nn.Module, weights: Mapping[str, object], where: str) -> None:
     """Begin with somebody's weights: a `state_dict`, whether of a plain or of a stochastic network.
 
@@ -137,6 +147,15 @@ def _shape(value: object) -> str:
     return str(tuple(value.shape)) if isinstance(value, Tensor) else "absent"
 
 
+def branch_names(model: nn.Module, depth: sd.Controller | None) -> list[str]:
+    """The residual branches of a network, with stochastic or constant depth."""
+    if depth is not None:
+        return depth.names
+    names = sd.make_stochastic_(model, sd.uniform(1.0)).names
+    sd.restore_(model)
+    return names
+
+
 def describe_branches(
     experiment: Experiment, model: nn.Module, depth: sd.Controller | None, inputs: Tensor
 ) -> tuple[Branches, Cost | None]:
@@ -145,8 +164,7 @@ def describe_branches(
     Where survival changes over time, probabilities and expectations are means over the epochs.
     """
     if depth is None or experiment.depth is None:
-        names = sd.make_stochastic_(model, sd.uniform(1.0)).names
-        sd.restore_(model)
+        names = branch_names(model, depth)
         return Branches(names, [1.0] * len(names), float(len(names)), 1.0), None
     cost = depth.cost(inputs)
     probs = mean_survival_probs(depth.survival_probs, experiment.depth, experiment.recipe.epochs)

@@ -53,13 +53,17 @@ def save_weights(folder: Path, weights: Mapping[str, Tensor], experiment: Mappin
 
     `best.safetensors` holds format version and configuration as its metadata; nothing in it could ever run.
     """
-    from safetensors.torch import save as as_safetensors
-
     folder.mkdir(exist_ok=True)
     metadata = {"format": "pt", "format_version": str(FORMAT_VERSION), "experiment": json.dumps(experiment)}
-    plain = {name: weight.cpu().contiguous() for name, weight in weights.items()}
-    write_whole(folder / BEST_SAFETENSORS, as_safetensors(plain, metadata))
+    write_whole(folder / BEST_SAFETENSORS, as_safetensors(weights, metadata))
     write_whole(folder / BEST, _packed(dict(weights)))
+
+
+def as_safetensors(weights: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """The bytes of a safetensors file; the same weights and metadata give the same bytes."""
+    from safetensors.torch import save
+
+    return save({name: weight.cpu().contiguous() for name, weight in weights.items()}, metadata)
 
 
 def load(
@@ -106,12 +110,16 @@ def load(
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What a checkpoint or a file of weights holds, on the CPU.
+    """What a checkpoint or a file of weights, PyTorch's or safetensors, holds, on the CPU.
 
     Raises:
         CheckpointError: if it is damaged, or would need to run code to be read.
     """
     try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
         with zipfile.ZipFile(path) as archive:
             _refuse_bomb(archive, path.stat().st_size)
             # PyTorch does not compare the checksums of the parts (tried with 2.13): an altered byte would load.

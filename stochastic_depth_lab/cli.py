@@ -4,10 +4,12 @@ PyTorch takes seconds to import: whatever needs it is imported where it is used,
 """
 
 import errno
+import functools
 import os
 import shlex
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[0] not in _COMMANDS:
         return _complain(f"there is no command {arguments[0]!r}, but {', '.join(_COMMANDS)}.")
     try:
-        return _COMMANDS[arguments[0]][1](arguments[1:])
+        with _warnings_in_one_line():
+            return _COMMANDS[arguments[0]][1](arguments[1:])
     except KeyboardInterrupt:
         return _complain("stopped before there was anything to save.", code=128 + signal.SIGINT)
     except OSError as error:  # a full disk, a folder that may not be written
@@ -177,8 +180,8 @@ def _evaluate(arguments: Sequence[str]) -> int:
         return _analyse(options)
     if options.subnetworks:
         return _evaluate_subnetworks(options)
-    if options.against is not None:
-        return _complain("--against is for --subnetworks.")
+    if (options.against, options.order, options.points, options.finetune_epochs) != (None, "last", 9, None):
+        return _complain("--against, --order, --points and --finetune-epochs are for --subnetworks.")
     if options.monte_carlo is not None:
         return _evaluate_monte_carlo(options, options.monte_carlo)
     from stochastic_depth_lab.build import find_device
@@ -210,6 +213,7 @@ def _analyse(options: Evaluate) -> int:
 
 def _evaluate_subnetworks(options: Evaluate) -> int:
     from stochastic_depth_lab.build import find_device
+    from stochastic_depth_lab.finetuning import finetune
     from stochastic_depth_lab.report.subnetwork_curve import curve_text, write_curve
     from stochastic_depth_lab.subnetworks import subnetwork_curve
 
@@ -218,15 +222,31 @@ def _evaluate_subnetworks(options: Evaluate) -> int:
     name = options.folder.resolve().name
     twin = options.folder.resolve().with_name(name.removesuffix("-stochastic") + "-constant")
     against = options.against or (twin if twin.name != name and (twin / "config.json").exists() else None)
-    points = subnetwork_curve(
-        [options.folder] if against is None else [against, options.folder],
-        device=find_device(options.device, "fp32"),
-        data_root=options.data_root,
-        order=options.order,
-        progress=lambda line: print(line, file=sys.stderr),  # noqa: T201
-    )
+    device, out = find_device(options.device, "fp32"), options.out or options.folder / "evaluation"
+    with _observing() as observer:
+        train_on = functools.partial(
+            finetune,
+            epochs=options.finetune_epochs or 0,
+            folder=out / "finetuned",
+            observers=[observer],
+            device=device,
+            data_root=options.data_root,
+        )
+        try:
+            points = subnetwork_curve(
+                [options.folder] if against is None else [against, options.folder],
+                device=device,
+                data_root=options.data_root,
+                order=options.order,
+                num_points=options.points,
+                finetune=None if options.finetune_epochs is None else train_on,
+                progress=observer.on_remark,
+            )
+        except KeyboardInterrupt:
+            kept = "" if options.finetune_epochs is None else " What was trained is kept: the same command goes on."
+            return _complain(f"stopped.{kept}", code=128 + signal.SIGINT)
     _print(curve_text(points))
-    paths = write_curve(points, options.out or options.folder / "evaluation")
+    paths = write_curve(points, out)
     _print(f"\n{' '.join(map(str, paths))}")
     return 0
 
@@ -246,11 +266,14 @@ def _evaluate_monte_carlo(options: Evaluate, num_samples: int) -> int:
 
 def _export(arguments: Sequence[str]) -> int:
     options = parse(Export, "export", arguments)
+    if options.order != "last" and options.cost is None:
+        return _complain("--order says which blocks go first to meet --cost: give that too.")
     from stochastic_depth_lab.export import default_path, export_run
 
     made = export_run(
         options.folder,
-        options.out or default_path(options.folder, options.format),
+        options.out
+        or default_path(options.folder, options.format, smaller=(options.keep, options.cost) != (None, None)),
         form=options.format,
         keep=options.keep,
         cost=options.cost,
@@ -259,7 +282,7 @@ def _export(arguments: Sequence[str]) -> int:
         data_root=options.data_root,
     )
     _print(
-        f"{made.path}: {made.num_bytes / 1e6:.2f} MB, {made.num_parameters} parameters; "
+        f"{made.path}: {len(made.keep)} blocks, {made.num_parameters} parameters, {made.num_bytes / 1e6:.2f} MB; "
         f"on {made.num_images} test images it differs by {made.difference:.1e} of the largest output"
     )
     return 0
@@ -380,6 +403,21 @@ def _stopping() -> Generator[_Stop]:
     finally:
         for each in signals:
             signal.signal(each, before[each])
+
+
+@contextmanager
+def _warnings_in_one_line() -> Generator[None]:
+    """Within, a warning is shown without the place in the code that it comes from."""
+
+    def in_one_line(message: Warning | str, *_: object) -> str:
+        return f"{message}\n"
+
+    before = warnings.formatwarning
+    warnings.formatwarning = in_one_line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 @contextmanager

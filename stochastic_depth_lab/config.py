@@ -54,6 +54,9 @@ class Model:
     every second pixel and channels of zeros, or a 1x1 convolution, there (imagenet: always) or in every block."""
     init: Literal["he", "authors"] = "he"
     """Initial weights: He et al.'s, or those of the authors' code (BatchNorm gains from U(0, 1))."""
+    keep: tuple[int, ...] | None = None
+    """Only these blocks, by their index from 0; the others are their shortcuts alone. None: all. A sub-network that
+    `export` has written as safetensors learns on with `--weights`."""
 
 
 @dataclass(frozen=True)

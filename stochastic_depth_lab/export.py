@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 import stochastic_depth as sd
 from stochastic_depth.deploy.choice import Order
+from stochastic_depth.deploy.subnetwork import branches_within
 from stochastic_depth_lab import records
 from stochastic_depth_lab.atomic import write_whole
 from stochastic_depth_lab.build import build_network
+from stochastic_depth_lab.checkpoint import as_safetensors
 from stochastic_depth_lab.data import Normalisation
-from stochastic_depth_lab.subnetworks import NUM_LESION, NUM_RECALIBRATION
-from stochastic_depth_lab.trained import Trained, load_trained
+from stochastic_depth_lab.trained import NUM_LESION, NUM_RECALIBRATION, Trained, load_trained
 
 Format = Literal["onnx", "torch-export", "safetensors"]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}
@@ -56,6 +57,8 @@ class Exported:
     """A file, and how far what it gives is from the original."""
 
     path: Path
+    keep: tuple[int, ...]
+    """The blocks that are in it, by their index in the run's network."""
     num_bytes: int
     num_parameters: int
     num_images: int
@@ -97,8 +100,15 @@ def export_run(
     _require(form)
     if form == "safetensors" and normalise:
         raise ValueError("--normalise puts code into the file, and safetensors holds weights only: use another format.")
+    if keep is not None and cost is not None:
+        raise ValueError("--keep and --cost are two ways to say which blocks stay: give one.")
     run = load_trained(folder, device=torch.device("cpu"), data_root=data_root)
-    network, original = _plain(run, keep, cost, order)
+    if cost is not None:
+        calibration = run.training_batches(NUM_LESION) if order == "lesion" else None
+        example = run.inputs(run.images.data.test, 1)
+        keep = branches_within(run.model, cost, order=order, calibration=calibration, inputs=example)
+    kept = list(range(run.num_blocks)) if keep is None else sorted(keep)
+    network, original = _plain(run, kept, recalibrate=keep is not None)
     if normalise:
         network = WithNormalisation(network, run.images.normalisation)
     network = network.eval().to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
@@ -106,9 +116,8 @@ def export_run(
     inputs = images if normalise else run.images.normalisation(images)
     with torch.no_grad():
         expected = original(run.images.normalisation(images))
-    metadata = _metadata(run, keep, cost, normalise=normalise)
-    content = _WRITE[form](network, inputs[:2], metadata)
-    given = _outputs(form, content, inputs, run)
+    content = _WRITE[form](network, inputs[:2], _metadata(run, kept, normalise=normalise))
+    given = _outputs(form, content, inputs, run, kept)
     difference = float((given - expected).abs().max() / expected.abs().max())
     if not difference <= TOLERANCE:
         raise ValueError(
@@ -117,23 +126,19 @@ def export_run(
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, content)
     num_parameters = sum(parameter.numel() for parameter in network.parameters())
-    return Exported(out, len(content), num_parameters, len(images), difference)
+    return Exported(out, tuple(kept), len(content), num_parameters, len(images), difference)
 
 
-def _plain(run: Trained, keep: Sequence[int] | None, cost: float | None, order: Order) -> tuple[nn.Module, nn.Module]:
-    """The network without stochastic depth, and the one that it must be equal to."""
-    if keep is None and cost is None:
-        if run.depth is None:
-            return run.model, run.model
-        network = sd.subnetwork(run.model, range(len(run.depth.names)))
-        return network, run.model
-    calibration = run.training_batches(NUM_LESION) if order == "lesion" else None
-    network = sd.subnetwork(run.model, keep, cost=cost, order=order, calibration=calibration)
+def _plain(run: Trained, kept: Sequence[int], *, recalibrate: bool) -> tuple[nn.Module, nn.Module]:
+    """The network without stochastic depth and the other blocks, and the one that it must be equal to."""
+    if not recalibrate:
+        return (run.model if run.depth is None else sd.subnetwork(run.model, kept)), run.model
+    network = sd.subnetwork(run.model, kept)
     sd.recalibrate_batchnorm_(network, run.training_batches(NUM_RECALIBRATION))
     return network.eval(), network
 
 
-def _metadata(run: Trained, keep: Sequence[int] | None, cost: float | None, *, normalise: bool) -> dict[str, str]:
+def _metadata(run: Trained, kept: Sequence[int], *, normalise: bool) -> dict[str, str]:
     normalisation = run.images.normalisation
     return {
         "experiment": run.experiment.name,
@@ -141,8 +146,7 @@ def _metadata(run: Trained, keep: Sequence[int] | None, cost: float | None, *, n
         "input": "uint8 images (N, C, H, W)" if normalise else "normalised images (N, C, H, W): (image - mean) / std",
         "mean": json.dumps(normalisation.mean.tolist()),
         "std": json.dumps(normalisation.std.tolist()),
-        "keep": json.dumps(None if keep is None else list(keep)),
-        "cost": json.dumps(cost),
+        "keep": json.dumps(run.smaller(kept).model.keep),
     }
 
 
@@ -204,9 +208,7 @@ def write_program(network: nn.Module, example: Tensor, metadata: dict[str, str])
 
 def write_weights(network: nn.Module, example: Tensor, metadata: dict[str, str]) -> bytes:  # noqa: ARG001
     """The bytes of a safetensors file of the weights."""
-    from safetensors.torch import save
-
-    return save({name: value.contiguous() for name, value in network.state_dict().items()}, metadata)
+    return as_safetensors(network.state_dict(), metadata)
 
 
 def run_onnx(content: bytes, inputs: Tensor) -> Tensor:
@@ -234,36 +236,17 @@ def _in_batches(forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
     return first
 
 
-def _outputs(form: Format, content: bytes, inputs: Tensor, run: Trained) -> Tensor:
+def _outputs(form: Format, content: bytes, inputs: Tensor, run: Trained, keep: Sequence[int]) -> Tensor:
     if form == "onnx":
         return run_onnx(content, inputs)
     if form == "torch-export":
         return run_program(content, inputs)
     from safetensors.torch import load
 
-    weights = load(content)
-    fresh, depth = build_network(run.experiment, run.images.data)
-    if depth is not None:
-        sd.restore_(fresh)
-    # A smaller network lacks the branches that were dropped.
-    for name, module in list(fresh.named_modules()):
-        if isinstance(module, sd.Residual) and not any(key.startswith(f"{name}.branch.") for key in weights):
-            module.branch = _Zero(module.shortcut)
-    fresh.load_state_dict(weights, strict=True)
+    fresh, _ = build_network(run.smaller(keep), run.images.data)
+    fresh.load_state_dict(load(content), strict=True)
     with torch.no_grad():
         return fresh.eval()(inputs)
-
-
-class _Zero(nn.Module):
-    """A branch that gives zeros of the shortcut's shape."""
-
-    def __init__(self, shortcut: nn.Module | None) -> None:
-        super().__init__()
-        self._shortcut = [shortcut]  # in a list, or its parameters would be this module's too
-
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = self._shortcut[0]
-        return torch.zeros_like(x if shortcut is None else shortcut(x))
 
 
 def _first_line(error: BaseException) -> str:
@@ -277,7 +260,7 @@ def _first_line(error: BaseException) -> str:
 _WRITE = {"onnx": write_onnx, "torch-export": write_program, "safetensors": write_weights}
 
 
-def default_path(folder: Path, form: Format) -> Path:
-    """Where a run's network goes if nothing else is said."""
+def default_path(folder: Path, form: Format, *, smaller: bool) -> Path:
+    """Where a run's network goes if nothing else is said; a smaller one does not take the place of the whole."""
     experiment = records.read_json(folder / "config.json").get("name", "network")
-    return folder / f"{experiment}{SUFFIXES[form]}"
+    return folder / f"{experiment}{'-smaller' * smaller}{SUFFIXES[form]}"

@@ -109,6 +109,11 @@ class Evaluate:
     """Another run folder, for --subnetworks."""
     order: Literal["last", "survival", "lesion"] = "last"
     """Which blocks go first: the last, those that survive least, or those whose lesion changes the outputs least."""
+    points: int = 9
+    """How many sub-networks of each run, the whole network included."""
+    finetune_epochs: int | None = None
+    """Train each sub-network on for so many epochs, as a run of its own in finetuned, in the folder for the tables: by
+    the run's recipe, at a tenth of its learning rate. A run that is there already is not repeated."""
     monte_carlo: int | None = None
     """Calibration of so many random sub-networks together, against the single forward, as table and figure."""
     out: Path | None = None
@@ -136,7 +141,7 @@ class Export:
     normalise: Flag = False
     """Put the normalisation into the file: it takes images as they are stored, uint8."""
     out: Path | None = None
-    """The file. None: the experiment's name, in the run folder."""
+    """The file. None: the experiment's name, with -smaller unless it is whole, in the run folder."""
     data_root: Path | None = None
     """Where the data lie."""
 

@@ -16,15 +16,12 @@ import stochastic_depth as sd
 from stochastic_depth.deploy.branches import trained_branches
 from stochastic_depth.deploy.choice import Order, order_of_going
 from stochastic_depth_lab.build import reproducible
+from stochastic_depth_lab.config import Experiment
 from stochastic_depth_lab.data import batches
 from stochastic_depth_lab.evaluation import BATCH_SIZE, evaluate
 from stochastic_depth_lab.report.subnetwork_curve import Point
-from stochastic_depth_lab.trained import Trained, load_trained
+from stochastic_depth_lab.trained import NUM_LESION, NUM_RECALIBRATION, Trained, load_trained
 
-NUM_RECALIBRATION = 1000
-"""Training images, not augmented, that BatchNorm statistics are taken from."""
-NUM_LESION = 250
-"""Training images that lesions are measured on."""
 _NUM_ROUNDS, _NUM_WARM_UP = 15, 3
 
 
@@ -35,6 +32,7 @@ def subnetwork_curve(
     data_root: Path | None = None,
     order: Order = "last",
     num_points: int = 9,
+    finetune: Callable[[Experiment, nn.Module], float] | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Point]:
     """Test error, parameters, FLOPs and latency of sub-networks of several depths, for each run.
@@ -47,24 +45,32 @@ def subnetwork_curve(
         data_root: where the data lie. None: where the runs found them.
         order: which blocks go first, see `stochastic_depth.subnetwork`.
         num_points: sub-networks of each run, the whole network included.
+        finetune: trains each of them on, given its experiment and network, and returns the test error in percent. See
+            `stochastic_depth_lab.finetuning`.
         progress: is told of each sub-network.
 
     Raises:
-        ValueError: in one line, if a folder holds no run with weights.
+        ValueError: in one line, if a folder holds no run with weights, or a number is too small.
     """
+    if num_points < 1:
+        raise ValueError(f"a curve has at least one point, but {num_points} are asked for.")
     points: list[Point] = []
     networks: list[nn.Module] = []
     example: Tensor | None = None
     for path in paths:
         run = load_trained(path, device=device, data_root=data_root)
-        num_blocks = sum(isinstance(module, sd.Residual) for module in run.model.modules())
+        num_blocks = run.num_blocks
         example = run.inputs(run.images.data.test, 1)
         going = _going(run, order)
         for count in sorted({max(1, round(num_blocks * k / num_points)) for k in range(1, num_points + 1)}):
-            point, network = _point(run, sorted(going[num_blocks - count :]))
+            keep = sorted(going[num_blocks - count :])
+            point, network = _point(run, keep)
+            if finetune is not None:
+                point = replace(point, finetuned_error=finetune(run.smaller(keep), network))
             points.append(point)
             networks.append(network)
-            progress(f"{point.run}: {count} of {num_blocks} blocks, error {point.error:.2f} %")
+            tuned = "" if point.finetuned_error is None else f", fine-tuned {point.finetuned_error:.2f} %"
+            progress(f"{point.run}: {count} of {num_blocks} blocks, error {point.error:.2f} %{tuned}")
     assert example is not None
     return [
         replace(point, latency_ms=1000 * seconds)

@@ -1,6 +1,7 @@
 """A finished run as objects again: its experiment, its images, and the network with its best weights."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,14 @@ from torch import Tensor, nn
 
 import stochastic_depth as sd
 from stochastic_depth_lab import checkpoint, records
-from stochastic_depth_lab.build import Images, build_network, load_images, set_epoch
+from stochastic_depth_lab.build import Images, branch_names, build_network, load_images, set_epoch
 from stochastic_depth_lab.config import Experiment, as_json, from_json
 from stochastic_depth_lab.data import PictureSplit, Split, batches
+
+NUM_RECALIBRATION = 1000
+"""Training images, not augmented, that BatchNorm statistics of a sub-network are taken from."""
+NUM_LESION = 250
+"""Training images that lesions are measured on."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,17 @@ class Trained:
         """The first training images, not augmented, with their labels."""
         few = self.images.data.train.first(num_images)
         return list(batches(few, batch_size, normalisation=self.images.normalisation))
+
+    @property
+    def num_blocks(self) -> int:
+        """How many residual branches there are."""
+        return len(branch_names(self.model, self.depth))
+
+    def smaller(self, keep: Sequence[int]) -> Experiment:
+        """The experiment whose network has only these of the blocks, at constant depth."""
+        numbers = self.experiment.model.keep or range(self.num_blocks)
+        model = replace(self.experiment.model, keep=tuple(numbers[index] for index in keep))
+        return replace(self.experiment, model=model, depth=None, published=None)
 
 
 def load_trained(path: Path, *, device: torch.device, data_root: Path | None = None) -> Trained:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stochastic_depth.cost import undisturbed
 from stochastic_depth.deploy.blocks import recorded_calls
-from stochastic_depth.deploy.branches import TrainedBranch, trained_branches
+from stochastic_depth.deploy.branches import trained_branches
 from stochastic_depth.deploy.choice import Order, forward_flops, num_parameters, order_of_going
 from stochastic_depth.deploy.fold import is_stochastic, take_off_, warn_of_scalars
 from stochastic_depth.retrofit import make_stochastic_
@@ -71,9 +71,7 @@ def subnetwork(
         raise ValueError(f"Give exactly one of {', '.join(given)}, but {' and '.join(names) or 'none'} is given.")
     if order not in get_args(Order):
         raise ValueError(f"order must be one of {', '.join(map(repr, get_args(Order)))}, but is {order!r}.")
-    network = copy.deepcopy(model)
-    if not is_stochastic(network):
-        make_stochastic_(network, lambda num_branches: [1.0] * num_branches)
+    network = _stochastic_copy(model)
     branches = trained_branches(network)
     if all(branch.gated.survival_prob == 1 for branch in branches):
         warnings.warn(
@@ -81,11 +79,11 @@ def subnetwork(
             "off.",
             stacklevel=2,
         )
-    example = tuple(inputs) if isinstance(inputs, (tuple, list)) else None if inputs is None else (inputs,)
+    example = _arguments(inputs)
     if keep is not None:
         kept = _checked(keep, len(branches))
     else:
-        kept = _within_budget(network, branches, num_blocks, cost, parameters, order, calibration, example)
+        kept = _within_budget(network, num_blocks, cost, parameters, order, calibration, example)
     blocks = [
         branch.found.module
         for index, branch in enumerate(branches)
@@ -99,6 +97,29 @@ def subnetwork(
     warn_of_scalars(scalars, stacklevel=3)
     _drop_idle_relus_(network)
     return network
+
+
+def branches_within(
+    model: nn.Module,
+    cost: float,
+    *,
+    order: Order = "last",
+    calibration: Iterable[Any] | None = None,
+    inputs: Tensor | Sequence[Any] | None = None,
+) -> list[int]:
+    """The branches that `subnetwork` keeps under a budget of FLOPs; see there."""
+    return _within_budget(_stochastic_copy(model), None, cost, None, order, calibration, _arguments(inputs))
+
+
+def _stochastic_copy(model: nn.Module) -> nn.Module:
+    network = copy.deepcopy(model)
+    if not is_stochastic(network):
+        make_stochastic_(network, lambda num_branches: [1.0] * num_branches)
+    return network
+
+
+def _arguments(inputs: Tensor | Sequence[Any] | None) -> tuple[Any, ...] | None:
+    return tuple(inputs) if isinstance(inputs, (tuple, list)) else None if inputs is None else (inputs,)
 
 
 def _checked(keep: Sequence[int], num_branches: int) -> list[int]:
@@ -119,7 +140,6 @@ def _checked(keep: Sequence[int], num_branches: int) -> list[int]:
 
 def _within_budget(
     network: nn.Module,
-    branches: Sequence[TrainedBranch],
     num_blocks: int | None,
     cost: float | None,
     parameters: float | None,
@@ -127,6 +147,7 @@ def _within_budget(
     calibration: Iterable[Any] | None,
     example: tuple[Any, ...] | None,
 ) -> list[int]:
+    branches = trained_branches(network)
     going = order_of_going(network, branches, order, calibration)
     if num_blocks is not None:
         if isinstance(num_blocks, bool) or not isinstance(num_blocks, int) or not 1 <= num_blocks <= len(branches):

@@ -29,6 +29,8 @@ class Point:
     """Test error in percent, with the BatchNorm statistics of the whole network."""
     recalibrated_error: float
     """The same after BatchNorm statistics were taken anew."""
+    finetuned_error: float | None = None
+    """The same after it was trained on. None: it was not."""
 
 
 def curve_text(points: Sequence[Point]) -> str:
@@ -43,7 +45,8 @@ def curve_text(points: Sequence[Point]) -> str:
     """
     runs = list(dict.fromkeys(point.run for point in points))
     header = ["blocks", "parameters", "FLOPs"]
-    header += [f"{what}, {run}" for run in runs for what in ("ms", "error", "recalibrated")]
+    errors = ["error", "recalibrated"] + ["fine-tuned"] * any(point.finetuned_error is not None for point in points)
+    header += [f"{what}, {run}" for run in runs for what in ("ms", *errors)]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     whole = max(points, key=lambda point: point.num_blocks)
     for num_blocks in sorted({point.num_blocks for point in points}, reverse=True):
@@ -56,11 +59,8 @@ def curve_text(points: Sequence[Point]) -> str:
         cells = [str(num_blocks), *(" / ".join(dict.fromkeys(each)).replace("%", " %") for each in shares)]
         for run in runs:
             point = of_run.get(run)
-            cells += (
-                [f"{point.latency_ms:.2f}", f"{point.error:.2f}", f"{point.recalibrated_error:.2f}"]
-                if point
-                else [""] * 3
-            )
+            values = (point.latency_ms, point.error, point.recalibrated_error, point.finetuned_error) if point else ()
+            cells += [f"{value:.2f}" for value in values if value is not None] or [""] * (1 + len(errors))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -87,15 +87,13 @@ def _figure(points: Sequence[Point]) -> Figure:
                 (point.num_parameters / whole.num_parameters, point.flops / whole.flops, point.latency_ms)[number]
                 for point in own
             ]
-            axes.plot(x, [point.error for point in own], "o:", color=colour, markersize=3, label=run)
-            axes.plot(
-                x,
-                [point.recalibrated_error for point in own],
-                "o-",
-                color=colour,
-                markersize=3,
-                label=f"{run}, recalibrated",
-            )
+            for style, suffix, errors in (
+                ("o:", "", [point.error for point in own]),
+                ("o-", ", recalibrated", [point.recalibrated_error for point in own]),
+                ("o--", ", fine-tuned", [point.finetuned_error for point in own]),
+            ):
+                if None not in errors:
+                    axes.plot(x, errors, style, color=colour, markersize=3, label=f"{run}{suffix}")
         axes.set_xlabel(label)
     panels[0].set_ylabel("test error, %")
     panels[0].set_ylim(bottom=0)

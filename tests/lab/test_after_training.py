@@ -1,9 +1,11 @@
 """The command line after training: sub-networks of a run, its calibration, and files of it."""
 
 import csv
+import hashlib
 import json
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +21,9 @@ from torch import nn
 import stochastic_depth as sd
 from stochastic_depth_lab import export
 from stochastic_depth_lab.cli import main
-from stochastic_depth_lab.trained import load_trained
+from stochastic_depth_lab.data import batches
+from stochastic_depth_lab.finetuning import finetune
+from stochastic_depth_lab.trained import Trained, load_trained
 from stochastic_depth_lab.uncertainty import reliability
 
 
@@ -61,6 +65,105 @@ def test_sub_networks_of_a_pair_side_by_side(runs: Path, tmp_path: Path, capsys:
     assert float(line.split("error ")[1].split(" %")[0]) == pytest.approx(float(rows[11]["error"]), abs=0.01)
     assert (tmp_path / "subnetworks.png").stat().st_size > 1000
     assert (tmp_path / "subnetworks.svg").exists()
+
+
+def test_each_sub_network_is_trained_on_as_a_run_of_its_own(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(runs / "small-stochastic")
+    command = ["evaluate", run, "--subnetworks", "--points", "2", "--finetune-epochs", "1", "--out", str(tmp_path)]
+    assert main(command) == 0
+    printed = capsys.readouterr()
+    assert "fine-tuned, small-constant" in printed.out
+    rows = list(csv.DictReader((tmp_path / "subnetworks.csv").read_text().splitlines()))
+    folders = [tmp_path / "finetuned" / f"{row['run']}-{row['num_blocks']}-blocks-seed-0" for row in rows]
+    assert len(folders) == 4
+    for row, folder in zip(rows, folders, strict=True):
+        config = json.loads((folder / "config.json").read_text())
+        assert config["depth"] is None
+        assert config["model"]["keep"] == list(range(int(row["num_blocks"])))
+        assert config["initial_weights"] == hashlib.sha256(Path(f"{folder}.safetensors").read_bytes()).hexdigest()
+        assert json.loads((folder / "result.json").read_text())["test_error"] == float(row["finetuned_error"])
+    # What is trained is not trained again, and is a run like any other.
+    assert printed.err.count("epoch 1/1") == 4
+    assert main(command) == 0
+    assert "epoch 1/1" not in capsys.readouterr().err
+    assert main(["export", str(folders[2]), "--format", "safetensors"]) == 0
+    assert "3 blocks" in capsys.readouterr().out
+
+
+def test_training_on_is_plain_training_from_the_weights_that_were_left(runs: Path, tmp_path: Path) -> None:
+    run = load_trained(runs / "small-stochastic", device=CPU)
+    keep = [0, 1, 4]
+    network = sd.subnetwork(run.model, keep)
+    options = {"folder": tmp_path, "observers": [], "device": CPU, "data_root": None}
+    error = finetune(run.smaller(keep), network, epochs=2, **options)
+    trained = load_trained(next(tmp_path.glob("*/")), device=CPU)
+    last = torch.load(next(tmp_path.glob("*/checkpoints/last.pt")), weights_only=True)["model"]
+
+    optimiser = torch.optim.SGD(network.parameters(), lr=0.002, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    network.train()
+    for step, batch in enumerate([*training_batches(run, epoch=1), *training_batches(run, epoch=2)]):
+        optimiser.param_groups[0]["lr"] = one_cycle(step, 14, 0.002)
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(network(batch[0]), batch[1]).backward()
+        optimiser.step()
+    assert last.keys() == network.state_dict().keys()
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(last[name], value, atol=1e-6, rtol=1e-5)
+    assert error == 100 - 100 * accuracy(trained)
+
+
+def training_batches(run: Trained, epoch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    normalisation, augmentation = run.images.normalisation, run.images.augmentation
+    return list(
+        batches(run.images.data.train, 16, normalisation=normalisation, augmentation=augmentation, seed=0, epoch=epoch)
+    )
+
+
+def one_cycle(step: int, num_steps: int, peak: float) -> float:
+    """PyTorch's own schedule."""
+    parameter = nn.Parameter(torch.zeros(1))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(torch.optim.SGD([parameter]), peak, num_steps, cycle_momentum=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it asks for steps of the optimiser
+        for _ in range(step):
+            schedule.step()
+    return schedule.get_last_lr()[0]
+
+
+@torch.no_grad()
+def accuracy(run: Trained) -> float:
+    test = run.images.data.test
+    answers = run.model(run.images.normalisation(test.images)).argmax(1)
+    return (answers == test.labels).double().mean().item()
+
+
+def test_an_exported_sub_network_learns_on_under_the_numbers_in_its_file(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "small.safetensors"
+    kept = [0, 2, 3, 5]
+    export_it = ["export", str(runs / "small-stochastic"), "--keep", *map(str, kept), "--format", "safetensors"]
+    assert main([*export_it, "--out", str(path)]) == 0
+    assert "4 blocks" in capsys.readouterr().out
+    learn_on = ["train", "digits-constant", "--data.limit", "100", "--model.num-layers", "14", "--recipe.epochs", "1"]
+    learn_on += ["--model.keep", *map(str, kept), "--weights", str(path), "--recipe.learning-rate", "1e-30"]
+    assert main([*learn_on, "--out", str(tmp_path / "run")]) == 0
+    # At that learning rate nothing but the statistics of BatchNorm changes.
+    after = load_trained(tmp_path / "run", device=CPU).model
+    weights = safetensors.torch.load_file(path)
+    for name, parameter in after.named_parameters():
+        torch.testing.assert_close(parameter.detach(), weights[name], atol=0, rtol=1e-6)
+    # A sub-network of a sub-network has the numbers of the whole.
+    export_it = ["export", str(tmp_path / "run"), "--keep", "0", "2", "--format", "safetensors"]
+    shown = subprocess.run([sys.executable, "-m", "stochastic_depth_lab", *export_it], capture_output=True, text=True)
+    assert shown.returncode == 0
+    assert shown.stderr == (
+        "CifarResNet was not trained with stochastic depth: without some of its branches it may be far off.\n"
+    )
+    with safetensors.safe_open(tmp_path / "run" / "digits-constant-smaller.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["keep"]) == [kept[0], kept[2]]
 
 
 def test_calibration_of_sub_networks_against_one_forward(
@@ -132,13 +235,17 @@ def test_a_smaller_file_takes_images_as_they_are_stored(
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     given = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
     torch.testing.assert_close(given, small_one(run.images.normalisation(images)), atol=1e-5, rtol=1e-5)
+    metadata = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    residuals = [name for name, module in run.model.named_modules() if isinstance(module, sd.Residual)]
+    left = [name for name, module in small_one.named_modules() if isinstance(module, sd.Residual)]
+    assert [residuals[number] for number in json.loads(metadata["keep"])] == left
     whole = sum(parameter.numel() for parameter in run.model.parameters())
     assert f"{sum(parameter.numel() for parameter in small_one.parameters())} parameters" in capsys.readouterr().out
     assert path.stat().st_size < 4 * whole
     # Weights alone, of some blocks by their number.
     arguments = ["export", str(runs / "small-stochastic"), "--keep", "0", "2", "--format", "safetensors"]
     assert main(arguments) == 0
-    weights = safetensors.torch.load_file(runs / "small-stochastic" / "small-stochastic.safetensors")
+    weights = safetensors.torch.load_file(runs / "small-stochastic" / "small-stochastic-smaller.safetensors")
     assert {name.split(".")[1:3] == ["0", "0"] for name in weights if ".branch." in name} == {True, False}
     assert not [name for name in weights if name.startswith("groups.2.1")]
 
@@ -169,11 +276,12 @@ def test_an_operator_that_onnx_lacks_is_named_in_one_line() -> None:
     [
         (["--keep", "9"], "keep must hold indices in 0..5, but holds 9"),
         (["--cost", "0.01"], "below the smallest possible network"),
-        (["--keep", "0", "--cost", "0.5"], "exactly one of"),
+        (["--keep", "0", "--cost", "0.5"], "--keep and --cost are two ways"),
+        (["--order", "lesion"], "--order says which blocks go first to meet --cost"),
         (["--format", "safetensors", "--normalise"], "safetensors holds weights only"),
         (["--format", "tensorflow"], "tensorflow"),
     ],
-    ids=["keep", "cost", "both", "normalise", "format"],
+    ids=["keep", "cost", "both", "order", "normalise", "format"],
 )
 def test_wrong_input_exits_with_2_and_writes_nothing(
     options: list[str], message: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -184,6 +292,29 @@ def test_wrong_input_exits_with_2_and_writes_nothing(
     assert message in complaint
     assert complaint.count("\n") == 1
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["evaluate", "RUN", "--subnetworks", "--finetune-epochs", "0"], "recipe.epochs must be at least 1"),
+        (["evaluate", "RUN", "--subnetworks", "--points", "0"], "at least one point, but 0"),
+        (["evaluate", "RUN", "--finetune-epochs", "2"], "are for --subnetworks"),
+        (["train", "digits-constant", "--out", "NEW", "--model.keep", "0", "60"], "indices in 0..53, but holds 60"),
+        (["train", "digits-constant", "--out", "NEW", "--weights", "BROKEN"], "broken.safetensors is damaged"),
+    ],
+    ids=["no-epochs", "no-points", "finetune-alone", "keep", "weights"],
+)
+def test_wrong_wishes_for_sub_networks_exit_with_2(
+    command: list[str], message: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broken.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0nonsense")
+    paths = {"RUN": runs / "small-stochastic", "NEW": tmp_path / "new", "BROKEN": tmp_path / "broken.safetensors"}
+    out = ["--out", str(tmp_path / "out")] if command[0] == "evaluate" else []
+    assert main([str(paths.get(word, word)) for word in command] + out) == 2
+    complaint = capsys.readouterr().err
+    assert message in complaint.splitlines()[-1]
+    assert not (tmp_path / "new" / "result.json").exists()
 
 
 def test_a_file_that_differs_is_not_written(

@@ -90,7 +90,7 @@ def test_the_recipe_is_the_papers():
             "image_size": None,
             "num_workers": 8,
         },
-        "model": {"num_layers": 110, "family": "cifar", "shortcut": "pad", "init": "he"},
+        "model": {"num_layers": 110, "family": "cifar", "shortcut": "pad", "init": "he", "keep": None},
         "depth": {
             "schedule": "linear_decay",
             "final_survival_prob": 0.5,

@@ -1,0 +1,66 @@
+"""Trains a sub-network on: a run like any other, from the weights that were left."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from stochastic_depth_lab import loop, records
+from stochastic_depth_lab.atomic import write_whole
+from stochastic_depth_lab.checkpoint import as_safetensors
+from stochastic_depth_lab.config import Experiment
+
+
+def finetune(
+    experiment: Experiment,
+    network: nn.Module,
+    *,
+    epochs: int,
+    folder: Path,
+    observers: Sequence[loop.Observer],
+    device: torch.device,
+    data_root: Path | None = None,
+) -> float:
+    """Train a sub-network on by its run's recipe, at constant depth, and return the test error in percent.
+
+    The learning rate goes up to a tenth of that recipe's highest one and down to nothing (`one_cycle`); the test error
+    is that at the lowest validation error. What was trained before, by the same recipe from the same weights, is not
+    trained again, and what was interrupted goes on.
+
+    Args:
+        experiment: of the sub-network, as `Trained.smaller` gives it.
+        network: the sub-network; it is not changed.
+        epochs: of training.
+        folder: gets a run folder, and beside it the weights that the run begins with.
+        observers: are told how it goes on.
+        device: where.
+        data_root: where the data lie.
+
+    Raises:
+        ValueError: in one line, if it cannot be trained so.
+    """
+    recipe = replace(
+        experiment.recipe,
+        epochs=epochs,
+        learning_rate=experiment.recipe.learning_rate / 10,
+        lr_schedule="one_cycle",
+        warmup_epochs=0,
+    )
+    num_blocks = len(experiment.model.keep or ())
+    weights = as_safetensors(network.state_dict())
+    experiment = replace(
+        experiment,
+        name=f"{experiment.name}-{num_blocks}-blocks",
+        title=f"{experiment.title}, {num_blocks} blocks, fine-tuned",
+        recipe=recipe,
+        initial_weights=hashlib.sha256(weights).hexdigest(),
+    )
+    run = records.folder_for(folder, experiment)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = run.with_name(f"{run.name}.safetensors")
+    write_whole(file, weights)
+    result = loop.train(experiment, run, observers, device=device, data_root=data_root, weights=file, resume=True)
+    return result["test_error"]
