@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -44,8 +45,11 @@ except ModuleNotFoundError:
     sys.exit("The stochastic-depth command needs the laboratory: pip install 'stochastic-depth[lab]'")
 
 if TYPE_CHECKING:
+    import torch
+
     import stochastic_depth as sd
     from stochastic_depth_lab.loop import Observer
+    from stochastic_depth_lab.processes import Processes
     from stochastic_depth_lab.sweep import Job
 
 
@@ -87,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(arguments: Sequence[str]) -> int:
     experiment, options = parse_train(arguments)
     with _stopping() as stop, _observing() as observer:
-        _train_one(experiment, options, options.out, observer, stop)
+        _train_all([(experiment, options.out)], options, observer, stop)
     if stop.signal is None and _is_first():
         _print_result(options.out)
     return _exit_code(stop, ["train", *arguments])
@@ -98,17 +102,10 @@ def _reproduce(arguments: Sequence[str]) -> int:
     options.many.check()
     if options.name in STUDIES or options.many != ManyOptions():
         return _reproduce_study(find_study(options.name), options, arguments)
-    from stochastic_depth_lab import records
-
     pair = [with_options(quick(each) if options.run.quick else each, options.run) for each in find_pair(options.name)]
     folders = [options.run.out / experiment.name for experiment in pair]
-    if _is_first():
-        for experiment, folder in zip(pair, folders, strict=True):
-            records.look(folder, experiment, resume=options.run.resume)  # refuse before hours of work, not after
     with _stopping() as stop, _observing() as observer:
-        for experiment, folder in zip(pair, folders, strict=True):
-            if stop.signal is None:
-                _train_one(experiment, options.run, folder, observer, stop)
+        _train_all(list(zip(pair, folders, strict=True)), options.run, observer, stop)
     if stop.signal is None and _is_first():
         _print_report(folders, options.run.out)
     return _exit_code(stop, ["reproduce", *arguments])
@@ -121,7 +118,7 @@ def _reproduce_study(study: Study, options: Reproduce, arguments: Sequence[str])
     experiments = study.small_experiments if options.many.scale == "small" else study.experiments
     jobs = sweep.jobs_for(with_seeds(experiments, options.run, options.many), options.run.out / "runs")
     code = _run_jobs(jobs, options.run, options.many, ["reproduce", *arguments])
-    if any(job.state == "done" for job in jobs):
+    if _is_first() and any(job.state == "done" for job in jobs):
         report = write_study(study, [(job.experiment, job.folder) for job in jobs], options.run.out)
         _print(f"{report.text}\n\nreport: {report.page}")
     return code
@@ -145,31 +142,42 @@ def _sweep(arguments: Sequence[str]) -> int:
         runs = sweep.shard(runs, options.shard)
     jobs = sweep.jobs_for(runs, options.run.out)
     code = _run_jobs(jobs, options.run, options.many, ["sweep", *arguments])
-    if done := [job.folder for job in jobs if job.state == "done"]:
+    done = [job.folder for job in jobs if job.state == "done"]
+    if _is_first() and done:
         _print_report(done, options.run.out)
     return code
 
 
 def _run_jobs(jobs: "Sequence[Job]", options: RunOptions, many: ManyOptions, arguments: Sequence[str]) -> int:
-    """Run what is not done; the exit code: 0, 1 if a run failed, or that of a stop."""
-    from stochastic_depth_lab import sweep
+    """Run what is not done; the exit code: 0, 1 if a run failed, or that of a stop.
+
+    Of several processes that torchrun has started each takes its share.
+    """
+    from stochastic_depth_lab import processes, sweep
     from stochastic_depth_lab.sweep_display import watching_sweep
 
     if options.weights is not None or options.tensorboard:
         raise ValueError("--weights and --tensorboard are for train, and for reproduce of one pair.")
     for job in jobs:
         check(job.experiment)
-    with _stopping() as stop, watching_sweep() as observer:
+    rank, num_processes = processes.place()
+    with _stopping() as stop, watching_sweep(alone=num_processes == 1) as observer:
         sweep.run(
-            jobs,
+            jobs[rank::num_processes],
             observer,
             num_processes=many.jobs,
             device=options.device,
             data_root=options.data_root,
             stop_requested=lambda: stop.signal is not None,
         )
+        # torchrun ends them all when one ends with an error: the first one tells, when all have come to their ends.
+        processes.wait_for_all(lambda: stop.signal is not None)
     if stop.signal is not None:
-        return _complain(f"stopped and saved. Go on with: {shlex.join([PROGRAM, *arguments])}", code=128 + stop.signal)
+        again = f"stopped and saved. Go on with: {shlex.join([PROGRAM, *arguments])}"
+        return _complain(again, code=128 + stop.signal) if _is_first() else 128 + stop.signal
+    if not _is_first():
+        return 0
+    sweep.look_again(jobs)
     failed = [job.folder.name for job in jobs if job.state == "failed"]
     return _complain(f"{len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}.", code=1) if failed else 0
 
@@ -432,41 +440,58 @@ def _observing() -> "Generator[Observer]":
         yield Lines(sys.stderr)
 
 
-def _train_one(experiment: Experiment, options: RunOptions, folder: Path, observer: "Observer", stop: _Stop) -> None:
-    from stochastic_depth_lab import loop, processes, records
+def _train_all(runs: Sequence[tuple[Experiment, Path]], options: RunOptions, observer: "Observer", stop: _Stop) -> None:
+    """Train one after the other, each with all the processes that torchrun has started, until a stop is asked for."""
+    from stochastic_depth_lab import processes, records
     from stochastic_depth_lab.build import find_device
+
+    devices = [find_device(options.device, experiment.precision, processes.local_rank()) for experiment, _ in runs]
+    with processes.joined(devices[0]) as together:
+        # Refuse before hours of work, not after.
+        look = {folder: partial(records.look, folder, each, resume=options.resume) for each, folder in runs}
+        finished = {folder: together.from_first(result) is not None for folder, result in look.items()}
+        for experiment, folder in runs:
+            if together.any(stop.signal is not None):  # of several processes another one may have been told
+                stop.signal = stop.signal or signal.SIGTERM
+            elif not finished[folder]:
+                _train_one(experiment, folder, options, devices[0], observer, stop, together)
+            elif together.is_first:
+                observer.on_remark(f"{folder} is finished already.")
+
+
+def _train_one(
+    experiment: Experiment,
+    folder: Path,
+    options: RunOptions,
+    device: "torch.device",
+    observer: "Observer",
+    stop: _Stop,
+    together: "Processes",
+) -> None:
+    from stochastic_depth_lab import loop
     from stochastic_depth_lab.observers import TensorBoard
 
-    device = find_device(options.device, experiment.precision, processes.local_rank())
-    with processes.joined(device) as together:
-        if together.from_first(lambda: records.look(folder, experiment, resume=options.resume)) is not None:
-            if together.is_first:
-                observer.on_remark(f"{folder} is finished already.")
-            return
-        observers = [observer] if together.is_first else []
-        if options.tensorboard and together.is_first:
-            try:
-                observers.append(TensorBoard(folder / "tensorboard"))
-            except ModuleNotFoundError:
-                raise ValueError(
-                    "--tensorboard needs TensorBoard: pip install 'stochastic-depth[tensorboard]'"
-                ) from None
+    observers = [observer] if together.is_first else []
+    if options.tensorboard and together.is_first:
         try:
-            loop.train(
-                experiment,
-                folder,
-                observers,
-                device=device,
-                data_root=options.data_root,
-                weights=options.weights,
-                resume=options.resume,
-                stop_requested=lambda: stop.signal is not None,
-                processes=together,
-            )
-        except loop.Interrupted:
-            # It has saved itself; the command says how to go on once the progress bar is gone. Of several processes
-            # another one may have been told.
-            stop.signal = stop.signal or signal.SIGTERM
+            observers.append(TensorBoard(folder / "tensorboard"))
+        except ModuleNotFoundError:
+            raise ValueError("--tensorboard needs TensorBoard: pip install 'stochastic-depth[tensorboard]'") from None
+    try:
+        loop.train(
+            experiment,
+            folder,
+            observers,
+            device=device,
+            data_root=options.data_root,
+            weights=options.weights,
+            resume=options.resume,
+            stop_requested=lambda: stop.signal is not None,
+            processes=together,
+        )
+    except loop.Interrupted:
+        # It has saved itself; the command says how to go on once the progress bar is gone.
+        stop.signal = stop.signal or signal.SIGTERM
 
 
 def _print_result(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """The processes that train together, as torchrun has started them; a single one where it has not."""
 
 import os
+import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 Value = TypeVar("Value")
+_LOOK_EVERY_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,11 @@ class Processes:
                 dist.broadcast(buffer, src=0)
 
 
+def place() -> tuple[int, int]:
+    """Number of this process and how many torchrun has started; (0, 1) where it has not."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def local_rank() -> int | None:
     """Number of this process on its machine, None where torchrun has not started it."""
     return int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else None
@@ -93,19 +100,37 @@ def local_rank() -> int | None:
 
 @contextmanager
 def joined(device: torch.device) -> Generator[Processes]:
-    """Within, this process is one of those that torchrun has started, over NCCL on GPUs and gloo on CPUs."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    """Within, this process is one of those that torchrun has started, over NCCL on GPUs and gloo on CPUs.
+
+    Once per process: a second group would find the addresses of the first.
+    """
+    if place()[1] == 1:
         yield Processes()
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store, rank, size = next(iter(rendezvous("env://")))
-    # torchrun keeps its store over restarts: without a prefix of their own, processes that are started anew would find
-    # the addresses of those before them, and wait for them.
-    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store, rank, size = _meet()
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
     finally:
         dist.destroy_process_group()
+
+
+def wait_for_all(stop_requested: Callable[[], bool]) -> None:
+    """Wait until all processes that torchrun has started have come here, each from its own work, or a stop is asked."""
+    if place()[1] == 1:
+        return
+    store, rank, size = _meet()
+    store.set(f"done {rank}", "")
+    while not stop_requested() and not store.check([f"done {other}" for other in range(size)]):
+        time.sleep(_LOOK_EVERY_S)
+
+
+def _meet() -> tuple[dist.Store, int, int]:
+    """Where the processes find each other, the number of this one, and how many there are."""
+    store, rank, size = next(iter(rendezvous("env://")))
+    # torchrun keeps its store over restarts: without a prefix of their own, processes that are started anew would find
+    # the addresses of those before them, and wait for them.
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store), rank, size

@@ -20,6 +20,7 @@ from stochastic_depth_lab.atomic import write_json
 from stochastic_depth_lab.build import find_device
 from stochastic_depth_lab.config import Experiment
 from stochastic_depth_lab.observers import Lines
+from stochastic_depth_lab.processes import local_rank
 
 State = Literal["waiting", "running", "done", "failed", "stopped"]
 _INTERRUPTED = 128 + signal.SIGTERM
@@ -61,6 +62,15 @@ def jobs_for(experiments: Sequence[Experiment], out: Path) -> list[Job]:
         if (job.folder / "result.json").exists():
             job.state = "done"
     return jobs
+
+
+def look_again(jobs: Sequence[Job]) -> None:
+    """Bring the states of jobs that other processes run to what their folders say: done or failed."""
+    for job in jobs:
+        if (job.folder / "result.json").exists():
+            job.state = "done"
+        elif (job.folder / "failed.json").exists():
+            job.state, job.reason = "failed", records.read_json(job.folder / "failed.json")["reason"]
 
 
 def shard(experiments: Sequence[Experiment], text: str) -> Sequence[Experiment]:
@@ -159,7 +169,7 @@ def _train(experiment: Experiment, folder: Path, device: str | None, data_root: 
                 experiment,
                 folder,
                 [Lines(sys.stderr)],
-                device=find_device(device, experiment.precision),
+                device=find_device(device, experiment.precision, local_rank()),
                 data_root=data_root,
                 resume=True,
                 stop_requested=lambda: stop,

@@ -57,10 +57,10 @@ class SweepTable:
 
 
 @contextmanager
-def watching_sweep() -> Generator[SweepObserver]:
-    """Who shows a sweep: a table on a terminal, plain lines elsewhere."""
+def watching_sweep(*, alone: bool) -> Generator[SweepObserver]:
+    """Who shows a sweep: a table on a terminal, plain lines elsewhere, and where several processes share a terminal."""
     console = Console(stderr=True)
-    if console.is_terminal:
+    if alone and console.is_terminal:
         with Live(console=console) as live:
             yield SweepTable(live)
     else:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shlex
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -180,6 +182,44 @@ def test_a_mistake_is_one_line_and_nothing_is_written(line, tmp_path, capsys, mo
     assert shown.count("\n") == 1
     assert MISTAKES[line] in shown
     assert not list(Path().iterdir())
+
+
+UNDER_TORCHRUN = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from small_runs import small
+from stochastic_depth_lab import cli
+from stochastic_depth_lab.experiments import EXPERIMENTS
+
+if __name__ == "__main__":  # the processes of the sweep's runs import this file
+    EXPERIMENTS["small"] = small(epochs=1)
+    cli.find_pair = lambda _: [small(epochs=1), replace(small(None, epochs=1), name="constant")]
+    out = Path(sys.argv[1])
+    pair = ["reproduce", "pair", "--out", str(out / "pair"), "--device", "cpu"]
+    grid = ["--grid", "recipe.learning-rate=0.02,1e30", "--seeds", "2"]
+    sys.exit(cli.main(pair) or cli.main(["sweep", "small", *grid, "--out", str(out / "sweep"), "--device", "cpu"]))
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_trains_a_pair_with_all_its_processes_and_divides_a_sweep_among_them(tmp_path):
+    """The processes join once for two runs; and one that has failed runs waits until the others have done theirs."""
+    (tmp_path / "commands.py").write_text(UNDER_TORCHRUN)
+    command = [*shlex.split("-m torch.distributed.run --nproc-per-node 2"), tmp_path / "commands.py", tmp_path / "out"]
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stderr
+    folders = sorted((tmp_path / "out" / "sweep").glob("small-*"))
+    assert [(folder / "result.json").exists() for folder in folders] == [True, True, False, False], done.stderr
+    assert (
+        done.stderr.count("2 of 4 runs failed: small-learning-rate-1e30-seed-0, small-learning-rate-1e30-seed-1.") == 1
+    )
+    assert done.stdout.count("\nreport: ") == 2
+    assert (tmp_path / "out" / "pair" / "report.html").exists()
+    assert (tmp_path / "out" / "sweep" / "report.html").exists()
 
 
 def test_a_sweep_on_a_terminal_shows_a_table(tmp_path, capsys):
