@@ -318,7 +318,10 @@ class _WithZeroGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         zeros = [torch.empty_like(tensor) for tensor in ctx.unused]
-        torch._foreach_zero_(zeros)  # pyright: ignore -- all at once: a GPU is not called for each parameter
+        # All at once, so that a GPU is not called for each parameter. Where FSDP2 has gathered the rest of a model and
+        # not this branch, a block's own gain is a plain tensor beside the shards of its modules.
+        for kind in {type(zero) for zero in zeros}:
+            torch._foreach_zero_([zero for zero in zeros if type(zero) is kind])  # pyright: ignore
         return grad_outputs[0], *zeros
 
 

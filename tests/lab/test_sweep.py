@@ -198,7 +198,8 @@ if __name__ == "__main__":  # the processes of the sweep's runs import this file
     cli.find_pair = lambda _: [small(epochs=1), replace(small(None, epochs=1), name="constant")]
     out = Path(sys.argv[1])
     pair = ["reproduce", "pair", "--out", str(out / "pair"), "--device", "cpu"]
-    grid = ["--grid", "recipe.learning-rate=0.02,1e30", "--seeds", "2"]
+    # The first process has both runs that fail, the second both that do not, one of which is long.
+    grid = ["--grid", "recipe.epochs=1,60", "recipe.learning-rate=1e30,0.02"]
     sys.exit(cli.main(pair) or cli.main(["sweep", "small", *grid, "--out", str(out / "sweep"), "--device", "cpu"]))
 """
 
@@ -212,12 +213,14 @@ def test_torchrun_trains_a_pair_with_all_its_processes_and_divides_a_sweep_among
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1, done.stderr
-    folders = sorted((tmp_path / "out" / "sweep").glob("small-*"))
-    assert [(folder / "result.json").exists() for folder in folders] == [True, True, False, False], done.stderr
-    assert (
-        done.stderr.count("2 of 4 runs failed: small-learning-rate-1e30-seed-0, small-learning-rate-1e30-seed-1.") == 1
-    )
+    names = [f"small-epochs-{epochs}-learning-rate-{rate}-seed-0" for epochs in (1, 60) for rate in ("1e30", "0.02")]
+    finished = [(tmp_path / "out" / "sweep" / name / "result.json").exists() for name in names]
+    assert finished == [False, True, False, True], done.stderr
+    assert done.stderr.count(": running\n") == 4
+    assert done.stderr.count(f"2 of 4 runs failed: {names[0]}, {names[2]}.") == 1
     assert done.stdout.count("\nreport: ") == 2
+    assert "small-epochs-1-learning-rate-0.02" in done.stdout
+    assert "small-epochs-60-learning-rate-0.02" in done.stdout  # which the second process had not finished yet
     assert (tmp_path / "out" / "pair" / "report.html").exists()
     assert (tmp_path / "out" / "sweep" / "report.html").exists()
 
