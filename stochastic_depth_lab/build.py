@@ -179,15 +179,32 @@ def set_epoch(experiment: Experiment, depth: sd.Controller | None, epoch: int) -
     depth.set_survival_probs(survival_probs(over_depth, experiment.depth, epoch, experiment.recipe.epochs))
 
 
+def capture_branches(experiment: Experiment, model: nn.Module, depth: sd.Controller | None) -> None:
+    """Replay the branches as CUDA graphs from now on; at constant depth all of them in every step.
+
+    Raises:
+        ValueError: if there is no GPU, or a branch does what a graph cannot repeat exactly.
+    """
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        raise ValueError(f"--cuda-graphs needs a GPU, but the device is {device.type}.")
+    if experiment.recipe.batch_norm == "synchronised":
+        raise ValueError("--cuda-graphs does not go with recipe.batch_norm synchronised, which waits for other ranks.")
+    (depth or sd.make_stochastic_(model, sd.uniform(1.0))).capture()
+
+
 def build_optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
     """SGD with Nesterov momentum; decay on every parameter, BatchNorm and biases too (Huang et al. 2016)."""
+    parameters = list(model.parameters())
     return torch.optim.SGD(
-        model.parameters(),
+        parameters,
         lr=recipe.learning_rate,
         momentum=recipe.momentum,
         dampening=0,
         nesterov=True,
         weight_decay=recipe.weight_decay,
+        # One kernel for all parameters. CPUs keep the plain form, in which the runs in results/ were made.
+        fused=parameters[0].is_cuda,
     )
 
 

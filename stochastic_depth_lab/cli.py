@@ -156,8 +156,8 @@ def _run_jobs(jobs: "Sequence[Job]", options: RunOptions, many: ManyOptions, arg
     from stochastic_depth_lab import processes, sweep
     from stochastic_depth_lab.sweep_display import watching_sweep
 
-    if options.weights is not None or options.tensorboard:
-        raise ValueError("--weights and --tensorboard are for train, and for reproduce of one pair.")
+    if options.weights is not None or options.tensorboard or options.cuda_graphs:
+        raise ValueError("--weights, --tensorboard and --cuda-graphs are for train, and for reproduce of one pair.")
     for job in jobs:
         check(job.experiment)
     rank, num_processes = processes.place()
@@ -488,6 +488,7 @@ def _train_one(
             resume=options.resume,
             stop_requested=lambda: stop.signal is not None,
             processes=together,
+            cuda_graphs=options.cuda_graphs,
         )
     except loop.Interrupted:
         # It has saved itself; the command says how to go on once the progress bar is gone.

@@ -24,6 +24,7 @@ from stochastic_depth_lab.build import (
     Images,
     build_network,
     build_optimiser,
+    capture_branches,
     describe_branches,
     load_images,
     load_weights,
@@ -83,6 +84,7 @@ def train(
     resume: bool = False,
     stop_requested: Callable[[], bool] = lambda: False,
     processes: Processes = _ALONE,
+    cuda_graphs: bool = False,
 ) -> dict[str, Any]:
     """Train, from the beginning or from the last checkpoint, and return the result.
 
@@ -100,6 +102,7 @@ def train(
         resume: go on with the run in the folder.
         stop_requested: asked between any two steps or evaluation batches; of several processes one is enough.
         processes: those that train together, each on its part of every batch.
+        cuda_graphs: replay branches as CUDA graphs: the same numbers, in less time on a GPU.
 
     Raises:
         ValueError: in one line, for what cannot be done as asked; nothing is overwritten.
@@ -122,6 +125,8 @@ def train(
         )
         if depth is not None:
             depth.set_costs(cost)  # what draw="equal_cost" evens out
+        if cuda_graphs:
+            capture_branches(experiment, model, depth)
         num_branches = len(branches.names)
         run = _Run(experiment, images, model, depth, cost, num_branches, stop_requested, processes)
         folder = records.RunFolder(path, experiment)

@@ -44,6 +44,8 @@ class RunOptions:
     """fp32, or mixed precision with bf16 or fp16. None: the experiment's, fp32; bf16 for small forms."""
     tensorboard: Flag = False
     """Write TensorBoard events too."""
+    cuda_graphs: Flag = False
+    """Replay each branch as a CUDA graph: the same numbers, in less time on a GPU."""
 
 
 @dataclass(frozen=True)

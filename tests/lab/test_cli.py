@@ -79,6 +79,8 @@ MISTAKES = {
     "train digits-constant --out OUT --precision fp8": "'fp8'",
     "train digits-constant --out OUT --device tpu": "--device must be cpu, cuda or cuda:NUMBER, but is 'tpu'",
     "train digits-constant --out OUT --device cuda:99": "there is no device 'cuda:99'",
+    "train digits-constant --out OUT --cuda-graphs --device cpu": "--cuda-graphs needs a GPU, but the device is cpu",
+    "reproduce curves --scale small --out OUT --cuda-graphs": "--cuda-graphs are for train, and for reproduce of one",
     "train digits-constant --out OUT --depth.schedule uniform": "Unrecognized options",
     "train digits-stochastic --out OUT --depth.final-survival-prob 0": "must be in (0, 1], but is 0",
     "train digits-stochastic --out OUT --depth.final-survival-prob 1.5": "must be in (0, 1], but is 1.5",

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -252,14 +253,15 @@ def test_a_device_that_is_not_there(name):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("cuda_graphs", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_run_on_the_gpu_resumes_bit_for_bit(tmp_path, precision):
+def test_a_run_on_the_gpu_resumes_bit_for_bit(tmp_path, precision, cuda_graphs):
     experiment = replace(small(), precision=precision)
-    device = find_device("cuda", precision)
-    loop.train(experiment, tmp_path / "whole", [Silent()], device=device)
+    train_there = partial(loop.train, device=find_device("cuda", precision), cuda_graphs=cuda_graphs)
+    train_there(experiment, tmp_path / "whole", [Silent()])
     with pytest.raises(Interrupted):
-        loop.train(experiment, tmp_path / "parts", [Silent()], device=device, stop_requested=StopAfter(12))
-    loop.train(experiment, tmp_path / "parts", [Silent()], device=device, resume=True)
+        train_there(experiment, tmp_path / "parts", [Silent()], stop_requested=StopAfter(12))
+    train_there(experiment, tmp_path / "parts", [Silent()], resume=True)
     assert_same(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
 
 
