@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-import functools
+import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,8 +27,7 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
 
 def without_data(module: nn.Module) -> nn.Module:
     """A copy on the meta device: it computes shapes."""
-    empty = functools.partial(torch.empty_like, device="meta")
-    return plain_copy(module, empty, empty)
+    return plain_copy(module, tensor_without_data, tensor_without_data)
 
 
 def evaluated_copy(module: nn.Module) -> nn.Module:
@@ -52,10 +52,35 @@ def plain_copy(
         own = part.__dict__.get("_stochastic_depth_branch")
         if own is not None:
             memo[id(own)] = None
-    made = copy.deepcopy(module, memo)
+    with _copyable(module, memo):
+        made = copy.deepcopy(module, memo)
     for part in made.modules():
         part.__class__ = plain_class(part)
     return made
+
+
+@contextmanager
+def _copyable(module: nn.Module, memo: dict[int, Any]) -> Generator[None]:
+    """Within, parts that FSDP2 has sharded have the classes they had before, and nothing of it is copied.
+
+    A branch that is closed from the first step on is asked for its shapes when it is sharded already.
+    """
+    sharded: list[tuple[nn.Module, type[nn.Module]]] = []
+    if "torch.distributed.fsdp" in sys.modules:  # who has sharded something has imported it
+        from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+        from torch.distributed.fsdp import FSDPModule
+
+        for part in module.modules():
+            for key in (REGISTRY_KEY, STATE_KEY):
+                memo[id(part.__dict__.get(key))] = None
+            if isinstance(part, FSDPModule):
+                sharded.append((part, type(part)))
+                part.__class__ = type(part).__mro__[2]  # FSDP's, FSDPModule, its own
+    try:
+        yield
+    finally:
+        for part, kind in sharded:
+            part.__class__ = kind
 
 
 def tensor_without_data(value: Any, num_samples: int | None = None) -> Any:

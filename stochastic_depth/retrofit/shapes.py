@@ -99,7 +99,7 @@ def _samples_by_influence(
     generator = torch.Generator().manual_seed(0)
 
     def random_like(tensor: Tensor) -> Tensor:
-        return torch.rand(tensor.shape, generator=generator).to(tensor)
+        return torch.rand(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
 
     trial = plain_copy(block, random_like, Tensor.detach).eval()
     expected = _output(function, trial, inputs)

@@ -76,6 +76,9 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "transformers Dinov2": (
         _transformers("Dinov2", hidden_size=16, num_hidden_layers=2, num_attention_heads=2, patch_size=8), (),
     ),
+    "transformers Swin": (
+        _transformers("Swin", embed_dim=8, depths=[2, 1], num_heads=[2, 4], window_size=4, patch_size=2), (),
+    ),
 }  # fmt: skip
 
 
