@@ -115,7 +115,7 @@ def _reproduce_study(study: Study, options: Reproduce, arguments: Sequence[str])
     from stochastic_depth_lab import sweep
     from stochastic_depth_lab.report import write_study
 
-    experiments = study.small_experiments if options.many.scale == "small" else study.experiments
+    experiments = _of_study(study, options.run, options.many)
     jobs = sweep.jobs_for(with_seeds(experiments, options.run, options.many), options.run.out / "runs")
     code = _run_jobs(jobs, options.run, options.many, ["reproduce", *arguments])
     if _is_first() and any(job.state == "done" for job in jobs):
@@ -128,11 +128,10 @@ def _sweep(arguments: Sequence[str]) -> int:
     options = parse(Sweep, "sweep", arguments)
     options.many.check()
     if options.name in EXPERIMENTS:
-        base = find(options.name)
-        experiments = grid(small(base) if options.many.scale == "small" else base, options.grid)
+        base = small(find(options.name)) if options.many.scale == "small" else find(options.name)
+        experiments = grid(quick(base) if options.run.quick else base, options.grid)
     else:
-        study = find_study(options.name)
-        experiments = study.small_experiments if options.many.scale == "small" else study.experiments
+        experiments = _of_study(find_study(options.name), options.run, options.many)
         if options.grid:
             raise ValueError(f"--grid changes one experiment, but {options.name} is a table of several.")
     from stochastic_depth_lab import sweep
@@ -146,6 +145,12 @@ def _sweep(arguments: Sequence[str]) -> int:
     if _is_first() and done:
         _print_report(done, options.run.out)
     return code
+
+
+def _of_study(study: Study, run: RunOptions, many: ManyOptions) -> list[Experiment]:
+    """A study's experiments, at the scale that was asked for."""
+    experiments = study.small_experiments if many.scale == "small" else study.experiments
+    return [quick(each) if run.quick else each for each in experiments]
 
 
 def _run_jobs(jobs: "Sequence[Job]", options: RunOptions, many: ManyOptions, arguments: Sequence[str]) -> int:

@@ -324,5 +324,4 @@ def with_seeds(experiments: Sequence[Experiment], run: RunOptions, many: ManyOpt
     """All seeds of an experiment, then those of the next."""
     first = run.seed or 0
     seeds = range(first, first + (many.seeds or 1))
-    chosen = [quick(each) if run.quick else each for each in experiments]
-    return [with_options(each, replace(run, seed=seed)) for each in chosen for seed in seeds]
+    return [with_options(each, replace(run, seed=seed)) for each in experiments for seed in seeds]

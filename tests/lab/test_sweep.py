@@ -15,7 +15,8 @@ from small_runs import outcome, small, train
 from stochastic_depth_lab import records, sweep
 from stochastic_depth_lab.cli import main
 from stochastic_depth_lab.config import Depth, Experiment, Study
-from stochastic_depth_lab.experiments import STUDIES
+from stochastic_depth_lab.experiments import STUDIES, find
+from stochastic_depth_lab.options import grid
 
 
 def seed(number: int, **recipe: object) -> Experiment:
@@ -148,13 +149,17 @@ def test_reproduce_shows_what_there_is_when_a_run_fails(tiny_study, tmp_path, ca
 
 
 def test_a_sweep_is_every_combination(tmp_path, capsys):
-    grid = ["model.num-layers=8,14", "recipe.weight-decay=0,1e-3"]
-    fixed = ["--quick", "--out", str(tmp_path), "--jobs", "2"]
-    for part in ("0/2", "1/2"):
-        assert main(["sweep", "digits-stochastic", *fixed, "--grid", *grid, "--shard", part]) == 0
-    configs = [json.loads(path.read_text()) for path in tmp_path.glob("*/config.json")]
-    found = sorted((config["model"]["num_layers"], config["recipe"]["weight_decay"]) for config in configs)
+    combinations = grid(find("digits-stochastic"), ["model.num-layers=8,14", "recipe.weight-decay=0,1e-3"])
+    found = [(each.model.num_layers, each.recipe.weight_decay) for each in combinations]
     assert found == [(8, 0.0), (8, 1e-3), (14, 0.0), (14, 1e-3)]
+
+    fields = ["model.num-layers=8,14", "recipe.epochs=1"]  # --quick has five, which the grid changes
+    for part in ("0/2", "1/2"):
+        command = ["sweep", "digits-stochastic", "--quick", "--out", str(tmp_path), "--grid", *fields, "--shard", part]
+        assert main(command) == 0
+        assert len(list(tmp_path.glob("*/result.json"))) == 1 + int(part[0])
+    configs = [json.loads(path.read_text()) for path in tmp_path.glob("*/config.json")]
+    assert sorted((each["model"]["num_layers"], each["recipe"]["epochs"]) for each in configs) == [(8, 1), (14, 1)]
     assert (tmp_path / "report.html").exists()
     assert capsys.readouterr().out
 
@@ -169,8 +174,8 @@ MISTAKES = {
     "sweep digits-stochastic --out OUT --grid recipe.epochs=0": "recipe.epochs must be at least 1, but is 0",
     "sweep digits --out OUT --grid recipe.epochs=3": "--grid changes one experiment, but digits is a table",
     "sweep digits --out OUT --shard 2/2": "--shard must be i/n",
-    "reproduce gradients --out OUT --tensorboard": "--weights and --tensorboard are for train",
-    "sweep digits --out OUT --weights FILE": "--weights and --tensorboard are for train",
+    "reproduce gradients --out OUT --tensorboard": "--weights, --tensorboard and --cuda-graphs are for train",
+    "sweep digits --out OUT --weights FILE": "--weights, --tensorboard and --cuda-graphs are for train",
 }
 
 
