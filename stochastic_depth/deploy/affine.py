@@ -2,14 +2,15 @@
 
 From the branch's output the recording is followed back, through what passes a positive factor on (views, pooling, ReLU,
 dropout, sums), into the children that are called, to the weights and biases that everything in the output goes through.
-Every value on the way must be used for nothing else.
+What else uses a value on the way must not see the factor: where it comes to a linear map next, as in
+squeeze-and-excitation, x * sigmoid(W2 relu(W1 mean(x))), the weights of that one, W1, are divided by the factor.
 """
 
 from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -34,10 +35,19 @@ class NotAffineError(Exception):
 
 
 class Holder(NamedTuple):
-    """A parameter, by the module that holds it."""
+    """A parameter, by the module that holds it; `inverse` where it is to be divided by the factor."""
 
     module: nn.Module
     name: str
+    inverse: bool = False
+
+
+class _Passed(NamedTuple):
+    """In place of a parameter: the first argument of a call has the factor, and what the call gives has it too."""
+
+
+_PASSED = _Passed()
+_Ends = list[Holder | _Passed]
 
 
 _AFFINE: set[Callable[..., Any]] = {
@@ -47,6 +57,7 @@ _AFFINE: set[Callable[..., Any]] = {
         _BatchNorm, nn.SyncBatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm,
     )
 }  # fmt: skip
+_LINEAR: set[Callable[..., Any]] = {cls.forward for cls in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 _HOMOGENEOUS: set[Callable[..., Any]] = {
     cls.forward
     for cls in (
@@ -73,13 +84,15 @@ _HOMOGENEOUS_NAMES = {
     "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "max_pool1d", "max_pool2d",
     "max_pool3d", "interpolate", "pixel_shuffle", "pixel_unshuffle", "fold", "unfold", "truediv", "div", "div_",
 }  # fmt: skip
+# Methods that look at their second argument's size or type only.
+_LIKE = {"expand_as", "view_as", "reshape_as", "type_as"}
 _SUMS = {"add", "add_", "iadd", "sub", "sub_", "isub", "__add__", "__radd__", "__iadd__", "__sub__"}
 _PRODUCTS = {"mul", "mul_", "imul", "multiply", "__mul__", "__rmul__", "matmul", "bmm", "__matmul__"}
 _LISTS = {"cat", "concat", "stack", "hstack", "vstack"}
 
 
 def last_affine(model: nn.Module, branch: TrainedBranch) -> list[Holder]:
-    """The parameters which, all multiplied by one positive factor, multiply what a branch gives.
+    """The parameters which, all multiplied (or divided) by one positive factor, multiply what a branch gives.
 
     Args:
         model: the stochastic model.
@@ -93,20 +106,26 @@ def last_affine(model: nn.Module, branch: TrainedBranch) -> list[Holder]:
         raise NotAffineError("the branch is a whole layer, whose output holds its input too")
     if found.key is None and not isinstance(found.module, Residual):
         raise NotAffineError(found.cause)
-    holders = _followed_everywhere(found.module, found.key, branch.drop_paths)
+    holders: list[Holder] = []
+    for end in _followed_everywhere(found.module, found.key, branch.drop_paths):
+        if isinstance(end, _Passed):
+            raise NotAffineError("it ends in what it was given")
+        holders.append(end)
     # Where the block itself is used in several places, each of them has the same factor.
     num_places = sum(module is found.module for _, module in model.named_modules(remove_duplicate=False))
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for holder in holders:
         if uses[id(_parameter(holder))] != num_places:
             raise NotAffineError(f"{_described(holder)} is shared with another part of the model")
+    if len({id(_parameter(holder)) for holder in holders}) < len(holders):
+        raise NotAffineError("one of its last weights is used in several ways")
     return holders
 
 
-def _followed_everywhere(block: nn.Module, key: Key | None, drop_paths: Sequence[str]) -> list[Holder]:
+def _followed_everywhere(block: nn.Module, key: Key | None, drop_paths: Sequence[str]) -> _Ends:
     if key is None:
         return _of_child(cast(Residual, block).branch, ((object(),), {}), ())
-    found: list[list[Holder]] = []
+    found: list[_Ends] = []
     try:
         for recording in recordings(block):
             residual = find_sums(recording.graph, block, drop_paths).get(key)
@@ -125,46 +144,106 @@ def drop_path_call(graph: fx.Graph, key: Key) -> fx.Node:
     return [node for node in graph.nodes if node.op == "call_module" and node.target == key[0]][key[1]]
 
 
-def _agreed(found: Sequence[list[Holder]]) -> list[Holder]:
+def _agreed(found: Sequence[_Ends]) -> _Ends:
     if not found or any(set(other) != set(found[0]) for other in found):
         raise NotAffineError("which weights come last depends on the call")
     return found[0]
 
 
-def _follow(value: fx.Node, consumer: fx.Node, block: nn.Module, path: tuple[int, ...] = ()) -> list[Holder]:
+def _follow(value: fx.Node, consumer: fx.Node, block: nn.Module, path: tuple[int, ...] = ()) -> _Ends:
     """What multiplies `value`, which `consumer` uses; with `path` its entry of that index."""
-    others = [user for user in value.users if user is not consumer and not is_size(user)]
-    if others and not (path and all(_is_other_entry(user, path[0]) for user in others)):
-        raise NotAffineError(f"{value.name} is used by {others[0].name} too")
+    others = [user for user in _users(value) if user is not consumer]
+    if path and all(_is_other_entry(user, path[0]) for user in others):
+        others = []
+    hidden = _hiding_from(others, value, block)
+    if _PASSED in hidden:
+        raise NotAffineError(f"{value.name} leaves the block too")
     if value.op == "get_attr":
-        return [_holder(block, cast(str, value.target), value.graph)]
+        return [*hidden, *_holder(block, cast(str, value.target), value.graph)]
     if value.op == "call_module":
-        return _of_call(value, block, path)
+        return [*hidden, *_of_call(value, block, path)]
     if value.op in ("call_function", "call_method"):
-        return _of_function(value, block, path)
+        return [*hidden, *_of_function(value, block, path)]
+    if value is next(iter(value.graph.nodes)):
+        return [*hidden, _PASSED]
     raise NotAffineError("it ends in what it was given")
+
+
+def _hiding_from(users: Iterable[fx.Node], value: fx.Node, block: nn.Module) -> _Ends:
+    """What is to be divided by the factor, so that these pass on what they would without a factor in `value`."""
+    return [end for user in users for end in _hiding_from_one(user, value, block)]
+
+
+def _hiding_from_one(user: fx.Node, value: fx.Node, block: nn.Module) -> _Ends:
+    if user.op == "output" and user.args[0] is value:
+        return [_PASSED]
+    if not (
+        user.args and user.args[0] is value and all(is_size(each) or each is value for each in user.all_input_nodes)
+    ):
+        raise NotAffineError(f"{value.name} is used by {user.name} too")
+    if user.op == "call_module":
+        child = block.get_submodule(cast(str, user.target))
+        if plain_class(child).forward not in _HOMOGENEOUS:
+            _refuse_several_calls(user, child, block)
+            if plain_class(child).forward in _LINEAR:
+                return [Holder(child, holder.name, inverse=True) for holder in _weight_and_bias(child)[:1]]
+            if plain_class(child).forward in _AFFINE:
+                raise NotAffineError(f"{value.name} is used by a {type(child).__name__} too")
+            graphs = _graphs(child, (user.args, dict(user.kwargs)))
+            inputs = [next(iter(graph.nodes)) for graph in graphs]
+            ends = _agreed([_hiding_from(_users(own), own, child) for own in inputs])
+            if _PASSED not in ends:
+                return ends
+            return [*(end for end in ends if end != _PASSED), *_hiding_from(_users(user), user, block)]
+    elif _name_of(user) not in _HOMOGENEOUS_NAMES:
+        raise NotAffineError(f"{value.name} is used by {user.name} too")
+    return _hiding_from(_users(user), user, block)
+
+
+def _users(value: fx.Node) -> list[fx.Node]:
+    """What uses a value, and not only its size or type."""
+    return [
+        user for user in value.users if not is_size(user) and not (user.target in _LIKE and user.args[0] is not value)
+    ]
 
 
 def _is_other_entry(node: fx.Node, index: int) -> bool:
     return node.target is operator.getitem and isinstance(node.args[1], int) and node.args[1] != index
 
 
-def _of_call(call: fx.Node, block: nn.Module, path: tuple[int, ...]) -> list[Holder]:
+def _of_call(call: fx.Node, block: nn.Module, path: tuple[int, ...]) -> _Ends:
     child = block.get_submodule(cast(str, call.target))
     if drop_path_rule(child) is not None or plain_class(child).forward in _HOMOGENEOUS:
         return _follow(cast(fx.Node, call.args[0]), call, block, path)
+    _refuse_several_calls(call, child, block)
+    ends: _Ends = []
+    for end in _of_child(child, (call.args, dict(call.kwargs)), path):
+        if not isinstance(end, _Passed):
+            ends.append(end)
+        elif call.args and isinstance(call.args[0], fx.Node):
+            ends += _follow(call.args[0], call, block)
+        else:
+            raise NotAffineError("it ends in what it was given")
+    return ends
+
+
+def _refuse_several_calls(call: fx.Node, child: nn.Module, block: nn.Module) -> None:
     calls = [node for node in call.graph.nodes if node.op == "call_module"]
     if sum(block.get_submodule(cast(str, node.target)) is child for node in calls) > 1:
         raise NotAffineError(f"{call.target} ({type(child).__name__}) is called several times")
-    return _of_child(child, (call.args, dict(call.kwargs)), path)
 
 
-def _of_child(child: nn.Module, arguments: Any, path: tuple[int, ...]) -> list[Holder]:
+def _of_child(child: nn.Module, arguments: Any, path: tuple[int, ...]) -> _Ends:
     plain = plain_class(child)
     if plain.forward is nn.MultiheadAttention.forward and path[:1] == (0,):
-        return _weight_and_bias(cast(nn.MultiheadAttention, child).out_proj)
+        return [*_weight_and_bias(cast(nn.MultiheadAttention, child).out_proj)]
     if plain.forward in _AFFINE:
-        return _weight_and_bias(child)
+        return [*_weight_and_bias(child)]
+    return _agreed([_of_output(graph, child, path) for graph in _graphs(child, arguments)])
+
+
+def _graphs(child: nn.Module, arguments: Any) -> list[fx.Graph]:
+    """What a child does in a call, on each way that its decisions by sizes allow."""
     try:
         try:
             ways = list(recordings(child, arguments))
@@ -172,11 +251,12 @@ def _of_child(child: nn.Module, arguments: Any, path: tuple[int, ...]) -> list[H
             ways = list(recordings(child, arguments, with_buffers=True))
     except TraceError as error:
         raise NotAffineError(f"the forward of {type(child).__name__} cannot be recorded: {error}") from None
-    return _agreed([_of_output(way.graph, child, path) for way in ways])
+    for way in ways:
+        cuts.name_values_changed_in_place(way.graph, child)
+    return [way.graph for way in ways]
 
 
-def _of_output(graph: fx.Graph, module: nn.Module, path: tuple[int, ...]) -> list[Holder]:
-    cuts.name_values_changed_in_place(graph, module)
+def _of_output(graph: fx.Graph, module: nn.Module, path: tuple[int, ...]) -> _Ends:
     end = next(iter(reversed(graph.nodes)))
     output = end.args[0]
     while isinstance(output, (tuple, list)) and path:
@@ -186,9 +266,14 @@ def _of_output(graph: fx.Graph, module: nn.Module, path: tuple[int, ...]) -> lis
     return _follow(output, end, module, path)
 
 
-def _of_function(node: fx.Node, block: nn.Module, path: tuple[int, ...]) -> list[Holder]:
+def _name_of(node: fx.Node) -> str:
     function: Any = node.target
-    name = function if isinstance(function, str) else getattr(function, "__name__", str(function))
+    return function if isinstance(function, str) else getattr(function, "__name__", str(function))
+
+
+def _of_function(node: fx.Node, block: nn.Module, path: tuple[int, ...]) -> _Ends:
+    function: Any = node.target
+    name = _name_of(node)
     args = node.args
     if function in _WEIGHT_AND_BIAS or name in _ATTENTION:
         indices, prefix = (_ATTENTION[name], "proj_") if name in _ATTENTION else (_WEIGHT_AND_BIAS[function], "")
@@ -230,7 +315,7 @@ def _argument(node: fx.Node, index: int, name: str) -> Any:
     return node.args[index] if 0 <= index < len(node.args) else None
 
 
-def _of_product(factors: list[fx.Node], product: fx.Node, block: nn.Module) -> list[Holder]:
+def _of_product(factors: list[fx.Node], product: fx.Node, block: nn.Module) -> _Ends:
     reasons: list[NotAffineError] = []
     # A parameter comes first, such as a LayerScale: then nothing else need be looked into.
     for factor in sorted(dict.fromkeys(factors), key=lambda each: not _is_parameter(each)):
@@ -249,14 +334,14 @@ def _is_parameter(node: fx.Node) -> bool:
     return node.op == "get_attr"
 
 
-def _holder(block: nn.Module, target: str, graph: fx.Graph) -> Holder:
+def _holder(block: nn.Module, target: str, graph: fx.Graph) -> list[Holder]:
     path, _, name = target.rpartition(".")
     module = block.get_submodule(path)
     if name not in dict(module.named_parameters(recurse=False)):
         raise NotAffineError(f"it ends in {target}, which is no parameter")
     if sum(node.op == "get_attr" and node.target == target and bool(node.users) for node in graph.nodes) > 1:
         raise NotAffineError(f"the parameter {target} is used several times")
-    return Holder(module, name)
+    return [Holder(module, name)]
 
 
 def _weight_and_bias(module: nn.Module) -> list[Holder]:
@@ -280,6 +365,6 @@ def _described(holder: Holder) -> str:
 
 @torch.no_grad()
 def multiply_(holders: Sequence[Holder], factor: float) -> None:
-    """Multiply the parameters, in place."""
+    """Multiply the parameters, in place, and divide those that are to be divided."""
     for holder in holders:
-        _parameter(holder).mul_(factor)
+        _parameter(holder).mul_(1 / factor if holder.inverse else factor)

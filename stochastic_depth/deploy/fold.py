@@ -28,8 +28,9 @@ def fold_(model: nn.Module) -> None:
     other rescalings there is no factor, and stochastic depth is taken off only. Afterwards the model is of its original
     classes, costs what constant depth costs, and its `state_dict` loads into a model that never saw this library.
 
-    Where a branch ends in nothing that is affine (an activation, squeeze-and-excitation), or in weights that serve
-    something else too, its factor is kept as a scalar in the model's code: a warning names the branch and the reason.
+    Where a gate comes behind them, as in squeeze-and-excitation, its first weights are divided by the factor, so that
+    it does not see it. Where a branch ends in nothing that is affine, or in weights that serve something else too, its
+    factor is kept as a scalar in the model's code: a warning names the branch and the reason.
     The `state_dict` of such a model does not hold that factor.
 
     Outputs are the same up to rounding; in a precision below float32 the weights themselves are rounded: fold first,

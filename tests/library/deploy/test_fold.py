@@ -23,7 +23,9 @@ from plain_models import (
     transformers_model,
     with_factors,
 )
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 import stochastic_depth as sd
 
@@ -83,18 +85,25 @@ def test_the_papers_network_costs_what_constant_depth_costs(shortcut: str) -> No
 
 
 def operators(net: nn.Module, x: Tensor) -> list[str]:
-    class Names(torch.utils._python_dispatch.TorchDispatchMode):
+    """What a forward makes PyTorch do: each operator with shapes, strides and types, and its other arguments."""
+
+    def described(value: object) -> object:
+        if isinstance(value, Tensor):
+            return tuple(value.shape), value.stride(), value.dtype
+        return value
+
+    class Calls(torch.utils._python_dispatch.TorchDispatchMode):
         def __init__(self) -> None:
             super().__init__()
-            self.names: list[str] = []
+            self.calls: list[str] = []
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.names.append(str(func))
+            self.calls.append(f"{func} {tree_map(described, (args, kwargs))}")
             return func(*args, **(kwargs or {}))
 
-    with torch.no_grad(), Names() as seen:
+    with torch.no_grad(), Calls() as seen:
         net(x)
-    return seen.names
+    return seen.calls
 
 
 @pytest.mark.parametrize("rescale", ["train", "none"])
@@ -120,13 +129,27 @@ def test_probabilities_that_were_changed_in_training_are_those_that_are_folded()
 # ---------------------------------------------------------------------------------------------- what cannot be folded
 
 
-class SqueezeExcite(nn.Module):
-    def __init__(self, width: int) -> None:
+class Gated(nn.Module):
+    """x * sigmoid(...): the gate must not see the factor that x has."""
+
+    def __init__(self, *before: nn.Module, add: float = 0.0) -> None:
         super().__init__()
-        self.fc = nn.Linear(width, width)
+        self.before, self.fc, self.add = nn.Sequential(*before), nn.Linear(6, 6), add
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(self.fc(x))
+        y = self.before(x)
+        return x * torch.sigmoid(self.fc(y + self.add if self.add else y))
+
+
+class TiedGate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.gate = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.gate.weight = self.fc.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        return y * torch.sigmoid(self.gate(y))
 
 
 class UsedTwice(nn.Module):
@@ -142,7 +165,10 @@ class UsedTwice(nn.Module):
 ENDS = {
     "used-twice": lambda: UsedTwice(),
     "gelu": lambda: nn.Sequential(nn.Linear(6, 6), nn.GELU()),
-    "squeeze-excite": lambda: nn.Sequential(nn.Linear(6, 6), SqueezeExcite(6)),
+    "gate-behind-a-norm": lambda: nn.Sequential(nn.Linear(6, 6), Gated(nn.LayerNorm(6))),
+    "gate-behind-a-sum": lambda: nn.Sequential(nn.Linear(6, 6), Gated(add=0.5)),
+    "gate-of-the-input": lambda: Gated(),
+    "gate-of-the-same-weights": lambda: TiedGate(),
     "no-weights": lambda: nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6, elementwise_affine=False)),
     "parametrised": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)),
     "padding": lambda: nn.Sequential(nn.Linear(6, 5), nn.ConstantPad1d((0, 1), 1.0)),
@@ -177,6 +203,9 @@ def reloaded(net: nn.Module) -> nn.Module:
 
 
 FOLDABLE = {
+    "gate": lambda: nn.Sequential(nn.Linear(6, 6), Gated()),
+    "gate-behind-a-relu": lambda: nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.2), Gated(nn.ReLU(), nn.Dropout(0.2))),
+    "two-gates": lambda: nn.Sequential(nn.Linear(6, 6), Gated(), nn.ReLU(), Gated()),
     "relu-behind": lambda: nn.Sequential(nn.Linear(6, 6), nn.ReLU()),
     "dropout-behind": lambda: nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.3)),
     "sum-of-two": lambda: SumOfTwo(),
@@ -274,6 +303,8 @@ def check_foreign(make: Callable[[], nn.Module], x: Tensor, last: str = "") -> n
         assert_near(first_tensor(model(x)), expected, 1e-12)
         assert not torch.allclose(plain, expected, rtol=1e-4, atol=1e-6)
         assert same_classes(model, twin)
+        # It costs what constant depth costs: the same operators on the same shapes, in the same order.
+        assert operators(model, x) == operators(twin, x)
         fresh = make().double().eval()
         fresh.load_state_dict(model.state_dict(), strict=True)
         assert torch.equal(first_tensor(fresh(x)), first_tensor(model(x)))
@@ -296,16 +327,67 @@ def test_transformers_models_load_the_folded_weights(family: str) -> None:
     check_foreign(lambda: transformers_model(family), plain_models.images())
 
 
-def test_squeeze_excite_of_timm_keeps_its_factor_in_the_place_of_the_drop_path() -> None:
-    model = awake(plain_models.timm.create_model("seresnet50", drop_path_rate=0.3, channels=(8, 8, 16, 16)))
-    twin, x = copy.deepcopy(model), plain_models.images(32)
+TRAINED = {
+    "timm": lambda: plain_models.timm.create_model("resnet26", num_classes=10, channels=(8, 16, 16, 32)),
+    "torchvision": lambda: plain_models.torchvision.models.resnet18(num_classes=10),
+}
+
+
+@pytest.mark.parametrize("library", TRAINED)
+def test_a_network_trained_with_stochastic_depth_ends_as_a_fresh_model_of_its_library(library: str) -> None:
+    make = TRAINED[library]
+    digits = load_digits()
+    images = torch.from_numpy(digits.images).float()[:, None].expand(-1, 3, -1, -1)[:320] / 8 - 1
+    images = nn.functional.interpolate(images, scale_factor=4)
+    labels = torch.from_numpy(digits.target)[:320]
+    torch.manual_seed(0)
+    model = make()
+    depth = sd.make_stochastic_(model, sd.linear_decay(0.5))
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, nesterov=True)
+    losses, num_closed = [], 0
+    for step in range(16):
+        batch = slice(32 * (step % 8), 32 * (step % 8) + 32)
+        optimiser.zero_grad()
+        loss = nn.functional.cross_entropy(model(images[batch]), labels[batch])
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+        num_closed += depth.last_gates.count(0)
+    assert num_closed > 0
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])  # it learns
+    held_out = images[256:]
+    with torch.no_grad():
+        trained = model.eval()(held_out)
+        sd.fold_(model)
+        fresh = make().eval()
+        fresh.load_state_dict(model.state_dict(), strict=True)
+        assert_near(fresh(held_out), trained, 1e-6)
+        assert operators(fresh, held_out) == operators(model, held_out)
+
+
+GATED = {
+    "squeeze-excite": ("seresnet50", {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16), "num_classes": 5}),
+    "channel-attention": ("ecaresnet26t", {"channels": (8, 8, 16, 16), "num_classes": 5}),
+}
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_a_gate_behind_the_last_weights_does_not_see_the_factor(name: str) -> None:
+    architecture, arguments = GATED[name]
+    check_foreign(
+        lambda: plain_models.timm.create_model(architecture, drop_path_rate=0.3, **arguments), plain_models.images(32)
+    )
+
+
+def test_what_timm_computes_in_place_keeps_its_factor_in_the_place_of_the_drop_path() -> None:
+    model = awake(plain_models.timm.create_model("mvitv2_tiny", drop_path_rate=0.3, img_size=64, num_classes=5))
+    twin, x = copy.deepcopy(model), plain_models.images(64)
     depth = sd.make_stochastic_(model, sd.uniform(0.5))
     expected = with_factors(twin, depth.names, depth.survival_probs)(x)
-    with pytest.warns(UserWarning, match="kept as a scalar"):
+    with pytest.warns(UserWarning, match="MultiScaleAttention cannot be recorded.* kept as a scalar"):
         sd.fold_(model)
     assert_near(model(x), expected, 1e-12)
     assert list(model.state_dict()) == list(twin.state_dict())
-    assert type(model.layer1[1]) is type(twin.layer1[1])
 
 
 def test_the_models_own_rates_need_no_folding() -> None:
