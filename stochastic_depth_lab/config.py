@@ -217,13 +217,19 @@ def _small_pictures(data: Data, *, num_workers: int) -> Data:
     return replace(data, image_size=64, num_workers=num_workers) if data.dataset == "imagenet" else data
 
 
-def small(experiment: Experiment, num_layers: int = 20) -> Experiment:
+def small(experiment: Experiment, num_layers: int | None = None) -> Experiment:
     """A form of the same shape for two cores: fewer layers, epochs and images, bf16; the recipe's proportions stay.
 
     5,000 images to learn from, 990 for validation (SVHN wants a multiple of 30), 5,000 to test on, for 12 epochs.
     ImageNet's pictures at 64 pixels.
+
+    Args:
+        experiment: the full one.
+        num_layers: None: 20, but 32 for 1202 and 18 for ImageNet.
     """
-    recipe = experiment.recipe
+    recipe, model = experiment.recipe, experiment.model
+    if num_layers is None:
+        num_layers = 18 if model.family == "imagenet" else 32 if model.num_layers == 1202 else 20
     data = replace(_small_pictures(experiment.data, num_workers=1), limit=5000, num_validation=990)
     return replace(
         experiment,

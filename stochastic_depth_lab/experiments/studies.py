@@ -33,13 +33,7 @@ def _with_survival(pair: tuple[Experiment, Experiment], schedule: str, final_sur
 
 
 def _small(experiments: Sequence[Experiment]) -> tuple[Experiment, ...]:
-    return tuple(small(each, num_layers=_small_num_layers(each)) for each in experiments)
-
-
-def _small_num_layers(experiment: Experiment) -> int:
-    if experiment.model.family == "imagenet":
-        return 18
-    return 32 if experiment.model.num_layers == 1202 else 20
+    return tuple(map(small, experiments))
 
 
 _CIFAR10_110 = (cifar.CIFAR10_110_CONSTANT, cifar.CIFAR10_110_STOCHASTIC)

@@ -10,7 +10,7 @@ import pytest
 
 from stochastic_depth_lab.cli import main
 from stochastic_depth_lab.config import Experiment, as_json, check, differences, from_json, quick
-from stochastic_depth_lab.experiments import EXPERIMENTS, STUDIES, find, find_pair
+from stochastic_depth_lab.experiments import EXPERIMENTS, STUDIES, find, find_pair, find_study
 
 PUBLISHED = {  # PAPER.md
     "cifar10-110": (6.41, 5.23),
@@ -206,3 +206,14 @@ def test_the_survival_curve_has_both_schedules_and_shares_the_tables_runs():
         assert len(probs["uniform"]) >= 4
     assert find("cifar10-110-stochastic") in STUDIES["survival"].experiments
     assert find("cifar10-110-constant") in STUDIES["depth-survival"].experiments
+
+
+def test_a_small_form_is_the_same_in_every_table():
+    forms = {}
+    for study in [*STUDIES.values(), find_study("cifar10-1202"), find_study("imagenet-152")]:
+        for each in study.small_experiments:
+            if study.name != "depth-survival":
+                assert forms.setdefault(each.name, each) == each
+            check(each)
+    depths = {name: forms[f"small-{name}-stochastic"].model.num_layers for name in ("cifar10-1202", "imagenet-152")}
+    assert depths == {"cifar10-1202": 32, "imagenet-152": 18}
