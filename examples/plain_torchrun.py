@@ -1,9 +1,10 @@
-"""Plain PyTorch on several processes: torchrun --nproc-per-node 2 examples/plain_torchrun.py --out runs/plain.
+"""Plain PyTorch: torchrun --nproc-per-node 2 --max-restarts 3 examples/plain_torchrun.py --out runs/plain.
 
-Run it again with more epochs, or after a kill: it goes on from its last epoch, with the same gates, bit for bit.
+Run it again with more epochs, or kill a process: it goes on from its last epoch, with the same gates, bit for bit.
 """
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -24,9 +25,7 @@ def train(out: Path, epochs: int) -> dict[str, torch.Tensor]:
     model = DistributedDataParallel(net)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     digits = load_digits()
-    data = TensorDataset(
-        torch.tensor(digits.images[:256], dtype=torch.float32)[:, None] / 16, torch.tensor(digits.target[:256])
-    )
+    data = TensorDataset(torch.tensor(digits.images[:256]).float()[:, None] / 16, torch.tensor(digits.target[:256]))
     sampler = DistributedSampler(data, seed=0)
     first = 0
     if (out / "last.pt").exists():
@@ -43,8 +42,8 @@ def train(out: Path, epochs: int) -> dict[str, torch.Tensor]:
             optimiser.zero_grad()
         if dist.get_rank() == 0:
             out.mkdir(parents=True, exist_ok=True)
-            state = {"model": net.state_dict(), "optimiser": optimiser.state_dict(), "depth": depth.state_dict()}
-            torch.save({**state, "epoch": epoch + 1}, out / "next.pt")
+            states = {"model": net.state_dict(), "optimiser": optimiser.state_dict(), "depth": depth.state_dict()}
+            torch.save({**states, "epoch": epoch + 1}, out / "next.pt")
             (out / "next.pt").replace(out / "last.pt")
     return net.state_dict()
 
@@ -53,7 +52,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=4)
-    options = parser.parse_args()
-    dist.init_process_group("gloo")
-    train(options.out, options.epochs)
+    # torchrun keeps its store over restarts: a new attempt must not find the addresses of the one before.
+    store, rank, size = next(iter(dist.rendezvous("env://")))
+    store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    train(**vars(parser.parse_args()))
     dist.destroy_process_group()

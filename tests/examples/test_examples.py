@@ -1,9 +1,12 @@
 """Other people's training loops: each example is short, trains, and resumed equals the uninterrupted run."""
 
 import importlib.util
-import socket
+import os
+import shlex
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,14 +65,24 @@ def test_resumed_it_is_the_uninterrupted_run(name: str, tmp_path: Path, monkeypa
     assert_equal(resumed, whole)
 
 
-def torchrun(folder: Path, epochs: int) -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    arguments = [str(EXAMPLES / "plain_torchrun.py"), "--out", str(folder), "--epochs", str(epochs)]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def torchrun_and_kill_one(folder: Path, epochs: int) -> None:
+    """Both processes run under torchrun; one is killed after the first checkpoint, and torchrun starts both again."""
+    torchrun = shlex.split("-m torch.distributed.run --nproc-per-node 2 --max-restarts 3 --monitor-interval 0.1")
+    arguments = [EXAMPLES / "plain_torchrun.py", "--out", folder, "--epochs", str(epochs)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (folder.with_suffix(".log")).open("wb") as log:
+        process = subprocess.Popen([sys.executable, *torchrun, *arguments], env=environment, stdout=log, stderr=log)
+    try:
+        while not (folder / "last.pt").exists():
+            assert process.poll() is None, folder.with_suffix(".log").read_text()
+            time.sleep(0.01)
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(workers) == 2
+        os.kill(int(workers[1]), signal.SIGKILL)
+        assert process.wait(90) == 0, folder.with_suffix(".log").read_text()
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def _plain(_rank: int, folder: str, epochs: int) -> None:
@@ -77,11 +90,15 @@ def _plain(_rank: int, folder: str, epochs: int) -> None:
 
 
 @pytest.mark.slow
-def test_plain_torchrun_resumed_is_the_uninterrupted_run(tmp_path: Path) -> None:
-    torchrun(tmp_path / "whole", 2)
-    for epochs in (1, 2):
-        ranks.run(_plain, 2, str(tmp_path / "parts"), epochs)
-    whole, parts = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts"))
-    assert_equal(parts["model"], whole["model"])
-    assert parts["depth"] == whole["depth"]
-    assert parts["depth"]["counter"] == 8  # steps: half as many as one process makes of the same data
+def test_plain_torchrun_resumed_or_killed_is_the_uninterrupted_run(tmp_path: Path) -> None:
+    ranks.run(_plain, 2, str(tmp_path / "whole"), 12)
+    for epochs in (1, 12):
+        ranks.run(_plain, 2, str(tmp_path / "resumed"), epochs)
+    torchrun_and_kill_one(tmp_path / "killed", 12)
+    assert "exitcode: -9" in (tmp_path / "killed.log").read_text()
+    whole = torch.load(tmp_path / "whole" / "last.pt", weights_only=True)
+    assert whole["depth"]["counter"] == 48  # steps: half as many as one process makes of the same data
+    for name in ("resumed", "killed"):
+        state = torch.load(tmp_path / name / "last.pt", weights_only=True)
+        assert_equal(state["model"], whole["model"])
+        assert state["depth"] == whole["depth"]

@@ -34,8 +34,9 @@ EXPERIMENT = shlex.split(
     "--recipe.learning-rate 0.02 --recipe.num-threads 1"
 )
 DEADLINE_S = 30
-WAIT_S = 300.0
 """What a cluster gives a process between SIGTERM and SIGKILL."""
+WAIT_S = 300.0
+"""How long a run may take to its next checkpoint before it counts as hanging."""
 _PRELOADED = ["torch", "sklearn.datasets", "matplotlib", "stochastic_depth_lab.cli", "stochastic_depth_lab.loop"]
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(_PRELOADED)

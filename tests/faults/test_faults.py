@@ -1,9 +1,13 @@
 """The short form of `make faults`: a few faults of every kind into one run or two."""
 
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import faults
 import pytest
+from small_runs import assert_same, outcome
 
 
 @pytest.mark.slow
@@ -18,3 +22,33 @@ def test_whatever_happens_to_it_a_run_ends_as_if_nothing_had_happened(tmp_path: 
 def test_torchrun_goes_on_after_one_of_two_processes_was_killed(tmp_path: Path) -> None:
     survived = faults.interrupt_two(tmp_path, epochs=30, kills=1, seed=0)
     assert survived == {"one of two processes killed": 1, "SIGTERM to torchrun": 1}
+
+
+MOUNT = ["unshare", "--map-root-user", "--mount", "sh", "-e", "-c"]
+ON_A_SMALL_DISK = """
+mount -t tmpfs -o size=3m none run
+{train} && exit 1 || code=$?
+ls run/checkpoints
+mount -o remount,size=20m run
+{train} --resume
+cp -r run kept
+exit $code
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_keeps_the_last_checkpoint_and_with_more_room_the_run_goes_on(tmp_path: Path) -> None:
+    """A file system of three megabytes, which holds two checkpoints, but not the best weights beside them."""
+    (tmp_path / "run").mkdir()
+    if subprocess.run([*MOUNT, "mount -t tmpfs none run"], cwd=tmp_path, capture_output=True, check=False).returncode:
+        pytest.skip("this user may not mount a file system")
+    arguments = [*faults.EXPERIMENT, "--recipe.epochs", "2"]
+    train = shlex.join([sys.executable, "-m", "stochastic_depth_lab", *arguments, "--out", "run"])
+    script = [*MOUNT, ON_A_SMALL_DISK.format(train=train)]
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    (refusal,) = [line for line in done.stderr.splitlines() if "No space left" in line]
+    assert refusal.endswith("Make room; a run goes on from its last checkpoint with --resume.")
+    assert done.stdout.splitlines()[:2] == ["last.pt", "previous.pt"]  # and no rubbish: the next line is the result
+    assert done.stdout.splitlines()[2].startswith("test error")
+    assert_same(outcome(tmp_path / "kept"), faults.uninterrupted(tmp_path / "whole", 2))
