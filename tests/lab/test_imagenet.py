@@ -119,3 +119,23 @@ def test_what_it_does_not_have_is_refused(changes, match):
     parts = {name: replace(getattr(experiment, name), **fields) for name, fields in changes.items()}
     with pytest.raises(ValueError, match=match):
         check(replace(experiment, **parts))
+
+
+def test_after_training_it_is_cut_trained_on_and_exported_as_any_other(made_up_data_root, tmp_path):
+    import safetensors.torch
+    import torchvision
+
+    run = tmp_path / "run"
+    train(small("imagenet-152-stochastic"), run)
+    assert main(["evaluate", str(run), "--subnetworks", "--points", "2", "--finetune-epochs", "1"]) == 0
+    (cut,) = (run / "evaluation" / "finetuned").glob("*-4-blocks-seed-0")
+    assert json.loads((cut / "config.json").read_text())["model"]["keep"] == [0, 1, 2, 3]
+    for folder, blocks in ((run, 8), (cut, 4)):
+        assert main(["export", str(folder), "--format", "safetensors", "--out", str(tmp_path / "weights")]) == 0
+        weights = safetensors.torch.load_file(tmp_path / "weights")
+        fresh = torchvision.models.resnet18(num_classes=3)
+        if blocks == 8:
+            fresh.load_state_dict(weights, strict=True)
+        else:
+            assert weights.keys() < fresh.state_dict().keys()
+            assert {name.split(".")[0] for name in weights if ".conv" in name} == {"layer1", "layer2"}
