@@ -44,9 +44,10 @@ _IMAGENET_152 = (imagenet.IMAGENET_152_CONSTANT, imagenet.IMAGENET_152_STOCHASTI
 _CURVES = (*_CIFAR10_110, *_CIFAR10_1202, *_CIFAR100_110, *_SVHN_152)
 _TABLE2 = (*_CIFAR10_110, *_CIFAR100_110, *_SVHN_152)
 
-# Huang et al. 2016, table of results: 6.41 / 5.23, 6.72 / 4.91, 27.22 / 24.58, 2.01 / 1.75 % (constant / stochastic).
+# Huang et al. 2016, table of results: 6.41 / 5.23, 6.72 / 4.91, 27.22 / 24.58, 2.01 / 1.75, 21.78 / 21.98 %.
+# (constant / stochastic).
 # stochastic-depth reproduce table1 --out runs/paper --seeds 3
-# About 1,900 h on one core for one seed; not run. Small: 8 runs of about 2 minutes.
+# About 1,900 h on one core for one seed, ImageNet 43,000 h; not run. Small: 10 runs of 2 to 4 minutes.
 TABLE1 = Study(
     "table1",
     "Test error of constant and of stochastic depth",
@@ -115,7 +116,7 @@ SURVIVAL = Study(
 
 # Huang et al. 2016, heat map of the test error over depth and p_L, CIFAR-10, linear decay.
 # stochastic-depth reproduce depth-survival --out runs/paper
-# About 800 h on one core; not run. Small: 12 runs of 1 to 2 minutes.
+# About 800 h on one core; not run. Small: 15 runs of 1 to 2 minutes.
 DEPTH_SURVIVAL = Study(
     "depth-survival",
     "Test error over depth and survival probability",
