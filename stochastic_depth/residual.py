@@ -330,7 +330,6 @@ class StochasticResidual(Residual):
 
     _stochastic_depth_branch: GatedBranch
 
-    @compiled_inside
     def forward(self, x: Tensor) -> Tensor:
         """The gated sum. x: (N, ...)."""
         shortcut = x if self.shortcut is None else self.shortcut(x)
