@@ -14,22 +14,25 @@ Measures the pieces that the file does not hold yet, as far as the minutes go; t
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+# On a machine where nothing can be installed the packages are those of the repository.
+sys.path.append(str(Path(__file__).parents[1]))
+
 import torchvision_schemas  # noqa: F401
 
 # isort: split
 import argparse
 import functools
+import gc
 import json
 import os
 import platform
-import signal
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import timm
@@ -42,6 +45,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import stochastic_depth as sd
+from stochastic_depth_lab import loop
+from stochastic_depth_lab.config import Experiment, quick
+from stochastic_depth_lab.experiments import find
+from stochastic_depth_lab.observers import Lines
 
 AGAIN = 75  # EX_TEMPFAIL
 H200 = {"bytes_per_s": 4.8e12, "bf16_flops_per_s": 989e12}
@@ -58,8 +65,7 @@ class Scale:
         vit: timm's name of the transformer, its image size and batch.
         rounds: interleaved rounds, each of `steps` steps.
         steps: of one variant in a round.
-        experiment: what `stochastic-depth train` is asked for, without the kind of depth.
-        options: its further options.
+        experiment: name of the laboratory's pair.
     """
 
     layers: int
@@ -69,11 +75,12 @@ class Scale:
     rounds: int
     steps: int
     experiment: str
-    options: tuple[str, ...] = ()
 
 
-FULL = Scale(110, 1202, 128, ("vit_large_patch16_224", 224, 64), 7, 20, "cifar10-110", ("--precision", "bf16"))
-TINY = Scale(8, 14, 4, ("vit_tiny_patch16_224", 32, 2), 2, 1, "digits", ("--quick",))
+FULL = Scale(110, 1202, 128, ("vit_large_patch16_224", 224, 64), 7, 20, "cifar10-110")
+TINY = Scale(8, 14, 4, ("vit_tiny_patch16_224", 32, 2), 2, 1, "digits")
+LEAST_MINUTES = {"floor": 0.5, "steps": 3.0, "vit": 2.0, "deep": 3.0}
+"""A piece is begun only if the call has so much time left."""
 
 
 class TrafficMode(TorchDispatchMode):
@@ -125,7 +132,7 @@ def measure(variants: Mapping[str, Callable[[], None]], device: torch.device, sc
     """Milliseconds of a step of each variant, median over interleaved rounds, and its ratio to the first."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for step in variants.values():
-        for _ in range(scale.steps):
+        for _ in range(3 * scale.steps):  # the rarer of two numbers of samples is recorded before it is timed
             step()
     for name in shuffled_rounds(variants, rounds=scale.rounds):
         synchronise(device)
@@ -149,6 +156,7 @@ def peak_bytes(step: Callable[[], None], device: torch.device, num_steps: int) -
     """Most bytes that are allocated during some steps; None where the device does not tell."""
     if device.type != "cuda":
         return None
+    gc.collect()  # a stochastic model refers to itself: others may still be there
     step()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
@@ -188,29 +196,43 @@ def floor(scale: Scale, _device: torch.device) -> dict[str, Any]:
 
 
 def steps(scale: Scale, device: torch.device) -> dict[str, Any]:
-    """A step at constant and stochastic depth, with and without graphs."""
+    """A step at constant and stochastic depth, with and without graphs: time, launches, memory."""
     images = torch.randn(scale.batch_size, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
-    variants: dict[str, Callable[[], None]] = {}
-    for depth in ("constant", "batch", "sample"):
-        for graphs in (False, True) if device.type == "cuda" else (False,):
-            model = paper_network(scale.layers, device)
-            if depth != "constant" or graphs:
-                schedule = sd.uniform(1.0) if depth == "constant" else sd.linear_decay(0.5)
-                granularity = "sample" if depth == "sample" else "batch"
-                controller = sd.make_stochastic_(model, schedule, granularity=granularity, draw="equal_cost")
-                if graphs:
-                    controller.capture()
-            variants[f"{depth} depth{', graphs' if graphs else ''}"] = step_of(model, images)
+
+    def make(depth: str, graphs: bool) -> Callable[[], None]:
+        model = paper_network(scale.layers, device)
+        if depth != "constant" or graphs:
+            schedule = sd.uniform(1.0) if depth == "constant" else sd.linear_decay(0.5)
+            granularity = "sample" if depth == "sample" else "batch"
+            controller = sd.make_stochastic_(model, schedule, granularity=granularity, draw="equal_cost")
+            if graphs:
+                controller.capture()
+        return step_of(model, images)
+
+    kinds = [
+        (depth, graphs)
+        for depth in ("constant", "batch", "sample")
+        for graphs in ((False, True) if device.type == "cuda" else (False,))
+    ]
+    names = {kind: f"{kind[0]} depth{', graphs' if kind[1] else ''}" for kind in kinds}
+    peaks = {name: peak_bytes(make(*kind), device, scale.steps) for kind, name in names.items()}
+    variants = {name: make(*kind) for kind, name in names.items()}
     measured = measure(variants, device, scale)
     for name, step in variants.items():
-        measured[name]["launches"] = launches(step)
+        constant = measured["constant depth, graphs" if name.endswith("graphs") else "constant depth"]["rounds_ms"]
+        of_same = [a / b for a, b in zip(measured[name]["rounds_ms"], constant, strict=True)]
+        measured[name] |= {
+            "ratio_to_constant_depth_alike": statistics.median(of_same),
+            "launches": launches(step),
+            "peak_bytes": peaks[name],
+        }
     return measured
 
 
 def deep(scale: Scale, device: torch.device) -> dict[str, Any]:
     """The deepest network: time and memory."""
     images = torch.randn(scale.batch_size, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
-    few = Scale(**{**scale.__dict__, "rounds": 3, "steps": min(scale.steps, 4)})
+    few = replace(scale, rounds=3, steps=min(scale.steps, 4))
     result: dict[str, Any] = {}
     for name in ("constant depth", "stochastic depth"):
         model = paper_network(scale.deep_layers, device)
@@ -240,7 +262,7 @@ def vit(scale: Scale, device: torch.device) -> dict[str, Any]:
         return step_of(model, images)
 
     variants = ("rate 0", "0.4, timm", "0.4, make_stochastic_")
-    few = Scale(**{**scale.__dict__, "steps": min(scale.steps, 5)})
+    few = replace(scale, steps=min(scale.steps, 5))
     peaks = {variant: peak_bytes(make(variant), device, few.steps) for variant in variants}
     measured = measure({variant: make(variant) for variant in variants}, device, few)
     for variant in variants:
@@ -248,24 +270,31 @@ def vit(scale: Scale, device: torch.device) -> dict[str, Any]:
     return measured
 
 
+def experiment_of(scale: Scale, kind: str) -> Experiment:
+    """What the laboratory trains."""
+    experiment = find(f"{scale.experiment}-{kind}")
+    return quick(experiment) if scale is TINY else replace(experiment, precision="bf16")
+
+
 def run(
     scale: Scale, device: torch.device, kind: str, folder: Path, data_root: Path | None, deadline: float
 ) -> dict[str, Any] | None:
-    """Train by the laboratory's command until the deadline; its result, or None where it has to go on."""
-    out = folder / f"{scale.experiment}-{kind}"
-    command = [sys.executable, "-m", "stochastic_depth_lab", "train", f"{scale.experiment}-{kind}", "--out", str(out)]
-    command += ["--resume", "--device", device.type, *scale.options]
-    command += ["--cuda-graphs"] if device.type == "cuda" else []
-    command += ["--data-root", str(data_root)] if data_root else []
-    process = subprocess.Popen(command)
+    """Train in the laboratory until the deadline; the result, or None where the run has to go on."""
+    experiment = experiment_of(scale, kind)
     try:
-        code = process.wait(max(deadline - time.monotonic(), 1))
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)  # it saves itself
-        code = process.wait()
-    if code not in (0, 128 + signal.SIGTERM):
-        raise SystemExit(f"{' '.join(command)}: exit code {code}")
-    return None if code else json.loads((out / "result.json").read_text())
+        result = loop.train(
+            experiment,
+            folder / experiment.name,
+            [Lines(sys.stderr)],
+            device=device,
+            data_root=data_root,
+            resume=True,
+            stop_requested=lambda: time.monotonic() > deadline,
+            cuda_graphs=device.type == "cuda",
+        )
+    except loop.Interrupted:
+        return None
+    return {**result, "train_minutes": result["train_s"] / 60}
 
 
 def main() -> int:
@@ -287,9 +316,18 @@ def main() -> int:
         "torch": torch.__version__,
         "timm": timm.__version__,
         "python": platform.python_version(),
-        "scale": scale.__dict__,
+        "scale": json.loads(json.dumps(asdict(scale))),
     }
     done: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {"machine": machine}
+    if done["machine"] != machine:
+        parser.error(f"{args.out} is of another machine or scale: {done['machine']}")
+    minutes: dict[str, float] = done.setdefault("minutes", {})
+
+    def keep() -> None:
+        partial = args.out.with_suffix(".partial")
+        partial.write_text(json.dumps(done, indent=1) + "\n")
+        os.replace(partial, args.out)
+
     pieces: dict[str, Callable[[], dict[str, Any] | None]] = {
         piece.__name__: functools.partial(piece, scale, device) for piece in (floor, steps, vit, deep)
     }
@@ -298,17 +336,24 @@ def main() -> int:
     for name, piece in pieces.items():
         if name in done:
             continue
-        if time.monotonic() > deadline - 20:
-            return AGAIN
         begin = time.monotonic()
+        if begin > deadline - 60 * LEAST_MINUTES.get(name, 1.5):
+            return AGAIN
         result = piece()
+        minutes[name] = minutes.get(name, 0.0) + (time.monotonic() - begin) / 60
+        if result is not None:
+            done[name] = result
+            print(name, json.dumps(result), flush=True)
+        keep()
         if result is None:
             return AGAIN
-        done[name] = {**result, "minutes": (time.monotonic() - begin) / 60}
-        partial = args.out.with_suffix(".partial")
-        partial.write_text(json.dumps(done, indent=1, default=str) + "\n")
-        os.replace(partial, args.out)
-        print(name, json.dumps(done[name], default=str), flush=True)
+    if "steps" in done and "floor" in done:
+        done["share of the floor"] = {
+            f"{depth} depth": done["floor"][depth]["least_ms"] / done["steps"][f"{name} depth, graphs"]["ms"]
+            for depth, name in (("constant", "constant"), ("stochastic", "batch"))
+            if f"{name} depth, graphs" in done["steps"]
+        }
+        keep()
     return 0
 
 

@@ -1,4 +1,4 @@
-"""One CUDA graph per branch, forward and backward: a branch that runs costs two launches, one that does not, none.
+"""CUDA graphs of branches, forward and backward: one that runs costs a few launches, one that does not, none.
 
 A graph replays what was recorded, on the same memory: what goes in is copied there, and what comes out is overwritten
 by the next replay. So a branch whose earlier forward still waits for its backward runs as it would without a graph.
@@ -7,13 +7,15 @@ by the next replay. So a branch whose earlier forward still waits for its backwa
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from stochastic_depth.copies import has_hooks
+from stochastic_depth.passes import eager
 
 _NUM_WARM_UP = 3
 """Runs before a recording, for what libraries do only at first."""
@@ -43,8 +45,8 @@ class Recording(Protocol):
         ...
 
 
-Record = Callable[[Callable[[Tensor], Tensor], Tensor, Sequence[nn.Parameter]], Recording]
-"""Makes the recording of (function, an input on memory of its own, parameters)."""
+Record = Callable[[Callable[[Tensor], Tensor], Tensor, Sequence[Tensor], "torch.cuda.Stream | None"], Recording]
+"""Makes the recording of (function, an input on memory of its own, parameters, the stream to record on)."""
 
 
 class CudaRecording:
@@ -53,24 +55,31 @@ class CudaRecording:
     Args:
         function: the branch.
         x: (K, ...), an example, which becomes the recording's input.
-        parameters: those that the branch uses.
+        parameters: those that the branch uses, each once.
+        stream: that on which the branch has run before.
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(
+        self,
+        function: Callable[[Tensor], Tensor],
+        x: Tensor,
+        parameters: Sequence[Tensor],
+        stream: torch.cuda.Stream | None,
+    ) -> None:
         self.input = x
-        needed = [tensor for tensor in (x, *parameters) if tensor.requires_grad]
         # Graphs of one branch share their memory, those of different branches do not: they may be replayed, or left
         # out, in any order.
         pool = torch.cuda.graph_pool_handle()
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # Other threads, such as those that load data, may go on meanwhile.
-        with torch.cuda.graph(self._forward, pool=pool, capture_error_mode="thread_local"):
+        how: Any = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(self._forward, **how):
             output = function(x)
         self.grad_output = torch.empty_like(output)
-        with torch.cuda.graph(self._backward, pool=pool, capture_error_mode="thread_local"):
-            grads = iter(torch.autograd.grad(output, needed, self.grad_output, allow_unused=True))
+        with torch.cuda.graph(self._backward, **how):
+            grads = _gradients(output, [x, *parameters], self.grad_output)
         self.output = output.detach()
-        self.grads = tuple(next(grads) if tensor.requires_grad else None for tensor in (x, *parameters))
+        self.grads = tuple(grads)
 
     def forward(self) -> None:
         """Replay the forward."""
@@ -100,7 +109,9 @@ class BranchGraphs:
         self._names = tuple(names)
         self._max_shapes = max_shapes
         self._record = record
-        self._recorded: list[dict[Any, _Replayable]] = [{} for _ in names]
+        # None: no gradients are asked for, so there is nothing to record.
+        self._recorded: list[dict[Any, _Replayable | None]] = [{} for _ in names]
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self.num_replayed = 0
         self.num_not_replayed = 0
 
@@ -110,69 +121,84 @@ class BranchGraphs:
     @property
     def num_recorded(self) -> list[int]:
         """Per branch, how many shapes are recorded."""
-        return [len(recorded) for recorded in self._recorded]
+        return [sum(each is not None for each in recorded.values()) for recorded in self._recorded]
 
-    def run(
-        self,
-        index: int,
-        parts: nn.Module,
-        parameters: Sequence[nn.Parameter],
-        branch: Callable[[nn.Module, Tensor], Tensor],
-        module: nn.Module,
-        x: Tensor,
-    ) -> Tensor:
+    @eager
+    def run(self, index: int, branch: Callable[[nn.Module, Tensor], Tensor], module: nn.Module, x: Tensor) -> Tensor:
         """What `branch(module, x)` gives, with gradients to `x` and the parameters.
 
         Args:
             index: of the branch.
-            parts: holds what the branch uses.
-            parameters: those of `parts`.
-            branch: a function of its arguments and of `parts` only, the same one in every call.
-            module: its first argument.
+            branch: a function of its arguments only, the same one in every call.
+            module: its first argument, which holds all that it uses.
             x: (K, ...), its second.
 
         Raises:
             RuntimeError: if the branch cannot be recorded.
         """
-        if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in (x, *parameters)):
+        state = _State(module)
+        if not torch.is_grad_enabled() or not (x.requires_grad or any(state.need_gradients)):
             return branch(module, x)
         recorded = self._recorded[index]
-        key = (branch, x.shape, x.stride(), x.requires_grad, *_state(x, parts, parameters))
+        key = (
+            branch,
+            x.shape,
+            x.stride(),
+            x.dtype,
+            x.requires_grad,
+            _autocast(x),
+            state.need_gradients,
+            state.training,
+        )
+        known = recorded.get(key)
+        if known is not None and known.places != state.places:
+            del recorded[key]  # Parameters or buffers have been replaced.
+        if key not in recorded and len(recorded) < self._max_shapes:
+            recorded[key] = self._new(index, branch, module, x, state)
         replayable = recorded.get(key)
-        if replayable is None and len(recorded) < self._max_shapes:
-            replayable = recorded[key] = self._new(index, parts, parameters, branch, module, x)
         if replayable is None or replayable.is_waiting():
             self.num_not_replayed += 1
             return branch(module, x)
         self.num_replayed += 1
-        return cast(Tensor, _Replay.apply(x, replayable, *parameters))
+        used = [state.parameters[number] for number in replayable.used]
+        return cast(Tensor, _Replay.apply(x, replayable, *used))
 
     def _new(
-        self,
-        index: int,
-        parts: nn.Module,
-        parameters: Sequence[nn.Parameter],
-        branch: Callable[[nn.Module, Tensor], Tensor],
-        module: nn.Module,
-        x: Tensor,
-    ) -> _Replayable:
+        self, index: int, branch: Callable[[nn.Module, Tensor], Tensor], module: nn.Module, x: Tensor, state: _State
+    ) -> _Replayable | None:
+        stand_ins = _stand_ins(module)
+
         def function(x: Tensor) -> Tensor:
             # Weights are cast inside of the graph: a cast that autocast remembers would be that of the first step.
             kind = x.device.type
-            with torch.autocast(
+            precision = torch.autocast(
                 kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False
-            ):
+            )
+            with precision, _with_parameters(module, stand_ins):
                 return branch(module, x)
 
         example = x.detach().clone().requires_grad_(x.requires_grad)
+        parameters = [stand_ins[parameter] for parameter in state.parameters]
         try:
-            _warm_up(function, example, parts, parameters)
-            return _Replayable(self._names[index], self._record(function, example, parameters))
+            with _on_stream(self._stream(x.device)) as stream:
+                used = _warm_up(function, example, module, parameters)
+                if used is None:
+                    return None
+                recording = self._record(function, example, [parameters[number] for number in used], stream)
         except RuntimeError as error:
             raise RuntimeError(
                 f"The branch {self._names[index]} cannot be recorded as a CUDA graph: {str(error).splitlines()[0]} "
                 "Run the model without depth.capture()."
             ) from error
+        return _Replayable(self._names[index], recording, used, state.places)
+
+    def _stream(self, device: torch.device) -> torch.cuda.Stream | None:
+        # One for all: libraries keep working memory for each stream that they meet.
+        if device.type != "cuda":
+            return None
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        return self._streams[device]
 
 
 def refuse_unrecordable(names: Sequence[str], parts: Sequence[nn.Module]) -> None:
@@ -182,28 +208,65 @@ def refuse_unrecordable(names: Sequence[str], parts: Sequence[nn.Module]) -> Non
         ValueError: in one line, with the branch and the cause.
     """
     for name, module in zip(names, parts, strict=True):
-        causes = [
-            f"{type(part).__name__} has hooks, which run in Python"
-            if has_hooks(part)
-            else f"{type(part).__name__} with momentum=None reads its counter in every step"
-            for part in module.modules()
-            if has_hooks(part) or (hasattr(part, "num_batches_tracked") and getattr(part, "momentum", 0.0) is None)
-        ]
-        causes += [
-            f"a parameter is a {type(parameter).__name__} on {parameter.device.type}, not a plain one on cuda"
-            for parameter in module.parameters()
-            if type(parameter) is not nn.Parameter or parameter.device.type != "cuda"
-        ]
-        if causes:
-            raise ValueError(f"The branch {name} cannot be recorded as a CUDA graph: {causes[0]}.")
+        for part in module.modules():
+            kind, cause = type(part).__name__, None
+            if has_hooks(part):
+                cause = f"{kind} has hooks, which run in Python"
+            elif isinstance(part, nn.SyncBatchNorm):
+                cause = f"{kind} waits for other ranks"
+            elif hasattr(part, "num_batches_tracked") and getattr(part, "momentum", 0.0) is None:
+                cause = f"{kind} with momentum=None reads its counter in every step"
+            elif "_stochastic_depth_branch" in part.__dict__:
+                cause = f"{kind} inside of it has a gate of its own"
+            if cause is not None:
+                raise ValueError(f"The branch {name} cannot be recorded as a CUDA graph: {cause}.")
+        for parameter in module.parameters():
+            if type(parameter) is not nn.Parameter or parameter.device.type != "cuda":
+                cause = (
+                    f"a parameter is a {type(parameter).__name__} on {parameter.device.type}, not a plain one on cuda"
+                )
+                raise ValueError(f"The branch {name} cannot be recorded as a CUDA graph: {cause}.")
+
+
+class _State:
+    """What a recording of a module holds for.
+
+    Attributes:
+        parameters: each of the module's parameters once.
+        need_gradients: which of them need gradients.
+        training: which of its parts are in training mode.
+        places: where parameters and buffers lie.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        parameters: dict[nn.Parameter, None] = {}
+        places: list[int] = []
+        training: list[bool] = []
+        pending = [module]
+        while pending:
+            part = pending.pop()
+            training.append(part.training)
+            for parameter in part._parameters.values():  # pyright: ignore[reportPrivateUsage]
+                if parameter is not None:
+                    parameters[parameter] = None
+            for buffer in part._buffers.values():  # pyright: ignore[reportPrivateUsage]
+                if buffer is not None:
+                    places.append(buffer.data_ptr())
+            pending += [child for child in part._modules.values() if child is not None]  # pyright: ignore
+        self.parameters = list(parameters)
+        self.need_gradients = tuple([parameter.requires_grad for parameter in parameters])
+        self.training = tuple(training)
+        self.places = [*places, *[parameter.data_ptr() for parameter in parameters]]
 
 
 class _Replayable:
     """A recording, and the forward that it was last replayed for."""
 
-    def __init__(self, name: str, recording: Recording) -> None:
+    def __init__(self, name: str, recording: Recording, used: Sequence[int], places: Sequence[int]) -> None:
         self.name = name
         self.recording = recording
+        self.used = used
+        self.places = places
         self._forward: weakref.ref[_Forward] | None = None
 
     def is_waiting(self) -> bool:
@@ -248,41 +311,110 @@ class _Replay(torch.autograd.Function):
         ctx.replayable.end(ctx.begun)
         recording.grad_output.copy_(grad_outputs[0])
         recording.backward()
-        # Copies: whoever keeps a gradient must not find that of a later replay in it.
-        written = [grad for grad in recording.grads if grad is not None]
+        # Copies: whoever keeps a gradient must not find a later one in it. Those of parameters are made all at once.
+        of_input, *of_parameters = recording.grads
+        written = [grad for grad in of_parameters if grad is not None]
         copies = [torch.empty_like(grad) for grad in written]
-        torch._foreach_copy_(copies, written)  # pyright: ignore -- all at once: two launches or so
+        if copies:
+            torch._foreach_copy_(copies, written)  # pyright: ignore
         given = iter(copies)
-        of_input, *of_parameters = (grad if grad is None else next(given) for grad in recording.grads)
-        return of_input, None, *of_parameters
+        return (
+            None if of_input is None else of_input.clone(),
+            None,
+            *(grad if grad is None else next(given) for grad in of_parameters),
+        )
 
 
-def _state(x: Tensor, parts: nn.Module, parameters: Sequence[nn.Parameter]) -> tuple[Any, ...]:
-    """What else a recording holds for: where the parameters lie, how parts behave, what autocast computes in."""
+def _autocast(x: Tensor) -> torch.dtype | None:
     kind = x.device.type
-    return (
-        x.dtype,
-        torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
-        tuple([(parameter.data_ptr(), parameter.requires_grad) for parameter in parameters]),
-        tuple([part.training for part in parts.modules()]),
-    )
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def _gradients(output: Tensor, inputs: Sequence[Tensor], grad_output: Tensor) -> list[Tensor | None]:
+    """Gradients of those inputs that need one and are used, outside of autocast, where a backward is computed."""
+    needed = [tensor for tensor in inputs if tensor.requires_grad]
+    with torch.autocast(output.device.type, enabled=False):
+        grads = iter(torch.autograd.grad(output, needed, grad_output, allow_unused=True))
+    return [next(grads) if tensor.requires_grad else None for tensor in inputs]
+
+
+@contextmanager
+def _on_stream(stream: torch.cuda.Stream | None) -> Generator[torch.cuda.Stream | None]:
+    """Within, the GPU works beside what is going on, and nothing else does."""
+    if stream is None:
+        yield None
+        return
+    before = torch.cuda.current_stream(stream.device)
+    torch.cuda.synchronize(stream.device)
+    try:
+        with torch.cuda.device(stream.device), torch.cuda.stream(stream):
+            yield stream
+    finally:
+        torch.cuda.set_stream(before)  # a capture that fails leaves its own
+        torch.cuda.synchronize(stream.device)
+
+
+def _stand_ins(module: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
+    """Other parameters on the memory of the module's own.
+
+    Those may have hooks, and autograd remembers on which stream each of them was first used.
+    """
+    return {parameter: nn.Parameter(parameter.detach(), parameter.requires_grad) for parameter in module.parameters()}
+
+
+@contextmanager
+def _with_parameters(module: nn.Module, stand_ins: Mapping[nn.Parameter, nn.Parameter]) -> Generator[None]:
+    own = [(part._parameters, dict(part._parameters)) for part in module.modules()]  # pyright: ignore
+    try:
+        for current, before in own:
+            current.update({name: None if value is None else stand_ins[value] for name, value in before.items()})
+        yield
+    finally:
+        for current, before in own:
+            current.update(before)
 
 
 def _warm_up(
-    function: Callable[[Tensor], Tensor], x: Tensor, parts: nn.Module, parameters: Sequence[nn.Parameter]
-) -> None:
-    """Run the branch a few times, beside what is going on, and leave statistics and random states as they were."""
-    needed = [tensor for tensor in (x, *parameters) if tensor.requires_grad]
-    before = [buffer.clone() for buffer in parts.buffers()]
-    with torch.random.fork_rng([x.device] if x.is_cuda else [], device_type="cuda"):
-        if x.is_cuda:
-            torch.cuda.synchronize(x.device)
-        with torch.cuda.stream(torch.cuda.Stream(x.device) if x.is_cuda else None):
+    function: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module, parameters: Sequence[nn.Parameter]
+) -> list[int] | None:
+    """Run the branch a few times, and leave statistics and random states as they were.
+
+    Returns:
+        Which of the parameters it uses; None where its output needs no gradients.
+
+    Raises:
+        RuntimeError: if it uses parameters that are not among them.
+    """
+    before = [buffer.clone() for buffer in module.buffers()]
+    used: list[int] = []
+    try:
+        with torch.random.fork_rng([x.device] if x.is_cuda else [], device_type="cuda"):
             for _ in range(_NUM_WARM_UP):
                 output = function(x)
-                torch.autograd.grad(output, needed, torch.zeros_like(output), allow_unused=True)
-        if x.is_cuda:
-            torch.cuda.synchronize(x.device)
-    with torch.no_grad():
-        for buffer, value in zip(parts.buffers(), before, strict=True):
-            buffer.copy_(value)
+                if not output.requires_grad:
+                    return None
+                if not _leaves(output) <= {id(tensor) for tensor in (x, *parameters)}:
+                    raise RuntimeError("it uses parameters that are not its module's.")
+                _, *grads = _gradients(output, [x, *parameters], torch.zeros_like(output))
+                used = [number for number, grad in enumerate(grads) if grad is not None]
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(module.buffers(), before, strict=True):
+                buffer.copy_(value)
+    return used
+
+
+def _leaves(output: Tensor) -> set[int]:
+    """Ids of the tensors to which a backward would add gradients."""
+    found: set[int] = set()
+    seen: set[Any] = set()
+    pending: list[Any] = [output.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        pending += [following for following, _ in node.next_functions]
+    return found

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore
 
-from stochastic_depth.cuda_graphs import BranchGraphs
 from stochastic_depth.gates import Draw, draw_counts, draw_order
 
 Granularity = Literal["batch", "sample"]
@@ -28,6 +27,15 @@ Ranks = Literal["agree", "decorrelate"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Observer = Callable[[int, Callable[[Any], Any], Any], Any]
+
+
+class Replays(Protocol):
+    """Runs branches by recordings of them."""
+
+    def run(self, index: int, branch: Callable[[nn.Module, Tensor], Tensor], module: nn.Module, x: Tensor) -> Tensor:
+        """What `branch(module, x)` gives."""
+        ...
+
 
 # How many passes may wait for their backward at once under activation checkpointing.
 _NUM_REMEMBERED = 1024
@@ -139,7 +147,7 @@ class ForwardPasses:
         """The latest pass with a draw."""
         self.observer: Observer | None = None
         """Runs every branch in place of its plain call, while something is measured."""
-        self.graphs: BranchGraphs | None = None
+        self.graphs: Replays | None = None
         """Replays branches, after `Controller.capture`."""
         self._forget()
 
@@ -399,9 +407,9 @@ def _is_reentrant_checkpoint(node: Node) -> bool:
     return node.name() == "CheckpointFunctionBackward"
 
 
-def is_checkpointed() -> bool:
-    """Whether what runs now is being checkpointed, or is recomputed in a backward."""
-    return evaluated_node() is not None or _inside_checkpoint()
+def saves_as_usual() -> bool:
+    """Whether what runs now is no recomputation, and what it saves for its backward is not sent elsewhere."""
+    return evaluated_node() is None and torch._C._autograd._top_saved_tensors_default_hooks(True) is None  # pyright: ignore
 
 
 def _inside_checkpoint() -> bool:

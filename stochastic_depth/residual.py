@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from stochastic_depth.copies import tensor_without_data, without_data
-from stochastic_depth.passes import CLOSED, ForwardPasses, Gate, Observer, eager, graph_break, is_checkpointed
+from stochastic_depth.passes import CLOSED, ForwardPasses, Gate, Observer, eager, graph_break, saves_as_usual
 
 # The gated sum stays out of torch.compile's graphs, which would be one per pattern of gates; the branches that it calls
 # are compiled, one graph per shape.
@@ -106,8 +106,8 @@ class GatedBranch:
             training: whether the rule of training holds.
             others: inputs of the branch to which the shortcut carries no gradient: like parameters, they get gradients
                 of zero from a branch that does not run.
-            repeatable: whether `branch` is the same in every call and a function of its arguments and `parts` only, so
-                that a recording of it may be replayed.
+            repeatable: whether `branch` is the same in every call and a function of its arguments only, so that a
+                recording of it may be replayed.
 
         Returns:
             (N, ...), a tensor of its own, safe to be changed in place.
@@ -122,8 +122,8 @@ class GatedBranch:
             return _plain_sum(shortcut, branch(module, x), self.factor(None))
         factor = self.factor(gate.survival_prob)
         graphs = self.passes.graphs
-        if graphs is not None and repeatable and self.passes.observer is None and not is_checkpointed():
-            branch = cast(BranchFunction, partial(graphs.run, self.index, parts, _parameters(parts), branch))
+        if graphs is not None and repeatable and self.passes.observer is None and saves_as_usual():
+            branch = cast(BranchFunction, partial(graphs.run, self.index, branch))
         if gate.num_open == num_samples:
             return _plain_sum(shortcut, branch(module, x), factor)
         return self._sum_over_subset(shortcut, x, module, branch, gate, factor, parts)

@@ -106,10 +106,11 @@ class Controller:
     def capture(self) -> BranchGraphs:
         """Replay each branch as a CUDA graph from now on, forward and backward; recorded when it first runs.
 
-        A step then asks the GPU for two launches per open branch, whatever it computes, and for none per closed one.
-        Outputs and gradients are those of the plain branch. What a graph computes in lies in memory of its own, also
-        in steps in which the branch is closed. Branches of several inputs, masked ones, whole layers (`layers=`),
-        activation checkpoints and evaluation run without graphs. Deepcopies and files are without them.
+        A step then asks the GPU for two graphs and a few copies per open branch, however many kernels it has, and for
+        nothing of a closed one. Outputs and gradients are those of the plain branch. What a graph computes in lies in
+        memory of its own, also in steps in which the branch is closed. Branches of several inputs, masked ones, whole
+        layers (`layers=`), activation checkpoints and evaluation run without graphs. Deepcopies and files are without
+        them.
 
         Returns:
             What counts the recordings and replays.

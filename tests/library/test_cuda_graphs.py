@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
-from stochastic_depth.cuda_graphs import BranchGraphs
+from stochastic_depth.cuda_graphs import BranchGraphs, CudaRecording
 
 BATCH = 6
 ON_GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
@@ -22,7 +23,7 @@ ON_GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_availab
 class Rerun:
     """Overwrites its own memory in every replay, as graphs do, by running the function again."""
 
-    def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[Tensor], _: Any) -> None:
         self.input, self._function = x, function
         self._needed = [tensor for tensor in (x, *parameters) if tensor.requires_grad]
         self.grads = tuple(torch.full_like(t, torch.nan) if t.requires_grad else None for t in (x, *parameters))
@@ -171,7 +172,7 @@ def test_evaluation_runs_without_graphs() -> None:
     ("change", "num_recorded"),
     [
         (lambda net: net.groups[0].requires_grad_(False), 9 + 3),
-        (lambda net: net.load_state_dict({k: v * 2 for k, v in net.state_dict().items()}, assign=True), 18),
+        (lambda net: net.load_state_dict({k: v * 2 for k, v in net.state_dict().items()}, assign=True), 9),
         (lambda net: [part.eval() for part in net.groups.modules() if isinstance(part, nn.BatchNorm2d)], 18),
         (lambda net: net.load_state_dict({k: v * 2 for k, v in net.state_dict().items()}), 9),
     ],
@@ -195,6 +196,124 @@ def test_statistics_are_as_if_nothing_had_been_warmed_up() -> None:
     for net in (model, plain):
         loss_of(net).backward()
     assert_same(list(model.buffers()), list(plain.buffers()))
+
+
+def test_hooks_of_parameters_run_once() -> None:
+    model, plain = network(), network()
+    captured(sd.make_stochastic_(model, sd.uniform(1.0)))
+    for net in (model, plain):
+        for parameter in net.parameters():
+            parameter.register_hook(lambda grad: grad * 0.5)
+        for _ in range(2):
+            loss_of(net).backward()
+    assert_same(gradients(model), gradients(plain))
+
+
+def test_a_loss_that_is_kept_over_steps() -> None:
+    model, plain = network(), network()
+    graphs = captured(sd.make_stochastic_(model, sd.uniform(1.0)))
+    kept = []
+    for net in (model, plain):
+        for _ in range(3):
+            kept.append(loss_of(net))
+            kept[-1].backward()
+    assert_same(gradients(model), gradients(plain))
+    assert graphs.num_replayed == 27
+
+
+class Tied(nn.Module):
+    """One linear map, used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second = nn.Linear(4, 4, bias=False)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+class SharedNorm(nn.Module):
+    """A norm that the branch uses, and the block outside of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.inner = nn.LayerNorm(4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return x + self.inner(self.norm(2 * x.cos()))
+
+
+@pytest.mark.parametrize("make", [lambda: sd.Residual(Tied()), SharedNorm], ids=["tied", "shared norm"])
+def test_parameters_that_are_used_twice(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), make(), make()).double()
+    plain = copy.deepcopy(model)
+    graphs = captured(sd.make_stochastic_(model, sd.uniform(1.0)))
+    x = torch.randn(8, 4, dtype=torch.float64)
+    for net in (model, plain):
+        for _ in range(2):
+            net(x).square().sum().backward()
+    assert_same(gradients(model), gradients(plain))
+    assert graphs.num_replayed == 4
+
+
+def test_a_parameter_of_nobody_is_refused() -> None:
+    weight = nn.Parameter(torch.ones(4))
+
+    class Borrowing(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * weight
+
+    model = nn.Sequential(nn.Linear(4, 4), sd.Residual(Borrowing(4, 4)))
+    captured(sd.make_stochastic_(model, sd.uniform(1.0)))
+    with pytest.raises(
+        RuntimeError, match=r"branch 1 cannot be recorded .*: it uses parameters that are not its module"
+    ):
+        model(torch.ones(2, 4))
+
+
+def test_mixed_precision_is_that_of_plain_branches() -> None:
+    model, plain = network().float(), network().float()
+    graphs = captured(sd.make_stochastic_(model, sd.uniform(1.0)))
+    images, labels = batch()
+    for net in (model, plain):
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = F.cross_entropy(net(images.float()), labels)
+            loss.backward()
+    for one, other in zip(gradients(model), gradients(plain), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert graphs.num_replayed == 18
+
+
+def test_a_branch_without_gradients_is_not_recorded() -> None:
+    model = network()
+    model.requires_grad_(False)
+    model.fc.requires_grad_(True)
+    graphs = captured(sd.make_stochastic_(model, sd.uniform(1.0)))
+    loss_of(model).backward()
+    assert graphs.num_recorded == [0] * 9
+
+
+def test_saved_tensors_that_are_sent_elsewhere() -> None:
+    model = network()
+    graphs = captured(sd.make_stochastic_(model, sd.uniform(1.0)))
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.clone(), lambda tensor: tensor):
+        loss_of(model).backward()
+    assert graphs.num_replayed == 0
+
+
+def test_what_a_graph_would_freeze_is_refused() -> None:
+    inner = sd.Residual(nn.Linear(4, 4))
+    model = nn.Sequential(sd.Residual(nn.Sequential(nn.Linear(4, 4), inner)))
+    with pytest.raises(ValueError, match=r"branch 0 cannot .* inside of it has a gate of its own"):
+        sd.make_stochastic_(model, sd.uniform(0.5)).capture()
+    model = nn.Sequential(sd.Residual(nn.SyncBatchNorm(4)))
+    with pytest.raises(ValueError, match=r"SyncBatchNorm waits for other ranks"):
+        sd.make_stochastic_(model, sd.uniform(0.5)).capture()
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -277,3 +396,38 @@ def test_a_failed_recording_names_the_branch() -> None:
     depth.passes.graphs = BranchGraphs(depth.names, record=fail)
     with pytest.raises(RuntimeError, match=r"groups\.0\.0\.residual cannot be recorded .*: operation not permitted"):
         loss_of(model)
+
+
+def test_what_a_recording_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Graph:
+        num_replays = 0
+
+        def replay(self) -> None:
+            Graph.num_replays += 1
+
+    recorded = []
+
+    def graph(graph: Graph, **how: Any) -> Any:
+        recorded.append((graph, how))
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    weight, frozen = nn.Parameter(torch.full((4,), 3.0)), nn.Parameter(torch.ones(4), requires_grad=False)
+    x = torch.arange(8.0).reshape(2, 4).requires_grad_()
+    monkeypatch.setattr(torch, "empty_like", torch.ones_like)  # the gradient of the output
+    recording = CudaRecording(lambda x: x * weight + frozen, x, [weight, frozen], None)
+    assert recording.output.requires_grad is False
+    assert recording.output.tolist() == (3 * x + 1).tolist()
+    of_input, of_weight, of_frozen = recording.grads
+    assert of_input is not None
+    assert of_input.tolist() == [[3.0] * 4] * 2
+    assert of_weight is not None
+    assert of_weight.tolist() == [4.0, 6.0, 8.0, 10.0]
+    assert of_frozen is None
+    recording.forward(), recording.backward()
+    assert Graph.num_replays == 2
+    (first, how), (second, same) = recorded
+    assert first is not second
+    assert how == same == {"pool": (0, 1), "stream": None, "capture_error_mode": "thread_local"}
