@@ -18,10 +18,11 @@ from pathlib import Path
 import matplotlib
 import torch
 import torch.nn.functional as F
-from protocol import interleaved, kept_bytes, write_table
+from protocol import interleaved, write_table
 from torch import nn
 
 import stochastic_depth as sd
+from stochastic_depth_lab.kept_bytes import kept_bytes
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -52,7 +53,7 @@ def measure(sizes: Sequence[tuple[int, int]], rounds: int) -> list[Row]:
                 depths[key] = sd.make_stochastic_(model, sd.linear_decay(0.5), draw="equal_cost").expected_depth
             steps[key] = functools.partial(step, model, images, labels)
             forward = functools.partial(lambda model, images, labels: F.cross_entropy(model(images), labels))
-            memory[key] = kept_bytes(functools.partial(forward, model, images, labels), model) / 2**20
+            memory[key] = kept_bytes(functools.partial(forward, model, images, labels)) / 2**20
     names = {" ".join(map(str, key)): key for key in steps}
     times = interleaved({name: steps[key] for name, key in names.items()}, rounds=rounds, warm_up=1)
     return [(*key, depths[key], statistics.median(times[name]) * 1e3, memory[key]) for name, key in names.items()]

@@ -23,10 +23,11 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from protocol import kept_bytes, write_table
+from protocol import write_table
 from torch import Tensor, nn
 
 import stochastic_depth as sd
+from stochastic_depth_lab.kept_bytes import kept_bytes
 
 VARIANTS = {
     "ResNet-110": ("constant depth", "linear 0.5, batch", "linear 0.5, sample", "uniform 0.5, batch"),
@@ -103,9 +104,7 @@ def main() -> None:
         constant: tuple[float, float] | None = None
         for variant in variants:
             model, batch = create(network, variant), data(network, args.batch_size)
-            kept = statistics.fmean(
-                kept_bytes(functools.partial(loss_of, model, *batch), model) for _ in range(args.counted)
-            )
+            kept = statistics.fmean(kept_bytes(functools.partial(loss_of, model, *batch)) for _ in range(args.counted))
             del model, batch
             peak = statistics.median(measured_peak(network, variant, args.batch_size) for _ in range(args.peaks))
             constant = constant or (kept, peak)

@@ -3,120 +3,172 @@
     python benchmarks/peers.py [--networks ...] [--rates 0.1 0.2 0.5] [--batch-sizes 8 64 256]
 
 Constant depth, torchvision's `StochasticDepth` (mode "batch" and "row"), timm's `DropPath`, a random subset of fixed
-size as DINOv2 is described, and `make_stochastic_` in both granularities. Per way: FLOPs and bytes kept for the
-backward, counted, means over the rounds; process and wall-clock time of forward and backward, median ratios.
+size as DINOv2 is described, and `make_stochastic_` in both granularities. Ratios to constant depth, a table for each:
+FLOPs, bytes kept for the backward and peak of a step, counted; process and wall-clock time of forward and backward.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import statistics
 import time
+from collections.abc import Callable
 
 import networks
 import torch
 import torch.nn.functional as F
 import torchvision
-from protocol import kept_bytes, ratio, shuffled_rounds, write_table
-from torch import nn
+from protocol import ratio, shuffled_rounds, write_table
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import stochastic_depth as sd
+from stochastic_depth_lab.kept_bytes import kept_bytes
+
+WAYS = (
+    "constant depth",
+    "again",
+    "torchvision batch",
+    "torchvision row",
+    "timm DropPath",
+    "fixed subset (DINOv2)",
+    "ours, batch",
+    "ours, sample",
+)
 
 
-def ways(network: str, rate: float, seed: int) -> dict[str, nn.Module]:
-    """The network at constant depth, and with every way of dropping at this rate."""
-    made = {
-        "constant depth": networks.create(network, 0.0),
-        "constant depth again": networks.create(network, 0.0),
-        "torchvision batch": networks.with_drop_paths(
-            networks.create(network, rate), torchvision.ops.StochasticDepth(rate, "batch")
-        ),
-        "torchvision row": networks.with_drop_paths(
-            networks.create(network, rate), torchvision.ops.StochasticDepth(rate, "row")
-        ),
-        "timm DropPath": networks.create(network, rate),
-        "fixed subset (DINOv2)": networks.with_subsets(network, rate),
-    }
-    for granularity in ("batch", "sample"):
-        model = made[f"make_stochastic_ {granularity}"] = networks.create(network, rate)
-        sd.make_stochastic_(model, granularity=granularity, seed=seed)
-    return {name: model for name, model in made.items() if model is not None}
+def create(network: str, way: str, rate: float, seed: int) -> nn.Module | None:
+    """The network with one way of dropping at this rate; None where that way rejects the network."""
+    if way in ("constant depth", "again"):
+        return networks.create(network, 0.0)
+    if way.startswith("fixed subset"):
+        return networks.with_subsets(network, rate)
+    model = networks.create(network, rate)
+    if way.startswith("torchvision"):
+        return networks.with_drop_paths(model, torchvision.ops.StochasticDepth(rate, way.split()[1]))
+    if way.startswith("ours"):
+        sd.make_stochastic_(model, granularity=way.split()[1], seed=seed)
+    return model
 
 
-def forward(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def forward(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """The loss."""
     return F.cross_entropy(model(images), labels)
 
 
-def step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
+def step(model: nn.Module, images: Tensor, labels: Tensor) -> None:
     """Forward and backward."""
     model.zero_grad()
     forward(model, images, labels).backward()
 
 
-def flops_of(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> int:
+def flops(model: nn.Module, images: Tensor, labels: Tensor) -> int:
     """FLOPs that a step executes."""
     with FlopCounterMode(display=False) as counter:
         step(model, images, labels)
     return counter.get_total_flops()
 
 
+def kept(model: nn.Module, images: Tensor, labels: Tensor) -> int:
+    """Bytes that a forward keeps for its backward."""
+    return kept_bytes(functools.partial(forward, model, images, labels))
+
+
+def peak(model: nn.Module, images: Tensor, labels: Tensor) -> int:
+    """Bytes that a step holds at most, gradients too, beyond what was there before: what PyTorch allocates."""
+    model.zero_grad()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step(model, images, labels)
+    assert profiler.profiler is not None
+    events = profiler.profiler.kineto_results.events()
+    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    return max(itertools.accumulate(num_bytes for _, num_bytes in sorted(changes, key=lambda change: change[0])))
+
+
+COUNTS: dict[str, Callable[[nn.Module, Tensor, Tensor], int]] = {"flops": flops, "kept": kept, "peak": peak}
+
+
+def count(models: dict[str, nn.Module], batch: tuple[Tensor, Tensor], num_steps: int) -> dict[str, dict[str, float]]:
+    """For each count its ratios to constant depth by way; means where gates are drawn by branch."""
+    ratios: dict[str, dict[str, float]] = {}
+    for what, measure in COUNTS.items():
+        means = {
+            way: statistics.fmean(measure(model, *batch) for _ in range(num_steps if way.startswith("ours") else 1))
+            for way, model in models.items()
+        }
+        ratios[what] = {way: mean / means["constant depth"] for way, mean in means.items()}
+    return ratios
+
+
+def measure_times(models: dict[str, nn.Module], batch: tuple[Tensor, Tensor], rounds: int) -> list[dict[str, float]]:
+    """Ratios to constant depth by way, of process time and of wall-clock: medians over interleaved rounds."""
+    clocks = time.process_time, time.perf_counter
+    times: list[dict[str, list[float]]] = [{way: [] for way in models} for _ in clocks]
+    for way in shuffled_rounds(models, rounds=rounds + 1):
+        begin = [clock() for clock in clocks]
+        step(models[way], *batch)
+        for clock, began, of_clock in zip(clocks, begin, times, strict=True):
+            of_clock[way].append(clock() - began)
+    # The first round warms up.
+    return [{way: ratio(each[way][1:], each["constant depth"][1:])[0] for way in models} for each in times]
+
+
 def main() -> None:
-    """Measure and write the table."""
+    """Measure and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=list(networks.NETWORKS))
     parser.add_argument("--rates", type=float, nargs="+", default=[0.1, 0.2, 0.5])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 64, 256])
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0, help="of the gates and the images")
-    parser.add_argument("--name", default="peers", help="name of the table's file")
-    parser.add_argument("--counted", type=int, default=20, help="steps whose FLOPs and bytes are counted")
+    parser.add_argument("--name", default="peers", help="how the names of the tables' files begin")
+    parser.add_argument("--counted-batch", type=int, default=32, help="images of a step that is counted")
+    parser.add_argument("--counted", type=int, default=10, help="steps that are counted where they differ")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
-    for network in args.networks:
-        for rate in args.rates:
-            models = ways(network, rate, args.seed)
+    rows: dict[str, list[list[str]]] = {what: [] for what in (*COUNTS, "process_time", "wall_clock")}
+    for network, rate in itertools.product(args.networks, args.rates):
+        made = {way: create(network, way, rate, args.seed) for way in WAYS}
+        models = {way: model for way, model in made.items() if model is not None}
+
+        def images(batch_size: int) -> tuple[Tensor, Tensor]:
             torch.manual_seed(args.seed)
-            few = torch.randn(8, 3, networks.IMAGE_SIZE, networks.IMAGE_SIZE), torch.randint(10, (8,))
-            num_counted = {name: args.counted if "make" in name else 1 for name in models}
-            flops = {
-                name: statistics.fmean(flops_of(model, *few) for _ in range(num_counted[name]))
-                for name, model in models.items()
-            }
-            kept = {
-                name: statistics.fmean(
-                    kept_bytes(functools.partial(forward, model, *few), model) for _ in range(num_counted[name])
-                )
-                for name, model in models.items()
-            }
-            for batch_size in args.batch_sizes:
-                images = torch.randn(batch_size, 3, networks.IMAGE_SIZE, networks.IMAGE_SIZE)
-                labels = torch.randint(10, (batch_size,))
-                process: dict[str, list[float]] = {name: [] for name in models}
-                wall: dict[str, list[float]] = {name: [] for name in models}
-                for name in shuffled_rounds(models, rounds=args.rounds + 1):
-                    begin = time.process_time(), time.perf_counter()
-                    step(models[name], images, labels)
-                    process[name].append(time.process_time() - begin[0])
-                    wall[name].append(time.perf_counter() - begin[1])
-                for name in models:
-                    ratios = [ratio(times[name][1:], times["constant depth"][1:])[0] for times in (process, wall)]
-                    counts = [count[name] / count["constant depth"] for count in (flops, kept)]
-                    rows.append(
-                        [network, f"{rate:g}", str(batch_size), name, *(f"{value:.3f}" for value in (*counts, *ratios))]
-                    )
-                    print(" | ".join(rows[-1]), flush=True)
-    write_table(
-        args.name,
-        "Ways of dropping, uniform rate, as ratios to constant depth",
-        ["network", "rate", "batch", "way", "FLOPs", "bytes kept", "process time", "wall-clock"],
-        rows,
-        f"{networks.IMAGE_SIZE} pixels, fp32, forward and backward; times: medians of n = {args.rounds} interleaved "
-        f"rounds; FLOPs and bytes: means of {args.counted} steps of 8 images.",
+            return torch.randn(batch_size, 3, networks.IMAGE_SIZE, networks.IMAGE_SIZE), torch.randint(
+                10, (batch_size,)
+            )
+
+        results = [
+            (what, args.counted_batch, ratios)
+            for what, ratios in count(models, images(args.counted_batch), args.counted).items()
+        ]
+        for batch_size in args.batch_sizes:
+            process, wall = measure_times(models, images(batch_size), args.rounds)
+            results += [("process_time", batch_size, process), ("wall_clock", batch_size, wall)]
+        for what, batch_size, ratios in results:
+            cells = [f"{ratios[way]:.3f}" if way in ratios else "refused" for way in WAYS[1:]]
+            rows[what].append([network, f"{rate:g}", str(batch_size), *cells])
+            print(what, *rows[what][-1], sep=" | ", flush=True)
+    counted = f"{networks.IMAGE_SIZE} pixels, fp32, forward and backward; ours: mean of {args.counted} steps."
+    timed = (
+        f"{networks.IMAGE_SIZE} pixels, fp32, forward and backward; medians of n = {args.rounds} interleaved rounds."
     )
+    for what, title, note in (
+        ("flops", "FLOPs executed", counted),
+        ("kept", "Bytes that a forward keeps for its backward", counted),
+        ("peak", "Bytes that a step allocates at most, gradients too", counted),
+        ("process_time", "Process time", timed),
+        ("wall_clock", "Wall-clock time", timed),
+    ):
+        write_table(
+            f"{args.name}_{what}",
+            f"{title}, uniform rate, as ratios to constant depth",
+            ["network", "rate", "batch", *WAYS[1:]],
+            rows[what],
+            note,
+        )
 
 
 if __name__ == "__main__":

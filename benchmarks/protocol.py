@@ -66,26 +66,3 @@ def write_table(name: str, title: str, header: Sequence[str], rows: Sequence[Seq
     folder = Path(__file__).parent / "tables"
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.md").write_text(text)
-
-
-def kept_bytes(step: Callable[[], torch.Tensor], model: torch.nn.Module) -> int:
-    """Bytes that a forward keeps for its backward, parameters and buffers of the model not counted.
-
-    Args:
-        step: the forward; gives the loss.
-        model: the model.
-    """
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = step()
-    loss.backward()
-    model.zero_grad()
-    return sum(storage.nbytes() for storage in kept.values())

@@ -408,8 +408,13 @@ def _is_reentrant_checkpoint(node: Node) -> bool:
 
 
 def saves_as_usual() -> bool:
-    """Whether what runs now is no recomputation, and what it saves for its backward is not sent elsewhere."""
-    return evaluated_node() is None and torch._C._autograd._top_saved_tensors_default_hooks(True) is None  # pyright: ignore
+    """Whether what runs now is no recomputation, and nobody else decides how what it saves for its backward is kept."""
+    autograd = torch._C._autograd  # pyright: ignore
+    return (
+        evaluated_node() is None
+        and autograd._saved_tensors_hooks_is_enabled()
+        and autograd._top_saved_tensors_default_hooks(True) is None
+    )
 
 
 def _inside_checkpoint() -> bool:

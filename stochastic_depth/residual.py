@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPriva
 
 from stochastic_depth.copies import tensor_without_data, without_data
 from stochastic_depth.passes import CLOSED, ForwardPasses, Gate, Observer, eager, graph_break, saves_as_usual
+from stochastic_depth.samples import add_samples, apply, kept_once, take, take_and_carry
 
 # The gated sum stays out of torch.compile's graphs, which would be one per pattern of gates; the branches that it calls
 # are compiled, one graph per shape.
@@ -133,7 +134,7 @@ class GatedBranch:
         if self.skipped_grad == "zero" and torch.is_grad_enabled():
             unused = [tensor for tensor in (*_parameters(parts), *others) if tensor.requires_grad]
             if unused:
-                return cast(Tensor, _apply(_WithZeroGradients, shortcut, *unused))
+                return cast(Tensor, apply(_WithZeroGradients, shortcut, *unused))
         # A copy: whoever changes the sum in place must not change the shortcut, which is somebody else's tensor.
         return shortcut.clone()
 
@@ -154,17 +155,19 @@ class GatedBranch:
             num_run = 2
         run = gate.order[:num_run]
         carried = shortcut
+        batches = x if isinstance(x, tuple) else (x,)
         taken: list[Tensor] = []
-        for each in x if isinstance(x, tuple) else (x,):
-            if each is shortcut:
-                samples, carried = cast("tuple[Tensor, Tensor]", _apply(_TakeAndCarry, each, run))
+        for batch in batches:
+            if batch is shortcut:
+                samples, carried = take_and_carry(batch, run)
             else:
-                samples = cast(Tensor, _apply(_Take, each, run))
+                samples = take(batch, run)
             taken.append(samples)
-        output = branch(module, tuple(taken) if isinstance(x, tuple) else taken[0])
+        with kept_once(taken, batches, run):
+            output = branch(module, tuple(taken) if isinstance(x, tuple) else taken[0])
         if num_run > gate.num_open:
             output = output[: gate.num_open]
-        return cast(Tensor, _apply(_AddSubset, carried, output, gate.order[: gate.num_open], factor))
+        return add_samples(carried, output, gate.order[: gate.num_open], factor)
 
     @eager
     def _sees_one_value(self, module: nn.Module, branch: BranchFunction, x: Samples) -> bool:
@@ -201,13 +204,6 @@ def _parameters(module: nn.Module) -> list[nn.Parameter]:
     return found
 
 
-def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():  # pyright: ignore
-        return function.apply(*args)
-    # What `apply` does otherwise, without binding the arguments to their names, which takes longer than all the rest.
-    return super(torch.autograd.Function, function).apply(*args)  # pyright: ignore
-
-
 def _observed(observer: Observer, index: int, branch: BranchFunction, module: nn.Module, x: Samples) -> Tensor:
     return observer(index, partial(branch, module), x)
 
@@ -218,86 +214,6 @@ def _plain_sum(shortcut: Tensor, branch: Tensor, factor: float) -> Tensor:
 
 def _batch_norms(module: nn.Module) -> list[nn.Module]:
     return [part for part in module.modules() if isinstance(part, _BatchNorm) and part.training]
-
-
-# Samples are taken and added in the order of memory, forward and backward: PyTorch's own index_select and index_add
-# turn channels-last tensors into contiguous ones, and convolutions and BatchNorm then run several times slower.
-class _Take(torch.autograd.Function):
-    """Some samples (K, ...) of a batch (N, ...), by their indices (K,)."""
-
-    @staticmethod
-    def forward(x: Tensor, indices: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _take(x, indices)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG004
-        ctx.indices = inputs[1]
-        ctx.num_samples = inputs[0].shape[0]
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        (grad,) = grad_outputs
-        dims, back = _memory_order(grad)
-        grad = grad.permute(dims)
-        full = grad.new_zeros(ctx.num_samples, *grad.shape[1:]).index_add_(0, ctx.indices, grad)
-        return full.permute(back), None
-
-
-class _TakeAndCarry(torch.autograd.Function):
-    """Some samples (K, ...) of a batch (N, ...), and the batch itself, where both are used.
-
-    Their gradients meet here: added to that of the batch, those of the samples need no batch of zeros around them.
-    """
-
-    @staticmethod
-    def forward(x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _take(x, indices), x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:  # noqa: ARG004
-        ctx.indices = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        of_samples, of_batch = grad_outputs
-        dims, back = _memory_order(of_batch)
-        total = of_batch.permute(dims).index_add(0, ctx.indices, of_samples.permute(dims))
-        return total.permute(back), None
-
-
-class _AddSubset(torch.autograd.Function):
-    """A batch (N, ...) plus `factor` times other samples (K, ...), added to those with the indices (K,)."""
-
-    @staticmethod
-    def forward(batch: Tensor, samples: Tensor, indices: Tensor, factor: float) -> Tensor:  # pyright: ignore
-        dims, _ = _memory_order(batch)
-        dtype = torch.promote_types(batch.dtype, samples.dtype)  # As in the plain sum, under autocast for one.
-        result = batch.to(dtype, copy=True)
-        result.permute(dims).index_add_(0, indices, samples.to(dtype).permute(dims), alpha=factor)
-        return result  # Not a view: what comes next may change it in place.
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: Tensor) -> None:  # noqa: ARG004
-        batch, samples, ctx.indices, ctx.factor = inputs
-        ctx.dtypes = batch.dtype, samples.dtype
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        (grad,) = grad_outputs
-        of_batch, of_samples = ctx.dtypes
-        taken = _take(grad, ctx.indices).to(of_samples)
-        return grad.to(of_batch), taken if ctx.factor == 1.0 else taken.mul_(ctx.factor), None, None
-
-
-def _take(batch: Tensor, indices: Tensor) -> Tensor:
-    dims, back = _memory_order(batch)
-    return batch.permute(dims).index_select(0, indices).permute(back)
-
-
-def _memory_order(tensor: Tensor) -> tuple[list[int], list[int]]:
-    """Dimensions from the outermost in memory to the innermost, samples first; and the permutation back."""
-    dims = [0, *sorted(range(1, tensor.dim()), key=tensor.stride, reverse=True)]
-    return dims, [dims.index(dim) for dim in range(tensor.dim())]
 
 
 class _WithZeroGradients(torch.autograd.Function):

@@ -7,6 +7,7 @@ import difflib
 import statistics
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import stochastic_depth as sd
+from stochastic_depth_lab.kept_bytes import kept_bytes
 
 _SOURCES = ("timm", "torchvision", "transformers")
 _NUM_MEASURED = 5
@@ -124,24 +126,16 @@ def _measure(models: Sequence[nn.Module], images: Tensor) -> list[tuple[float, f
     for _ in range(_NUM_MEASURED + 1):
         for model in models:
             begin = time.perf_counter()
-            kept[model].append(_step(model, images))
+            model.zero_grad()
+            _loss(model, images).backward()
             if images.is_cuda:
                 torch.cuda.synchronize()
             times[model].append(time.perf_counter() - begin)
+            kept[model].append(kept_bytes(partial(_loss, model, images)))
     # The first step warms up.
     return [(statistics.median(times[model][1:]), statistics.fmean(kept[model][1:])) for model in models]
 
 
-def _step(model: nn.Module, images: Tensor) -> int:
-    """Forward and backward; the number of bytes that were kept in between."""
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    model.zero_grad()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = [leaf for leaf in tree_leaves(model(images)) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    torch.stack([leaf.float().mean() for leaf in outputs]).sum().backward()
-    return sum(storages.values())
+def _loss(model: nn.Module, images: Tensor) -> Tensor:
+    outputs = [leaf for leaf in tree_leaves(model(images)) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    return torch.stack([leaf.float().mean() for leaf in outputs]).sum()

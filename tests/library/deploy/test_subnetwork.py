@@ -246,9 +246,8 @@ def test_a_small_network_of_foreign_blocks_loads_without_the_library(tmp_path: P
     torch.save(small, tmp_path / "small.pt")
     torch.save((x, small(x)), tmp_path / "outputs.pt")
     code = f"""
-        import sys, torch
-        conftest = {str(Path(__file__).parents[2] / "conftest.py")!r}
-        exec(open(conftest).read())
+        import runpy, sys, torch
+        schemas = runpy.run_path({str(Path(__file__).parents[2] / "conftest.py")!r})  # kept alive
         small = torch.load({str(tmp_path / "small.pt")!r}, weights_only=False)
         x, expected = torch.load({str(tmp_path / "outputs.pt")!r})
         assert torch.equal(small(x), expected)
