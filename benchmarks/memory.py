@@ -35,8 +35,8 @@ VARIANTS = {
 }
 
 
-def create(network: str, variant: str) -> nn.Module:
-    """A network in one of its variants."""
+def create(network: str, variant: str, seed: int = 0) -> nn.Module:
+    """A network in one of its variants. seed: of the gates."""
     torch.manual_seed(0)
     rate = 0.0 if variant == "constant depth" else 0.5
     if network == "ViT-Tiny":
@@ -50,7 +50,7 @@ def create(network: str, variant: str) -> nn.Module:
             None if network == "ViT-Tiny" else getattr(sd, "linear_decay" if "linear" in variant else "uniform")(0.5)
         )
         # Equal cost: each step has the mean number of open branches.
-        sd.make_stochastic_(model, schedule, granularity=variant.rpartition(" ")[2], draw="equal_cost")
+        sd.make_stochastic_(model, schedule, granularity=variant.rpartition(" ")[2], draw="equal_cost", seed=seed)
     return model
 
 
@@ -65,9 +65,9 @@ def data(network: str, batch_size: int) -> tuple[Tensor, Tensor]:
     return torch.randn(batch_size, 3, size, size), torch.randint(10, (batch_size,))
 
 
-def peak_of_step(network: str, variant: str, batch_size: int) -> int:
+def peak_of_step(network: str, variant: str, seed: int, batch_size: int) -> int:
     """Bytes that a step adds to the process at most. On Linux."""
-    model, batch = create(network, variant), data(network, batch_size)
+    model, batch = create(network, variant, seed), data(network, batch_size)
     loss_of(model, *(tensor[:2] for tensor in batch)).backward()
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     before = kilobytes("VmRSS")
@@ -81,9 +81,9 @@ def kilobytes(name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
-def measured_peak(network: str, variant: str, batch_size: int) -> int:
+def measured_peak(network: str, variant: str, seed: int, batch_size: int) -> int:
     """The same in a process of its own."""
-    command = [sys.executable, __file__, "--batch-size", str(batch_size), "--peak", network, variant]
+    command = [sys.executable, __file__, "--batch-size", str(batch_size), "--peak", network, variant, str(seed)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -93,11 +93,12 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--counted", type=int, default=5, help="steps whose kept bytes are counted")
     parser.add_argument("--peaks", type=int, default=5, help="processes whose peak is measured")
-    parser.add_argument("--peak", nargs=2, metavar=("NETWORK", "VARIANT"), help=argparse.SUPPRESS)
+    parser.add_argument("--peak", nargs=3, metavar=("NETWORK", "VARIANT", "SEED"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.peak:
-        print(peak_of_step(*args.peak, args.batch_size))
+        network, variant, seed = args.peak
+        print(peak_of_step(network, variant, int(seed), args.batch_size))
         return
     rows = []
     for network, variants in VARIANTS.items():
@@ -106,7 +107,9 @@ def main() -> None:
             model, batch = create(network, variant), data(network, args.batch_size)
             kept = statistics.fmean(kept_bytes(functools.partial(loss_of, model, *batch)) for _ in range(args.counted))
             del model, batch
-            peak = statistics.median(measured_peak(network, variant, args.batch_size) for _ in range(args.peaks))
+            peak = statistics.median(
+                measured_peak(network, variant, seed, args.batch_size) for seed in range(args.peaks)
+            )
             constant = constant or (kept, peak)
             rows.append(
                 [network, variant, f"{kept / 2**20:.0f}", f"{kept / constant[0]:.3f}"]
@@ -118,7 +121,8 @@ def main() -> None:
         f"Memory of a training step, batch {args.batch_size}, fp32",
         ["network", "variant", "kept, MiB", "ratio", "peak, MiB", "ratio"],
         rows,
-        f"Kept for the backward: mean of {args.counted} steps. Peak: median of {args.peaks} processes. Equal cost.",
+        f"Kept for the backward: mean of {args.counted} steps. Peak: median of {args.peaks} processes. "
+        "Equal cost, gates of another seed in each process.",
     )
 
 

@@ -4,7 +4,8 @@
 
 As many blocks as the 1202-layer network has. A block is one `Residual`; the time of a step divided by their number,
 least of the rounds, so that other work on the machine counts little. A closed block cannot cost less than a module that
-copies its input, which keeps the sum safe from code that changes it in place: that one is measured beside it.
+copies its input, which keeps the sum safe from code that changes it in place: that one is measured beside it. Gates
+are forced, since a draw leaves open what it leaves: no draw is in the figures, and one `depth.gates` per step is.
 """
 
 from __future__ import annotations
