@@ -50,16 +50,12 @@ def drawings(runs: Sequence[Run]) -> tuple[Drawing, ...]:
     series = _series(runs, labels(runs))
     if is_index(runs):
         return _curves(series), _gradient(series), _expectation(series)
-    # Constant depth has nothing to show about gates, unless there is nothing else.
-    gated = [s for s in series if s.run.stochastic] or series
-    counted = [s for s in gated if s.run.stochastic and s.run.depth_frequencies]
-    return (
-        _curves(series),
-        _gradient(series),
-        _survival(gated),
-        *([_depth(counted)] if counted else []),
-        _expectation(gated),
-    )
+    shown = [_curves(series), _gradient(series)]
+    # Constant depth has nothing to show about gates.
+    if gated := [s for s in series if s.run.stochastic]:
+        counted = [s for s in gated if s.run.depth_frequencies]
+        shown += [_survival(gated), *([_depth(counted)] if counted else []), _expectation(gated)]
+    return tuple(shown)
 
 
 def curves(runs: Sequence[Run], names: Sequence[str]) -> Drawing:

@@ -51,7 +51,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     try:
         with figure_style():
             index = is_index(runs)
-            links = [_own_page(folder, out) for folder in folders] if index else []
+            links = [link_to_page(folder, out) for folder in folders] if index else []
             figures = (*drawings(runs), *(() if index else analysis_drawings(runs)))
             for figure in figures:
                 save(figure.figure, out / "figures", figure.name)
@@ -77,8 +77,8 @@ def _own_folder(folders: Sequence[Path]) -> Path:
     return parents.pop()
 
 
-def _own_page(folder: Path, index: Path) -> str:
-    """The link from an index to a run's page, which is there and not older than the run when this returns."""
+def link_to_page(folder: Path, index: Path) -> str:
+    """The link from a page in `index` to that of a run, which is there and not older than the run when this returns."""
     page = folder / "report.html"
     written = page.stat().st_mtime_ns if page.exists() else 0
     sources = [folder / name for name in ("metrics.jsonl", "result.json", FILE_NAME)]

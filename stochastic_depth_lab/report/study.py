@@ -8,7 +8,7 @@ from pathlib import Path
 from stochastic_depth_lab.atomic import write_whole
 from stochastic_depth_lab.config import Experiment, Published, Study
 from stochastic_depth_lab.report.figures import Drawing, curves, epochs_csv, gradient, save
-from stochastic_depth_lab.report.page import html_page
+from stochastic_depth_lab.report.page import html_page, link_to_page
 from stochastic_depth_lab.report.runs import ReportError, Run, read_run
 from stochastic_depth_lab.report.study_figures import heat_map, survival_curve
 from stochastic_depth_lab.report.table import NOTHING, csv_text, sortable_table, time_share
@@ -41,7 +41,7 @@ class StudyReport:
 
 
 def write_study(study: Study, folders: Sequence[tuple[Experiment, Path]], out: Path) -> StudyReport:
-    """Write `NAME.html`, and under `NAME/` its figures and data.
+    """Write `NAME.html`, which leads to a page of each run, and under `NAME/` its figures and data.
 
     Args:
         study: what is shown.
@@ -66,12 +66,10 @@ def write_study(study: Study, folders: Sequence[tuple[Experiment, Path]], out: P
         write_whole(inner / "data" / "epochs.csv", epochs_csv(runs).encode())
         page = out / f"{study.name}.html"
         lead = f"{study.claim} {_said(seeds)}".strip()
-        write_whole(
-            page,
-            html_page(
-                study.title, lead, sortable_table(_cells(seeds)), remarks, figures, runs, files=f"{study.name}/"
-            ).encode(),
-        )
+        links = [{f"seed {run.config['seed']}": link_to_page(run.folder, out) for run in row.runs} for row in seeds]
+        table = sortable_table(_cells(seeds), links)
+        files = f"{study.name}/"
+        write_whole(page, html_page(study.title, lead, table, remarks, figures, runs, files).encode())
     return StudyReport(page, "\n".join([study.title, "", _text(seeds), *remarks]))
 
 

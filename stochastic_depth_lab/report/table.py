@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -134,17 +134,15 @@ def text_table(runs: Sequence[Run]) -> str:
     return "\n\n".join([*blocks, *(["\n".join(remarks(runs))] if remarks(runs) else [])])
 
 
-def sortable_table(cells: Sequence[Sequence[str]], links: Sequence[str] = ()) -> str:
+def sortable_table(cells: Sequence[Sequence[str]], links: Sequence[Mapping[str, str]] = ()) -> str:
     """Head and rows as HTML, everything escaped; a click on a head sorts.
 
     Args:
         cells: head and rows.
-        links: where the first cell of each row leads. Empty: nowhere.
+        links: for each row words and where they lead: the first cell itself, or words after it. Empty: no links.
     """
     head, *body = cells
-    names = [escape(first) for first, *_ in body]
-    if links:
-        names = [f'<a href="{escape(link)}">{name}</a>' for link, name in zip(links, names, strict=True)]
+    names = [_linked(first, of_row) for (first, *_), of_row in zip(body, links or [{}] * len(body), strict=True)]
     return (
         '<table class="sortable">\n<thead><tr>'
         + "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
@@ -157,6 +155,12 @@ def sortable_table(cells: Sequence[Sequence[str]], links: Sequence[str] = ()) ->
         )
         + f"\n</tbody>\n</table>\n{_SORTING}"
     )
+
+
+def _linked(name: str, links: Mapping[str, str]) -> str:
+    anchors = {word: f'<a href="{escape(link)}">{escape(word)}</a>' for word, link in links.items()}
+    own = anchors.pop(name, escape(name))
+    return f'{own} <span class="files">{" · ".join(anchors.values())}</span>' if anchors else own
 
 
 def _unbroken(cell: str) -> str:
@@ -179,7 +183,10 @@ def html_table(runs: Sequence[Run], links: Sequence[str] = ()) -> str:
     if is_index(runs):
         table = rows(runs)
         by_run = zip(labels(runs), *(row.cells for row in table), strict=True)
-        return sortable_table([["run", *(row.label for row in table)], *map(list, by_run)], links)
+        cells = [["run", *(row.label for row in table)], *map(list, by_run)]
+        return sortable_table(
+            cells, [{label: link} for label, link in zip(labels(runs), links, strict=True)] if links else ()
+        )
     head = "".join(f'<th scope="col">{escape(label)}</th>' for label in labels(runs))
     body = "\n".join(
         f'<tr class="{row.key}"><th scope="row">{escape(row.label)}</th>'

@@ -50,6 +50,12 @@ def test_files_are_pictures_and_the_same_every_time(runs, pair_report, tmp_path)
             assert texts(path.read_bytes())
 
 
+def test_constant_depth_alone_has_no_figures_of_gates(runs):
+    with figure_style():
+        assert [drawing.name for drawing in drawings(runs[:1])] == ["curves", "gradient"]
+        assert [drawing.name for drawing in drawings(runs[1:])] == list(NAMES)
+
+
 def test_figures_have_units_and_every_run(pair_report):
     shown = {name: texts((pair_report.parent / "figures" / f"{name}.svg").read_bytes()) for name in NAMES}
     for name in ("curves", "gradient"):

@@ -62,6 +62,9 @@ def test_the_table_is_the_papers_with_ours_beside_it(folders, tmp_path):
     assert "The paper says so. Ours: mean and standard deviation over 2 seeds of each." in page
     for link in re.findall(r'href="([^"#]+)"', page):
         assert (tmp_path / "out" / link).is_file(), link
+    (row,) = re.findall(r'<th scope="row">Linear.*?</th>', page)
+    pages = [(word, (tmp_path / "out" / link).resolve()) for link, word in re.findall(r'href="([^"]+)">([^<]+)<', row)]
+    assert pages == [(f"seed {seed}", folders[2 + seed][1] / "report.html") for seed in (0, 1)]
     rows = list(csv.DictReader((tmp_path / "out" / "table" / "data" / "runs.csv").read_text().splitlines()))
     assert [(row["experiment"], int(row["seed"]), float(row["test_error"])) for row in rows] == [
         (name, seed, error) for (name, seed), error in ERRORS.items()
