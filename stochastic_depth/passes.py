@@ -292,6 +292,8 @@ class ForwardPasses:
         key = (self.seed, this.counter, num_samples, device)
         if self._orders is None or self._orders[0] != key:
             order = draw_order(len(self.names), num_samples, seed=self.seed, counter=this.counter, rank=self._rank())
+            if device.type == "cuda":
+                order = order.pin_memory()  # from other memory a copy waits for the GPU
             self._orders = (key, order.to(device, non_blocking=True))
         return self._orders[1]
 
