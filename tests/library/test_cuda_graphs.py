@@ -97,6 +97,45 @@ def test_training_is_that_of_plain_branches(granularity: Any, skipped_grad: Any,
     assert max(graphs.num_recorded) == (1 if granularity == "batch" else 2)
 
 
+def compiled(model: nn.Module) -> None:
+    for residual in model.modules():
+        if isinstance(residual, sd.Residual):
+            residual.branch.compile(backend="eager")
+
+
+def with_dropout(model: nn.Module) -> None:
+    for residual in model.modules():
+        if isinstance(residual, sd.Residual):
+            residual.branch.relu = nn.Sequential(residual.branch.relu, nn.Dropout(0.3))
+
+
+def in_channels_last(model: nn.Module) -> None:
+    model.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+@pytest.mark.parametrize("change", [compiled, with_dropout, in_channels_last])
+def test_branches_of_other_kinds_are_those_of_plain_branches(
+    change: Callable[[nn.Module], None], granularity: Any
+) -> None:
+    torch._dynamo.reset()
+    model, plain = network(), network()
+    change(model)
+    if change is not compiled:
+        change(plain)
+    depth = sd.make_stochastic_(model, sd.uniform(0.6), granularity=granularity, seed=3)
+    sd.make_stochastic_(plain, sd.uniform(0.6), granularity=granularity, seed=3)
+    graphs = captured(depth)
+    for step in range(4):
+        for net in (model, plain):
+            torch.manual_seed(step)
+            loss_of(net).backward()
+    assert_same(gradients(model), gradients(plain))
+    assert_same(list(model.buffers()), list(plain.buffers()))
+    assert graphs.num_replayed > 0
+    assert graphs.num_not_replayed == 0
+
+
 def test_a_branch_that_waits_for_its_backward_is_not_overwritten() -> None:
     model, plain = network(), network()
     depth = sd.make_stochastic_(model, sd.uniform(1.0))
