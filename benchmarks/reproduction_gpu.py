@@ -9,7 +9,9 @@ Measures the pieces that the file does not hold yet, as far as the minutes go; t
 - `steps`: that step at constant and stochastic depth, with and without CUDA graphs: time, launches, memory.
 - `deep`: 1202 layers.
 - `vit`: timm's ViT-L/16, its own drop path at a uniform rate of 0.4, and the same rate really skipped.
+- `gathers`: half of the samples taken and added back, at random places and as one window.
 - `run`: CIFAR-10, ResNet-110, stochastic depth, the paper's recipe; with --constant, constant depth too.
+- `compiled`: the step of `steps` with compiled branches, without and with graphs.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import stochastic_depth as sd
+from stochastic_depth.samples import add_samples, take_and_carry
 from stochastic_depth_lab import loop
 from stochastic_depth_lab.config import Experiment, quick
 from stochastic_depth_lab.experiments import find
@@ -79,7 +82,7 @@ class Scale:
 
 FULL = Scale(110, 1202, 128, ("vit_large_patch16_224", 224, 64), 7, 20, "cifar10-110")
 TINY = Scale(8, 14, 4, ("vit_tiny_patch16_224", 32, 2), 2, 1, "digits")
-LEAST_MINUTES = {"floor": 0.5, "steps": 3.0, "vit": 2.0, "deep": 3.0}
+LEAST_MINUTES = {"floor": 0.5, "steps": 3.0, "vit": 2.0, "deep": 4.0, "gathers": 0.5, "compiled": 5.0}
 """A piece is begun only if the call has so much time left."""
 
 
@@ -195,6 +198,13 @@ def floor(scale: Scale, _device: torch.device) -> dict[str, Any]:
     return result
 
 
+def make_stochastic(model: nn.Module, depth: str) -> sd.Controller:
+    """Linear decay to 0.5 per "batch" or "sample"; at "constant" depth every gate is open."""
+    schedule = sd.uniform(1.0) if depth == "constant" else sd.linear_decay(0.5)
+    granularity = "sample" if depth == "sample" else "batch"
+    return sd.make_stochastic_(model, schedule, granularity=granularity, draw="equal_cost")
+
+
 def steps(scale: Scale, device: torch.device) -> dict[str, Any]:
     """A step at constant and stochastic depth, with and without graphs: time, launches, memory."""
     images = torch.randn(scale.batch_size, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
@@ -202,9 +212,7 @@ def steps(scale: Scale, device: torch.device) -> dict[str, Any]:
     def make(depth: str, graphs: bool) -> Callable[[], None]:
         model = paper_network(scale.layers, device)
         if depth != "constant" or graphs:
-            schedule = sd.uniform(1.0) if depth == "constant" else sd.linear_decay(0.5)
-            granularity = "sample" if depth == "sample" else "batch"
-            controller = sd.make_stochastic_(model, schedule, granularity=granularity, draw="equal_cost")
+            controller = make_stochastic(model, depth)
             if graphs:
                 controller.capture()
         return step_of(model, images)
@@ -234,10 +242,13 @@ def deep(scale: Scale, device: torch.device) -> dict[str, Any]:
     images = torch.randn(scale.batch_size, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
     few = replace(scale, rounds=3, steps=min(scale.steps, 4))
     result: dict[str, Any] = {}
-    for name in ("constant depth", "stochastic depth"):
+    graphs = ("stochastic depth, graphs",) if device.type == "cuda" else ()
+    for name in ("constant depth", "stochastic depth", *graphs):
         model = paper_network(scale.deep_layers, device)
-        if name == "stochastic depth":
-            sd.make_stochastic_(model, sd.linear_decay(0.5), draw="equal_cost")
+        if name != "constant depth":
+            depth = make_stochastic(model, "batch")
+            if name in graphs:
+                depth.capture()
         step = step_of(model, images)
         result |= measure({name: step}, device, few)
         result[name]["peak_bytes"] = peak_bytes(step, device, few.steps)
@@ -268,6 +279,44 @@ def vit(scale: Scale, device: torch.device) -> dict[str, Any]:
     for variant in variants:
         measured[variant]["peak_bytes"] = peaks[variant]
     return measured
+
+
+def gathers(scale: Scale, device: torch.device) -> dict[str, Any]:
+    """Half of the samples taken and added back, forward and backward: anywhere in the batch, and as one window."""
+    result: dict[str, Any] = {}
+    shapes = {"ResNet-110": (scale.batch_size, 16, 32, 32), "ViT-L/16": (scale.vit[2], 197, 1024)}
+    for name, shape in shapes.items():
+        x = torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
+        half = max(shape[0] // 2, 1)
+        order = torch.randperm(shape[0], device=device)[:half]
+
+        def anywhere(x: Tensor = x, order: Tensor = order) -> None:
+            samples, carried = take_and_carry(x, order)
+            add_samples(carried, samples, order, 2.0).sum().backward()
+
+        def window(x: Tensor = x, half: int = half) -> None:
+            total = x.clone()
+            total[:half].add_(x[:half], alpha=2.0)
+            total.sum().backward()
+
+        result[name] = measure({"anywhere": anywhere, "window": window}, device, scale)
+    return result
+
+
+def compiled(scale: Scale, device: torch.device) -> dict[str, Any]:
+    """A step with stochastic depth whose branches are compiled, with and without graphs, beside one that is neither."""
+    images = torch.randn(scale.batch_size, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
+    variants: dict[str, Callable[[], None]] = {}
+    for name in ("plain", "graphs", "compiled", "compiled, graphs"):
+        model = paper_network(scale.layers, device)
+        depth = make_stochastic(model, "batch")
+        if name.startswith("compiled"):
+            for branch in depth.branches:
+                branch.parts.compile()
+        if name.endswith("graphs") and device.type == "cuda":
+            depth.capture()
+        variants[name] = step_of(model, images)
+    return measure(variants, device, scale)
 
 
 def experiment_of(scale: Scale, kind: str) -> Experiment:
@@ -329,10 +378,11 @@ def main() -> int:
         os.replace(partial, args.out)
 
     pieces: dict[str, Callable[[], dict[str, Any] | None]] = {
-        piece.__name__: functools.partial(piece, scale, device) for piece in (floor, steps, vit, deep)
+        piece.__name__: functools.partial(piece, scale, device) for piece in (floor, steps, vit, deep, gathers)
     }
     for kind in ("stochastic", "constant") if args.constant else ("stochastic",):
         pieces[f"run, {kind}"] = functools.partial(run, scale, device, kind, args.out.parent, args.data_root, deadline)
+    pieces["compiled"] = functools.partial(compiled, scale, device)
     for name, piece in pieces.items():
         if name in done:
             continue
