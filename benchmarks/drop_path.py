@@ -1,4 +1,4 @@
-"""Process time of a training step of a timm model with its own drop path, and with the same rates really skipped.
+"""Process time of forward and backward of a timm model with its own drop path, and with the same rates really skipped.
 
 The expected share of the FLOPs is not that of the time where stages differ in time per FLOP. So the script also
 measures what share of the time the branches of each stage take (by steps in which they are closed), and prints what
@@ -22,7 +22,7 @@ from protocol import interleaved, ratio, write_table
 import stochastic_depth as sd
 
 
-def train_step(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
+def step(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
     """Forward and backward."""
     model.zero_grad()
     F.cross_entropy(model(images), labels).backward()
@@ -88,7 +88,7 @@ def main() -> None:
         f"{shape} {args.rate}, timm": create(args.rate),
         f"{shape} {args.rate}, make_stochastic_": skipping,
     }
-    steps = {name: functools.partial(train_step, model, images, labels) for name, model in models.items()}
+    steps = {name: functools.partial(step, model, images, labels) for name, model in models.items()}
     for stage, indices in stages_of(depth).items():
         steps[f"{stage} closed"] = functools.partial(closed_step, depth, indices, steps[list(models)[-1]])
     times = interleaved(steps, rounds=args.rounds, warm_up=args.warm_up)

@@ -34,10 +34,15 @@ Row = tuple[int, int, str, float, float, float]
 """Layers, batch, variant, branches that run, milliseconds, MiB."""
 
 
+def forward(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The loss."""
+    return F.cross_entropy(model(images), labels)
+
+
 def step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
     """Forward and backward."""
     model.zero_grad()
-    F.cross_entropy(model(images), labels).backward()
+    forward(model, images, labels).backward()
 
 
 def measure(sizes: Sequence[tuple[int, int]], rounds: int) -> list[Row]:
@@ -55,7 +60,6 @@ def measure(sizes: Sequence[tuple[int, int]], rounds: int) -> list[Row]:
             if variant == "stochastic depth":
                 depths[key] = sd.make_stochastic_(model, sd.linear_decay(0.5), draw="equal_cost").expected_depth
             steps[key] = functools.partial(step, model, images, labels)
-            forward = functools.partial(lambda model, images, labels: F.cross_entropy(model(images), labels))
             counted = [kept_bytes(functools.partial(forward, model, images, labels)) for _ in range(_NUM_COUNTED)]
             memory[key] = statistics.fmean(counted) / 2**20
     names = {" ".join(map(str, key)): key for key in steps}

@@ -156,7 +156,10 @@ def measure(variants: Mapping[str, Callable[[], None]], device: torch.device, sc
 
 
 def peak_bytes(step: Callable[[], None], device: torch.device, num_steps: int) -> int | None:
-    """Most bytes that are allocated during some steps; None where the device does not tell."""
+    """Most bytes that the process takes from the device during some steps; None where the device does not tell.
+
+    Reserved, not allocated: what a graph computes in counts as free between its replays, and nothing else can have it.
+    """
     if device.type != "cuda":
         return None
     gc.collect()  # a stochastic model refers to itself: others may still be there
@@ -165,7 +168,7 @@ def peak_bytes(step: Callable[[], None], device: torch.device, num_steps: int) -
     torch.cuda.reset_peak_memory_stats(device)
     for _ in range(num_steps):
         step()
-    return torch.cuda.max_memory_allocated(device)
+    return torch.cuda.max_memory_reserved(device)
 
 
 def launches(step: Callable[[], None]) -> int:
@@ -241,20 +244,22 @@ def deep(scale: Scale, device: torch.device) -> dict[str, Any]:
     """The deepest network: time and memory."""
     images = torch.randn(scale.batch_size, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
     few = replace(scale, rounds=3, steps=min(scale.steps, 4))
-    result: dict[str, Any] = {}
     graphs = ("stochastic depth, graphs",) if device.type == "cuda" else ()
-    for name in ("constant depth", "stochastic depth", *graphs):
+
+    def make(name: str) -> Callable[[], None]:
         model = paper_network(scale.deep_layers, device)
         if name != "constant depth":
             depth = make_stochastic(model, "batch")
             if name in graphs:
                 depth.capture()
-        step = step_of(model, images)
-        result |= measure({name: step}, device, few)
-        result[name]["peak_bytes"] = peak_bytes(step, device, few.steps)
-        del model, step
-    result["ratio"] = result["stochastic depth"]["ms"] / result["constant depth"]["ms"]
-    return result
+        return step_of(model, images)
+
+    names = ("constant depth", "stochastic depth", *graphs)
+    peaks = {name: peak_bytes(make(name), device, few.steps) for name in names}
+    measured = measure({name: make(name) for name in names}, device, few)
+    for name in names:
+        measured[name]["peak_bytes"] = peaks[name]
+    return measured
 
 
 def vit(scale: Scale, device: torch.device) -> dict[str, Any]:
@@ -358,6 +363,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no GPU: with --device cpu --tiny the script can be tried without")
+    if args.minutes <= max(LEAST_MINUTES.values()):
+        parser.error(f"--minutes must be more than {max(LEAST_MINUTES.values()):g}, which the longest piece may take")
     device, scale = torch.device(args.device), TINY if args.tiny else FULL
     deadline = time.monotonic() + 60 * args.minutes
     machine = {

@@ -17,11 +17,14 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from protocol import shuffled_rounds
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import stochastic_depth as sd
+
+_NUM_WARM_UP = 2
 
 
 def stepper(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
@@ -59,18 +62,17 @@ def main() -> None:
     steps = {name: stepper(model, images, labels) for name, model in models.items()}
     wall: dict[str, list[float]] = {name: [] for name in steps}
     process: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(options.rounds + 2):
-        for name, step in steps.items():
-            dist.barrier()
-            begin, begin_process = time.perf_counter(), time.process_time()
-            step()
-            if number >= 2:
-                wall[name].append(time.perf_counter() - begin)
-                process[name].append(time.process_time() - begin_process)
+    for name in shuffled_rounds(steps, rounds=options.rounds + _NUM_WARM_UP):  # in the same order on every rank
+        dist.barrier()
+        begin, begin_process = time.perf_counter(), time.process_time()
+        steps[name]()
+        wall[name].append(time.perf_counter() - begin)
+        process[name].append(time.process_time() - begin_process)
     if dist.get_rank() == 0:
         for name in steps:
-            times = f"{1000 * statistics.median(wall[name]):.0f} | {1000 * statistics.median(process[name]):.0f}"
-            print(f"| {world} | {name} | {times} | {1000 * min(wall[name]):.0f} |")
+            of_wall, of_process = (1000 * statistics.median(times[name][_NUM_WARM_UP:]) for times in (wall, process))
+            shortest = 1000 * min(wall[name][_NUM_WARM_UP:])
+            print(f"| {world} | {name} | {of_wall:.0f} | {of_process:.0f} | {shortest:.0f} |")
     dist.destroy_process_group()
 
 

@@ -244,8 +244,9 @@ def undisturbed(root: nn.Module) -> Generator[None]:
     """Afterwards training modes, buffers and random states of the model and of PyTorch are as before."""
     modes = [(module, module.training) for module in root.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in root.buffers()]
+    gpus = {parameter.device for parameter in root.parameters() if parameter.is_cuda}
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(gpus):
             yield
     finally:
         for module, training in modes:

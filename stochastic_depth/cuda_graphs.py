@@ -188,7 +188,7 @@ class BranchGraphs:
         except RuntimeError as error:
             raise RuntimeError(
                 f"The branch {self._names[index]} cannot be recorded as a CUDA graph: {str(error).splitlines()[0]} "
-                "Run the model without depth.capture()."
+                "depth.release() runs the model without graphs."
             ) from error
         return _Replayable(self._names[index], recording, used, state.places)
 
@@ -284,7 +284,7 @@ class _Replayable:
         if self._forward is None or self._forward() is not begun:
             raise RuntimeError(
                 f"The branch {self.name} runs as a CUDA graph, whose backward can be computed once only: call backward "
-                "without retain_graph, or run the model without depth.capture()."
+                "without retain_graph, or depth.release() to run without graphs."
             )
         self._forward = None
 

@@ -173,6 +173,7 @@ class ForwardPasses:
             "_unclaimed_from",
             "_asked_at",
             "_orders",
+            "forced",
             "observer",
             "graphs",
         ):
@@ -181,6 +182,7 @@ class ForwardPasses:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.forced = None
         self.observer = None
         self.graphs = None
         self._forget()

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPriva
 
 from stochastic_depth.copies import tensor_without_data, without_data
 from stochastic_depth.passes import CLOSED, ForwardPasses, Gate, Observer, eager, graph_break, saves_as_usual
-from stochastic_depth.samples import add_samples, apply, kept_once, take, take_and_carry
+from stochastic_depth.samples import add_samples, apply, kept_once, take, take_and_carry, unchanged
 
 # The gated sum stays out of torch.compile's graphs, which would be one per pattern of gates; the branches that it calls
 # are compiled, one graph per shape.
@@ -149,10 +149,7 @@ class GatedBranch:
         parts: nn.Module,
     ) -> Tensor:
         assert gate.order is not None
-        num_run = max(gate.num_open, 1)
-        if num_run == 1 and any(_batch_norms(parts)) and self._sees_one_value(module, branch, x):
-            # BatchNorm cannot normalise a single value per channel: another sample, of weight 0, gives it another.
-            num_run = 2
+        num_run = self.num_run(gate, parts, module, branch, x)
         run = gate.order[:num_run]
         carried = shortcut
         batches = x if isinstance(x, tuple) else (x,)
@@ -163,11 +160,25 @@ class GatedBranch:
             else:
                 samples = take(batch, run)
             taken.append(samples)
-        with kept_once(taken, batches, run):
+        with kept_once(taken, batches, run), unchanged(taken, self.passes.names[self.index]):
             output = branch(module, tuple(taken) if isinstance(x, tuple) else taken[0])
         if num_run > gate.num_open:
             output = output[: gate.num_open]
         return add_samples(carried, output, gate.order[: gate.num_open], factor)
+
+    def num_run(self, gate: Gate, parts: nn.Module, module: nn.Module, branch: BranchFunction, x: Samples) -> int:
+        """For how many samples the branch runs: those whose gate is open, and others of weight 0 where it needs them.
+
+        Args:
+            gate: open for some of the samples.
+            parts: holds the branch's parameters.
+            module: first argument of `branch`.
+            branch: computes the branch from (module, x), for any number of samples.
+            x: (N, ...), or several in a tuple.
+        """
+        if gate.num_open <= 1 and any(_batch_norms(parts)) and self._sees_one_value(module, branch, x):
+            return 2  # BatchNorm cannot normalise a single value per channel: another sample gives it another
+        return max(gate.num_open, 1)
 
     @eager
     def _sees_one_value(self, module: nn.Module, branch: BranchFunction, x: Samples) -> bool:
@@ -187,7 +198,7 @@ class GatedBranch:
             try:
                 with self.passes.dry_run():
                     branch(module, alone if isinstance(x, tuple) else alone[0])
-            except (RuntimeError, NotImplementedError):
+            except RuntimeError:
                 seen = [each.shape[2:].numel() == 1 for each in inputs]
             self._one_value[shapes] = any(seen)
         return self._one_value[shapes]

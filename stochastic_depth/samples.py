@@ -81,6 +81,37 @@ def _unpack(indices: Tensor, packed: Tensor | _Kept) -> Tensor:
     return _take(packed.batch, indices)
 
 
+@eager
+def unchanged(taken: Sequence[Tensor], branch: str) -> AbstractContextManager[None]:
+    """Within, samples that were taken must not be changed in place: the batch would not change with them.
+
+    Args:
+        taken: the samples.
+        branch: name of the branch that computes with them.
+
+    Raises:
+        RuntimeError: if they are.
+    """
+    return _Unchanged(taken, branch)
+
+
+class _Unchanged(AbstractContextManager[None]):
+    def __init__(self, taken: Sequence[Tensor], branch: str) -> None:
+        self._branch = branch
+        self._before = [(samples, samples._version) for samples in taken if not samples.is_inference()]
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        # PyTorch itself refuses where the samples have gradients, and names neither the branch nor the cause.
+        refused = isinstance(error, RuntimeError) and "modified inplace" in str(error)
+        changed = error is None and any(samples._version != version for samples, version in self._before)
+        if refused or changed:
+            raise RuntimeError(
+                f"The branch {self._branch} changes its input in place (as ReLU(inplace=True) does). In the plain "
+                "network that changes the shortcut too; here it cannot, as the branch runs on some of the samples. "
+                "Make its first operation one that is not in place, or choose granularity='batch'."
+            ) from error
+
+
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """What `function.apply` does, in less time."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():  # pyright: ignore

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from stochastic_depth_lab.atomic import write_json
 from stochastic_depth_lab.build import reproducible
 from stochastic_depth_lab.data import PictureSplit, Split, batches
 from stochastic_depth_lab.evaluation import BATCH_SIZE, evaluate
-from stochastic_depth_lab.report.analysis import FILE_NAME, Analysis, as_json
+from stochastic_depth_lab.report.analysis import FILE_NAME, Analysis
 from stochastic_depth_lab.trained import Trained, load_trained
 from stochastic_depth_lab.uncertainty import reliability
 
@@ -61,7 +62,7 @@ def analyse(
         reliability=reliability("one forward", probabilities, images.labels),
         num_images=len(images),
     )
-    write_json(path / FILE_NAME, as_json(analysis))
+    write_json(path / FILE_NAME, asdict(analysis))
     return analysis
 
 

@@ -338,6 +338,7 @@ def _named_schedule(name: str, final_survival_prob: float) -> "sd.Schedule":
 
 def _inspect(arguments: Sequence[str]) -> int:
     options = parse(Inspect, "inspect", arguments)
+    from stochastic_depth_lab.build import find_device
     from stochastic_depth_lab.inspect import inspect_model
 
     schedule = None if options.schedule is None else _named_schedule(options.schedule, options.final_survival_prob)
@@ -349,7 +350,7 @@ def _inspect(arguments: Sequence[str]) -> int:
             measure=options.measure,
             batch_size=options.batch_size,
             image_size=options.image_size,
-            device=options.device,
+            device=find_device(options.device, "fp32"),
         )
     )
     return 0

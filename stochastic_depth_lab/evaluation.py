@@ -101,12 +101,9 @@ def evaluate_run(
     if (path / "checkpoints" / checkpoint.BEST).exists():
         weights["best"] = checkpoint.read(path / "checkpoints" / checkpoint.BEST), state["best"]["epoch"]
     weights["last"] = state["model"], state["epoch"] - (state["tally"]["step"] == 0)
-    if data_root is None:
-        found = records.read_json(path / "environment.json").get("data_root")
-        data_root = found and Path(found)
     evaluations: dict[str, dict[str, Evaluation]] = {}
     with reproducible(experiment.recipe):
-        images = load_images(experiment, device, data_root, data)
+        images = load_images(experiment, device, data_root or records.data_root_of(path), data)
         model, depth = build_network(experiment, images.data)
         for name, (state_dict, epoch) in weights.items():
             model.load_state_dict(state_dict)

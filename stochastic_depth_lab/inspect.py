@@ -29,7 +29,7 @@ def inspect_model(
     measure: bool = False,
     batch_size: int = 8,
     image_size: int | None = None,
-    device: str = "cpu",
+    device: torch.device,
 ) -> str:
     """The table of a model's branches, rates and treatment, and the predicted saving of a training step.
 

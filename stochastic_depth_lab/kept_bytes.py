@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,7 +38,8 @@ class _Storages(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self._meet((args, kwargs), made=False)
+        if func is not torch.ops.aten.lift_fresh.default:  # which `torch.tensor` ends with: its argument is new
+            self._meet((args, kwargs), made=False)
         result = func(*args, **(kwargs or {}))
         self._meet(result, made=True)
         return result

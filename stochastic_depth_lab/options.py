@@ -206,8 +206,8 @@ class Inspect:
     """Images in a measured step."""
     image_size: int | None = None
     """Their width and height. None: the model's own."""
-    device: str = "cpu"
-    """Where to measure: cpu, cuda or cuda:NUMBER."""
+    device: str | None = None
+    """Where to measure: cpu, cuda or cuda:NUMBER. None: the GPU if there is one."""
 
 
 @dataclass(frozen=True)
@@ -264,12 +264,19 @@ def parse_train(arguments: Sequence[str]) -> tuple[Experiment, RunOptions]:
         if meant is None:
             raise ValueError("name the experiment to train, such as digits-stochastic; --help lists them all.")
         find(meant)
-    base = EXPERIMENTS[name or "cifar10-110-stochastic"]
-    return _parse_changes(quick(base) if "--quick" in arguments else base, arguments)
+    changed, run, named = _parse_changes(_begun(name or "cifar10-110-stochastic", arguments), arguments)
+    if named != name:  # the first such word was the value of an option
+        changed, run, _ = _parse_changes(_begun(find(named).name, arguments), arguments)
+    return changed, run
 
 
-def _parse_changes(base: Experiment, arguments: Sequence[str]) -> tuple[Experiment, RunOptions]:
-    """An experiment, changed as options of `train` say."""
+def _begun(name: str, arguments: Sequence[str]) -> Experiment:
+    base = EXPERIMENTS[name]
+    return quick(base) if "--quick" in arguments else base
+
+
+def _parse_changes(base: Experiment, arguments: Sequence[str]) -> tuple[Experiment, RunOptions, str]:
+    """An experiment, changed as options of `train` say, where to run it, and the name that was given."""
     default = Train(
         base.name, RunOptions(tyro.MISSING), base.data, base.model, base.depth, base.recipe, base.regularisers
     )
@@ -278,7 +285,7 @@ def _parse_changes(base: Experiment, arguments: Sequence[str]) -> tuple[Experime
     changed = replace(base, **parts)
     if changed != base:
         changed = replace(changed, published=None)  # it is no longer the published experiment
-    return with_options(changed, options.run), options.run
+    return with_options(changed, options.run), options.run, options.experiment
 
 
 def with_options(experiment: Experiment, options: RunOptions) -> Experiment:
@@ -314,7 +321,7 @@ def grid(base: Experiment, fields: Sequence[str]) -> list[Experiment]:
     experiments: list[Experiment] = []
     for combination in itertools.product(*choices):
         words = [word for field, value in combination for word in (f"--{field}", value)]
-        changed, _ = _parse_changes(base, [base.name, "--out", ".", *words])
+        changed, *_ = _parse_changes(base, [base.name, "--out", ".", *words])
         suffix = "".join(f"-{field.rpartition('.')[2]}-{value}" for field, value in combination)
         experiments.append(replace(changed, name=f"{base.name}{suffix}", title=f"{base.title}{suffix}"))
     return experiments

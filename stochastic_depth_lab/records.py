@@ -173,6 +173,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", fields)
 
 
+def data_root_of(path: Path) -> Path | None:
+    """Where a run found its data; None: where data lie by default.
+
+    Raises:
+        RunError: as `read_json`.
+    """
+    found = read_json(path / "environment.json").get("data_root")
+    return found and Path(found)
+
+
 def environment(device: torch.device, data_root: Path | None) -> dict[str, Any]:
     """Versions, hardware, threads, data, command and time: what a number needs to be repeated."""
     return {

@@ -66,10 +66,7 @@ def load_trained(path: Path, *, device: torch.device, data_root: Path | None = N
         if state is None:
             raise records.RunError(f"{path} holds no weights yet: its run has not come to a checkpoint.")
         weights, epoch = weights or state["model"], max(state["best"]["epoch"], 1)
-    if data_root is None:
-        found = records.read_json(path / "environment.json").get("data_root")
-        data_root = found and Path(found)
-    images = load_images(experiment, device, data_root)
+    images = load_images(experiment, device, data_root or records.data_root_of(path))
     model, depth = build_network(experiment, images.data)
     model.load_state_dict(weights)
     set_epoch(experiment, depth, epoch)  # the survival probabilities that the weights were trained with

@@ -118,9 +118,14 @@ class Controller:
         Raises:
             ValueError: if a branch is not on a GPU, or does more than a graph repeats, such as hooks.
         """
-        refuse_unrecordable(self.names, [branch.parts for branch in self._branches])
+        recorded = [branch for branch in self._branches if branch.kind != "layer" and branch.treatment != "mask"]
+        refuse_unrecordable([branch.name for branch in recorded], [branch.parts for branch in recorded])
         self._passes.graphs = BranchGraphs(self.names)
         return self._passes.graphs
+
+    def release(self) -> None:
+        """Run every branch without graphs again, and give their memory back: undoes `capture`."""
+        self._passes.graphs = None
 
     def set_survival_probs(self, survival_probs: Sequence[float]) -> None:
         """Change the survival probabilities, from the next forward on. Schedules over time use it.
@@ -130,7 +135,7 @@ class Controller:
         """
         _check_length(survival_probs, len(self.names), "survival_probs", "survival probabilities")
         check_survival_probs(survival_probs)
-        self._passes.survival_probs = tuple(survival_probs)
+        self._passes.survival_probs = tuple(float(survival_prob) for survival_prob in survival_probs)
         self._passes.end_parts()
 
     def set_costs(self, costs: Cost | Sequence[float] | None) -> None:
@@ -232,12 +237,12 @@ class Controller:
         if state["counter"] < 0:
             raise ValueError(f"The state's counter must be at least 0, but is {state['counter']}.")
         before = self._passes.costs
-        self.set_costs(state["costs"])
         try:
+            self.set_costs(state["costs"])
             self.set_survival_probs(state["survival_probs"])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError) as error:
             self._passes.costs = before
-            raise
+            raise ValueError(f"The state cannot be gone on from: {error}") from None
         self._passes.seed = state["seed"]
         self._passes.counter = state["counter"]
         self._passes.end_parts()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
-from stochastic_depth.copies import evaluated_copy, plain_class
+from stochastic_depth.copies import evaluated_copy, plain_class, tensor_without_data
 from stochastic_depth.passes import CLOSED, Gate, eager
 from stochastic_depth.residual import GatedBranch, compiled_inside
 from stochastic_depth.retrofit.shapes import samples_among
@@ -88,7 +88,6 @@ class StochasticLayer(nn.Module):
         gated = self._stochastic_depth_branch
         assert gate.order is not None
         order = gate.order[: gate.num_open]
-        run = gate.order[: max(gate.num_open, 1)]
         kinds = [True if leaf is hidden else None if isinstance(leaf, Tensor) else False for leaf in leaves]
 
         def plain(layer: nn.Module, *values: Any) -> Any:
@@ -97,6 +96,16 @@ class StochasticLayer(nn.Module):
 
         with gated.passes.dry_run():
             of_batch = samples_among(plain, self, leaves, kinds, hidden.shape[0])
+
+        def dry(layer: nn.Module, samples: tuple[Tensor, ...]) -> Any:
+            given = iter(samples)
+            return plain(
+                layer,
+                *[next(given) if s else tensor_without_data(leaf) for leaf, s in zip(leaves, of_batch, strict=True)],
+            )
+
+        batches = tuple(leaf for leaf, samples in zip(leaves, of_batch, strict=True) if samples)
+        run = gate.order[: gated.num_run(gate, self, self, dry, batches)]
         taken = [leaf.index_select(0, run) if samples else leaf for leaf, samples in zip(leaves, of_batch, strict=True)]
         output = self._run(taken, signature)
         own = _first(output)[: gate.num_open]

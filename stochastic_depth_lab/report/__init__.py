@@ -1,6 +1,5 @@
 """Reports: run folders in; table, figures and one self-contained page out. Reads nothing else and needs no torch."""
 
-from stochastic_depth_lab.report.figures import write_figures
 from stochastic_depth_lab.report.page import write_report
 from stochastic_depth_lab.report.runs import ReportError, Run, read_run
 from stochastic_depth_lab.report.schedule import schedule_figure, schedule_text
@@ -15,7 +14,6 @@ __all__ = [
     "schedule_figure",
     "schedule_text",
     "text_table",
-    "write_figures",
     "write_report",
     "write_study",
 ]

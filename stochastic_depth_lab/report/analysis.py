@@ -2,14 +2,13 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from stochastic_depth_lab.report.figures import Drawing
+from stochastic_depth_lab.report.figures import Drawing, whole_numbers
 from stochastic_depth_lab.report.reliability import Bin, Reliability
 from stochastic_depth_lab.report.runs import ReportError, Run, labels
 from stochastic_depth_lab.report.table import csv_text
@@ -31,11 +30,6 @@ class Analysis:
     reliability: Reliability
     """Of the whole network."""
     num_images: int
-
-
-def as_json(analysis: Analysis) -> dict[str, Any]:
-    """As `analysis.json` holds it."""
-    return asdict(analysis)
 
 
 def read_analysis(folder: Path) -> Analysis | None:
@@ -125,7 +119,7 @@ def _figure(analysis: Analysis) -> Figure:
     right.plot(blocks, analysis.lesion_errors, color=SERIES[0], linestyle="", **dots)
     right.set_title("error with this block closed, % (dashed: all open)")
     for axes in (left, right):
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_locator(whole_numbers())
         axes.set_xlabel("block, from the input")
     below.plot([0, 1], [0, 1], color=MUTED, linewidth=1.2, linestyle="--")
     bins = analysis.reliability.bins

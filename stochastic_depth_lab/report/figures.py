@@ -17,7 +17,7 @@ from stochastic_depth_lab.atomic import write_whole
 from stochastic_depth_lab.report.binomial import central_band
 from stochastic_depth_lab.report.runs import Epoch, Run, labels
 from stochastic_depth_lab.report.table import csv_text, is_index, time_share
-from stochastic_depth_lab.report.theme import INK, MUTED, SERIES, figure_style
+from stochastic_depth_lab.report.theme import INK, MUTED, SERIES
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,6 @@ def _series(runs: Sequence[Run], names: Sequence[str]) -> list[_Series]:
         )
         for run, name in zip(runs, names, strict=True)
     ]
-
-
-def write_figures(runs: Sequence[Run], folder: Path) -> tuple[Path, ...]:
-    """Write every figure into `folder` as PNG and SVG; returns their paths."""
-    with figure_style():
-        return tuple(path for drawing in drawings(runs) for path in save(drawing.figure, folder, drawing.name))
 
 
 def save(figure: Figure, folder: Path, name: str) -> tuple[Path, ...]:
@@ -215,7 +209,7 @@ def _survival(series: Sequence[_Series]) -> Drawing:
         right.use_sticky_edges = False  # the band's edge is to be seen
         right.yaxis.set_major_formatter(FuncFormatter(_plain))
         for axes in (left, right):
-            axes.xaxis.set_major_locator(_whole_numbers())
+            axes.xaxis.set_major_locator(whole_numbers())
     for axes in panels[-1]:
         axes.set_xlabel("block, from the input")
     entries: list[tuple[Line2D | Patch, str]] = [
@@ -245,7 +239,7 @@ def _depth(series: Sequence[_Series]) -> Drawing:
         axes.axvline(s.run.expected_depth, color=INK, linewidth=1.6)
         shown = [depth for depth, frequency in enumerate(frequencies) if frequency]
         axes.set_xlim(min(shown) - 1, max(shown) + 1)
-        axes.xaxis.set_major_locator(_whole_numbers())
+        axes.xaxis.set_major_locator(whole_numbers())
         axes.set_title(f"{s.label}: share of {s.run.num_steps:,} steps")
     panels[-1][0].set_xlabel("blocks run in a step")
     legend(figure, [(Line2D([], [], color=INK), "expected depth")])
@@ -297,11 +291,11 @@ def _expectation(series: Sequence[_Series]) -> Drawing:
 
 
 def _bands(run: Run) -> list[tuple[float, float]]:
-    """The 95 % band of each block's frequency; none for gates per sample.
+    """The 95 % band of each block's frequency; none for gates per sample, or where survival changes over the epochs.
 
-    Those round the number of open samples of each step up or down, so that their frequency varies far less.
+    Gates per sample round the number of open samples of each step up or down, so that their frequency varies far less.
     """
-    if run.granularity == "sample":
+    if run.granularity == "sample" or run.changes:
         return []
     bands = {prob: central_band(prob, run.num_steps) for prob in set(run.survival_probs)}
     return [bands[prob] for prob in run.survival_probs]
@@ -325,11 +319,12 @@ def _plot_epochs(axes: Axes, series: Sequence[_Series], value: Callable[[Epoch],
         )
         axes.yaxis.set_major_formatter(FuncFormatter(_plain))
         axes.yaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_locator(_whole_numbers())
+    axes.xaxis.set_major_locator(whole_numbers())
     axes.set_xlabel("epoch")
 
 
-def _whole_numbers() -> MaxNLocator:
+def whole_numbers() -> MaxNLocator:
+    """Ticks of an axis of epochs or blocks."""
     return MaxNLocator(8, integer=True, steps=[1, 2, 5, 10])
 
 

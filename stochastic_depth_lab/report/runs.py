@@ -56,6 +56,7 @@ class Run:
     """What a run folder says.
 
     `granularity` is None at constant depth, `result` while the run is unfinished, `published` where nothing is.
+    `changes` says whether survival changes over the epochs; expectations are then means over all that are planned.
     """
 
     folder: Path
@@ -66,6 +67,7 @@ class Run:
     expected_depth: float
     expected_cost: float
     granularity: str | None
+    changes: bool
     epochs: tuple[Epoch, ...]
     published: Published | None
     result: Result | None
@@ -165,8 +167,10 @@ def read_run(folder: Path) -> Run:
         raise ReportError(f"{branches.where} is damaged: a survival probability is {max(survival_probs)}, above 1")
     epochs, notes = _read_epochs(folder / "metrics.jsonl", num_branches=len(names))
     result = _read_result(folder / "result.json", num_epochs=len(epochs))
+    granularity, changes = _read_depth(config)
     if result is None:
-        notes = (*notes, _unfinished(config, len(epochs)))
+        of_all = "; what is expected of it is the mean over all epochs" if changes else ""
+        notes = (*notes, _unfinished(config, len(epochs)) + of_all)
     return Run(
         folder=folder,
         config=config.fields,
@@ -175,7 +179,8 @@ def read_run(folder: Path) -> Run:
         survival_probs=survival_probs,
         expected_depth=branches.number("expected_depth"),
         expected_cost=branches.number("expected_cost"),
-        granularity=_read_granularity(config),
+        granularity=granularity,
+        changes=changes,
         epochs=epochs,
         published=_read_published(config),
         result=result,
@@ -364,13 +369,14 @@ def _read_result(path: Path, *, num_epochs: int) -> Result | None:
     )
 
 
-def _read_granularity(config: _Reader) -> str | None:
+def _read_depth(config: _Reader) -> tuple[str | None, bool]:
+    """The granularity, None at constant depth, and whether survival changes over the epochs."""
     if config.require("depth") is None:
-        return None
+        return None, False
     depth = config.inner("depth")
     if depth is None:
         raise ReportError(f"{config.where} is damaged: depth is neither null nor an object")
-    return depth.text("granularity")
+    return depth.text("granularity"), depth.fields.get("over_time", "constant") != "constant"
 
 
 def _read_published(config: _Reader) -> Published | None:

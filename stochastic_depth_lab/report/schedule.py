@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from stochastic_depth_lab.atomic import write_whole
-from stochastic_depth_lab.report.figures import rendered
+from stochastic_depth_lab.report.figures import rendered, whole_numbers
 from stochastic_depth_lab.report.runs import ReportError, printable
 from stochastic_depth_lab.report.theme import MUTED, SERIES, figure_style
 
@@ -59,7 +58,7 @@ def schedule_figure(names_or_numbers: Sequence[str | int], survival_probs: Seque
         mean = sum(survival_probs) / len(survival_probs)
         axes.axhline(mean, color=MUTED, linewidth=1.2, linestyle="--")
         axes.set_ylim(0, 1.05)
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_locator(whole_numbers())
         axes.set_xlabel(f"block, {printable(str(names_or_numbers[0]))} to {printable(str(names_or_numbers[-1]))}")
         axes.set_ylabel("survival probability (mean: dashed)")
         axes.set_title(_summary(survival_probs))

@@ -3,9 +3,10 @@
 import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from html import escape
 
+from stochastic_depth_lab.config import Regularisers
 from stochastic_depth_lab.report.runs import Run, labels, printable
 
 NOTHING = "\N{EN DASH}"
@@ -26,6 +27,7 @@ for (const head of document.querySelectorAll("table.sortable thead th")) {
 }
 </script>
 """
+_NO_REGULARISERS = asdict(Regularisers())
 _HARDWARE = ("cpu", "num_threads", "device", "gpu")
 
 
@@ -76,13 +78,24 @@ def rows(runs: Sequence[Run]) -> tuple[Row, ...]:
 
 
 def constant_depth_of(run: Run, runs: Sequence[Run]) -> Run | None:
-    """The constant-depth run of the same network on the same data, with the same seed if there is one."""
+    """The constant-depth run of the same network, data and batch, of the same seed if there is one.
+
+    It has no other regulariser either.
+    """
     same = [
         other
         for other in runs
-        if not other.stochastic and all(other.config.get(key) == run.config.get(key) for key in ("model", "data"))
+        if not other.stochastic
+        and other.config.get("regularisers") in (None, _NO_REGULARISERS)
+        and all(other.config.get(key) == run.config.get(key) for key in ("model", "data"))
+        and _batch_size(other) == _batch_size(run)
     ]
     return next((other for other in same if other.config.get("seed") == run.config.get("seed")), next(iter(same), None))
+
+
+def _batch_size(run: Run) -> object:
+    recipe = run.config.get("recipe")
+    return recipe.get("batch_size") if isinstance(recipe, Mapping) else None
 
 
 def time_share(run: Run, runs: Sequence[Run]) -> float | None:

@@ -53,6 +53,13 @@ assert "torch" not in sys.modules
     assert shown.stderr == ""
 
 
+def test_the_value_of_an_option_is_not_taken_for_the_experiment():
+    for words in (["--out", "digits-stochastic", "digits-constant"], ["digits-constant", "--out", "digits-stochastic"]):
+        experiment, run = parse_train([*words, "--quick"])
+        assert (experiment.name, experiment.depth, run.out) == ("digits-constant", None, Path("digits-stochastic"))
+        assert experiment == parse_train(["digits-constant", "--quick", "--out", "x"])[0]
+
+
 def test_help_of_an_experiment_shows_its_own_values(capsys):
     with pytest.raises(SystemExit):
         main(["train", "cifar10-1202-stochastic", "--help"])
@@ -73,6 +80,7 @@ MISTAKES = {
     "trian": "there is no command 'trian', but train,",
     "train": "name the experiment",
     "train digits-stochastik --out OUT": "there is no experiment 'digits-stochastik'. Nearest: digits-stochastic",
+    "train digits-stochastik --out digits-stochastic": "there is no experiment 'digits-stochastik'.",
     "train digits-constant": "--out",
     "train digits-constant --out OUT --sed 3": "Unrecognized options: --sed",
     "train digits-constant --out OUT --seed x": "--seed",
@@ -101,6 +109,8 @@ MISTAKES = {
     "evaluate NOWHERE": "is not a run folder",
     "report FULL": "is not a run folder",
     "report": "no run folder",
+    "inspect timm:vit_tiny_patch16_224 --device cuda:99": "there is no device 'cuda:99'",
+    "inspect timm:vit_tiny_patch16_224 --device nonsense": "--device must be cpu, cuda or cuda:NUMBER",
     "schedule --num-layers 21": "6n + 2",
     "schedule --final-survival-prob 0": "must be in (0, 1]",
     "schedule exponential": "there is no schedule 'exponential', but linear_decay",

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from reference import (
@@ -346,6 +347,31 @@ def test_forced_gates_nest_and_end_with_errors() -> None:
     assert drawn_gates(net, x) == (True,) * 4
 
 
+def test_survival_probs_of_numpy_are_saved_as_numbers(tmp_path: Path) -> None:
+    depth = sd.make_stochastic_(mlp(), SURVIVAL_PROBS)
+    depth.set_survival_probs(numpy.linspace(0.9, 0.5, 4))
+    torch.save(depth.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["survival_probs"] == pytest.approx([0.9, 0.9 - 0.4 / 3, 0.9 - 0.8 / 3, 0.5])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_made_under_forced_gates_is_not_forced(copied: Callable[[nn.Module], nn.Module]) -> None:
+    """An average of the weights that is begun within `depth.gates`."""
+    net, x = mlp(), vectors(3)
+    depth = sd.make_stochastic_(net, SURVIVAL_PROBS, seed=5)
+    with depth.gates([False] * 4):
+        other = copied(net)
+        forced = net(x)
+    for model in (net, other):
+        assert not torch.equal(model.eval()(x), forced)
+        model.train()
+    assert torch.equal(net.eval()(x), other.eval()(x))
+    assert [sd.controller(model).last_gates for model in (net.train(), other.train()) if model(x) is not None] == [
+        depth.last_gates
+    ] * 2
+
+
 def test_set_survival_probs_from_the_next_forward_on() -> None:
     net, x = linear_net(), vectors(2)
     depth = sd.make_stochastic_(net, [1.0] * 4)
@@ -513,6 +539,8 @@ BAD_CALLS = {
     "state names": (load(names=["a", "b", "c", "d"]), ValueError, "first names that differ", "'a'", "blocks.0"),
     "state fewer": (load(names=NAMES[:2]), ValueError, "2 branches", "has 4", "blocks.2.residual"),
     "state no names": (load(names=None), ValueError, "names must be", "None"),
+    "state costs number": (load(costs=5), ValueError, "costs must have one entry", "is 5"),
+    "state probs text": (load(survival_probs=["a"] * 4), ValueError, "survival_probs[0]", "'a'"),
     "state probs": (load(survival_probs=[0.5] * 3), ValueError, "4 in all", "3 survival"),
     "state prob zero": (load(survival_probs=[0.5, 0, 1, 1]), ValueError, "survival_probs[1]", "is 0."),
     "state seed": (load(seed="x"), ValueError, "seed must be a whole number", "'x'"),

@@ -51,7 +51,7 @@ def net_of(made_by: Callable[[Tensor], Tensor], before: Callable[[Tensor], Tenso
     return Net(made_by, Looking(before)).double()
 
 
-def stochastic(net: Net) -> sd.StochasticDepth:
+def stochastic(net: Net) -> sd.Controller:
     return sd.make_stochastic_(net, [0.6], granularity="sample", rescale="none")
 
 
@@ -107,11 +107,15 @@ def test_a_second_backward_goes_through_what_was_taken_again() -> None:
     assert_close({"input": ours.grad}, {"input": theirs.grad})
 
 
-def test_a_branch_may_not_change_the_samples_in_place() -> None:
-    """The plain network's branch would change the shortcut too; here it could not, so PyTorch's refusal stands."""
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_branch_may_not_change_the_samples_in_place(frozen: bool) -> None:
+    """The plain network's branch would change the shortcut too; here it could not."""
     net = net_of(torch.relu, lambda x: x.mul_(3))
-    with stochastic(net).gates(GATES), pytest.raises(RuntimeError, match="modified inplace"):
+    net.stem.requires_grad_(not frozen)
+    with stochastic(net).gates(GATES), pytest.raises(RuntimeError, match="residual changes its input in place"):
         net(vectors(5))
+    with sd.controller(net).gates([True]):
+        net(vectors(5))  # all samples: as in the plain network
 
 
 def test_a_batch_that_is_changed_before_the_backward_is_an_error() -> None:

@@ -12,9 +12,9 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
-from stochastic_depth_lab.report import read_run, write_figures
+from stochastic_depth_lab.report import read_run
 from stochastic_depth_lab.report.binomial import central_band
-from stochastic_depth_lab.report.figures import drawings, epochs_csv, survival_csv
+from stochastic_depth_lab.report.figures import drawings, epochs_csv, save, survival_csv
 from stochastic_depth_lab.report.theme import figure_style
 
 NAMES = ("curves", "gradient", "survival", "expectation")
@@ -39,7 +39,8 @@ def texts(svg: bytes | str) -> list[str]:
 
 
 def test_files_are_pictures_and_the_same_every_time(runs, pair_report, tmp_path):
-    paths = write_figures(runs, tmp_path)
+    with figure_style():
+        paths = [path for drawing in drawings(runs) for path in save(drawing.figure, tmp_path, drawing.name)]
     assert [path.name for path in paths] == [f"{name}.{form}" for name in NAMES for form in ("png", "svg")]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in paths)
     for path in paths:
@@ -123,9 +124,10 @@ def test_steps_of_the_learning_rate(write_run, rates, labels):
 )
 def test_unusual_runs_are_drawn(write_run, tmp_path, unusual):
     read = [read_run(write_run(**run)) for run in unusual]
-    for path in write_figures(read, tmp_path / "figures"):
-        if path.suffix == ".png":
-            assert_picture(path)
+    with figure_style():
+        for drawing in drawings(read):
+            picture, _ = save(drawing.figure, tmp_path / "figures", drawing.name)
+            assert_picture(picture)
     if len(read) == 1:
         assert read[0].name in texts((tmp_path / "figures" / "curves.svg").read_bytes())
 
@@ -159,6 +161,19 @@ def test_csv_of_epochs_and_blocks(runs):
 def test_no_band_for_gates_per_sample(write_run):
     run = read_run(write_run(stochastic=True, granularity="sample"))
     assert [line["band_low"] for line in csv.DictReader(io.StringIO(survival_csv([run])))] == [""] * 4
+
+
+def test_no_band_where_survival_changes_over_the_epochs(write_run):
+    """Realised counts are then sums of unlike draws; of an unfinished run their means are not even those planned."""
+    folder = write_run(stochastic=True)
+    config = json.loads((folder / "config.json").read_text())
+    assert [line["band_low"] for line in csv.DictReader(io.StringIO(survival_csv([read_run(folder)])))] != [""] * 4
+    config["depth"]["over_time"] = "early"
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "result.json").unlink()
+    run = read_run(folder)
+    assert [line["band_low"] for line in csv.DictReader(io.StringIO(survival_csv([run])))] == [""] * 4
+    assert "what is expected of it is the mean over all epochs" in run.notes[-1]
 
 
 @pytest.mark.parametrize("num_draws", [1, 7, 100, 2000])

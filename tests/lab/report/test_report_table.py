@@ -3,10 +3,12 @@
 import csv
 import io
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from stochastic_depth_lab.config import Regularisers
 from stochastic_depth_lab.report import read_run, text_table
 from stochastic_depth_lab.report.table import NOTHING, constant_depth_of, html_table, rows, summary_csv, time_share
 
@@ -109,6 +111,12 @@ def test_constant_depth_is_that_of_the_same_network_and_seed(write_run):
     assert time_share(run, [other_network, other_data, run]) is None
     assert constant_depth_of(run, [other_network, other_seed, run]) is other_seed
     assert constant_depth_of(run, [other_seed, same_seed, run]) is same_seed
+    dropout = asdict(Regularisers(activation_survival_prob=0.8))
+    regularised = read_run(write_run("f", config={"seed": 2, "regularisers": dropout}))
+    other_batch = read_run(write_run("h", config={"seed": 2, "recipe": {"epochs": 4, "batch_size": 999}}))
+    assert constant_depth_of(run, [regularised, other_batch, run]) is None
+    assert constant_depth_of(run, [regularised, other_seed, run]) is other_seed
+    assert constant_depth_of(regularised, [regularised, same_seed]) is same_seed
 
 
 def test_more_than_four_runs_are_put_below_each_other(write_run):

@@ -207,6 +207,43 @@ def test_a_layer_that_changes_the_shape_cannot_be_a_branch() -> None:
         model(torch.ones(2, 3))
 
 
+class Normalised(nn.Module):
+    """A layer with BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return self.norm(self.linear(x)).tanh() * scale
+
+
+class NormalisedNet(nn.Module):
+    """Two layers, the second of which is a branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.layer = nn.Linear(4, 4), Normalised()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.stem(x), scale=torch.full((4,), 2.0, dtype=x.dtype))
+
+
+def test_one_survivor_where_batch_norm_would_see_one_value() -> None:
+    """As in a `Residual`: another sample, of weight 0, gives BatchNorm a second value per channel."""
+    torch.manual_seed(0)
+    model = NormalisedNet().double()
+    plain, x = copy.deepcopy(model), torch.randn(5, 4, dtype=torch.float64)
+    depth = sd.make_stochastic_(model, [0.5], layers=["layer"], granularity="sample", rescale="none")
+    with depth.gates([torch.tensor([False, False, True, False, False])]):
+        output = model(x)
+    hidden, scale = plain.stem(x), torch.full((4,), 2.0, dtype=torch.float64)
+    expected = hidden.clone()
+    expected[2] = plain.layer(hidden[[2, 0]], scale)[0]
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(model.layer.norm.running_mean, plain.layer.norm.running_mean)
+
+
 def test_bad_layers() -> None:
     with pytest.raises(ValueError, match="matches no module"):
         sd.make_stochastic_(model_of("Bert"), sd.uniform(0.5), layers=["decoder.*"])
