@@ -346,6 +346,8 @@ class ForwardPasses:
             self._current = None
 
     def _new_pass(self) -> Pass:
+        if torch.jit.is_tracing():
+            raise RuntimeError("A trace would freeze the gates: trace the model after model.eval().")
         new = Pass(self.counter, self.survival_probs, self.forced)
         if self.forced is None:
             self.counter += 1

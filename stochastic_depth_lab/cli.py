@@ -163,6 +163,9 @@ def _run_jobs(jobs: "Sequence[Job]", options: RunOptions, many: ManyOptions, arg
 
     if options.weights is not None or options.tensorboard or options.cuda_graphs:
         raise ValueError("--weights, --tensorboard and --cuda-graphs are for train, and for reproduce of one pair.")
+    _refuse_file(options.out)
+    if not jobs:
+        _print("no run falls to this share: there are fewer runs than shares.")
     for job in jobs:
         check(job.experiment)
     rank, num_processes = processes.place()
@@ -207,6 +210,12 @@ def _evaluate(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _refuse_file(folder: Path | None) -> None:
+    """Refuse, before any work, a file where a folder is to be written."""
+    if folder is not None and any(path.is_file() for path in (folder, *folder.parents)):
+        raise ValueError(f"--out must be a folder, but {folder} is a file or lies under one.")
+
+
 def _analyse(options: Evaluate) -> int:
     from stochastic_depth_lab.analysis import analyse
     from stochastic_depth_lab.build import find_device
@@ -232,6 +241,9 @@ def _evaluate_subnetworks(options: Evaluate) -> int:
 
     if options.monte_carlo is not None:
         return _complain("--subnetworks and --monte-carlo are two evaluations: ask for one at a time.")
+    if options.finetune_epochs is not None and options.finetune_epochs < 1:
+        return _complain(f"--finetune-epochs must be at least 1, but is {options.finetune_epochs}.")
+    _refuse_file(options.out)
     name = options.folder.resolve().name
     twin = options.folder.resolve().with_name(name.removesuffix("-stochastic") + "-constant")
     against = options.against or (twin if twin.name != name and (twin / "config.json").exists() else None)
@@ -269,6 +281,7 @@ def _evaluate_monte_carlo(options: Evaluate, num_samples: int) -> int:
     from stochastic_depth_lab.report.reliability import reliability_text, write_reliability
     from stochastic_depth_lab.uncertainty import uncertainty
 
+    _refuse_file(options.out)
     device = find_device(options.device, "fp32")
     measured = uncertainty(options.folder, num_samples, device=device, data_root=options.data_root)
     _print(reliability_text(measured))
@@ -281,6 +294,10 @@ def _export(arguments: Sequence[str]) -> int:
     options = parse(Export, "export", arguments)
     if options.order != "last" and options.cost is None:
         return _complain("--order says which blocks go first to meet --cost: give that too.")
+    if options.out is not None:
+        _refuse_file(options.out.parent)
+        if options.out.is_dir():
+            return _complain(f"--out must be a file, but {options.out} is a folder.")
     from stochastic_depth_lab.export import default_path, export_run
 
     made = export_run(

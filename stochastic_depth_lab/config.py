@@ -249,7 +249,7 @@ def small(experiment: Experiment, num_layers: int | None = None) -> Experiment:
 def check(experiment: Experiment) -> None:
     """Refuse numbers that cannot be trained with.
 
-    What the library and the data sets check themselves (survival probabilities, 6n + 2) is left to them.
+    What the library and the data sets check themselves (6n + 2) is left to them.
 
     Raises:
         ValueError: in one line; it names the field.
@@ -285,7 +285,9 @@ def check(experiment: Experiment) -> None:
         raise ValueError(f"recipe.momentum must be in (0, 1), but is {recipe.momentum}: Nesterov's needs one.")
     if not 0 <= recipe.weight_decay < float("inf"):
         raise ValueError(f"recipe.weight_decay must be 0 or a positive number, but is {recipe.weight_decay}.")
+    final = 1.0 if experiment.depth is None else experiment.depth.final_survival_prob
     for name, survival_prob in (
+        ("depth.final_survival_prob", final),
         ("regularisers.activation_survival_prob", experiment.regularisers.activation_survival_prob),
         ("regularisers.filter_survival_prob", experiment.regularisers.filter_survival_prob),
     ):

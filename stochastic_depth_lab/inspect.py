@@ -49,13 +49,22 @@ def inspect_model(
     Raises:
         ValueError: if there is no such source or model, or it has no branches.
     """
+    for name, value in (("--batch-size", batch_size), ("--image-size", image_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, but is {value}.")
+    if not 0 <= drop_path_rate < 1:
+        raise ValueError(f"--drop-path-rate must be in [0, 1), but is {drop_path_rate:g}.")
     model, own_size = _create(spec, drop_path_rate)
     size = image_size or own_size
     model = model.to(device)
     original = copy.deepcopy(model) if measure else None
     images = torch.randn(batch_size, 3, size, size, device=device)
     depth = sd.make_stochastic_(model, schedule)
-    lines = [str(depth), "", str(depth.cost(images[:2]))]
+    try:
+        lines = [str(depth), "", str(depth.cost(images[:2]))]
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{spec} does not take images of {size}x{size} pixels: {reason}") from error
     if original is not None:
         (own_s, own_bytes), (original_s, original_bytes) = _measure((model, original), images)
         lines.append(
@@ -77,6 +86,9 @@ def _create(spec: str, rate: float) -> tuple[nn.Module, int]:
         return _CREATE[source](name, rate)
     except ImportError as error:
         raise ValueError(f"{spec} needs the package {source}: pip install {source}. ({error})") from error
+    except RuntimeError as error:  # torchvision that was built for another PyTorch, for one
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{spec} cannot be created with the packages that are installed: {reason}") from error
 
 
 def _timm(name: str, rate: float) -> tuple[nn.Module, int]:

@@ -91,7 +91,8 @@ class Reproduce:
 
     name: tyro.conf.Positional[str]
     """What two experiments have in common, such as digits, cifar10-110, svhn-152; or a table or figure, which trains
-    what is missing and goes on with what is unfinished: table1, table2, curves, gradients, survival, depth-survival."""
+    what is missing and goes on with what is unfinished: table1, table2, curves, gradients, survival, depth-survival,
+    over-time, regularisers."""
     run: tyro.conf.OmitArgPrefixes[RunOptions]
     many: tyro.conf.OmitArgPrefixes[ManyOptions]
 
@@ -317,7 +318,12 @@ def grid(base: Experiment, fields: Sequence[str]) -> list[Experiment]:
         field, equals, values = text.partition("=")
         if not (field and equals and values):
             raise ValueError(f"--grid takes FIELD=VALUE,VALUE, such as recipe.learning-rate=0.1,0.05, but is {text!r}.")
-        choices.append([(field, value) for value in values.split(",")])
+        if "." not in field and field != "precision":
+            raise ValueError(f"--grid takes fields of an experiment, such as recipe.learning-rate, but not {field!r}.")
+        each = values.split(",")
+        if twice := next((value for value in each if each.count(value) > 1), None):
+            raise ValueError(f"--grid has {field}={twice} twice.")
+        choices.append([(field, value) for value in each])
     experiments: list[Experiment] = []
     for combination in itertools.product(*choices):
         words = [word for field, value in combination for word in (f"--{field}", value)]

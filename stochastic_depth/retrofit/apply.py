@@ -16,7 +16,7 @@ from stochastic_depth.retrofit.classes import restore_class_, swap_class_
 from stochastic_depth.retrofit.controller import Controller
 from stochastic_depth.retrofit.find import Branch, Found, Where, find_branches
 from stochastic_depth.retrofit.layers import GatedLayer, LayerDropPath, StochasticLayer, refuse_own_layerdrop
-from stochastic_depth.schedules import Schedule, check_survival_probs
+from stochastic_depth.schedules import SCHEDULES, Schedule, check_survival_probs
 
 _CONTROLLER = "_stochastic_depth"
 _BRANCH = "_stochastic_depth_branch"
@@ -89,6 +89,8 @@ def make_stochastic_(
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, but is {value!r}.")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be a whole number, but is {seed!r}.")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, but is {model!r}.")
     _refuse_wrapped(model)
     _refuse_stochastic(model)
     layers = [layers] if isinstance(layers, str) else layers
@@ -201,6 +203,9 @@ def _survival_probs(schedule: Schedule | Sequence[float] | None, branches: Seque
         )
     if isinstance(schedule, str):
         raise TypeError(f"schedule must be a schedule, such as linear_decay(0.5), but is the name {schedule!r}.")
+    name = next((name for name, known in SCHEDULES.items() if known is schedule), None)
+    if name is not None:
+        raise TypeError(f"schedule must be a schedule, such as {name}(0.5), but is {name} itself.")
     survival_probs = schedule(num_branches) if callable(schedule) else list(schedule)
     if len(survival_probs) != num_branches:
         raise ValueError(

@@ -104,12 +104,8 @@ def find_branches(model: nn.Module, where: Where | None, layers: Sequence[str] |
         raise ValueError(_nothing_found(model, found, with_schedule=with_schedule))
     order = {module: index for index, module in enumerate(model.modules())}
     found.branches.sort(key=lambda branch: order[branch.named])
-    chosen = [branch for branch in found.branches if _passes_filter(where, branch.name, branch.named)]
-    if not chosen:
-        names = ", ".join(branch.name for branch in found.branches[:3])
-        raise ValueError(f"where={where!r} matches none of the {len(found.branches)} branches: {names}, ...")
-    found.branches = chosen
-    for branch in chosen:
+    found.branches = _chosen(found.branches, where)
+    for branch in found.branches:
         if isinstance(branch.module, Residual) and type(branch.module).forward is not Residual.forward:
             raise ValueError(
                 f"{branch.name} is a {type(branch.module).__name__} with a forward of its own, which the gate would "
@@ -154,17 +150,20 @@ def _find_layers(model: nn.Module, layers: Sequence[str], found: Found, *, with_
             drop_paths = {
                 inner: rule for inner in module.modules() if (rule := drop_path_rule(inner)) and rule.drop_rate > 0
             }
+            if not (drop_paths or with_schedule):
+                found.notes.append(f"{name}: it has no drop path with a rate above 0")
+                continue
             rule = None if with_schedule else _common_rule(name, drop_paths.values())
             found.branches.append(
                 Branch(name, module, name, module, module, rule=rule, kind="layer", drop_paths=tuple(drop_paths))
             )
+    if not found.branches:
+        raise ValueError(
+            f"layers: {outer[0]} has no drop path with a rate above 0. Give a schedule, such as uniform(0.9)."
+        )
 
 
 def _common_rule(layer: str, rules: Collection[DropPathRule]) -> DropPathRule:
-    if not rules:
-        raise ValueError(
-            f"layers: {layer} has no drop path with a rate above 0. Give a schedule, such as uniform(0.9)."
-        )
     first, *others = dict.fromkeys(rules)
     if others:
         raise ValueError(f"layers: the drop paths of {layer} have several rates or rules. Give a schedule.")
@@ -354,10 +353,21 @@ def _default_arguments(block: nn.Module) -> tuple[Any, ...]:
     )
 
 
-def _passes_filter(where: Where | None, name: str, module: nn.Module) -> bool:
+def _chosen(branches: list[Branch], where: Where | None) -> list[Branch]:
+    """The branches that pass the filter, each of whose patterns must match one."""
     if where is None:
-        return True
+        return branches
     if callable(where):
-        return bool(where(name, module))
-    patterns = [where] if isinstance(where, str) else where
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        chosen, useless = [branch for branch in branches if where(branch.name, branch.named)], where
+    elif isinstance(where, Sequence):
+        patterns = [where] if isinstance(where, str) else where
+        names = [branch.name for branch in branches]
+        matched = {pattern: set(fnmatch.filter(names, pattern)) for pattern in patterns}
+        useless = next((pattern for pattern, matches in matched.items() if not matches), None if matched else where)
+        chosen = [branch for branch in branches if useless is None and branch.name in set().union(*matched.values())]
+    else:
+        raise TypeError(f"where must be a predicate (name, module) -> bool or patterns of names, but is {where!r}.")
+    if not chosen:
+        some = ", ".join(branch.name for branch in branches[:3])
+        raise ValueError(f"where={useless!r} matches none of the {len(branches)} branches: {some}, ...")
+    return chosen

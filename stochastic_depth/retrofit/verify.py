@@ -45,7 +45,7 @@ def verify(root: nn.Module, passes: ForwardPasses, branches: Sequence[Branch], i
     """See `Controller.verify`."""
     every = range(len(branches))
     before = passes.forced
-    with torch.no_grad(), undisturbed(root), _Watch(root, passes, [branch.parts for branch in branches]) as watch:
+    with torch.no_grad(), undisturbed(root), _Watch(root, passes, branches) as watch:
         root.eval()
         try:
             reached = watch.run(root, inputs, (True,) * len(branches))
@@ -88,7 +88,7 @@ class _Run:
 class _Watch:
     """Sees which branches run: by the gate's own account, and by the modules that are called inside of each."""
 
-    def __init__(self, root: nn.Module, passes: ForwardPasses, parts: Sequence[nn.Module]) -> None:
+    def __init__(self, root: nn.Module, passes: ForwardPasses, branches: Sequence[Branch]) -> None:
         self._passes = passes
         self._ran: set[int] = set()
         # A module that serves several branches, or something else too, does not tell who has called it.
@@ -97,11 +97,13 @@ class _Watch:
             for child in module.children():
                 parents.setdefault(child, set()).add(module)
         owners: dict[nn.Module, set[int]] = {}
-        for index, part in enumerate(parts):
-            tops = set(part.members) if isinstance(part, BranchParts) else {part}
+        for index, branch in enumerate(branches):
+            tops = set(branch.parts.members) if isinstance(branch.parts, BranchParts) else {branch.parts}
             inside = {module for top in tops for module in top.modules()}
+            if branch.kind == "layer":
+                inside -= tops  # a whole layer is called to ask for its gate
             for module in inside:
-                if module in tops or parents.get(module, set()) <= inside:
+                if module in tops or parents.get(module, set()) <= inside | tops:
                     owners.setdefault(module, set()).add(index)
         self._owner = {module: next(iter(indices)) for module, indices in owners.items() if len(indices) == 1}
 

@@ -44,7 +44,7 @@ def test_models_of_all_sources_are_shown_and_measured(
     [
         pytest.param("timm:vit_tiny_patch16_22", "0.1", "Similar names", id="unknown model"),
         pytest.param("nowhere:vit", "0.1", "timm:NAME", id="unknown source"),
-        pytest.param("timm:vit_tiny_patch16_224", "1", "drop rate of 1", id="a rate of 1"),
+        pytest.param("timm:vit_tiny_patch16_224", "1", "--drop-path-rate must be in [0, 1)", id="a rate of 1"),
         pytest.param("torchvision:resnet", "0.1", "torchvision has no model", id="unknown to torchvision"),
         pytest.param("transformers:resnat", "0.1", "transformers has no model type", id="unknown to transformers"),
         pytest.param("torchvision:resnet18", "0.1", "No residual branch", id="no drop path"),

@@ -14,7 +14,7 @@ from small_runs import outcome, small, train
 
 from stochastic_depth_lab import records, sweep
 from stochastic_depth_lab.cli import main
-from stochastic_depth_lab.config import Depth, Experiment, Study
+from stochastic_depth_lab.config import Experiment, Study
 from stochastic_depth_lab.experiments import STUDIES, find
 from stochastic_depth_lab.options import grid
 
@@ -70,11 +70,12 @@ def test_one_killed_run_loses_itself_alone_and_goes_on_the_next_time(tmp_path):
 
 
 def test_a_run_that_cannot_begin_is_marked_with_its_reason(tmp_path):
-    wrong = replace(small(Depth(final_survival_prob=0.0)), name="wrong")
+    right = small()
+    wrong = replace(right, name="wrong", model=replace(right.model, num_layers=21))
     jobs = sweep.jobs_for([wrong, seed(1, epochs=1)], tmp_path)
     run(jobs)
     assert [job.state for job in jobs] == ["failed", "done"]
-    assert jobs[0].reason.startswith("final_survival_prob must be in (0, 1], but is 0")
+    assert jobs[0].reason.startswith("num_layers must be 6n + 2")
 
 
 def test_a_run_is_known_by_its_configuration(tmp_path):
@@ -139,7 +140,7 @@ def test_reproduce_runs_what_is_missing_and_skips_what_is_done(tiny_study, tmp_p
 
 def test_reproduce_shows_what_there_is_when_a_run_fails(tiny_study, tmp_path, capsys, monkeypatch):
     constant, stochastic = tiny_study.small_experiments
-    wrong = replace(stochastic, depth=Depth(final_survival_prob=0.0))
+    wrong = replace(stochastic, model=replace(stochastic.model, num_layers=21))
     monkeypatch.setitem(STUDIES, "tiny", replace(tiny_study, small_experiments=(constant, wrong)))
     assert main(["reproduce", "tiny", "--scale", "small", "--out", str(tmp_path)]) == 1
     shown = capsys.readouterr()

@@ -347,6 +347,16 @@ def test_forced_gates_nest_and_end_with_errors() -> None:
     assert drawn_gates(net, x) == (True,) * 4
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_trace_would_freeze_the_gates() -> None:
+    net = mlp()
+    sd.make_stochastic_(net, SURVIVAL_PROBS)
+    with pytest.raises(RuntimeError, match="A trace would freeze the gates"):
+        torch.jit.trace(net, vectors(3))
+    net.eval()
+    assert torch.equal(torch.jit.trace(net, vectors(3))(vectors(2)), net(vectors(2)))
+
+
 def test_survival_probs_of_numpy_are_saved_as_numbers(tmp_path: Path) -> None:
     depth = sd.make_stochastic_(mlp(), SURVIVAL_PROBS)
     depth.set_survival_probs(numpy.linspace(0.9, 0.5, 4))
@@ -422,6 +432,8 @@ BAD_MAKE = {
     "no schedule": (make(None), ValueError, "No residual branch", "give a schedule", "linear_decay"),
     "a number": (make(0.5), TypeError, "is the number 0.5", "linear_decay(0.5)", "uniform(0.5)", "drop rate"),
     "a whole number": (make(1), TypeError, "is the number 1", "schedule must be"),
+    "not called": (make(sd.linear_decay), TypeError, "such as linear_decay(0.5), but is linear_decay itself"),
+    "no module": (lambda _: sd.make_stochastic_(3, sd.uniform(0.5)), TypeError, "model must be a torch.nn.Module", "3"),
     "a string": (make("linear_decay"), TypeError, "'linear_decay'", "schedule must be"),
     "too few": (make([0.5] * 3), ValueError, "one survival probability per branch, 4", "gives 3"),
     "too many": (make([0.5] * 5), ValueError, "one survival probability per branch, 4", "gives 5"),
@@ -437,6 +449,8 @@ BAD_MAKE = {
     "seed": (make(seed=0.5), TypeError, "seed must be a whole number", "0.5"),
     "seed none": (make(seed=None), TypeError, "seed must be a whole number", "None"),
     "where": (make(where="layer*"), ValueError, "where='layer*'", "none of the 4 branches", "blocks.0.residual"),
+    "where useless": (make(where=["blocks.0*", "zzz*"]), ValueError, "where='zzz*'", "none of the 4 branches"),
+    "where number": (make(where=3), TypeError, "where must be a predicate", "is 3"),
     "where empty": (make(where=[]), ValueError, "none of the 4 branches"),
 }
 

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Sequence
 
 import pytest
+import timm
 import torch
 import transformers
 from masked import assert_equals_original_under_mask, gradients, masked
@@ -242,6 +243,35 @@ def test_one_survivor_where_batch_norm_would_see_one_value() -> None:
     expected[2] = plain.layer(hidden[[2, 0]], scale)[0]
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close(model.layer.norm.running_mean, plain.layer.norm.running_mean)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_verify_proves_layers_too(name: str) -> None:
+    model = model_of(name)
+    depth = sd.make_stochastic_(model, sd.linear_decay(0.5), layers=[layers_of(name, model)])
+    assert depth.verify(inputs_of(name)).num_branches == 3
+    called = next(module for module in model.modules() if hasattr(module, "_stochastic_depth_branch"))
+    inside = next(part for part in called.modules() if isinstance(part, nn.Linear))
+    layer_forward = type(called).forward
+    type(called).forward = lambda self, x, *args, **kwargs: (inside(x), layer_forward(self, x, *args, **kwargs))[1]
+    with pytest.raises(RuntimeError, match="run although their gates are closed"):
+        depth.verify(inputs_of(name))
+
+
+def test_layers_without_drop_paths_always_run() -> None:
+    """The first block of timm's models has a rate of 0."""
+
+    class Block(nn.Module):
+        def __init__(self, rate: float) -> None:
+            super().__init__()
+            self.linear, self.drop_path = nn.Linear(3, 3), timm.layers.DropPath(rate) if rate else nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.drop_path(self.linear(x))
+
+    depth = sd.make_stochastic_(nn.Sequential(Block(0.0), Block(0.25)), layers=["?"])
+    assert (depth.names, depth.survival_probs) == (["1"], [0.75])
+    assert "no branch: 0: it has no drop path with a rate above 0" in str(depth)
 
 
 def test_bad_layers() -> None:
