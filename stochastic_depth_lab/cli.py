@@ -78,6 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _COMMANDS[arguments[0]][1](arguments[1:])
     except KeyboardInterrupt:
         return _complain("stopped before there was anything to save.", code=128 + signal.SIGINT)
+    except BrokenPipeError:  # whoever read what we print has seen enough; Python would complain again when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:  # a full disk, a folder that may not be written
         reason = ": ".join(str(part) for part in (error.strerror or error, error.filename) if part)
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -6,7 +6,8 @@ instant: schedules, shortcuts and the like are named by strings.
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, is_dataclass, replace
+from dataclasses import fields as dataclass_fields
 from types import NoneType
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
@@ -346,11 +347,10 @@ def _of_type(kind: Any, value: Any, where: str) -> Any:
         kinds = get_type_hints(kind)
         if unknown := [name for name in fields if name not in kinds]:
             raise _not_ours(f"{where} has an unknown field {unknown[0][:40]!r}")
-        made = {name: _of_type(kinds[name], inner, name) for name, inner in fields.items()}
-        try:
-            return cast(Any, kind)(**made)
-        except TypeError as error:
-            raise _not_ours(str(error)) from None
+        optional = {field.name for field in dataclass_fields(kind) if field.default is not MISSING}
+        if missing := [name for name in kinds if name not in fields and name not in optional]:
+            raise _not_ours(f"{where} has no field {missing[0]!r}")
+        return cast(Any, kind)(**{name: _of_type(kinds[name], inner, name) for name, inner in fields.items()})
     if get_origin(kind) is Literal:
         right = isinstance(value, str) and value in arguments
     elif get_origin(kind) is tuple:

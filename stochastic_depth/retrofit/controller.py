@@ -23,7 +23,7 @@ class Controller:
     """Draws the gates of a model that `make_stochastic_` made stochastic, and answers for them.
 
     Print it for a table of the branches. Attributes of interest: `names`, `survival_probs`, `expected_depth`,
-    `last_gates`.
+    `last_gates`. Once stochastic depth was taken off the model, what would change, count or run it raises RuntimeError.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class Controller:
         self._rescale = rescale
         self._skipped_grad: SkippedGrad = skipped_grad
         self._notes = tuple(notes)
+        self._detached = False
         self._hooks = (
             root.register_forward_pre_hook(self._refuse_unsound),
             root.register_forward_pre_hook(passes.start),
@@ -56,6 +57,11 @@ class Controller:
         """Take the hooks off the root. `restore_` calls it."""
         for hook in self._hooks:
             hook.remove()
+        self._detached = True
+
+    def _refuse_detached(self) -> None:
+        if self._detached:
+            raise RuntimeError("Stochastic depth was taken off the model: this controller has nothing to control.")
 
     @property
     def names(self) -> list[str]:
@@ -118,6 +124,7 @@ class Controller:
         Raises:
             ValueError: if a branch is not on a GPU, or does more than a graph repeats, such as hooks.
         """
+        self._refuse_detached()
         recorded = [branch for branch in self._branches if branch.kind != "layer" and branch.treatment != "mask"]
         refuse_unrecordable([branch.name for branch in recorded], [branch.parts for branch in recorded])
         self._passes.graphs = BranchGraphs(self.names)
@@ -133,6 +140,7 @@ class Controller:
         Raises:
             ValueError: if there is not one number in (0, 1] per branch.
         """
+        self._refuse_detached()
         _check_length(survival_probs, len(self.names), "survival_probs", "survival probabilities")
         check_survival_probs(survival_probs)
         self._passes.survival_probs = tuple(float(survival_prob) for survival_prob in survival_probs)
@@ -152,6 +160,7 @@ class Controller:
         Raises:
             ValueError: if there is not one positive finite number per branch.
         """
+        self._refuse_detached()
         if isinstance(costs, Cost):
             # A branch without FLOPs (a bare normalisation) is next to free, but not to be divided by.
             costs = [max(branch.training_flops, 1) for branch in costs.branches]
@@ -178,6 +187,7 @@ class Controller:
             ValueError: if there is not one entry per branch.
             TypeError: if an entry is neither a bool nor, with granularity "sample", a bool tensor (N,).
         """
+        self._refuse_detached()
         _check_length(gates, len(self.names), "gates", "gates")
         forced = tuple(self._checked_gate(index, gate) for index, gate in enumerate(gates))
         before = self._passes.forced
@@ -253,6 +263,7 @@ class Controller:
         Args:
             *inputs: arguments of a forward. Shares depend on their shapes only, and hardly on the batch size.
         """
+        self._refuse_detached()
         return measure_cost(self._root, self._passes, [branch.parts for branch in self._branches], inputs)
 
     def verify(self, *inputs: Any) -> Verification:
@@ -267,6 +278,7 @@ class Controller:
         Raises:
             RuntimeError: if one of these does not hold; the message names the branches.
         """
+        self._refuse_detached()
         return verify(self._root, self._passes, self._branches, inputs)
 
     def __str__(self) -> str:

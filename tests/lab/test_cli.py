@@ -76,6 +76,16 @@ def test_without_the_extra_one_line_says_how_to_get_it(tmp_path):
     assert shown.stderr == "The stochastic-depth command needs the laboratory: pip install 'stochastic-depth[lab]'\n"
 
 
+def test_whoever_stops_reading_ends_the_command_in_silence():
+    read, write = os.pipe()
+    os.close(read)
+    code = "import sys; from stochastic_depth_lab.cli import main; sys.exit(main(['schedule']))"
+    shown = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert shown.stderr == ""
+    assert shown.returncode == 128 + signal.SIGPIPE
+
+
 MISTAKES = {
     "trian": "there is no command 'trian', but train,",
     "train": "name the experiment",

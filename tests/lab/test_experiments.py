@@ -73,6 +73,8 @@ def test_differences_are_named_once_and_what_an_older_version_did_not_know_is_it
     ]
     with pytest.raises(ValueError, match="not the configuration of an experiment of this version"):
         differences(constant, {**constant, "newer": 1})
+    with pytest.raises(ValueError, match=r"of this version: it has no field 'recipe'\.$"):
+        from_json({name: value for name, value in constant.items() if name != "recipe"})
 
 
 def test_the_recipe_is_the_papers():

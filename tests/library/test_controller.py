@@ -100,6 +100,24 @@ def test_a_restored_network_computes_as_before_with_the_weights_it_has_now() -> 
     assert pickle.dumps(net)
 
 
+def test_a_controller_that_was_taken_off_controls_nothing_and_says_so() -> None:
+    net = mlp()
+    depth = sd.make_stochastic_(net, SURVIVAL_PROBS)
+    sd.restore_(net)
+    assert "expected depth" in str(depth)
+    for use in (
+        lambda: depth.set_survival_probs([0.5] * 4),
+        lambda: depth.set_costs(None),
+        lambda: depth.gates([True] * 4).__enter__(),
+        lambda: depth.cost(vectors(2)),
+        lambda: depth.verify(vectors(2)),
+        lambda: depth.load_state_dict(depth.state_dict()),
+        depth.capture,
+    ):
+        with pytest.raises(RuntimeError, match="was taken off the model"):
+            use()
+
+
 def test_on_off_and_on_again() -> None:
     net = mlp()
     for seed in range(3):
