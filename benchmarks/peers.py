@@ -3,8 +3,9 @@
     python benchmarks/peers.py [--networks ...] [--rates 0.1 0.2 0.5] [--batch-sizes 8 64 256]
 
 Constant depth, torchvision's `StochasticDepth` (mode "batch" and "row"), timm's `DropPath`, a random subset of fixed
-size as DINOv2 is described, and `make_stochastic_` in both granularities. Ratios to constant depth, a table for each:
-FLOPs, bytes kept for the backward and peak of a step, counted; process and wall-clock time of forward and backward.
+size as DINOv2 is described, and `make_stochastic_` in both granularities, with draws of equal cost: a few steps then
+tell the mean. Ratios to constant depth, a table for each: FLOPs, bytes kept for the backward and peak of a step,
+counted; process and wall-clock time of forward and backward.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def create(network: str, way: str, rate: float, seed: int) -> nn.Module | None:
     if way.startswith("torchvision"):
         return networks.with_drop_paths(model, torchvision.ops.StochasticDepth(rate, way.split()[1]))
     if way.startswith("ours"):
-        sd.make_stochastic_(model, granularity=way.split()[1], seed=seed)
+        depth = sd.make_stochastic_(model, granularity=way.split()[1], draw="equal_cost", seed=seed)
+        depth.set_costs(depth.cost(torch.randn(2, 3, networks.IMAGE_SIZE, networks.IMAGE_SIZE)))
     return model
 
 
@@ -92,7 +94,7 @@ COUNTS: dict[str, Callable[[nn.Module, Tensor, Tensor], int]] = {"flops": flops,
 
 
 def count(models: dict[str, nn.Module], batch: tuple[Tensor, Tensor], num_steps: int) -> dict[str, dict[str, float]]:
-    """For each count its ratios to constant depth by way; means where gates are drawn by branch."""
+    """For each count its ratios to constant depth by way; means where gates are drawn."""
     ratios: dict[str, dict[str, float]] = {}
     for what, measure in COUNTS.items():
         means = {
@@ -151,9 +153,12 @@ def main() -> None:
             cells = [f"{ratios[way]:.3f}" if way in ratios else "refused" for way in WAYS[1:]]
             rows[what].append([network, f"{rate:g}", str(batch_size), *cells])
             print(what, *rows[what][-1], sep=" | ", flush=True)
-    counted = f"{networks.IMAGE_SIZE} pixels, fp32, forward and backward; ours: mean of {args.counted} steps."
+    counted = (
+        f"{networks.IMAGE_SIZE} pixels, fp32, forward and backward; ours: equal cost, mean of {args.counted} steps."
+    )
     timed = (
-        f"{networks.IMAGE_SIZE} pixels, fp32, forward and backward; medians of n = {args.rounds} interleaved rounds."
+        f"{networks.IMAGE_SIZE} pixels, fp32, forward and backward; ours: equal cost; medians of n = {args.rounds} "
+        "interleaved rounds."
     )
     for what, title, note in (
         ("flops", "FLOPs executed", counted),

@@ -10,10 +10,12 @@ their creation, so a node's number tells in which pass it was made.
 from __future__ import annotations
 
 import functools
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
 
 import torch
@@ -101,7 +103,7 @@ class Pass:
         survival_probs: one per branch, as they were when it began.
         forced: gates given by the user, one entry per branch, in place of the draw.
         counts: the draw, for each number of separately gated samples that was asked for.
-        served: the branches that asked, where the pass is no forward of the root: who asks again starts a new pass.
+        served: the branches that asked. Outside a forward of the root, who asks again starts a new pass.
     """
 
     counter: int
@@ -156,6 +158,8 @@ class ForwardPasses:
         self._passes: deque[_Remembered] = deque(maxlen=_NUM_REMEMBERED)
         self._current: Pass | None = None
         self._in_root = False
+        # What calls the root's hooks and its forward, while it does.
+        self._root_call: FrameType | None = None
         self._is_dry = False
         # From which autograd number on nodes belong to no pass yet; None where a pass may still be making some.
         self._unclaimed_from: int | None = 0
@@ -169,6 +173,7 @@ class ForwardPasses:
             "_passes",
             "_current",
             "_in_root",
+            "_root_call",
             "_is_dry",
             "_unclaimed_from",
             "_asked_at",
@@ -195,17 +200,26 @@ class ForwardPasses:
         if evaluated_node() is not None:
             return  # The whole root is being recomputed: its branches find their pass by the node.
         self._in_root = True
+        self._root_call = _call_of_hook()
         self._current = self._new_pass() if root.training or self.forced is not None else None
         self._remember(self._current)
 
     @eager
     def stop(self, _root: nn.Module, _args: Any, _output: Any) -> None:
         """Forward hook of the root, called after errors too: ends the pass."""
-        if is_exporting() or evaluated_node() is not None:
-            return
+        if not is_exporting() and evaluated_node() is None:
+            self._leave_root()
+
+    def _leave_root(self) -> None:
         self._in_root = False
+        self._root_call = None
         self._current = None
         self._unclaimed_from = next_node()
+
+    def _leave_interrupted_root(self) -> None:
+        """PyTorch calls `stop` after an Exception, but not after Ctrl-C."""
+        if self._in_root and self._root_call is not None and not _is_running(self._root_call):
+            self._leave_root()
 
     @eager
     def gate(self, index: int, num_samples: int, device: torch.device, training: bool) -> Gate | None:
@@ -225,8 +239,8 @@ class ForwardPasses:
             RuntimeError: if the model is exported in training mode or with forced gates.
         """
         this = self._current
-        # In a forward of the root, the common case, nothing else has to be looked at.
-        if this is None or not self._in_root or self._is_dry or evaluated_node() is not None:
+        # In a forward of the root, the common case, nothing else has to be looked at when a branch first asks.
+        if this is None or not self._in_root or self._is_dry or index in this.served or evaluated_node() is not None:
             if is_exporting():
                 if training or self.forced is not None:
                     raise RuntimeError("An export would freeze the gates: export the model after model.eval().")
@@ -236,6 +250,7 @@ class ForwardPasses:
             this = self._pass_of_call(index, training=training)
             if this is None:
                 return None
+        this.served.add(index)
         if this.forced is not None:
             return self._forced_gate(this.forced[index], index, num_samples, device, this.survival_probs[index])
         if not training:
@@ -324,6 +339,7 @@ class ForwardPasses:
         node = evaluated_node()
         if node is not None:
             return self._pass_of_node(node)
+        self._leave_interrupted_root()
         if self._in_root:
             if self._current is None and training:
                 # A branch in training mode under a root in evaluation mode.
@@ -336,12 +352,12 @@ class ForwardPasses:
             self._current = self._new_pass()
             self._remember(self._current)
             self._unclaimed_from = None
-        self._current.served.add(index)
         self._asked_at = next_node()
         return self._current
 
     def end_parts(self) -> None:
-        """Survival probabilities or counter have changed: the next call of a part starts a new pass."""
+        """What gates are drawn from, or whether they are, has changed: the next call of a part starts a new pass."""
+        self._leave_interrupted_root()
         if not self._in_root:
             self._current = None
 
@@ -385,6 +401,25 @@ def has_several_ranks() -> bool:
     """Whether this process is one of several that train together."""
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+_MODULE_FILE = nn.Module._call_impl.__code__.co_filename  # pyright: ignore
+
+
+def _call_of_hook() -> FrameType | None:
+    """The frame of PyTorch that has called the hook which runs, and calls the forward after it."""
+    frame = sys._getframe(1)  # pyright: ignore
+    while frame is not None and frame.f_code.co_filename != _MODULE_FILE:
+        frame = frame.f_back
+    return frame
+
+
+def _is_running(frame: FrameType) -> bool:
+    try:
+        frame.clear()
+    except RuntimeError:  # "cannot clear an executing frame"
+        return True
+    return False
 
 
 class _Remembered(NamedTuple):

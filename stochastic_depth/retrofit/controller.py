@@ -192,10 +192,12 @@ class Controller:
         forced = tuple(self._checked_gate(index, gate) for index, gate in enumerate(gates))
         before = self._passes.forced
         self._passes.forced = forced
+        self._passes.end_parts()
         try:
             yield
         finally:
             self._passes.forced = before
+            self._passes.end_parts()
 
     def _checked_gate(self, index: int, gate: bool | Tensor) -> bool | Tensor:
         if isinstance(gate, bool):

@@ -94,19 +94,54 @@ def test_a_failed_forward_leaves_no_gates_behind() -> None:
     assert drawn_gates(net, vectors(2)) == expected_gates(3)
 
 
-@pytest.mark.xfail(strict=True, reason="torch runs always_call hooks after an Exception, not after KeyboardInterrupt")
+class Interrupted:
+    """Within, Ctrl-C arrives when the forward has come to the head."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+
+    def __enter__(self) -> None:
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        self.hook = self.net.head.register_forward_pre_hook(interrupt)
+
+    def __exit__(self, kind: object, *_: object) -> bool:
+        self.hook.remove()
+        return kind is KeyboardInterrupt
+
+
 def test_an_interrupted_forward_leaves_no_gates_behind() -> None:
     """Ctrl-C in a notebook, then the model by its parts."""
-    net, _ = stochastic()
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    hook = net.head.register_forward_pre_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    net, depth = stochastic()
+    with Interrupted(net):
         net(vectors(2))
-    hook.remove()
-    assert part_gates(net) == expected_gates(1)
+    assert [part_gates(net) for _ in range(3)] == [expected_gates(step) for step in (1, 2, 3)]
+
+    with Interrupted(net.eval()):
+        net(vectors(2))
+    net.train()
+    assert [part_gates(net) for _ in range(3)] == [expected_gates(step) for step in (4, 5, 6)]
+
+    forced = (False, True, False, True)
+    with Interrupted(net), depth.gates(forced):
+        net(vectors(2))
+    assert part_gates(net) == expected_gates(7)
+    with Interrupted(net):
+        net(vectors(2))
+    with depth.gates(forced):
+        assert part_gates(net) == forced
+    assert drawn_gates(net, vectors(2)) == expected_gates(9)
+
+
+def test_a_branch_that_is_called_twice_in_a_forward_has_one_gate() -> None:
+    net, _ = stochastic()
+    net.blocks.append(net.blocks[0])
+    for step in range(10):
+        gates = expected_gates(step)
+        with counted_calls(net) as calls:
+            net(vectors(2))
+        assert [len(sizes) for sizes in calls] == [2 * gates[0], *gates[1:]]
 
 
 def test_branches_in_evaluation_mode_follow_the_rule_of_evaluation() -> None:
