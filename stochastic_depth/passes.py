@@ -103,7 +103,7 @@ class Pass:
         survival_probs: one per branch, as they were when it began.
         forced: gates given by the user, one entry per branch, in place of the draw.
         counts: the draw, for each number of separately gated samples that was asked for.
-        served: the branches that asked. Outside a forward of the root, who asks again starts a new pass.
+        served: the branches that asked, where the pass is no forward of the root: who asks again starts a new pass.
     """
 
     counter: int
@@ -199,6 +199,7 @@ class ForwardPasses:
             return
         if evaluated_node() is not None:
             return  # The whole root is being recomputed: its branches find their pass by the node.
+        self._leave_interrupted_root()
         self._in_root = True
         self._root_call = _call_of_hook()
         self._current = self._new_pass() if root.training or self.forced is not None else None
@@ -218,8 +219,9 @@ class ForwardPasses:
 
     def _leave_interrupted_root(self) -> None:
         """PyTorch calls `stop` after an Exception, but not after Ctrl-C."""
-        if self._in_root and self._root_call is not None and not _is_running(self._root_call):
+        if self._in_root and not _is_running(self._root_call):
             self._leave_root()
+            self._unclaimed_from = None  # Where it ended is not known.
 
     @eager
     def gate(self, index: int, num_samples: int, device: torch.device, training: bool) -> Gate | None:
@@ -239,8 +241,14 @@ class ForwardPasses:
             RuntimeError: if the model is exported in training mode or with forced gates.
         """
         this = self._current
-        # In a forward of the root, the common case, nothing else has to be looked at when a branch first asks.
-        if this is None or not self._in_root or self._is_dry or index in this.served or evaluated_node() is not None:
+        # In a forward of the root, the common case, nothing else has to be looked at.
+        if (
+            this is None
+            or not self._in_root
+            or self._is_dry
+            or evaluated_node() is not None
+            or not _is_running(self._root_call)
+        ):
             if is_exporting():
                 if training or self.forced is not None:
                     raise RuntimeError("An export would freeze the gates: export the model after model.eval().")
@@ -250,7 +258,6 @@ class ForwardPasses:
             this = self._pass_of_call(index, training=training)
             if this is None:
                 return None
-        this.served.add(index)
         if this.forced is not None:
             return self._forced_gate(this.forced[index], index, num_samples, device, this.survival_probs[index])
         if not training:
@@ -352,6 +359,7 @@ class ForwardPasses:
             self._current = self._new_pass()
             self._remember(self._current)
             self._unclaimed_from = None
+        self._current.served.add(index)
         self._asked_at = next_node()
         return self._current
 
@@ -414,7 +422,10 @@ def _call_of_hook() -> FrameType | None:
     return frame
 
 
-def _is_running(frame: FrameType) -> bool:
+def _is_running(frame: FrameType | None) -> bool:
+    """Whether the frame has not ended; True where there is none, and nothing can be told."""
+    if frame is None:
+        return True
     try:
         frame.clear()
     except RuntimeError:  # "cannot clear an executing frame"

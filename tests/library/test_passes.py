@@ -11,6 +11,7 @@ import reference
 import torch
 from reference import assert_binomial, counted_calls, drawn_gates, mlp, vectors
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
 from stochastic_depth.gates import draw_counts
@@ -95,43 +96,61 @@ def test_a_failed_forward_leaves_no_gates_behind() -> None:
 
 
 class Interrupted:
-    """Within, Ctrl-C arrives when the forward has come to the head."""
+    """Within, Ctrl-C arrives when a forward has come to `part`."""
 
-    def __init__(self, net: nn.Module) -> None:
-        self.net = net
+    def __init__(self, part: nn.Module) -> None:
+        self.part = part
 
     def __enter__(self) -> None:
         def interrupt(*_: object) -> None:
             raise KeyboardInterrupt
 
-        self.hook = self.net.head.register_forward_pre_hook(interrupt)
+        self.hook = self.part.register_forward_pre_hook(interrupt)
 
     def __exit__(self, kind: object, *_: object) -> bool:
         self.hook.remove()
         return kind is KeyboardInterrupt
 
 
-def test_an_interrupted_forward_leaves_no_gates_behind() -> None:
+@pytest.mark.parametrize("place", ["stem", "blocks.2", "head"])
+def test_an_interrupted_forward_leaves_no_gates_behind(place: str) -> None:
     """Ctrl-C in a notebook, then the model by its parts."""
     net, depth = stochastic()
-    with Interrupted(net):
+    part = net.get_submodule(place)
+    with Interrupted(part):
         net(vectors(2))
     assert [part_gates(net) for _ in range(3)] == [expected_gates(step) for step in (1, 2, 3)]
 
-    with Interrupted(net.eval()):
+    net.eval()
+    with Interrupted(part):
         net(vectors(2))
     net.train()
     assert [part_gates(net) for _ in range(3)] == [expected_gates(step) for step in (4, 5, 6)]
 
     forced = (False, True, False, True)
-    with Interrupted(net), depth.gates(forced):
+    with Interrupted(part), depth.gates(forced):
         net(vectors(2))
     assert part_gates(net) == expected_gates(7)
-    with Interrupted(net):
+    with Interrupted(part):
         net(vectors(2))
     with depth.gates(forced):
         assert part_gates(net) == forced
     assert drawn_gates(net, vectors(2)) == expected_gates(9)
+
+
+def test_parts_that_are_checkpointed_after_ctrl_c_are_recomputed_with_their_own_gates() -> None:
+    net, _ = stochastic()
+    with Interrupted(net.stem):
+        net(vectors(2))
+    hidden = net.stem(vectors(2))
+    with counted_calls(net) as calls:
+        loss = checkpoint(net.blocks, hidden, use_reentrant=True).sum()
+        drawn = [len(sizes) for sizes in calls]
+    assert drawn == list(expected_gates(1))
+    assert drawn_gates(net, vectors(2)) == expected_gates(2) != expected_gates(1)
+    with counted_calls(net) as calls:
+        loss.backward()
+    assert [len(sizes) for sizes in calls] == drawn
 
 
 def test_a_branch_that_is_called_twice_in_a_forward_has_one_gate() -> None:
