@@ -284,6 +284,11 @@ class ForwardPasses:
             return None
         return this.survival_probs[index]
 
+    @property
+    def is_dry(self) -> bool:
+        """Whether what runs is run for its shapes only."""
+        return self._is_dry
+
     @contextmanager
     def dry_run(self) -> Generator[None]:
         """Within, what is run is run for its shapes only: every branch runs, unseen by FLOP counters and autograd."""
@@ -374,6 +379,10 @@ class ForwardPasses:
             raise RuntimeError("A trace would freeze the gates: trace the model after model.eval().")
         new = Pass(self.counter, self.survival_probs, self.forced)
         if self.forced is None:
+            if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "A CUDA graph of the step would freeze the gates: depth.capture() records each branch by itself."
+                )
             self.counter += 1
             self.latest = new
         return new

@@ -112,6 +112,9 @@ class GatedBranch:
 
         Returns:
             (N, ...), a tensor of its own, safe to be changed in place.
+
+        Raises:
+            ValueError: if the sum has another shape than the shortcut.
         """
         num_samples = shortcut.shape[0]
         gate = self.passes.gate(self.index, num_samples, shortcut.device, training)
@@ -126,7 +129,11 @@ class GatedBranch:
         if graphs is not None and repeatable and self.passes.observer is None and saves_as_usual():
             branch = cast(BranchFunction, partial(graphs.run, self.index, branch))
         if gate.num_open == num_samples:
-            return _plain_sum(shortcut, branch(module, x), factor)
+            output = branch(module, x)
+            total = _plain_sum(shortcut, output, factor)
+            if total.shape != shortcut.shape:
+                raise self._other_shape(output, shortcut)
+            return total
         return self._sum_over_subset(shortcut, x, module, branch, gate, factor, parts)
 
     def skip(self, shortcut: Tensor, parts: nn.Module, others: Sequence[Tensor] = ()) -> Tensor:
@@ -164,7 +171,19 @@ class GatedBranch:
             output = branch(module, tuple(taken) if isinstance(x, tuple) else taken[0])
         if num_run > gate.num_open:
             output = output[: gate.num_open]
+        if output.shape[1:] != shortcut.shape[1:]:
+            try:
+                output = output.expand(gate.num_open, *shortcut.shape[1:])
+            except RuntimeError:
+                raise self._other_shape(output, shortcut) from None
         return add_samples(carried, output, gate.order[: gate.num_open], factor)
+
+    def _other_shape(self, output: Tensor, shortcut: Tensor) -> ValueError:
+        return ValueError(
+            f"The branch {self.passes.names[self.index]} gives {tuple(output.shape)} to a shortcut of "
+            f"{tuple(shortcut.shape)}. Their sum would have another shape than the shortcut, which is all that is left "
+            "where the gate is closed: expand the shortcut first."
+        )
 
     def num_run(self, gate: Gate, parts: nn.Module, module: nn.Module, branch: BranchFunction, x: Samples) -> int:
         """For how many samples the branch runs: those whose gate is open, and others of weight 0 where it needs them.

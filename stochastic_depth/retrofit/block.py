@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, fx, nn
 
+from stochastic_depth.copies import without_data
 from stochastic_depth.passes import Gate, eager, is_exporting
 from stochastic_depth.residual import GatedBranch, compiled_inside
 from stochastic_depth.retrofit import cuts
@@ -327,6 +328,8 @@ def _gated_sum(
 
     @compiled_inside
     def gated_sum(shortcut: Tensor, *inputs: Any) -> Tensor:
+        # Inside of another branch of the block, whose shapes are being looked up.
+        holder = without_data(block).eval() if gated.passes.is_dry else block
         others = [
             value for value, kind in zip(inputs, kinds, strict=True) if isinstance(value, Tensor) and not kind.carried
         ]
@@ -334,7 +337,7 @@ def _gated_sum(
             return gated.add(
                 shortcut,
                 inputs[0],
-                block,
+                holder,
                 function,
                 parts=parts,
                 training=block.training,
@@ -359,7 +362,7 @@ def _gated_sum(
             rest, some = iter(shared), iter(taken)
             return function(module, *(next(some if samples else rest) for samples in of_batch))
 
-        return gated.add(shortcut, own, block, of_samples, parts=parts, training=block.training, others=others)
+        return gated.add(shortcut, own, holder, of_samples, parts=parts, training=block.training, others=others)
 
     gated_sum.__name__ = f"gated_sum_{branches.known.index(key)}"
     return gated_sum

@@ -139,6 +139,7 @@ def _find_layers(model: nn.Module, layers: Sequence[str], found: Found, *, with_
             some = ", ".join(name for name, module in model.named_modules() if name and any(module.children()))[:200]
             raise ValueError(f"layers: the pattern {pattern!r} matches no module. There are {some}, ...")
     outer: list[str] = []
+    layer_of: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
         # In `encoder.layer.*` the star matches what is inside of the layers too: the outermost modules are meant.
         if any(name.startswith(f"{other}.") for other in outer):
@@ -147,15 +148,21 @@ def _find_layers(model: nn.Module, layers: Sequence[str], found: Found, *, with_
             outer.append(name)
             if type(module) in _CONTAINERS:
                 raise ValueError(f"layers: {name} is a {type(module).__name__}, no layer. Try {name + '.*'!r}.")
-            drop_paths = {
-                inner: rule for inner in module.modules() if (rule := drop_path_rule(inner)) and rule.drop_rate > 0
-            }
+            drop_paths: dict[nn.Module, DropPathRule] = {}
+            for inner_name, inner in module.named_modules(prefix=name):
+                if rule := _acting_rule(inner_name, inner):
+                    drop_paths[inner] = rule
+                    if layer_of.setdefault(inner, name) != name:
+                        raise ValueError(
+                            f"layers: {layer_of[inner]} and {name} share a drop path, {inner_name}, which cannot "
+                            "follow two gates. Give each layer one of its own."
+                        )
             if not (drop_paths or with_schedule):
                 found.notes.append(f"{name}: it has no drop path with a rate above 0")
                 continue
-            rule = None if with_schedule else _common_rule(name, drop_paths.values())
+            common = None if with_schedule else _common_rule(name, drop_paths.values())
             found.branches.append(
-                Branch(name, module, name, module, module, rule=rule, kind="layer", drop_paths=tuple(drop_paths))
+                Branch(name, module, name, module, module, rule=common, kind="layer", drop_paths=tuple(drop_paths))
             )
     if not found.branches:
         raise ValueError(
@@ -170,6 +177,19 @@ def _common_rule(layer: str, rules: Collection[DropPathRule]) -> DropPathRule:
     return first
 
 
+def _acting_rule(name: str, module: nn.Module) -> DropPathRule | None:
+    """The rule of a drop path with a rate above 0, None for any other module."""
+    rule = drop_path_rule(module)
+    if rule is None or rule.drop_rate == 0:
+        return None
+    if not 0 < rule.drop_rate < 1:
+        raise ValueError(
+            f"{name} has a drop rate of {rule.drop_rate:g}: its branch would never survive. A drop rate must be in "
+            "[0, 1); was a survival probability given as a drop rate?"
+        )
+    return rule
+
+
 def _find_residuals(model: nn.Module, found: Found) -> None:
     for name, module in model.named_modules():
         if isinstance(module, Residual):
@@ -181,14 +201,9 @@ def _find_drop_paths(model: nn.Module, found: Found) -> None:
     inside = {drop_path for layer in found.branches for drop_path in layer.drop_paths}
     blocks: dict[nn.Module, tuple[str, dict[str, DropPathRule]]] = {}
     for name, module in modules.items():
-        rule = drop_path_rule(module)
-        if rule is None or rule.drop_rate == 0 or module in inside:
+        rule = _acting_rule(name, module)
+        if rule is None or module in inside:
             continue
-        if not 0 < rule.drop_rate < 1:
-            raise ValueError(
-                f"{name} has a drop rate of {rule.drop_rate:g}: its branch would never survive. A drop rate must be in "
-                "[0, 1); was a survival probability given as a drop rate?"
-            )
         block_name = _block_of(name, modules)
         _, rules = blocks.setdefault(modules[block_name], (block_name, {}))
         # A block that is reached by two names appears under the first only.
@@ -215,6 +230,10 @@ def _find_in_block(block: nn.Module, name: str, rules: dict[str, DropPathRule], 
         for path, rule in rules.items():
             drop_path = block.get_submodule(path)
             full_name = f"{name}.{path}" if name else path
+            first = next((branch.name for branch in found.branches if branch.module is drop_path), None)
+            if first is not None:
+                found.notes.append(f"{full_name}: the same drop path as {first}, whose gate it has")
+                continue
             cause = (
                 f"the forward of {name or 'the model'} ({type(block).__name__}) cannot be recorded: {error}. "
                 f"layers=[{name!r}] would run it as a whole"
@@ -224,14 +243,14 @@ def _find_in_block(block: nn.Module, name: str, rules: dict[str, DropPathRule], 
         return
     if treatments:
         found.known[block], found.drop_paths[block] = tuple(treatments), paths
+    in_containers: dict[str, dict[str, DropPathRule]] = {}
     for path, rule in rules.items():
         full_name = f"{name}.{path}" if name else path
         drop_path = block.get_submodule(path)
         container = next((target for target in called if path.startswith(f"{target}.")), None)
         if container is not None:
             # The block calls the container as a whole, whose forward calls the drop path.
-            inner = f"{name}.{container}" if name else container
-            _find_in_block(block.get_submodule(container), inner, {path[len(container) + 1 :]: rule}, found)
+            in_containers.setdefault(container, {})[path[len(container) + 1 :]] = rule
             continue
         keys = [key for key in treatments if key[0] == path]
         if not keys:
@@ -248,6 +267,8 @@ def _find_in_block(block: nn.Module, name: str, rules: dict[str, DropPathRule], 
                 )
             else:
                 found.branches.append(Branch(branch_name, block, name, branch, drop_path, key, rule))
+    for container, inner in in_containers.items():
+        _find_in_block(block.get_submodule(container), f"{name}.{container}".removeprefix("."), inner, found)
 
 
 def _find_additions(model: nn.Module, found: Found) -> None:

@@ -375,6 +375,18 @@ def test_a_trace_would_freeze_the_gates() -> None:
     assert torch.equal(torch.jit.trace(net, vectors(3))(vectors(2)), net(vectors(2)))
 
 
+def test_a_cuda_graph_of_the_step_would_freeze_the_gates(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = mlp()
+    depth = sd.make_stochastic_(net, SURVIVAL_PROBS)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"would freeze the gates: depth\.capture\(\) records each branch"):
+        net(vectors(3))
+    assert depth.state_dict()["counter"] == 0
+    with depth.gates([True] * 4):
+        net(vectors(3))
+
+
 def test_survival_probs_of_numpy_are_saved_as_numbers(tmp_path: Path) -> None:
     depth = sd.make_stochastic_(mlp(), SURVIVAL_PROBS)
     depth.set_survival_probs(numpy.linspace(0.9, 0.5, 4))

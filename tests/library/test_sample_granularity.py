@@ -218,6 +218,42 @@ def test_one_survivor_is_alone_where_batch_norm_is_in_evaluation_mode() -> None:
     assert calls == [[1]]
 
 
+class _Mean(nn.Module):
+    """(N, L, C) to (N, 1, C), which the sum spreads over L."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.mean(1, keepdim=True))
+
+
+def test_a_branch_that_is_spread_over_the_shortcut() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(sd.Residual(_Mean())).double()
+    net = copied(plain)
+    depth = sd.make_stochastic_(net, [0.5], granularity="sample", rescale="train")
+    x, gate = torch.randn(4, 5, 3, dtype=torch.float64), torch.tensor([True, False, True, True])
+    with depth.gates([gate]):
+        output = net(x)
+    expected = x + 2 * plain[0].branch(x) * gate.view(-1, 1, 1)
+    torch.testing.assert_close(output, expected)
+    output.square().sum().backward()
+    expected.square().sum().backward()
+    assert_close(gradients(net), gradients(plain))
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+def test_a_shortcut_that_is_smaller_than_the_sum_is_refused(granularity: str) -> None:
+    net = nn.Sequential(sd.Residual(nn.Identity(), shortcut=_Mean()))
+    depth = sd.make_stochastic_(net, [0.5], granularity=granularity)
+    gates = [True] if granularity == "batch" else [torch.tensor([True, False])]
+    match = r"The branch 0 gives \([12], 5, 3\) to a shortcut of \(2, 1, 3\).*expand the shortcut first"
+    with depth.gates(gates), pytest.raises(ValueError, match=match):
+        net(torch.ones(2, 5, 3))
+
+
 def test_an_empty_batch() -> None:
     plain = mlp()
     net = copied(plain)

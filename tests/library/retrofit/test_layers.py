@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import transformers
-from masked import assert_equals_original_under_mask, gradients, masked
+from masked import Mask, assert_equals_original_under_mask, gradients, masked
 from torch import Tensor, nn
 
 import stochastic_depth as sd
@@ -157,6 +157,26 @@ def test_a_block_that_cannot_be_recorded_is_masked_with_the_same_gates_and_says_
     assert "layers=['blocks.1'] would run it as a whole" in str(depth)
 
 
+def test_a_drop_path_that_masked_blocks_share_has_one_gate_for_all_its_uses() -> None:
+    torch.manual_seed(0)
+    original = Deciding().double().train()
+    shared = original.blocks[0].drop_path1
+    for block in original.blocks[1:]:
+        block.drop_path1 = shared
+    model = copy.deepcopy(original)
+    depth = sd.make_stochastic_(model)
+    assert depth.names == ["blocks.0.drop_path1", *(f"blocks.{block}.drop_path2" for block in range(3))]
+    assert "blocks.2.drop_path1: the same drop path as blocks.0.drop_path1, whose gate it has" in str(depth)
+    gates = [torch.tensor([True, False, True, False]), *[torch.ones(4, dtype=torch.bool)] * 3]
+    for index, block in enumerate(original.blocks):
+        block.drop_path1, block.drop_path2 = Mask([gates[0]], [0.5]), Mask([gates[1 + index]], [0.5])
+    x = torch.randn(4, 6, dtype=torch.float64)
+    with depth.gates(gates):
+        torch.testing.assert_close(model(x), original(x))
+    sd.restore_(model)
+    assert type(model.blocks[2].drop_path1) is DropPath
+
+
 def test_a_named_layer_runs_as_a_whole_and_its_gate_stands_for_its_drop_paths() -> None:
     torch.manual_seed(0)
     original = Deciding().double()
@@ -279,6 +299,13 @@ def test_bad_layers() -> None:
         sd.make_stochastic_(model_of("Bert"), sd.uniform(0.5), layers=["decoder.*"])
     with pytest.raises(ValueError, match="no drop path with a rate above 0"):
         sd.make_stochastic_(model_of("Bert"), layers=["encoder.layer.*"])
+    with pytest.raises(ValueError, match=r"0\.drop_path1 has a drop rate of 1: its branch would never survive"):
+        sd.make_stochastic_(nn.Sequential(DecidingBlock((1.0, 1.0))), layers=["0"])
+    shared = nn.Sequential(DecidingBlock(), DecidingBlock())
+    shared[1].drop_path2 = shared[0].drop_path1
+    with pytest.raises(ValueError, match=r"0 and 1 share a drop path, 1\.drop_path2, which cannot follow two gates"):
+        sd.make_stochastic_(shared, sd.uniform(0.5), layers=["?"])
+    assert not any(hasattr(module, "_stochastic_depth_branch") for module in shared.modules())
     with pytest.raises(ValueError, match="is a ModuleList"):
         sd.make_stochastic_(model_of("Bert"), sd.uniform(0.5), layers=["encoder.layer"])
     model = model_of("Wav2Vec2")

@@ -211,6 +211,25 @@ def test_drop_paths_that_never_act_are_mentioned() -> None:
     assert depth.masked == []
 
 
+class TwoInOne(nn.Module):
+    """A container that is called as a whole, with two drop paths in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        parts = nn.Linear(8, 8), timm.layers.DropPath(0.3), nn.Linear(8, 8), timm.layers.DropPath(0.4)
+        self.branch = nn.Sequential(*parts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.branch(x)
+
+
+def test_several_drop_paths_in_one_container_have_gates_of_their_own() -> None:
+    torch.manual_seed(0)
+    depth = assert_equals_original_under_mask(TwoInOne, [torch.randn(4, 8, dtype=torch.float64)])
+    assert depth.names == ["branch.1", "branch.3"]
+    assert depth.survival_probs == pytest.approx([0.7, 0.6])
+
+
 def test_where_and_refusals() -> None:
     depth = sd.make_stochastic_(vit(), where="blocks.2.*")
     assert depth.names == ["blocks.2.drop_path1", "blocks.2.drop_path2"]
