@@ -29,8 +29,9 @@ def fold_(model: nn.Module) -> None:
     classes, costs what constant depth costs, and its `state_dict` loads into a model that never saw this library.
 
     Where a gate comes behind them, as in squeeze-and-excitation, its first weights are divided by the factor, so that
-    it does not see it. Where a branch ends in nothing that is affine, or in weights that serve something else too, its
-    factor is kept as a scalar in the model's code: a warning names the branch and the reason.
+    it does not see it. Of a whole layer with drop paths inside, each of their branches has the factor. Where a branch
+    ends in nothing that is affine, or in weights that serve something else too, its factor is kept as a scalar in the
+    model's code: a warning names the branch and the reason.
     The `state_dict` of such a model does not hold that factor.
 
     Outputs are the same up to rounding; in a precision below float32 the weights themselves are rounded: fold first,
@@ -161,19 +162,22 @@ def take_off_(
     for parameters, factor in weights:
         multiply_(parameters, factor)
     for branch in scalars:
-        if branch.found.module not in replacements and branch.found.key is None:
-            _keep_scalar_(branch.found.module, branch.test_factor)
+        found = branch.found
+        if found.kind == "layer" and not found.drop_paths:
+            _keep_scalar_(found.module, ScaledLayer, branch.test_factor)
+        elif found.kind == "sum" and found.key is None and isinstance(found.module, Residual):
+            _keep_scalar_(found.module, ScaledResidual, branch.test_factor)
     root = model
     for module, new in replacements.items():
         root = replaced_(root, module, new)
     return [(branch.found.name, branch.test_factor, reason) for branch, reason in scalars.items()], root
 
 
-def _keep_scalar_(module: nn.Module, factor: float) -> None:
-    if type(module) is Residual:
+def _keep_scalar_(module: nn.Module, behaviour: type[nn.Module], factor: float) -> None:
+    if type(module) is Residual and behaviour is ScaledResidual:
         module.__class__ = ScaledResidual
     else:
-        swap_class_(module, ScaledResidual if isinstance(module, Residual) else ScaledLayer)
+        swap_class_(module, behaviour)
     module.branch_factor = factor  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
 
 
@@ -199,8 +203,11 @@ def _replacements(
             new[found.module] = _without_branch(cast(Residual, found.module))
     for branch in scaled:
         found = branch.found
+        if found.kind == "layer":
+            new.update({drop_path: Scale(branch.test_factor) for drop_path in found.drop_paths})
+            continue
         if found.key is None:
-            if not isinstance(found.module, Residual) and found.kind == "sum":
+            if not isinstance(found.module, Residual):
                 new[found.module] = Scale(branch.test_factor)
             continue
         drop_path = found.module.get_submodule(found.key[0]) if found.key[0] else None
