@@ -116,14 +116,19 @@ def last_affine(model: nn.Module, branch: TrainedBranch) -> list[Holder]:
             raise NotAffineError("it ends in what it was given")
         holders.append(end)
     # Where the block itself is used in several places, each of them has the same factor.
-    num_places = sum(module is found.module for _, module in model.named_modules(remove_duplicate=False))
+    places = num_places(model, found.module)
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for holder in holders:
-        if uses[id(_parameter(holder))] != num_places:
+        if uses[id(_parameter(holder))] != places:
             raise NotAffineError(f"{_described(holder)} is shared with another part of the model")
     if len({id(_parameter(holder)) for holder in holders}) < len(holders):
         raise NotAffineError("one of its last weights is used in several ways")
     return holders
+
+
+def num_places(model: nn.Module, module: nn.Module) -> int:
+    """In how many places of a model a module is held."""
+    return sum(other is module for _, other in model.named_modules(remove_duplicate=False))
 
 
 def _inner_branches(layer: TrainedBranch) -> list[TrainedBranch]:

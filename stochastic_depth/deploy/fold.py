@@ -9,7 +9,7 @@ from typing import Literal, cast
 
 from torch import nn
 
-from stochastic_depth.deploy.affine import Holder, NotAffineError, last_affine, multiply_
+from stochastic_depth.deploy.affine import Holder, NotAffineError, last_affine, multiply_, num_places
 from stochastic_depth.deploy.batches import Call
 from stochastic_depth.deploy.blocks import hands_on, holders, replaced_, with_branches_taken_out, without_layer
 from stochastic_depth.deploy.branches import TrainedBranch, trained_branches
@@ -201,21 +201,16 @@ def _replacements(
             new[found.module] = nn.Identity() if alone else without_layer(found.module, calls.get(found.module))
         else:
             new[found.module] = _without_branch(cast(Residual, found.module))
+    own = {branch: _own_drop_paths(model, branch) for branch in scaled}
+    rewritten = {branch.found.module for branch in scaled if branch.found.key is not None and not own[branch]}
+    rewritten.update(dropped_keys)
     for branch in scaled:
         found = branch.found
-        if found.kind == "layer":
-            new.update({drop_path: Scale(branch.test_factor) for drop_path in found.drop_paths})
-            continue
-        if found.key is None:
-            if not isinstance(found.module, Residual):
-                new[found.module] = Scale(branch.test_factor)
-            continue
-        drop_path = found.module.get_submodule(found.key[0]) if found.key[0] else None
-        if drop_path is not None and found.module not in dropped_keys and _is_called_once(branch, found.key):
-            new[drop_path] = Scale(branch.test_factor)
-        else:
+        if found.key is not None and found.module in rewritten:
             factors.setdefault(found.module, {})[found.key] = branch.test_factor
             drop_paths[found.module] = branch.drop_paths
+        else:
+            new.update({drop_path: Scale(branch.test_factor) for drop_path in own[branch]})
     for block, paths in drop_paths.items():
         try:
             made = with_branches_taken_out(
@@ -233,9 +228,19 @@ def _is_alone(model: nn.Module, module: nn.Module) -> bool:
     return all(type(parent).forward is nn.Sequential.forward for parent, _ in holders(model, module))
 
 
-def _is_called_once(branch: TrainedBranch, key: Key) -> bool:
-    known: tuple[Key, ...] = branch.found.module._stochastic_depth_branch.known  # pyright: ignore
-    return sum(path == key[0] for path, _ in known) == 1
+def _own_drop_paths(model: nn.Module, branch: TrainedBranch) -> tuple[nn.Module, ...]:
+    """The drop paths that multiply this branch and no other, so that a scalar can take their place."""
+    found = branch.found
+    if found.kind == "layer":
+        return found.drop_paths
+    if found.key is None:
+        return () if isinstance(found.module, Residual) else (found.module,)
+    path = found.key[0]
+    known: tuple[Key, ...] = found.module._stochastic_depth_branch.known  # pyright: ignore
+    if not path or sum(other == path for other, _ in known) > 1:
+        return ()
+    drop_path = found.module.get_submodule(path)
+    return (drop_path,) if num_places(model, drop_path) == num_places(model, found.module) else ()
 
 
 def _without_branch(residual: Residual) -> nn.Module:

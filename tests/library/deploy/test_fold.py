@@ -362,6 +362,60 @@ def test_a_layer_with_drop_paths_is_converted_in_each_of_its_sums() -> None:
     assert_near(net(x), before, 1e-12)
 
 
+class OneSum(nn.Module):
+    def __init__(self, branch: nn.Module, drop_path: nn.Module) -> None:
+        super().__init__()
+        self.branch, self.drop_path = branch, drop_path
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.branch(x))
+
+
+def test_blocks_that_share_a_drop_path_keep_their_own_factors() -> None:
+    torch.manual_seed(0)
+    shared = DropPath(0.2)
+    branches = [nn.Linear(6, 6), *(nn.Sequential(nn.Linear(6, 6), nn.GELU()) for _ in range(2))]
+    net = nn.Sequential(*(OneSum(branch, shared) for branch in branches)).double().eval()
+    keys, x = list(net.state_dict()), torch.randn(4, 6, dtype=torch.float64)
+    expected, plain = x, copy.deepcopy(net)
+    for p, block in zip([0.9, 0.6, 0.3], plain, strict=True):
+        expected = expected + p * block.branch(expected)
+    sd.make_stochastic_(net, [0.9, 0.6, 0.3])
+    with pytest.warns(UserWarning, match="kept as a scalar") as warned:
+        sd.fold_(net)
+    assert len(warned) == 2
+    assert_near(net(x), expected, 1e-12)
+    assert list(net.state_dict()) == keys
+
+
+class ThreeSums(nn.Module):
+    """The second drop path is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.once, self.twice = DropPath(0.2), DropPath(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.once(torch.tanh(self.a(x)))
+        x = x + self.twice(torch.tanh(self.b(x)))
+        return x + self.twice(torch.tanh(self.c(x)))
+
+
+def test_a_block_keeps_the_factors_of_all_of_its_branches() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(ThreeSums()).double().eval()
+    plain, x = copy.deepcopy(net)[0], torch.randn(4, 6, dtype=torch.float64)
+    expected = x + 0.9 * torch.tanh(plain.a(x))
+    expected = expected + 0.6 * torch.tanh(plain.b(expected))
+    expected = expected + 0.3 * torch.tanh(plain.c(expected))
+    sd.make_stochastic_(net, [0.9, 0.6, 0.3])
+    with pytest.warns(UserWarning, match="kept as a scalar") as warned:
+        sd.fold_(net)
+    assert len(warned) == 3
+    assert_near(net(x), expected, 1e-12)
+
+
 # ---------------------------------------------------------------------------------------------- other libraries' models
 
 
