@@ -169,6 +169,8 @@ def take_off_(
             _keep_scalar_(found.module, ScaledResidual, branch.test_factor)
     root = model
     for module, new in replacements.items():
+        for made in replacements.values():  # what is put in the place of a block may hold another one
+            replaced_(made, module, new)
         root = replaced_(root, module, new)
     return [(branch.found.name, branch.test_factor, reason) for branch, reason in scalars.items()], root
 

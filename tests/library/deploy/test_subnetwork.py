@@ -348,6 +348,41 @@ def test_a_dropped_layer_hands_its_input_on() -> None:
     assert size(small) * 3 == size(net)
 
 
+class DropPath(nn.Module):
+    """Of a model without a library: it changes nothing in evaluation."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Outer(nn.Module):
+    """A block whose code has a branch, and which calls another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.a, self.drop_path = sd.Residual(nn.Linear(4, 4)), nn.Linear(4, 4), DropPath(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.inner(x))
+        return x + self.drop_path(self.a(x))
+
+
+def test_a_branch_inside_of_a_block_that_loses_one_too_is_dropped() -> None:
+    net = nn.Sequential(Outer(), sd.Residual(nn.Linear(4, 4))).double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    h = torch.tanh(x)
+    expected = h + 0.5 * net[1].branch(h)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5))
+    assert depth.names == ["0.inner", "0.drop_path", "1"]
+    small = sd.subnetwork(net, [2])
+    assert_near(small(x), expected)
+    assert set(small.state_dict()) == {"1.branch.weight", "1.branch.bias"}
+
+
 # ---------------------------------------------------------------------------------------------- bad input
 
 
