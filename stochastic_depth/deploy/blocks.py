@@ -187,6 +187,15 @@ def hands_on(module: fx.GraphModule) -> bool:
     return end.args[0] is next(iter(module.graph.nodes))
 
 
+def takes_one_argument(module: nn.Module) -> bool:
+    """Whether a module's forward can be called with one argument only.
+
+    A model may iterate over its Sequential and give the modules more, as timm's ViT does.
+    """
+    _, *parameters = inspect.signature(plain_class(module).forward).parameters.values()  # without self
+    return [each.kind for each in parameters] == [inspect.Parameter.POSITIONAL_OR_KEYWORD]
+
+
 def _unpack(node: fx.Node, signature: Any, leaves: list[fx.Node], checks: list[tuple[fx.Node, Any]]) -> None:
     if isinstance(signature, Opaque):
         leaves.append(node)

@@ -11,7 +11,14 @@ from torch import nn
 
 from stochastic_depth.deploy.affine import Holder, NotAffineError, last_affine, multiply_, num_places
 from stochastic_depth.deploy.batches import Call
-from stochastic_depth.deploy.blocks import hands_on, holders, replaced_, with_branches_taken_out, without_layer
+from stochastic_depth.deploy.blocks import (
+    hands_on,
+    holders,
+    replaced_,
+    takes_one_argument,
+    with_branches_taken_out,
+    without_layer,
+)
 from stochastic_depth.deploy.branches import TrainedBranch, trained_branches
 from stochastic_depth.deploy.scalars import Scale, ScaledLayer, ScaledResidual
 from stochastic_depth.residual import Residual
@@ -199,8 +206,7 @@ def _replacements(
             dropped_keys.setdefault(found.module, set()).add(found.key)
             drop_paths[found.module] = branch.drop_paths
         elif found.kind == "layer":
-            alone = _is_alone(model, found.module)
-            new[found.module] = nn.Identity() if alone else without_layer(found.module, calls.get(found.module))
+            new[found.module] = _without_layer(model, found.module, calls.get(found.module))
         else:
             new[found.module] = _without_branch(cast(Residual, found.module))
     own = {branch: _own_drop_paths(model, branch) for branch in scaled}
@@ -221,12 +227,25 @@ def _replacements(
         except ValueError as error:
             name = next(branch.found.block_name for branch in (*dropped, *scaled) if branch.found.module is block)
             raise ValueError(f"{name or 'the model'}: {error}") from error
-        new[block] = nn.Identity() if hands_on(made) and _is_alone(model, block) else made
+        is_idle = hands_on(made) and _is_alone(model, block) and takes_one_argument(block)
+        new[block] = nn.Identity() if is_idle else made
     return new
 
 
+def _without_layer(model: nn.Module, layer: nn.Module, call: Call | None) -> nn.Module:
+    is_alone = _is_alone(model, layer)
+    if is_alone and takes_one_argument(layer):
+        return nn.Identity()
+    try:
+        return without_layer(layer, call)
+    except ValueError:
+        if not is_alone:
+            raise
+        return nn.Identity()  # It is right where the Sequential itself calls it, and refuses further arguments.
+
+
 def _is_alone(model: nn.Module, module: nn.Module) -> bool:
-    """Whether a module is only called by Sequentials: with one argument, and nothing is asked of it."""
+    """Whether only Sequentials hold a module: nothing is asked of it but its forward."""
     return all(type(parent).forward is nn.Sequential.forward for parent, _ in holders(model, module))
 
 

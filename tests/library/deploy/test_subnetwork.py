@@ -233,10 +233,19 @@ def test_torchvision_resnets_do_without_branches() -> None:
 
 
 def test_blocks_of_which_nothing_is_left_go_altogether() -> None:
-    model = awake(timm_model("vit"))
+    model = awake(timm_model("mixer"))
+    depth = sd.make_stochastic_(model, sd.linear_decay(0.5))
+    small = sd.subnetwork(model, num_blocks=len(depth.names) - 2)
+    assert [type(block) for block in small.blocks] == [type(timm_model("mixer").blocks[0])] * 7 + [nn.Identity]
+
+
+def test_of_a_block_that_takes_more_than_one_argument_nothing_but_that_is_left() -> None:
+    model = awake(timm_model("vit"))  # it iterates over its Sequential and gives masks
     sd.make_stochastic_(model, sd.linear_decay(0.5))
     small = sd.subnetwork(model, num_blocks=2)  # of four: the first of the three blocks has a rate of 0
-    assert [type(block) for block in small.blocks] == [type(timm_model("vit").blocks[0])] * 2 + [nn.Identity]
+    assert not list(small.blocks[2].modules())[1:]
+    x = torch.ones(1, 2, 24)
+    assert small.blocks[2](x, attn_mask=None) is x
 
 
 def test_a_small_network_of_foreign_blocks_loads_without_the_library(tmp_path: Path) -> None:
@@ -381,6 +390,44 @@ def test_a_branch_inside_of_a_block_that_loses_one_too_is_dropped() -> None:
     small = sd.subnetwork(net, [2])
     assert_near(small(x), expected)
     assert set(small.state_dict()) == {"1.branch.weight", "1.branch.bias"}
+
+
+class Masked(nn.Module):
+    """A block that takes a mask too, as timm's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.drop_path = nn.Linear(4, 4), DropPath(0.2)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        y = self.a(x) if mask is None else self.a(x) * mask
+        return x + self.drop_path(y * 2 if is_causal else y)
+
+
+class Iterates(nn.Module):
+    """Calls the blocks of its Sequential by itself."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        for block in self.blocks:
+            x = block(x, mask=mask, is_causal=False)
+        return x
+
+
+@pytest.mark.parametrize("layers", [None, ["blocks.*"]], ids=["drop-paths", "layers"])
+@pytest.mark.parametrize("is_masked", [False, True], ids=["default", "example"])
+def test_what_stands_in_for_a_block_takes_its_arguments(is_masked: bool, layers: list[str] | None) -> None:
+    net = Iterates(Masked(), Masked(), Masked()).double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    inputs = (x, torch.rand(3, 4, dtype=torch.float64)) if is_masked else (x,)
+    expected = x + 0.5 * net.blocks[1].a(x) * (inputs[1] if is_masked else 1)
+    sd.make_stochastic_(net, sd.uniform(0.5), layers=layers)
+    small = sd.subnetwork(net, [1], inputs=inputs if is_masked else None)
+    assert_near(small(*inputs), expected)
+    assert set(small.state_dict()) == {"blocks.1.a.weight", "blocks.1.a.bias"}
 
 
 # ---------------------------------------------------------------------------------------------- bad input
