@@ -14,6 +14,7 @@ import plain_models
 import pytest
 import reference
 import torch
+import torch.nn.functional as F
 from plain_models import TIMM, TORCHVISION, awake, first_tensor, timm_model, torchvision_resnet, with_factors
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -390,6 +391,38 @@ def test_a_branch_inside_of_a_block_that_loses_one_too_is_dropped() -> None:
     small = sd.subnetwork(net, [2])
     assert_near(small(x), expected)
     assert set(small.state_dict()) == {"1.branch.weight", "1.branch.bias"}
+
+
+class Ignores(nn.Module):
+    """Changes values in place and ignores what the change gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(4, 4) for _ in range(4))
+        self.act, self.drop_path1, self.drop_path2 = nn.ReLU(inplace=True), DropPath(0.2), DropPath(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        self.act(h.view(-1))
+        x = x + self.drop_path1(self.b(h))
+        g = self.c(x)
+        F.relu(g, inplace=True)
+        return x + self.drop_path2(self.d(g))
+
+
+@pytest.mark.parametrize("kept", [0, 1], ids=["first", "second"])
+def test_what_changes_a_value_in_place_stays_and_goes_with_the_value(kept: int) -> None:
+    net = nn.Sequential(Ignores()).double()
+    x, plain = torch.randn(5, 4, dtype=torch.float64), reference.copied(net)[0]
+    first, second = (plain.a, plain.b) if kept == 0 else (plain.c, plain.d)
+    expected = x + 0.5 * second(torch.relu(first(x)))
+    depth = sd.make_stochastic_(net, sd.uniform(0.5))
+    assert len(depth.names) == 2
+    small = sd.subnetwork(net, [kept])
+    assert_near(small(x), expected)
+    assert [name for name, _ in small[0].named_parameters()][::2] == (
+        ["a.weight", "b.weight"] if kept == 0 else ["c.weight", "d.weight"]
+    )
 
 
 class Masked(nn.Module):
