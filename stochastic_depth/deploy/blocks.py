@@ -227,7 +227,19 @@ def _with_signature(block: nn.Module, recording: Recording, values: Mapping[str,
 def hands_on(module: fx.GraphModule) -> bool:
     """Whether a module does nothing but give its first argument back."""
     end = next(iter(reversed(module.graph.nodes)))
-    return end.args[0] is next(iter(module.graph.nodes))
+    return handed_on(module) == [end.args[0]]
+
+
+def handed_on(module: fx.GraphModule) -> list[fx.Node]:
+    """What of a module's outputs is its first argument itself."""
+    end = next(iter(reversed(module.graph.nodes)))
+    return [node for node in end.all_input_nodes if _is_first_argument(node, module)]
+
+
+def _is_first_argument(node: fx.Node, module: fx.GraphModule) -> bool:
+    while node.op == "call_module" and type(module.get_submodule(cast(str, node.target))) is nn.Identity:
+        node = cast(fx.Node, node.args[0])
+    return node is next(iter(node.graph.nodes))
 
 
 def takes_one_argument(module: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from stochastic_depth.deploy.blocks import (
     without_layer,
 )
 from stochastic_depth.deploy.branches import TrainedBranch, trained_branches
+from stochastic_depth.deploy.in_place import put_copies_
 from stochastic_depth.deploy.scalars import Scale, ScaledLayer, ScaledResidual
 from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit import controller, restore_
@@ -229,6 +230,7 @@ def _replacements(
             raise ValueError(f"{name or 'the model'}: {error}") from error
         is_idle = hands_on(made) and _is_alone(model, block) and takes_one_argument(block)
         new[block] = nn.Identity() if is_idle else made
+    put_copies_(model, new)
     return new
 
 

@@ -437,6 +437,104 @@ class Masked(nn.Module):
         return x + self.drop_path(y * 2 if is_causal else y)
 
 
+class Behind(nn.Module):
+    """Code in place behind a block."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block(x)
+        return y.relu_()
+
+
+class InCode(nn.Module):
+    """A block that is found by the addition in its code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.a(x)
+
+
+BLOCKS = {
+    "residual": lambda: sd.Residual(nn.Linear(4, 4)),
+    "shortcut": lambda: sd.Residual(nn.Linear(4, 4), nn.Dropout(0.0)),
+    "in-code": InCode,
+    "masked": Masked,
+}
+FOLLOWED = {
+    "relu": lambda block: nn.Sequential(block, nn.ReLU(inplace=True)),
+    "relu-behind-dropout": lambda block: nn.Sequential(nn.Sequential(block), nn.Dropout(0.0), nn.ReLU(inplace=True)),
+    "code": Behind,
+    "code-around-a-sequential": lambda block: Behind(nn.Sequential(block)),
+}
+
+
+class Again(nn.Module):
+    """Uses the input of what it calls again."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 2
+        return torch.maximum(self.inner(x), -x)
+
+
+@pytest.mark.parametrize("followed", FOLLOWED)
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_code_in_place_behind_a_dropped_block_does_not_change_its_input(kind: str, followed: str) -> None:
+    net = nn.Sequential(Again(FOLLOWED[followed](BLOCKS[kind]())), BLOCKS[kind]()).double().eval()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    h = torch.maximum(torch.relu(2 * x), -2 * x)
+    (linear,) = (module for module in reference.copied(net)[1].modules() if isinstance(module, nn.Linear))
+    sd.make_stochastic_(net, sd.uniform(0.5))
+    small = sd.subnetwork(net, [1])
+    assert_near(small(x), h + 0.5 * linear(h))
+    assert_near(reloaded(small)(x), small(x))
+
+
+@pytest.mark.parametrize("kind", ["residual", "layers"])
+def test_a_dropped_branch_inside_of_another_does_not_change_the_shortcut_outside(kind: str) -> None:
+    inner = Masked() if kind == "layers" else sd.Residual(nn.Linear(4, 4))
+    net = nn.Sequential(sd.Residual(nn.Sequential(inner, nn.ReLU(inplace=True), nn.Linear(4, 4)))).double()
+    x, linear = torch.randn(5, 4, dtype=torch.float64), reference.copied(net)[0].branch[2]
+    net.append(sd.Residual(nn.Linear(4, 4)).double())
+    if kind == "layers":
+        sd.make_stochastic_(net, sd.uniform(0.5), layers=["0.branch.0", "1"], rescale="none")
+        small, p = sd.subnetwork(net, [1]), 1.0
+    else:
+        depth = sd.make_stochastic_(net, sd.uniform(0.5))
+        assert depth.names == ["0", "0.branch.0", "1"]
+        small, p = sd.subnetwork(net, [0, 2]), 0.5
+    h = x + p * linear(torch.relu(x))
+    assert_near(small(x), h + p * net[1].branch(h))
+
+
+def test_without_code_in_place_nothing_is_copied() -> None:
+    net = sd.models.cifar_resnet(20)
+    sd.make_stochastic_(net, sd.linear_decay(0.5))
+    small = sd.subnetwork(net, [0])
+    assert not any(isinstance(module, torch.fx.GraphModule) for module in small.modules())
+
+
+def test_of_dropped_blocks_in_a_row_one_copies_and_none_before_a_layer_of_weights() -> None:
+    blocks = [sd.Residual(nn.Linear(4, 4)) for _ in range(5)]
+    net = nn.Sequential(*blocks[:2], nn.Linear(4, 4), *blocks[2:4], nn.ReLU(inplace=True), blocks[4])
+    sd.make_stochastic_(net, sd.uniform(0.5))
+    small = sd.subnetwork(net, [4])
+    copies = [isinstance(module, torch.fx.GraphModule) for module in small]
+    assert copies == [False, False, False, False, True, False, False]
+    x = torch.ones(1, 4)
+    assert small[4](x) is not x
+    assert torch.equal(small[4](x), x)
+
+
 class Iterates(nn.Module):
     """Calls the blocks of its Sequential by itself."""
 
