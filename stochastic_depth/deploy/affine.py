@@ -25,7 +25,7 @@ from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.block import Key, find_sums
 from stochastic_depth.retrofit.cuts import CutError
-from stochastic_depth.retrofit.find import recordings
+from stochastic_depth.retrofit.find import find_branches, recordings
 from stochastic_depth.retrofit.rules import drop_path_rule
 from stochastic_depth.retrofit.trace import TraceError, is_size
 
@@ -94,6 +94,8 @@ _LISTS = {"cat", "concat", "stack", "hstack", "vstack"}
 def last_affine(model: nn.Module, branch: TrainedBranch) -> list[Holder]:
     """The parameters which, all multiplied (or divided) by one positive factor, multiply what a branch gives.
 
+    Of a whole layer with drop paths inside, they multiply what each of their branches gives.
+
     Args:
         model: the stochastic model.
         branch: one of its branches.
@@ -103,7 +105,9 @@ def last_affine(model: nn.Module, branch: TrainedBranch) -> list[Holder]:
     """
     found = branch.found
     if found.kind == "layer":
-        raise NotAffineError("the branch is a whole layer, whose output holds its input too")
+        if not found.drop_paths:
+            raise NotAffineError("the branch is a whole layer, whose output holds its input too")
+        return [holder for inner in _inner_branches(branch) for holder in last_affine(model, inner)]
     if found.key is None and not isinstance(found.module, Residual):
         raise NotAffineError(found.cause)
     holders: list[Holder] = []
@@ -112,14 +116,28 @@ def last_affine(model: nn.Module, branch: TrainedBranch) -> list[Holder]:
             raise NotAffineError("it ends in what it was given")
         holders.append(end)
     # Where the block itself is used in several places, each of them has the same factor.
-    num_places = sum(module is found.module for _, module in model.named_modules(remove_duplicate=False))
+    places = num_places(model, found.module)
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for holder in holders:
-        if uses[id(_parameter(holder))] != num_places:
+        if uses[id(_parameter(holder))] != places:
             raise NotAffineError(f"{_described(holder)} is shared with another part of the model")
     if len({id(_parameter(holder)) for holder in holders}) < len(holders):
         raise NotAffineError("one of its last weights is used in several ways")
     return holders
+
+
+def num_places(model: nn.Module, module: nn.Module) -> int:
+    """In how many places of a model a module is held."""
+    return sum(other is module for _, other in model.named_modules(remove_duplicate=False))
+
+
+def _inner_branches(layer: TrainedBranch) -> list[TrainedBranch]:
+    """The branches of the drop paths inside of a whole layer, each of which has the layer's factor."""
+    try:
+        inner = find_branches(layer.found.module, None, None, with_schedule=False)
+    except ValueError as error:
+        raise NotAffineError(f"the branches inside of the layer cannot be told: {error}") from None
+    return [TrainedBranch(each, layer.gated, inner.drop_paths.get(each.module, ())) for each in inner.branches]
 
 
 def _followed_everywhere(block: nn.Module, key: Key | None, drop_paths: Sequence[str]) -> _Ends:

@@ -60,18 +60,22 @@ def with_branches_taken_out(
     try:
         parameters, recording = _recorded(block, call)
         graph = recording.graph
+        sums = find_sums(graph, block, drop_paths)
+        writes = [node for node in graph.nodes if _writes(node, block)]
+        gone: set[fx.Node] = set()
         replaced: dict[fx.Node, fx.Node] = {}
-        for key, residual in find_sums(graph, block, drop_paths).items():
+        for key, residual in sums.items():
             if key in dropped:
                 if isinstance(residual, CutError):
                     raise residual
-                _drop(residual.after(replaced), block, replaced)
+                gone.update(_drop(residual.after(replaced), block, replaced))
             elif key in factors:
                 value = (
                     drop_path_call(graph, key) if isinstance(residual, CutError) else residual.after(replaced).output
                 )
                 consumer = None if isinstance(residual, CutError) or residual.add is value else residual.add
                 _multiply(value, consumer, factors[key])
+        _erase_idle(recording, [node for node in writes if node not in gone], block)
         return _with_signature(block, recording, parameters)
     except (CutError, TraceError) as error:
         raise ValueError(f"{plain_class(block).__name__} cannot do without its branch: {error}.") from error
@@ -89,6 +93,7 @@ def without_layer(layer: nn.Module, call: Call | None) -> fx.GraphModule:
         hidden = next(node for node in recording.graph.nodes if node.op == "placeholder")
         output: Any = fx.map_arg(end.args[0], lambda _: cast(fx.Node, None))
         end.args = (type(output)([hidden, *output[1:]]) if isinstance(output, (tuple, list)) else hidden,)
+        _erase_idle(recording, (), layer)
         return _with_signature(layer, recording, parameters)
     except TraceError as error:
         raise ValueError(f"It cannot be told what {plain_class(layer).__name__} returns: {error}.") from error
@@ -121,7 +126,8 @@ def _recorded(block: nn.Module, call: Call | None) -> tuple[dict[str, Any], Reco
     return dict(bound.arguments), record(block, structure, len(leaves), decide)
 
 
-def _drop(residual: cuts.Sum, block: nn.Module, replaced: dict[fx.Node, fx.Node]) -> None:
+def _drop(residual: cuts.Sum, block: nn.Module, replaced: dict[fx.Node, fx.Node]) -> Sequence[fx.Node]:
+    """Take a branch out of its sum, and return the nodes that nothing but the branch needed, the sum among them."""
     if residual.shortcut is None:
         raise CutError("the branch is added to nothing: without it nothing would be left")
     branch = cuts.cut(residual, block)
@@ -135,6 +141,43 @@ def _drop(residual: cuts.Sum, block: nn.Module, replaced: dict[fx.Node, fx.Node]
     replaced[add] = instead
     for side in branch.sides:  # attention maps
         side.replace_all_uses_with(cast(fx.Node, None))
+    return (*branch.nodes, add)
+
+
+def _writes(node: fx.Node, block: nn.Module) -> bool:
+    """Whether a node changes a value in place, or may be there to do so: a child whose result is ignored."""
+    if node.op == "call_module" and not node.users:
+        child = block.get_submodule(cast(str, node.target))
+        return any(getattr(module, "inplace", False) for module in child.modules())
+    return cuts.writes_in_place(node, block)
+
+
+def _erase_idle(recording: Recording, writes: Collection[fx.Node], block: nn.Module) -> None:
+    """Erase what nothing needs any more; `writes` are needed where what they change is."""
+    nodes = list(recording.graph.nodes)
+    needed = {node for node in nodes if node.op == "placeholder"}
+    pending = [nodes[-1], *(node for node, _ in recording.conditions)]
+    while pending:
+        while pending:
+            node = pending.pop()
+            if node not in needed:
+                needed.add(node)
+                pending.extend(node.all_input_nodes)
+        pending = [node for node in writes if node not in needed and _memory_written(node, block) in needed]
+    for node in reversed(nodes):
+        if node not in needed:
+            recording.graph.erase_node(node)
+
+
+def _memory_written(node: fx.Node, block: nn.Module) -> fx.Node:
+    """The first of the values whose memory a node may change: it lies before it in a chain of first arguments."""
+    while node.all_input_nodes:
+        node = node.all_input_nodes[0]
+        if node.op == "call_module":
+            child = block.get_submodule(cast(str, node.target))
+            if next(child.parameters(), None) is not None:
+                break  # it gives a tensor of its own
+    return node
 
 
 def _multiply(value: fx.Node, consumer: fx.Node | None, factor: float) -> None:
@@ -158,10 +201,10 @@ def _with_signature(block: nn.Module, recording: Recording, values: Mapping[str,
     recorded = [node for node in recording.graph.nodes if node.op == "placeholder"]
     copies: dict[fx.Node, fx.Node] = dict(zip(recorded, leaves, strict=True))
     graph.output(graph.graph_copy(recording.graph, copies))
-    conditions = {copies[node] for node, _ in recording.conditions}
-    for node in reversed(list(graph.nodes)):
-        if not node.users and node.op not in ("placeholder", "output") and node not in conditions:
-            graph.erase_node(node)
+    for leaf in reversed(leaves):
+        while not leaf.users and leaf.op != "placeholder":  # unpacked for nothing
+            leaf, unpacked = cast(fx.Node, leaf.args[0]), leaf
+            graph.erase_node(unpacked)
     with graph.inserting_before(next(iter(reversed(graph.nodes)))):
         for node, value in checks:
             _assert(graph, graph.call_function(operator.eq, (node, value)), f"{node.name} must be {value!r}", block)
@@ -184,7 +227,28 @@ def _with_signature(block: nn.Module, recording: Recording, values: Mapping[str,
 def hands_on(module: fx.GraphModule) -> bool:
     """Whether a module does nothing but give its first argument back."""
     end = next(iter(reversed(module.graph.nodes)))
-    return end.args[0] is next(iter(module.graph.nodes))
+    return handed_on(module) == [end.args[0]]
+
+
+def handed_on(module: fx.GraphModule) -> list[fx.Node]:
+    """What of a module's outputs is its first argument itself."""
+    end = next(iter(reversed(module.graph.nodes)))
+    return [node for node in end.all_input_nodes if _is_first_argument(node, module)]
+
+
+def _is_first_argument(node: fx.Node, module: fx.GraphModule) -> bool:
+    while node.op == "call_module" and type(module.get_submodule(cast(str, node.target))) is nn.Identity:
+        node = cast(fx.Node, node.args[0])
+    return node is next(iter(node.graph.nodes))
+
+
+def takes_one_argument(module: nn.Module) -> bool:
+    """Whether a module's forward can be called with one argument only.
+
+    A model may iterate over its Sequential and give the modules more, as timm's ViT does.
+    """
+    _, *parameters = inspect.signature(plain_class(module).forward).parameters.values()  # without self
+    return [each.kind for each in parameters] == [inspect.Parameter.POSITIONAL_OR_KEYWORD]
 
 
 def _unpack(node: fx.Node, signature: Any, leaves: list[fx.Node], checks: list[tuple[fx.Node, Any]]) -> None:

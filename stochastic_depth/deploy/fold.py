@@ -9,10 +9,18 @@ from typing import Literal, cast
 
 from torch import nn
 
-from stochastic_depth.deploy.affine import Holder, NotAffineError, last_affine, multiply_
+from stochastic_depth.deploy.affine import Holder, NotAffineError, last_affine, multiply_, num_places
 from stochastic_depth.deploy.batches import Call
-from stochastic_depth.deploy.blocks import hands_on, holders, replaced_, with_branches_taken_out, without_layer
+from stochastic_depth.deploy.blocks import (
+    hands_on,
+    holders,
+    replaced_,
+    takes_one_argument,
+    with_branches_taken_out,
+    without_layer,
+)
 from stochastic_depth.deploy.branches import TrainedBranch, trained_branches
+from stochastic_depth.deploy.in_place import put_copies_
 from stochastic_depth.deploy.scalars import Scale, ScaledLayer, ScaledResidual
 from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit import controller, restore_
@@ -29,8 +37,9 @@ def fold_(model: nn.Module) -> None:
     classes, costs what constant depth costs, and its `state_dict` loads into a model that never saw this library.
 
     Where a gate comes behind them, as in squeeze-and-excitation, its first weights are divided by the factor, so that
-    it does not see it. Where a branch ends in nothing that is affine, or in weights that serve something else too, its
-    factor is kept as a scalar in the model's code: a warning names the branch and the reason.
+    it does not see it. Of a whole layer with drop paths inside, each of their branches has the factor. Where a branch
+    ends in nothing that is affine, or in weights that serve something else too, its factor is kept as a scalar in the
+    model's code: a warning names the branch and the reason.
     The `state_dict` of such a model does not hold that factor.
 
     Outputs are the same up to rounding; in a precision below float32 the weights themselves are rounded: fold first,
@@ -161,19 +170,24 @@ def take_off_(
     for parameters, factor in weights:
         multiply_(parameters, factor)
     for branch in scalars:
-        if branch.found.module not in replacements and branch.found.key is None:
-            _keep_scalar_(branch.found.module, branch.test_factor)
+        found = branch.found
+        if found.kind == "layer" and not found.drop_paths:
+            _keep_scalar_(found.module, ScaledLayer, branch.test_factor)
+        elif found.kind == "sum" and found.key is None and isinstance(found.module, Residual):
+            _keep_scalar_(found.module, ScaledResidual, branch.test_factor)
     root = model
     for module, new in replacements.items():
+        for made in replacements.values():  # what is put in the place of a block may hold another one
+            replaced_(made, module, new)
         root = replaced_(root, module, new)
     return [(branch.found.name, branch.test_factor, reason) for branch, reason in scalars.items()], root
 
 
-def _keep_scalar_(module: nn.Module, factor: float) -> None:
-    if type(module) is Residual:
+def _keep_scalar_(module: nn.Module, behaviour: type[nn.Module], factor: float) -> None:
+    if type(module) is Residual and behaviour is ScaledResidual:
         module.__class__ = ScaledResidual
     else:
-        swap_class_(module, ScaledResidual if isinstance(module, Residual) else ScaledLayer)
+        swap_class_(module, behaviour)
     module.branch_factor = factor  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
 
 
@@ -193,22 +207,19 @@ def _replacements(
             dropped_keys.setdefault(found.module, set()).add(found.key)
             drop_paths[found.module] = branch.drop_paths
         elif found.kind == "layer":
-            alone = _is_alone(model, found.module)
-            new[found.module] = nn.Identity() if alone else without_layer(found.module, calls.get(found.module))
+            new[found.module] = _without_layer(model, found.module, calls.get(found.module))
         else:
             new[found.module] = _without_branch(cast(Residual, found.module))
+    own = {branch: _own_drop_paths(model, branch) for branch in scaled}
+    rewritten = {branch.found.module for branch in scaled if branch.found.key is not None and not own[branch]}
+    rewritten.update(dropped_keys)
     for branch in scaled:
         found = branch.found
-        if found.key is None:
-            if not isinstance(found.module, Residual) and found.kind == "sum":
-                new[found.module] = Scale(branch.test_factor)
-            continue
-        drop_path = found.module.get_submodule(found.key[0]) if found.key[0] else None
-        if drop_path is not None and found.module not in dropped_keys and _is_called_once(branch, found.key):
-            new[drop_path] = Scale(branch.test_factor)
-        else:
+        if found.key is not None and found.module in rewritten:
             factors.setdefault(found.module, {})[found.key] = branch.test_factor
             drop_paths[found.module] = branch.drop_paths
+        else:
+            new.update({drop_path: Scale(branch.test_factor) for drop_path in own[branch]})
     for block, paths in drop_paths.items():
         try:
             made = with_branches_taken_out(
@@ -217,18 +228,42 @@ def _replacements(
         except ValueError as error:
             name = next(branch.found.block_name for branch in (*dropped, *scaled) if branch.found.module is block)
             raise ValueError(f"{name or 'the model'}: {error}") from error
-        new[block] = nn.Identity() if hands_on(made) and _is_alone(model, block) else made
+        is_idle = hands_on(made) and _is_alone(model, block) and takes_one_argument(block)
+        new[block] = nn.Identity() if is_idle else made
+    put_copies_(model, new)
     return new
 
 
+def _without_layer(model: nn.Module, layer: nn.Module, call: Call | None) -> nn.Module:
+    is_alone = _is_alone(model, layer)
+    if is_alone and takes_one_argument(layer):
+        return nn.Identity()
+    try:
+        return without_layer(layer, call)
+    except ValueError:
+        if not is_alone:
+            raise
+        return nn.Identity()  # It is right where the Sequential itself calls it, and refuses further arguments.
+
+
 def _is_alone(model: nn.Module, module: nn.Module) -> bool:
-    """Whether a module is only called by Sequentials: with one argument, and nothing is asked of it."""
+    """Whether only Sequentials hold a module: nothing is asked of it but its forward."""
     return all(type(parent).forward is nn.Sequential.forward for parent, _ in holders(model, module))
 
 
-def _is_called_once(branch: TrainedBranch, key: Key) -> bool:
-    known: tuple[Key, ...] = branch.found.module._stochastic_depth_branch.known  # pyright: ignore
-    return sum(path == key[0] for path, _ in known) == 1
+def _own_drop_paths(model: nn.Module, branch: TrainedBranch) -> tuple[nn.Module, ...]:
+    """The drop paths that multiply this branch and no other, so that a scalar can take their place."""
+    found = branch.found
+    if found.kind == "layer":
+        return found.drop_paths
+    if found.key is None:
+        return () if isinstance(found.module, Residual) else (found.module,)
+    path = found.key[0]
+    known: tuple[Key, ...] = found.module._stochastic_depth_branch.known  # pyright: ignore
+    if not path or sum(other == path for other, _ in known) > 1:
+        return ()
+    drop_path = found.module.get_submodule(path)
+    return (drop_path,) if num_places(model, drop_path) == num_places(model, found.module) else ()
 
 
 def _without_branch(residual: Residual) -> nn.Module:

@@ -37,7 +37,8 @@ def subnetwork(
     `recalibrate_batchnorm_`.
 
     A `Residual` becomes its shortcut. A block of a foreign model becomes a `torch.fx.GraphModule` of the rest of its
-    code in evaluation, or goes altogether where nothing is left of it.
+    code in evaluation, or an `nn.Identity` where nothing is left of it and it takes one argument. Where what follows
+    may change what it is given in place, they hand on a copy.
 
     Args:
         model: a stochastic model; it is not changed. One that was not trained with stochastic depth works too, with a

@@ -288,6 +288,134 @@ def test_a_whole_layer_keeps_its_factor() -> None:
     assert isinstance(net[2], nn.TransformerEncoderLayer)
 
 
+def test_a_residual_that_is_a_whole_layer_is_scaled_as_a_layer() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(sd.Residual(nn.Linear(6, 6), nn.Linear(6, 6))).double().eval()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    expected = x + 0.4 * (net[0](x) - x)
+    sd.make_stochastic_(net, [0.4], layers=["0"])
+    with pytest.warns(UserWarning, match="whole layer"):
+        sd.fold_(net)
+    assert_near(net(x), expected, 1e-12)
+    assert_near(reloaded(copy.deepcopy(net))(x), expected, 1e-12)
+
+
+class DropPath(nn.Module):
+    """Of a model without a library: it changes nothing in evaluation."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class TwoSums(nn.Module):
+    """Two residual sums with drop paths; the second branch ends in `end`."""
+
+    def __init__(self, end: nn.Module) -> None:
+        super().__init__()
+        self.a, self.drop_path1 = nn.Linear(6, 6), DropPath(0.2)
+        self.b, self.drop_path2 = nn.Sequential(nn.Linear(6, 6), end), DropPath(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path1(self.a(x))
+        return x + self.drop_path2(self.b(x))
+
+
+@pytest.mark.parametrize("keep", [[0, 1], [1]], ids=["all", "one"])
+@pytest.mark.parametrize("end", [nn.Identity, nn.GELU], ids=["into-weights", "scalars"])
+def test_a_layer_with_drop_paths_has_the_factor_in_each_of_its_sums(end: type[nn.Module], keep: list[int]) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(TwoSums(end()), TwoSums(end())).double().eval()
+    keys, x = list(net.state_dict()), torch.randn(4, 6, dtype=torch.float64)
+    expected, plain = x, copy.deepcopy(net)
+    for index in keep:
+        expected = expected + 0.5 * plain[index].a(expected)
+        expected = expected + 0.5 * plain[index].b(expected)
+    sd.make_stochastic_(net, sd.uniform(0.5), layers=["*"])
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        small = sd.subnetwork(net, keep)
+        sd.fold_(net)
+    assert_near(small(x), expected, 1e-12)
+    if end is nn.Identity:
+        assert not warned
+        assert same_classes(net, plain)
+    else:
+        assert len(warned) == len(keep) + 2
+        assert "it ends in a call of gelu. It is kept as a scalar" in str(warned[0].message)
+    if len(keep) == 2:
+        assert_near(net(x), expected, 1e-12)
+    assert list(net.state_dict()) == keys
+
+
+def test_a_layer_with_drop_paths_is_converted_in_each_of_its_sums() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(TwoSums(nn.Identity())).double().eval()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    sd.make_stochastic_(net, [0.5], layers=["*"])
+    before = net(x)
+    sd.convert_rescale_(net, "train")
+    assert "rescale 'train'" in str(sd.controller(net))
+    assert_near(net(x), before, 1e-12)
+
+
+class OneSum(nn.Module):
+    def __init__(self, branch: nn.Module, drop_path: nn.Module) -> None:
+        super().__init__()
+        self.branch, self.drop_path = branch, drop_path
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.branch(x))
+
+
+def test_blocks_that_share_a_drop_path_keep_their_own_factors() -> None:
+    torch.manual_seed(0)
+    shared = DropPath(0.2)
+    branches = [nn.Linear(6, 6), *(nn.Sequential(nn.Linear(6, 6), nn.GELU()) for _ in range(2))]
+    net = nn.Sequential(*(OneSum(branch, shared) for branch in branches)).double().eval()
+    keys, x = list(net.state_dict()), torch.randn(4, 6, dtype=torch.float64)
+    expected, plain = x, copy.deepcopy(net)
+    for p, block in zip([0.9, 0.6, 0.3], plain, strict=True):
+        expected = expected + p * block.branch(expected)
+    sd.make_stochastic_(net, [0.9, 0.6, 0.3])
+    with pytest.warns(UserWarning, match="kept as a scalar") as warned:
+        sd.fold_(net)
+    assert len(warned) == 2
+    assert_near(net(x), expected, 1e-12)
+    assert list(net.state_dict()) == keys
+
+
+class ThreeSums(nn.Module):
+    """The second drop path is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.once, self.twice = DropPath(0.2), DropPath(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.once(torch.tanh(self.a(x)))
+        x = x + self.twice(torch.tanh(self.b(x)))
+        return x + self.twice(torch.tanh(self.c(x)))
+
+
+def test_a_block_keeps_the_factors_of_all_of_its_branches() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(ThreeSums()).double().eval()
+    plain, x = copy.deepcopy(net)[0], torch.randn(4, 6, dtype=torch.float64)
+    expected = x + 0.9 * torch.tanh(plain.a(x))
+    expected = expected + 0.6 * torch.tanh(plain.b(expected))
+    expected = expected + 0.3 * torch.tanh(plain.c(expected))
+    sd.make_stochastic_(net, [0.9, 0.6, 0.3])
+    with pytest.warns(UserWarning, match="kept as a scalar") as warned:
+        sd.fold_(net)
+    assert len(warned) == 3
+    assert_near(net(x), expected, 1e-12)
+
+
 # ---------------------------------------------------------------------------------------------- other libraries' models
 
 

@@ -14,6 +14,7 @@ import plain_models
 import pytest
 import reference
 import torch
+import torch.nn.functional as F
 from plain_models import TIMM, TORCHVISION, awake, first_tensor, timm_model, torchvision_resnet, with_factors
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -233,10 +234,19 @@ def test_torchvision_resnets_do_without_branches() -> None:
 
 
 def test_blocks_of_which_nothing_is_left_go_altogether() -> None:
-    model = awake(timm_model("vit"))
+    model = awake(timm_model("mixer"))
+    depth = sd.make_stochastic_(model, sd.linear_decay(0.5))
+    small = sd.subnetwork(model, num_blocks=len(depth.names) - 2)
+    assert [type(block) for block in small.blocks] == [type(timm_model("mixer").blocks[0])] * 7 + [nn.Identity]
+
+
+def test_of_a_block_that_takes_more_than_one_argument_nothing_but_that_is_left() -> None:
+    model = awake(timm_model("vit"))  # it iterates over its Sequential and gives masks
     sd.make_stochastic_(model, sd.linear_decay(0.5))
     small = sd.subnetwork(model, num_blocks=2)  # of four: the first of the three blocks has a rate of 0
-    assert [type(block) for block in small.blocks] == [type(timm_model("vit").blocks[0])] * 2 + [nn.Identity]
+    assert not list(small.blocks[2].modules())[1:]
+    x = torch.ones(1, 2, 24)
+    assert small.blocks[2](x, attn_mask=None) is x
 
 
 def test_a_small_network_of_foreign_blocks_loads_without_the_library(tmp_path: Path) -> None:
@@ -346,6 +356,209 @@ def test_a_dropped_layer_hands_its_input_on() -> None:
     small = sd.subnetwork(net, [1], inputs=x)
     assert_near(small(x), expected)
     assert size(small) * 3 == size(net)
+
+
+class DropPath(nn.Module):
+    """Of a model without a library: it changes nothing in evaluation."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Outer(nn.Module):
+    """A block whose code has a branch, and which calls another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.a, self.drop_path = sd.Residual(nn.Linear(4, 4)), nn.Linear(4, 4), DropPath(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.inner(x))
+        return x + self.drop_path(self.a(x))
+
+
+def test_a_branch_inside_of_a_block_that_loses_one_too_is_dropped() -> None:
+    net = nn.Sequential(Outer(), sd.Residual(nn.Linear(4, 4))).double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    h = torch.tanh(x)
+    expected = h + 0.5 * net[1].branch(h)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5))
+    assert depth.names == ["0.inner", "0.drop_path", "1"]
+    small = sd.subnetwork(net, [2])
+    assert_near(small(x), expected)
+    assert set(small.state_dict()) == {"1.branch.weight", "1.branch.bias"}
+
+
+class Ignores(nn.Module):
+    """Changes values in place and ignores what the change gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(4, 4) for _ in range(4))
+        self.act, self.drop_path1, self.drop_path2 = nn.ReLU(inplace=True), DropPath(0.2), DropPath(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        self.act(h.view(-1))
+        x = x + self.drop_path1(self.b(h))
+        g = self.c(x)
+        F.relu(g, inplace=True)
+        return x + self.drop_path2(self.d(g))
+
+
+@pytest.mark.parametrize("kept", [0, 1], ids=["first", "second"])
+def test_what_changes_a_value_in_place_stays_and_goes_with_the_value(kept: int) -> None:
+    net = nn.Sequential(Ignores()).double()
+    x, plain = torch.randn(5, 4, dtype=torch.float64), reference.copied(net)[0]
+    first, second = (plain.a, plain.b) if kept == 0 else (plain.c, plain.d)
+    expected = x + 0.5 * second(torch.relu(first(x)))
+    depth = sd.make_stochastic_(net, sd.uniform(0.5))
+    assert len(depth.names) == 2
+    small = sd.subnetwork(net, [kept])
+    assert_near(small(x), expected)
+    assert [name for name, _ in small[0].named_parameters()][::2] == (
+        ["a.weight", "b.weight"] if kept == 0 else ["c.weight", "d.weight"]
+    )
+
+
+class Masked(nn.Module):
+    """A block that takes a mask too, as timm's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.drop_path = nn.Linear(4, 4), DropPath(0.2)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        y = self.a(x) if mask is None else self.a(x) * mask
+        return x + self.drop_path(y * 2 if is_causal else y)
+
+
+class Behind(nn.Module):
+    """Code in place behind a block."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block(x)
+        return y.relu_()
+
+
+class InCode(nn.Module):
+    """A block that is found by the addition in its code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.a(x)
+
+
+BLOCKS = {
+    "residual": lambda: sd.Residual(nn.Linear(4, 4)),
+    "shortcut": lambda: sd.Residual(nn.Linear(4, 4), nn.Dropout(0.0)),
+    "in-code": InCode,
+    "masked": Masked,
+}
+FOLLOWED = {
+    "relu": lambda block: nn.Sequential(block, nn.ReLU(inplace=True)),
+    "relu-behind-dropout": lambda block: nn.Sequential(nn.Sequential(block), nn.Dropout(0.0), nn.ReLU(inplace=True)),
+    "code": Behind,
+    "code-around-a-sequential": lambda block: Behind(nn.Sequential(block)),
+}
+
+
+class Again(nn.Module):
+    """Uses the input of what it calls again."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 2
+        return torch.maximum(self.inner(x), -x)
+
+
+@pytest.mark.parametrize("followed", FOLLOWED)
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_code_in_place_behind_a_dropped_block_does_not_change_its_input(kind: str, followed: str) -> None:
+    net = nn.Sequential(Again(FOLLOWED[followed](BLOCKS[kind]())), BLOCKS[kind]()).double().eval()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    h = torch.maximum(torch.relu(2 * x), -2 * x)
+    (linear,) = (module for module in reference.copied(net)[1].modules() if isinstance(module, nn.Linear))
+    sd.make_stochastic_(net, sd.uniform(0.5))
+    small = sd.subnetwork(net, [1])
+    assert_near(small(x), h + 0.5 * linear(h))
+    assert_near(reloaded(small)(x), small(x))
+
+
+@pytest.mark.parametrize("kind", ["residual", "layers"])
+def test_a_dropped_branch_inside_of_another_does_not_change_the_shortcut_outside(kind: str) -> None:
+    inner = Masked() if kind == "layers" else sd.Residual(nn.Linear(4, 4))
+    net = nn.Sequential(sd.Residual(nn.Sequential(inner, nn.ReLU(inplace=True), nn.Linear(4, 4)))).double()
+    x, linear = torch.randn(5, 4, dtype=torch.float64), reference.copied(net)[0].branch[2]
+    net.append(sd.Residual(nn.Linear(4, 4)).double())
+    if kind == "layers":
+        sd.make_stochastic_(net, sd.uniform(0.5), layers=["0.branch.0", "1"], rescale="none")
+        small, p = sd.subnetwork(net, [1]), 1.0
+    else:
+        depth = sd.make_stochastic_(net, sd.uniform(0.5))
+        assert depth.names == ["0", "0.branch.0", "1"]
+        small, p = sd.subnetwork(net, [0, 2]), 0.5
+    h = x + p * linear(torch.relu(x))
+    assert_near(small(x), h + p * net[1].branch(h))
+
+
+def test_without_code_in_place_nothing_is_copied() -> None:
+    net = sd.models.cifar_resnet(20)
+    sd.make_stochastic_(net, sd.linear_decay(0.5))
+    small = sd.subnetwork(net, [0])
+    assert not any(isinstance(module, torch.fx.GraphModule) for module in small.modules())
+
+
+def test_of_dropped_blocks_in_a_row_one_copies_and_none_before_a_layer_of_weights() -> None:
+    blocks = [sd.Residual(nn.Linear(4, 4)) for _ in range(5)]
+    net = nn.Sequential(*blocks[:2], nn.Linear(4, 4), *blocks[2:4], nn.ReLU(inplace=True), blocks[4])
+    sd.make_stochastic_(net, sd.uniform(0.5))
+    small = sd.subnetwork(net, [4])
+    copies = [isinstance(module, torch.fx.GraphModule) for module in small]
+    assert copies == [False, False, False, False, True, False, False]
+    x = torch.ones(1, 4)
+    assert small[4](x) is not x
+    assert torch.equal(small[4](x), x)
+
+
+class Iterates(nn.Module):
+    """Calls the blocks of its Sequential by itself."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        for block in self.blocks:
+            x = block(x, mask=mask, is_causal=False)
+        return x
+
+
+@pytest.mark.parametrize("layers", [None, ["blocks.*"]], ids=["drop-paths", "layers"])
+@pytest.mark.parametrize("is_masked", [False, True], ids=["default", "example"])
+def test_what_stands_in_for_a_block_takes_its_arguments(is_masked: bool, layers: list[str] | None) -> None:
+    net = Iterates(Masked(), Masked(), Masked()).double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    inputs = (x, torch.rand(3, 4, dtype=torch.float64)) if is_masked else (x,)
+    expected = x + 0.5 * net.blocks[1].a(x) * (inputs[1] if is_masked else 1)
+    sd.make_stochastic_(net, sd.uniform(0.5), layers=layers)
+    small = sd.subnetwork(net, [1], inputs=inputs if is_masked else None)
+    assert_near(small(*inputs), expected)
+    assert set(small.state_dict()) == {"blocks.1.a.weight", "blocks.1.a.bias"}
 
 
 # ---------------------------------------------------------------------------------------------- bad input

@@ -1,0 +1,96 @@
+"""Where a dropped branch must leave a copy: what follows it may change its output in place, and so its input.
+
+A dropped branch hands its input on, which is somebody else's tensor: the shortcut of a sum around it, say.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+
+from torch import fx, nn
+
+from stochastic_depth.copies import plain_class
+from stochastic_depth.deploy.blocks import handed_on, holders
+from stochastic_depth.residual import Residual
+from stochastic_depth.retrofit import cuts
+from stochastic_depth.retrofit.find import recordings
+from stochastic_depth.retrofit.trace import TraceError
+
+
+def put_copies_(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+    """Let what stands in for dropped branches hand on copies where it must.
+
+    Args:
+        model: the model; it is not changed.
+        replacements: what is to be put in the place of which of its modules; it is changed.
+    """
+    handing_on = {module for module, new in replacements.items() if _hands_on(new)}
+    if not handing_on or not any(_writes_in_place(module) for module in model.modules()):
+        return
+    # From the end, so that of several in a row one copies.
+    for module in reversed(list(model.modules())):
+        if module in handing_on and _is_written_behind(model, module, replacements):
+            replacements[module] = _copying(replacements[module])
+
+
+def _hands_on(new: nn.Module) -> bool:
+    if isinstance(new, fx.GraphModule):
+        return bool(handed_on(new))
+    return type(new) in (nn.Identity, nn.Sequential) and next(new.parameters(), None) is None
+
+
+def _copying(new: nn.Module) -> nn.Module:
+    if type(new) is nn.Sequential:
+        return nn.Sequential(OrderedDict([*new.named_children(), ("copy", _copying(nn.Identity()))]))
+    if not isinstance(new, fx.GraphModule):
+        graph = fx.Graph()
+        graph.output(graph.placeholder("input"))
+        new = fx.GraphModule(nn.Module(), graph, "Copy")
+    end = next(iter(reversed(new.graph.nodes)))
+    for node in handed_on(new):
+        with new.graph.inserting_before(end):
+            end.replace_input_with(node, new.graph.call_method("clone", (node,)))
+    new.recompile()
+    return new
+
+
+def _writes_in_place(module: nn.Module) -> bool:
+    """Whether a module's own code changes a value in place; as far as it can be told, else True."""
+    plain = plain_class(module)
+    if plain.__module__.startswith("torch.nn."):
+        return bool(getattr(module, "inplace", False))
+    try:
+        graphs = [way.graph for way in recordings(module)]
+    except (TraceError, TypeError, ValueError):  # the latter of a forward without a signature
+        return True
+    return any(cuts.writes_in_place(node, module) for graph in graphs for node in graph.nodes)
+
+
+def _is_written_behind(model: nn.Module, module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> bool:
+    for parent, name in holders(model, module):
+        if plain_class(parent).forward is nn.Sequential.forward:
+            children = list(parent._modules.items())  # pyright: ignore[reportPrivateUsage]
+            position = [other for other, _ in children].index(name)
+            written = _first_writes([child for _, child in children[position + 1 :] if child], replacements)
+            if written or (written is None and _is_written_behind(model, parent, replacements)):
+                return True
+        elif plain_class(parent).forward is not Residual.forward:  # A sum gives a tensor of its own.
+            return True
+    return False
+
+
+def _first_writes(modules: list[nn.Module], replacements: Mapping[nn.Module, nn.Module]) -> bool | None:
+    """Whether the first of several modules that does not hand its input on may change it; None if all hand it on."""
+    for module in modules:
+        new = replacements.get(module, module)
+        if plain_class(new).forward is nn.Sequential.forward:
+            written = _first_writes(list(new.children()), replacements)
+        elif plain_class(new).forward is Residual.forward:
+            written = any(_first_writes([child], replacements) for child in new.children())
+        else:
+            is_own = not _hands_on(new) and (module in replacements or next(new.parameters(), None) is not None)
+            written = any(_writes_in_place(part) for part in new.modules()) or (False if is_own else None)
+        if written is not None:
+            return written
+    return None
