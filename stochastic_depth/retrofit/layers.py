@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
-from stochastic_depth.copies import evaluated_copy, plain_class, tensor_without_data
+from stochastic_depth.copies import plain_class, plain_copy, tensor_without_data
 from stochastic_depth.passes import CLOSED, Gate, eager
 from stochastic_depth.residual import GatedBranch, compiled_inside
 from stochastic_depth.retrofit.shapes import samples_among
@@ -42,7 +42,7 @@ class GatedLayer(GatedBranch):
                 # Only a run can tell, once: in evaluation, without gradients, on a copy without hooks.
                 args, kwargs = unflatten(signature, leaves)
                 with self.passes.dry_run():
-                    output = evaluated_copy(layer)(*args, **kwargs)
+                    output = plain_copy(layer, Tensor.detach, Tensor.clone).eval()(*args, **kwargs)
                 self._structures[key] = tree_map_only(Tensor, lambda _: None, output)
         return self._structures[key]
 

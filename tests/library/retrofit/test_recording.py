@@ -1,0 +1,103 @@
+"""What a block does beside its sums is neither lost nor done while its forward is recorded."""
+
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import stochastic_depth as sd
+
+
+class Block(nn.Module):
+    """A residual block with a drop path, which does something else as well."""
+
+    n: int
+    aux: Tensor
+    steps: Tensor
+    mean: Tensor
+
+    def __init__(self, beside: Callable[["Block", Tensor], object]) -> None:
+        super().__init__()
+        self.f, self.drop_path = nn.Linear(4, 4), timm.layers.DropPath(0.5)
+        self.beside = beside
+        self.n, self.aux, self.seen = 0, torch.zeros(()), []
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.register_buffer("mean", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.f(x)
+        self.beside(self, h)
+        return x + self.drop_path(h)
+
+
+def store(block: Block, h: Tensor) -> None:
+    block.aux = h.square().mean()
+
+
+def count(block: Block, _h: Tensor) -> None:
+    block.n += 1
+
+
+def append(block: Block, h: Tensor) -> None:
+    block.seen.append(h.mean())
+
+
+def replace_buffer(block: Block, _h: Tensor) -> None:
+    block.steps = block.steps + 1
+
+
+@pytest.mark.parametrize(
+    ("beside", "cause"), [(store, "aux"), (count, "n"), (append, "seen"), (replace_buffer, "steps")]
+)
+def test_a_block_that_stores_something_on_itself_runs_as_it_is(
+    beside: Callable[[Block, Tensor], object], cause: str
+) -> None:
+    model = nn.Sequential(Block(beside))
+    depth = sd.make_stochastic_(model)
+    assert f"the forward stores {cause} on the block" in str(depth)
+    block, x = model[0], torch.randn(3, 4)
+    for _ in range(2):
+        model(x)
+    h = block.f(x)
+    expected = {store: (h.square().mean(), 0, 0, 0), count: (0, 2, 0, 0), append: (0, 0, 2, 0)}
+    aux, n, seen, steps = expected.get(beside, (0, 0, 0, 2))
+    torch.testing.assert_close(block.aux, torch.as_tensor(aux, dtype=h.dtype))
+    assert (block.n, len(block.seen), int(block.steps)) == (n, seen, steps)
+    with depth.gates([False]):
+        assert torch.equal(model(x), x)
+
+
+def step(block: Block, _h: Tensor) -> None:
+    block.steps.add_(1)
+
+
+def average(block: Block, h: Tensor) -> None:
+    block.mean.data[:2].mul_(0.5).add_(h.detach().mean(0)[:2])
+
+
+@pytest.mark.parametrize(("beside", "name"), [(step, "steps"), (average, "mean")])
+def test_buffers_that_a_block_changes_in_place_change_in_its_forwards_only(
+    beside: Callable[[Block, Tensor], object], name: str
+) -> None:
+    model = nn.Sequential(Block(beside))
+    plain = Block(beside)
+    plain.load_state_dict(model[0].state_dict())
+    depth = sd.make_stochastic_(model)
+    assert torch.equal(getattr(model[0], name), getattr(plain, name))
+    assert f"the forward changes its buffer {name} in place" in str(depth)
+    x = torch.randn(3, 4)
+    for _ in range(3):
+        model(x), plain(x)
+    assert torch.equal(getattr(model[0], name), getattr(plain, name))
+    sd.restore_(model)
+
+
+def test_a_closed_layer_that_changes_a_buffer_leaves_it_alone() -> None:
+    """What it returns only a run of a copy can tell."""
+    model = nn.Sequential(Block(step))
+    depth = sd.make_stochastic_(model, layers=["0"])
+    with depth.gates([False]):
+        model(torch.randn(3, 4))
+    assert int(model[0].steps) == 0
