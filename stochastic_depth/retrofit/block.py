@@ -159,18 +159,25 @@ def find_sums(graph: fx.Graph, block: nn.Module, drop_paths: Sequence[str]) -> d
     """
     cuts.name_values_changed_in_place(graph, block)
     if not drop_paths:
-        return {("", index): residual for index, residual in enumerate(cuts.residual_sums(graph, block))}
+        additions = cuts.residual_sums(graph, block)
+        return {("", index): _separable(residual, block) for index, residual in enumerate(additions)}
     found: dict[Key, Sum | CutError] = {}
     for call in _calls(graph, drop_paths).values():
         cuts.move_behind_what_commutes(call, block)
     for key, call in _calls(graph, drop_paths).items():
         try:
-            residual = cuts.drop_path_sum(call, block)
-            cuts.cut(residual, block)
-            found[key] = residual
+            found[key] = _separable(cuts.drop_path_sum(call, block), block)
         except CutError as error:
             found[key] = error
     return found
+
+
+def _separable(residual: Sum, block: nn.Module) -> Sum | CutError:
+    try:
+        cuts.cut(residual, block)
+    except CutError as error:
+        return error
+    return residual
 
 
 def _calls(graph: fx.Graph, drop_paths: Sequence[str]) -> dict[Key, fx.Node]:
@@ -216,6 +223,8 @@ def rewrite(graph: fx.Graph, block: nn.Module, branches: BlockBranches) -> Calla
     calls = _calls(graph, branches.drop_paths)
     for key, residual in sums.items():
         if key not in branches.known:
+            if isinstance(residual, CutError) and not branches.drop_paths:
+                continue  # An addition that is no branch stays as it is.
             raise CutError(f"{key[0] or 'an addition'} is used in a way that was not foreseen")
         if key not in branches.gated:
             continue

@@ -238,12 +238,32 @@ def _context() -> tuple[Any, ...]:
     return torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_grad_enabled()
 
 
+class _Symbol(fx.Proxy):
+    """Records `x += y` as the change in place that it is; `fx.Proxy` takes it for `x = x + y`."""
+
+
+def _record_in_place(method: str) -> None:
+    def changed(symbol: _Symbol, other: Any) -> Any:
+        if is_size(symbol.node):
+            return NotImplemented  # A number is not changed: Python goes on with `x = x + y`.
+        return symbol.tracer.create_proxy("call_function", getattr(operator, method), (symbol, other), {})
+
+    setattr(_Symbol, f"__{method}__", changed)
+
+
+for _method in ("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
+    _record_in_place(_method)
+
+
 class _BlockTracer(fx.Tracer):
     def __init__(self, conditions: list[tuple[fx.Node, Any]], decide: _Decide) -> None:
         super().__init__(param_shapes_constant=False)
         self._conditions = conditions
         self._decide = decide
         self.expected_state: tuple[Any, ...] = ()
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Symbol(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002
         return True

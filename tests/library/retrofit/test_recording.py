@@ -1,5 +1,6 @@
 """What a block does beside its sums is neither lost nor done while its forward is recorded."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -101,3 +102,78 @@ def test_a_closed_layer_that_changes_a_buffer_leaves_it_alone() -> None:
     with depth.gates([False]):
         model(torch.randn(3, 4))
     assert int(model[0].steps) == 0
+
+
+def augmented(block: "Sum", x: Tensor) -> Tensor:
+    y = block.g(x)
+    z = y
+    z += block.f(y)
+    return y
+
+
+def module_in_place(block: "Sum", x: Tensor) -> Tensor:
+    y = block.g(x)
+    h = block.relu(y)
+    return y + block.f(h)
+
+
+def function_in_place(block: "Sum", x: Tensor) -> Tensor:
+    y = block.g(x)
+    nn.functional.relu(y, inplace=True)
+    return y + block.f(y)
+
+
+def underscore_in_place(block: "Sum", x: Tensor) -> Tensor:
+    y = block.g(x)
+    torch.relu_(y)
+    y /= 2
+    return y + block.f(y)
+
+
+def sizes_are_no_tensors(block: "Sum", x: Tensor) -> Tensor:
+    length = x.shape[1]
+    twice = length
+    twice += length
+    return (x + block.f(block.g(x))) * length + twice
+
+
+class Sum(nn.Module):
+    def __init__(self, body: Callable[["Sum", Tensor], Tensor]) -> None:
+        super().__init__()
+        self.f, self.g, self.relu, self.body = nn.Linear(4, 4), nn.Linear(4, 4), nn.ReLU(inplace=True), body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self, x)
+
+
+@pytest.mark.parametrize(
+    "body", [augmented, module_in_place, function_in_place, underscore_in_place, sizes_are_no_tensors]
+)
+def test_a_branch_beside_code_in_place(body: Callable[["Sum", Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Sum(body)).double()
+    plain, x = copy.deepcopy(model), torch.randn(3, 4, dtype=torch.float64)
+    depth = sd.make_stochastic_(model, sd.uniform(0.5))
+    with depth.gates([True]):
+        assert torch.equal(model(x), plain(x))
+    plain[0].f.weight.data.zero_(), plain[0].f.bias.data.zero_()
+    with depth.gates([False]):
+        assert torch.equal(model(x), plain(x))
+
+
+def changed_later(block: "Sum", x: Tensor) -> Tensor:
+    y = block.g(x)
+    h = block.f(y)
+    y.relu_()
+    y = y + h
+    return y + block.f(y)
+
+
+def test_an_addition_before_which_the_input_of_its_branch_changes_is_no_branch() -> None:
+    """The branch would run where the sum stands, on what has changed."""
+    model = nn.Sequential(Sum(changed_later))
+    plain, x = copy.deepcopy(model), torch.randn(3, 4)
+    depth = sd.make_stochastic_(model, sd.uniform(0.5))
+    assert depth.names == ["0#2"]
+    with depth.gates([True]):
+        assert torch.equal(model(x), plain(x))
