@@ -66,9 +66,11 @@ class StochasticLayer(nn.Module):
         gate = gated.passes.gate(gated.index, hidden.shape[0], hidden.device, self.training)
         factor = 1.0 if gated.drop_paths else gated.factor(gate and gate.survival_prob)
         if gate is None or gate.num_open == hidden.shape[0]:
+            # A copy, which is little beside a layer: one that adds in place would change what it is compared with.
+            before = hidden if factor == 1.0 else hidden.clone()
             output = self._run(leaves, signature)
             _check_shape(name, _first(output), hidden, hidden.shape[0])
-            return output if factor == 1.0 else _with_first(output, _scaled(output, hidden, factor))
+            return output if factor == 1.0 else _with_first(output, _scaled(output, before, factor))
         if gate is CLOSED:
             others = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf is not hidden]
             return _with_first(gated.structure(self, signature, leaves), gated.skip(hidden, self, others))

@@ -1,7 +1,9 @@
 """Whole layers as branches: transformers' encoders and decoders, with their keyword arguments and tuples."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
 
 import pytest
 import timm
@@ -272,6 +274,34 @@ def test_layers_without_drop_paths_always_run() -> None:
     depth = sd.make_stochastic_(nn.Sequential(Block(0.0), Block(0.25)), layers=["?"])
     assert (depth.names, depth.survival_probs) == (["1"], [0.75])
     assert "no branch: 0: it has no drop path with a rate above 0" in str(depth)
+
+
+class Adding(nn.Module):
+    """A layer that adds in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x += self.f(x)
+        return x
+
+
+@pytest.mark.parametrize(("rescale", "factor"), [("eval", 0.5), ("train", 2.0)])
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+def test_the_factor_of_a_layer_that_adds_in_place(
+    rescale: Literal["eval", "train"], factor: float, without_gradients: Callable[[], AbstractContextManager[None]]
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Adding()).double().train(rescale == "train")
+    depth = sd.make_stochastic_(model, [0.5], layers=["1"], rescale=rescale)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    hidden = model[0](x)
+    expected = hidden + factor * model[1].f(hidden)
+    with nullcontext() if rescale == "eval" else depth.gates([True]):
+        torch.testing.assert_close(model(x), expected)
+        with without_gradients():
+            torch.testing.assert_close(model(x), expected)
 
 
 def test_bad_layers() -> None:
