@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, fx, nn
 
-from stochastic_depth.passes import Gate, eager, is_exporting
+from stochastic_depth.passes import Gate, eager
 from stochastic_depth.residual import GatedBranch, compiled_inside
 from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.cuts import CutError, Sum
@@ -82,7 +82,7 @@ class BlockBranches:
         if training:
             return False
         return all(
-            branch.rescale != "eval" and branch.passes.observer is None and (is_exporting() or not branch.passes.forced)
+            branch.rescale != "eval" and branch.passes.observer is None and not branch.passes.forced
             for branch in self.gated.values()
         )
 
