@@ -17,7 +17,16 @@ from stochastic_depth.residual import GatedBranch, compiled_inside
 from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.cuts import CutError, Sum
 from stochastic_depth.retrofit.shapes import output_without_data, samples_among
-from stochastic_depth.retrofit.trace import PLAIN_TYPES, Recording, TraceError, decide_by, flatten, is_size, record
+from stochastic_depth.retrofit.trace import (
+    PLAIN_TYPES,
+    Recording,
+    TraceError,
+    decide_by,
+    flatten,
+    is_size,
+    record,
+    remember,
+)
 
 Key = tuple[str, int]
 """A branch of a block: the path of its drop path, "" for a plain addition; and which of that path's uses, from 0."""
@@ -96,7 +105,8 @@ class BlockBranches:
         leaves: list[Any] = []
         signature = flatten((args, kwargs), leaves)
         key = (signature, *_state(block))
-        for recording, rewritten in self._rewritten.get(key, ()):
+        known = self._rewritten.get(key, [])
+        for recording, rewritten in known:
             if recording.holds(leaves):
                 return rewritten, leaves
         try:
@@ -106,7 +116,7 @@ class BlockBranches:
             raise RuntimeError(
                 f"The block {self.name} ({type(block).__name__}) cannot be gated here: {error}."
             ) from error
-        self._rewritten.setdefault(key, []).append((recording, rewritten))
+        remember(self._rewritten, key, [*known, (recording, rewritten)])
         return rewritten, leaves
 
 

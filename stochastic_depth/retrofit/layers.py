@@ -15,7 +15,7 @@ from stochastic_depth.copies import plain_class, plain_copy, tensor_without_data
 from stochastic_depth.passes import CLOSED, Gate, eager
 from stochastic_depth.residual import GatedBranch, compiled_inside
 from stochastic_depth.retrofit.shapes import samples_among
-from stochastic_depth.retrofit.trace import TraceError, decide_by, flatten, record, unflatten
+from stochastic_depth.retrofit.trace import Recording, TraceError, decide_by, flatten, record, remember, unflatten
 
 
 @dataclass(eq=False)
@@ -27,24 +27,33 @@ class GatedLayer(GatedBranch):
     """
 
     drop_paths: bool = False
-    _structures: dict[Any, Any] = field(default_factory=dict[Any, Any], init=False, repr=False)
+    _structures: dict[Any, list[tuple[Recording | None, Any]]] = field(
+        default_factory=dict[Any, "list[tuple[Recording | None, Any]]"], init=False, repr=False
+    )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_structures": {}}
 
     @eager
     def structure(self, layer: nn.Module, signature: Any, leaves: Sequence[Any]) -> Any:
         """What the layer returns for a call, with None for all tensors."""
-        key = (signature, *(leaf.shape if isinstance(leaf, Tensor) else None for leaf in leaves))
-        if key not in self._structures:
-            try:
-                recording = record(layer, signature, len(leaves), partial(decide_by, leaves))
-                returned = next(iter(reversed(recording.graph.nodes))).args[0]
-                self._structures[key] = fx.map_arg(returned, lambda _: cast(fx.Node, None))
-            except TraceError:
-                # Only a run can tell, once: in evaluation, without gradients, on a copy without hooks.
-                args, kwargs = unflatten(signature, leaves)
-                with self.passes.dry_run():
-                    output = plain_copy(layer, Tensor.detach, Tensor.clone).eval()(*args, **kwargs)
-                self._structures[key] = tree_map_only(Tensor, lambda _: None, output)
-        return self._structures[key]
+        form = (signature, *(leaf.dim() if isinstance(leaf, Tensor) else None for leaf in leaves))
+        known = self._structures.get(form, [])
+        for recording, structure in known:
+            if recording is None or recording.holds(leaves):
+                return structure
+        try:
+            recording = record(layer, signature, len(leaves), partial(decide_by, leaves))
+            returned = next(iter(reversed(recording.graph.nodes))).args[0]
+            structure = fx.map_arg(returned, lambda _: cast(fx.Node, None))
+        except TraceError:
+            # Only a run can tell, one for all sizes: in evaluation, without gradients, on a copy without hooks.
+            recording, (args, kwargs) = None, unflatten(signature, leaves)
+            with self.passes.dry_run():
+                output = plain_copy(layer, Tensor.detach, Tensor.clone).eval()(*args, **kwargs)
+            structure = tree_map_only(Tensor, lambda _: None, output)
+        remember(self._structures, form, [*known, (recording, structure)])
+        return structure
 
 
 class StochasticLayer(nn.Module):

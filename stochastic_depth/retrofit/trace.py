@@ -14,7 +14,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -30,7 +30,10 @@ _SIZE_FUNCTIONS = {
     function for module in (operator, math, builtins) for function in vars(module).values() if callable(function)
 } - {getattr}
 
+_MAX_FORMS = 64
+
 _Decide = Callable[[fx.Node], Any]
+_Known = TypeVar("_Known")
 
 
 class TraceError(Exception):
@@ -344,6 +347,16 @@ def size_value(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     if node.op == "call_method":
         return getattr(args[0], cast(str, node.target))(*args[1:], **kwargs)
     return cast("Callable[..., Any]", node.target)(*args, **kwargs)
+
+
+def remember(known: dict[Any, list[_Known]], form: Any, entries: list[_Known]) -> None:
+    """Keep what is known of a form of call, on each way through the code, and forget the oldest of too many.
+
+    A number that changes with every step makes every call one of a new form.
+    """
+    known[form] = entries[-_MAX_FORMS:]
+    while len(known) > _MAX_FORMS:
+        del known[next(iter(known))]
 
 
 def decide_by(leaves: Sequence[Any], node: fx.Node) -> Any:

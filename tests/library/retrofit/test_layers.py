@@ -1,6 +1,7 @@
 """Whole layers as branches: transformers' encoders and decoders, with their keyword arguments and tuples."""
 
 import copy
+import io
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
@@ -302,6 +303,77 @@ def test_the_factor_of_a_layer_that_adds_in_place(
         torch.testing.assert_close(model(x), expected)
         with without_gradients():
             torch.testing.assert_close(model(x), expected)
+
+
+class Counted(nn.Linear):
+    """Counts its runs, those of copies too."""
+
+    runs = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        Counted.runs += 1
+        return super().forward(x)
+
+
+class Unrecordable(nn.Module):
+    """A layer of which only a run can tell what it returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = Counted(4, 4)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> tuple[Tensor, str]:
+        with torch.autocast("cpu", enabled=False):
+            return x + scale * self.f(x), "more"
+
+
+class Scaling(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.last = Unrecordable(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        x, more = self.layer(x, scale)
+        assert more == "more"
+        return self.last(x)
+
+
+def test_a_closed_layer_runs_at_most_once_for_all_sizes() -> None:
+    model = Scaling()
+    depth = sd.make_stochastic_(model, [0.5], layers=["layer"])
+    Counted.runs = 0
+    with depth.gates([False]):
+        for length in (5, 6, 7, 8):
+            x = torch.randn(2, length, 4)
+            torch.testing.assert_close(model(x), model.last(x))
+        assert Counted.runs == 1
+        for step in range(100):
+            model(x, step / 100)
+    assert len(model.layer._stochastic_depth_branch._structures) == 64
+
+
+class MoreOfLong(nn.Module):
+    """Returns a second value for long sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, int]:
+        y = x + self.f(x)
+        return y if x.shape[1] < 6 else (y, 1)
+
+
+def test_a_closed_layer_whose_sizes_decide_what_it_returns() -> None:
+    model = nn.Sequential(MoreOfLong())
+    depth = sd.make_stochastic_(model, [0.5], layers=["0"])
+    short, long = torch.randn(2, 5, 4), torch.randn(2, 6, 4)
+    with depth.gates([False]):
+        for _ in range(2):
+            assert torch.equal(model(short), short)
+            assert torch.equal(model(long)[0], long)
+            assert model(long)[1] == 1
+    torch.save(model, io.BytesIO())
 
 
 def test_bad_layers() -> None:
