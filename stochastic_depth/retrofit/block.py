@@ -7,11 +7,13 @@ import itertools
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
 
+from stochastic_depth.copies import plain_class
 from stochastic_depth.passes import Gate, eager
 from stochastic_depth.residual import GatedBranch, compiled_inside
 from stochastic_depth.retrofit import cuts
@@ -78,6 +80,8 @@ class BlockBranches:
         default_factory=dict[Any, "list[tuple[Recording, Callable[..., Any]]]"], repr=False
     )
 
+    _read: list[tuple[str, str]] | None = field(default=None, repr=False)
+
     def put(self, key: Key, gated: GatedBranch, treatment: Treatment, parts: nn.Module) -> None:
         """Gate one of the known branches."""
         self.gated[key], self.treatments[key], self.parts[key] = gated, treatment, parts
@@ -104,7 +108,9 @@ class BlockBranches:
         """
         leaves: list[Any] = []
         signature = flatten((args, kwargs), leaves)
-        key = (signature, *_state(block))
+        if self._read is None:
+            self._read = _read_of_others(block)
+        key = (signature, *_state(block, self._read))
         known = self._rewritten.get(key, [])
         for recording, rewritten in known:
             if recording.holds(leaves):
@@ -120,21 +126,57 @@ class BlockBranches:
         return rewritten, leaves
 
 
-def _state(block: nn.Module) -> tuple[Any, ...]:
-    """What of a block's own attributes may decide which way its forward goes."""
-    plain = tuple(
-        (name, value)
-        for name, value in block.__dict__.items()
-        if isinstance(value, PLAIN_TYPES)
-        or (isinstance(value, tuple) and all(isinstance(item, PLAIN_TYPES) for item in cast("tuple[Any, ...]", value)))
-    )
+def _state(block: nn.Module, read: Sequence[tuple[str, str]]) -> tuple[Any, ...]:
+    """What of a block's attributes may decide which way its forward goes, or is a number in it.
+
+    Args:
+        block: the block.
+        read: from `_read_of_others`.
+    """
+    plain = tuple((name, value) for name, value in block.__dict__.items() if _is_plain(value))
     empty = tuple(
         name
         for group in (block.__dict__["_parameters"], block.__dict__["_buffers"])
         for name, value in group.items()
         if value is None  # pyright: ignore[reportPrivateUsage]
     )
-    return plain, empty
+    values = (getattr(getattr(block, owner, None), name, None) for owner, name in read)
+    return plain, empty, tuple([value if _is_plain(value) else None for value in values])
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, PLAIN_TYPES) or (
+        isinstance(value, tuple) and all(isinstance(item, PLAIN_TYPES) for item in cast("tuple[Any, ...]", value))
+    )
+
+
+def _read_of_others(block: nn.Module) -> list[tuple[str, str]]:
+    """Attributes of a block's children, and of objects that it holds such as a config, that its code may read.
+
+    They are those whose names appear in the code of the block's class: few, so that each call can look at them.
+    """
+    names = _names_in_code(plain_class(block))
+    owners = {**block.__dict__, **block.__dict__["_modules"]}
+    del owners["_stochastic_depth_branch"]
+    return [(owner, name) for owner, held in owners.items() for name in getattr(held, "__dict__", ()) if name in names]
+
+
+@functools.cache
+def _names_in_code(kind: type[nn.Module]) -> frozenset[str]:
+    functions = [
+        function
+        for part in kind.__mro__
+        if issubclass(part, nn.Module) and part is not nn.Module
+        for function in vars(part).values()
+    ]
+    pending: list[Any] = [getattr(function, "__code__", None) for function in functions]
+    names: set[str] = set()
+    while pending:
+        code = pending.pop()
+        if isinstance(code, CodeType):
+            names.update(code.co_names)
+            pending += code.co_consts
+    return frozenset(names)
 
 
 class StochasticBlock(nn.Module):

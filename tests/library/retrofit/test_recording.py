@@ -177,3 +177,45 @@ def test_an_addition_before_which_the_input_of_its_branch_changes_is_no_branch()
     assert depth.names == ["0#2"]
     with depth.gates([True]):
         assert torch.equal(model(x), plain(x))
+
+
+class Config:
+    scale = 1.0
+
+    def __init__(self) -> None:
+        self.scale = 2.0
+
+
+class Reading(nn.Module):
+    """A block whose forward reads values of a child and of a configuration."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.drop, self.config = nn.Linear(4, 4), nn.Dropout(0.0), Config()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = nn.functional.dropout(self.f(x), self.drop.p, self.training)
+        return x + h * self.config.scale
+
+
+def test_values_of_children_and_of_a_configuration_may_change() -> None:
+    model = nn.Sequential(Reading())
+    depth = sd.make_stochastic_(model, sd.uniform(0.5))
+    block, x = model[0], torch.randn(3, 4)
+    with depth.gates([True]):
+        torch.testing.assert_close(model(x), x + 2 * block.f(x))
+        block.config.scale = 3.0
+        torch.testing.assert_close(model(x), x + 3 * block.f(x))
+        block.drop.p = 1.0
+        assert torch.equal(model(x), x)
+
+
+def test_a_number_that_changes_in_each_step_keeps_few_recordings() -> None:
+    model = nn.Sequential(Reading())
+    depth = sd.make_stochastic_(model, sd.uniform(0.5))
+    block, x = model[0], torch.randn(3, 4)
+    with depth.gates([True]):
+        for step in range(100):
+            block.config.scale = float(step)
+            torch.testing.assert_close(model(x), x + step * block.f(x))
+    assert len(block._stochastic_depth_branch._rewritten) == 64
