@@ -7,18 +7,28 @@ import itertools
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
 
-from stochastic_depth.copies import without_data
-from stochastic_depth.passes import Gate, eager, is_exporting
+from stochastic_depth.copies import plain_class, without_data
+from stochastic_depth.passes import Gate, eager
 from stochastic_depth.residual import GatedBranch, compiled_inside
 from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.cuts import CutError, Sum
 from stochastic_depth.retrofit.shapes import output_without_data, samples_among
-from stochastic_depth.retrofit.trace import PLAIN_TYPES, Recording, TraceError, decide_by, flatten, is_size, record
+from stochastic_depth.retrofit.trace import (
+    PLAIN_TYPES,
+    Recording,
+    TraceError,
+    decide_by,
+    flatten,
+    is_size,
+    record,
+    remember,
+)
 
 Key = tuple[str, int]
 """A branch of a block: the path of its drop path, "" for a plain addition; and which of that path's uses, from 0."""
@@ -70,6 +80,8 @@ class BlockBranches:
         default_factory=dict[Any, "list[tuple[Recording, Callable[..., Any]]]"], repr=False
     )
 
+    _read: list[tuple[str, str]] | None = field(default=None, repr=False)
+
     def put(self, key: Key, gated: GatedBranch, treatment: Treatment, parts: nn.Module) -> None:
         """Gate one of the known branches."""
         self.gated[key], self.treatments[key], self.parts[key] = gated, treatment, parts
@@ -83,7 +95,7 @@ class BlockBranches:
         if training:
             return False
         return all(
-            branch.rescale != "eval" and branch.passes.observer is None and (is_exporting() or not branch.passes.forced)
+            branch.rescale != "eval" and branch.passes.observer is None and not branch.passes.forced
             for branch in self.gated.values()
         )
 
@@ -96,8 +108,11 @@ class BlockBranches:
         """
         leaves: list[Any] = []
         signature = flatten((args, kwargs), leaves)
-        key = (signature, *_state(block))
-        for recording, rewritten in self._rewritten.get(key, ()):
+        if self._read is None:
+            self._read = _read_of_others(block)
+        key = (signature, *_state(block, self._read))
+        known = self._rewritten.get(key, [])
+        for recording, rewritten in known:
             if recording.holds(leaves):
                 return rewritten, leaves
         try:
@@ -107,25 +122,61 @@ class BlockBranches:
             raise RuntimeError(
                 f"The block {self.name} ({type(block).__name__}) cannot be gated here: {error}."
             ) from error
-        self._rewritten.setdefault(key, []).append((recording, rewritten))
+        remember(self._rewritten, key, [*known, (recording, rewritten)])
         return rewritten, leaves
 
 
-def _state(block: nn.Module) -> tuple[Any, ...]:
-    """What of a block's own attributes may decide which way its forward goes."""
-    plain = tuple(
-        (name, value)
-        for name, value in block.__dict__.items()
-        if isinstance(value, PLAIN_TYPES)
-        or (isinstance(value, tuple) and all(isinstance(item, PLAIN_TYPES) for item in cast("tuple[Any, ...]", value)))
-    )
+def _state(block: nn.Module, read: Sequence[tuple[str, str]]) -> tuple[Any, ...]:
+    """What of a block's attributes may decide which way its forward goes, or is a number in it.
+
+    Args:
+        block: the block.
+        read: from `_read_of_others`.
+    """
+    plain = tuple((name, value) for name, value in block.__dict__.items() if _is_plain(value))
     empty = tuple(
         name
         for group in (block.__dict__["_parameters"], block.__dict__["_buffers"])
         for name, value in group.items()
         if value is None  # pyright: ignore[reportPrivateUsage]
     )
-    return plain, empty
+    values = (getattr(getattr(block, owner, None), name, None) for owner, name in read)
+    return plain, empty, tuple([value if _is_plain(value) else None for value in values])
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, PLAIN_TYPES) or (
+        isinstance(value, tuple) and all(isinstance(item, PLAIN_TYPES) for item in cast("tuple[Any, ...]", value))
+    )
+
+
+def _read_of_others(block: nn.Module) -> list[tuple[str, str]]:
+    """Attributes of a block's children, and of objects that it holds such as a config, that its code may read.
+
+    They are those whose names appear in the code of the block's class: few, so that each call can look at them.
+    """
+    names = _names_in_code(plain_class(block))
+    owners = {**block.__dict__, **block.__dict__["_modules"]}
+    del owners["_stochastic_depth_branch"]
+    return [(owner, name) for owner, held in owners.items() for name in getattr(held, "__dict__", ()) if name in names]
+
+
+@functools.cache
+def _names_in_code(kind: type[nn.Module]) -> frozenset[str]:
+    functions = [
+        function
+        for part in kind.__mro__
+        if issubclass(part, nn.Module) and part is not nn.Module
+        for function in vars(part).values()
+    ]
+    pending: list[Any] = [getattr(function, "__code__", None) for function in functions]
+    names: set[str] = set()
+    while pending:
+        code = pending.pop()
+        if isinstance(code, CodeType):
+            names.update(code.co_names)
+            pending += code.co_consts
+    return frozenset(names)
 
 
 class StochasticBlock(nn.Module):
@@ -160,18 +211,25 @@ def find_sums(graph: fx.Graph, block: nn.Module, drop_paths: Sequence[str]) -> d
     """
     cuts.name_values_changed_in_place(graph, block)
     if not drop_paths:
-        return {("", index): residual for index, residual in enumerate(cuts.residual_sums(graph, block))}
+        additions = cuts.residual_sums(graph, block)
+        return {("", index): _separable(residual, block) for index, residual in enumerate(additions)}
     found: dict[Key, Sum | CutError] = {}
     for call in _calls(graph, drop_paths).values():
         cuts.move_behind_what_commutes(call, block)
     for key, call in _calls(graph, drop_paths).items():
         try:
-            residual = cuts.drop_path_sum(call, block)
-            cuts.cut(residual, block)
-            found[key] = residual
+            found[key] = _separable(cuts.drop_path_sum(call, block), block)
         except CutError as error:
             found[key] = error
     return found
+
+
+def _separable(residual: Sum, block: nn.Module) -> Sum | CutError:
+    try:
+        cuts.cut(residual, block)
+    except CutError as error:
+        return error
+    return residual
 
 
 def _calls(graph: fx.Graph, drop_paths: Sequence[str]) -> dict[Key, fx.Node]:
@@ -217,6 +275,8 @@ def rewrite(graph: fx.Graph, block: nn.Module, branches: BlockBranches) -> Calla
     calls = _calls(graph, branches.drop_paths)
     for key, residual in sums.items():
         if key not in branches.known:
+            if isinstance(residual, CutError) and not branches.drop_paths:
+                continue  # An addition that is no branch stays as it is.
             raise CutError(f"{key[0] or 'an addition'} is used in a way that was not foreseen")
         if key not in branches.gated:
             continue

@@ -180,6 +180,11 @@ def cut(residual: Sum, block: nn.Module) -> Branch:
     for node in ordered:
         if writes_in_place(node, block) and node.args and node.args[0] in inputs:
             raise CutError(f"{_describe(node)} changes the input of the branch in place, which the shortcut sees")
+    later = list(residual.add.graph.nodes)
+    for node in later[later.index(ordered[0]) : later.index(residual.add)]:
+        # The branch runs where the sum stands.
+        if node not in nodes and writes_in_place(node, block) and node.args and node.args[0] in inputs:
+            raise CutError(f"{_describe(node)} changes the input of the branch in place before the sum")
     if not any(_computes(node, block) for node in ordered):
         raise CutError("all that the branch computes is used outside of it too")
     return Branch(ordered, tuple(inputs), tuple(side for side in sides if side.args[0] in nodes))
@@ -216,9 +221,18 @@ def writes_in_place(node: fx.Node, block: nn.Module) -> bool:
     if node.op == "call_method":
         target = cast(str, node.target)
         return target.endswith("_") and not target.endswith("__")
-    return node.op == "call_function" and (
-        bool(node.kwargs.get("inplace")) or node.target in (operator.iadd, operator.imul, operator.isub)
-    )
+    if node.op != "call_function" or is_size(node):
+        return False
+    if node.target in _CHANGES:
+        return True
+    name, module = getattr(node.target, "__name__", ""), getattr(node.target, "__module__", "")
+    return bool(node.kwargs.get("inplace")) or (name.endswith("_") and module != "_operator")
+
+
+_CHANGES = {
+    operator.iadd, operator.isub, operator.imul, operator.imatmul, operator.itruediv, operator.ifloordiv,
+    operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor,
+}  # fmt: skip
 
 
 def _computes(node: fx.Node, block: nn.Module) -> bool:
@@ -344,6 +358,18 @@ def name_values_changed_in_place(graph: fx.Graph, block: nn.Module) -> None:
     """Let all that uses a value after it was changed in place use the result of the change: the same tensor."""
     position = {node: index for index, node in enumerate(graph.nodes)}
     for node in graph.nodes:
-        if node.op == "call_method" and writes_in_place(node, block) and isinstance(node.args[0], fx.Node):
+        if _gives_what_it_changes(node, block) and isinstance(node.args[0], fx.Node):
             after = position[node]
             node.args[0].replace_all_uses_with(node, delete_user_cb=lambda user: position[user] > after)  # noqa: B023  # pyright: ignore
+
+
+def _gives_what_it_changes(node: fx.Node, block: nn.Module) -> bool:
+    """Whether a node changes its first argument and returns it.
+
+    Of a foreign module that is called inplace it is not known whether that speaks of its input or of a step inside.
+    """
+    if node.op == "call_module" and not type(block.get_submodule(cast(str, node.target))).__module__.startswith(
+        "torch.nn."
+    ):
+        return False
+    return bool(node.args) and writes_in_place(node, block)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
-from stochastic_depth.copies import evaluated_copy, plain_class, tensor_without_data
+from stochastic_depth.copies import plain_class, plain_copy, tensor_without_data
 from stochastic_depth.passes import CLOSED, Gate, eager
 from stochastic_depth.residual import GatedBranch, compiled_inside
 from stochastic_depth.retrofit.shapes import samples_among
-from stochastic_depth.retrofit.trace import TraceError, decide_by, flatten, record, unflatten
+from stochastic_depth.retrofit.trace import Recording, TraceError, decide_by, flatten, record, remember, unflatten
 
 
 @dataclass(eq=False)
@@ -27,24 +27,33 @@ class GatedLayer(GatedBranch):
     """
 
     drop_paths: bool = False
-    _structures: dict[Any, Any] = field(default_factory=dict[Any, Any], init=False, repr=False)
+    _structures: dict[Any, list[tuple[Recording | None, Any]]] = field(
+        default_factory=dict[Any, "list[tuple[Recording | None, Any]]"], init=False, repr=False
+    )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_structures": {}}
 
     @eager
     def structure(self, layer: nn.Module, signature: Any, leaves: Sequence[Any]) -> Any:
         """What the layer returns for a call, with None for all tensors."""
-        key = (signature, *(leaf.shape if isinstance(leaf, Tensor) else None for leaf in leaves))
-        if key not in self._structures:
-            try:
-                recording = record(layer, signature, len(leaves), partial(decide_by, leaves))
-                returned = next(iter(reversed(recording.graph.nodes))).args[0]
-                self._structures[key] = fx.map_arg(returned, lambda _: cast(fx.Node, None))
-            except TraceError:
-                # Only a run can tell, once: in evaluation, without gradients, on a copy without hooks.
-                args, kwargs = unflatten(signature, leaves)
-                with self.passes.dry_run():
-                    output = evaluated_copy(layer)(*args, **kwargs)
-                self._structures[key] = tree_map_only(Tensor, lambda _: None, output)
-        return self._structures[key]
+        form = (signature, *(leaf.dim() if isinstance(leaf, Tensor) else None for leaf in leaves))
+        known = self._structures.get(form, [])
+        for recording, structure in known:
+            if recording is None or recording.holds(leaves):
+                return structure
+        try:
+            recording = record(layer, signature, len(leaves), partial(decide_by, leaves))
+            returned = next(iter(reversed(recording.graph.nodes))).args[0]
+            structure = fx.map_arg(returned, lambda _: cast(fx.Node, None))
+        except TraceError:
+            # Only a run can tell, one for all sizes: in evaluation, without gradients, on a copy without hooks.
+            recording, (args, kwargs) = None, unflatten(signature, leaves)
+            with self.passes.dry_run():
+                output = plain_copy(layer, Tensor.detach, Tensor.clone).eval()(*args, **kwargs)
+            structure = tree_map_only(Tensor, lambda _: None, output)
+        remember(self._structures, form, [*known, (recording, structure)])
+        return structure
 
 
 class StochasticLayer(nn.Module):
@@ -66,9 +75,11 @@ class StochasticLayer(nn.Module):
         gate = gated.passes.gate(gated.index, hidden.shape[0], hidden.device, self.training)
         factor = 1.0 if gated.drop_paths else gated.factor(gate and gate.survival_prob)
         if gate is None or gate.num_open == hidden.shape[0]:
+            # A copy, which is little beside a layer: one that adds in place would change what it is compared with.
+            before = hidden if factor == 1.0 else hidden.clone()
             output = self._run(leaves, signature)
             _check_shape(name, _first(output), hidden, hidden.shape[0])
-            return output if factor == 1.0 else _with_first(output, _scaled(output, hidden, factor))
+            return output if factor == 1.0 else _with_first(output, _scaled(output, before, factor))
         if gate is CLOSED:
             others = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf is not hidden]
             return _with_first(gated.structure(self, signature, leaves), gated.skip(hidden, self, others))

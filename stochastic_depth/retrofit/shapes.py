@@ -101,7 +101,7 @@ def _samples_by_influence(
     def random_like(tensor: Tensor) -> Tensor:
         return torch.rand(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
 
-    trial = plain_copy(block, random_like, Tensor.detach).eval()
+    trial = plain_copy(block, random_like, Tensor.clone).eval()
     expected = _output(function, trial, inputs)
     decided = list(possible[0])
     for index in undecided:

@@ -10,15 +10,16 @@ condition for using the recording again.
 from __future__ import annotations
 
 import builtins
-import copy
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from stochastic_depth.copies import plain_class
 
@@ -29,7 +30,10 @@ _SIZE_FUNCTIONS = {
     function for module in (operator, math, builtins) for function in vars(module).values() if callable(function)
 } - {getattr}
 
+_MAX_FORMS = 64
+
 _Decide = Callable[[fx.Node], Any]
+_Known = TypeVar("_Known")
 
 
 class TraceError(Exception):
@@ -132,11 +136,15 @@ def record(
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.enable_grad():
         tracer.expected_state = _context()
         try:
-            graph = tracer.trace(call, concrete_args=(fx.PH,) * num_leaves)  # pyright: ignore[reportArgumentType]
+            with _UnchangedBuffers(block):
+                graph = tracer.trace(call, concrete_args=(fx.PH,) * num_leaves)  # pyright: ignore[reportArgumentType]
         except TraceError:
             raise
         except Exception as error:  # The block's own code met a symbol where it wants a value.
             raise TraceError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+    stored = ", ".join(call.stored())
+    if stored:
+        raise TraceError(f"the forward stores {stored} on the block")
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
             if node.target == "block":
@@ -154,17 +162,15 @@ class _Call(nn.Module):
     def __init__(self, block: nn.Module, signature: Any) -> None:
         super().__init__()
         plain: type[nn.Module] = plain_class(block)
-        # A shallow copy: what the forward assigns to `self` does not stay.
+        # A shallow copy: what the forward assigns to `self`, or puts into a cache of its own, does not stay.
         shadow = plain.__new__(plain)
-        shadow.__dict__.update(
-            # What it puts into a cache of its own does not stay either.
-            {name: copy.copy(value) if type(value) in (dict, list) else value for name, value in block.__dict__.items()}
-        )
-        for name in ("_parameters", "_buffers", "_modules"):
+        shadow.__dict__.update(_copied(block.__dict__))
+        for name in _GROUPS:
             shadow.__dict__[name] = dict(block.__dict__[name])
         # Layers of transformers checkpoint their own forward; what is recorded is what they checkpoint.
         shadow.__dict__["gradient_checkpointing"] = False
         self.block = shadow
+        self._start = _attributes(shadow)
         self._plain = plain
         self._signature = signature
 
@@ -172,9 +178,84 @@ class _Call(nn.Module):
         args, kwargs = unflatten(self._signature, leaves)
         return self._plain.forward(self.block, *args, **kwargs)
 
+    def stored(self) -> Iterator[str]:
+        """Names of the attributes that the forward has set, changed or deleted on the block."""
+        end = _attributes(self.block)
+        for name in {**self._start, **end}:
+            if name not in self._start or name not in end or not _is_same(self._start[name], end[name]):
+                yield name
+
+
+_GROUPS = ("_parameters", "_buffers", "_modules")
+
+
+def _copied(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value.copy() if type(value) in (dict, list) else value for name, value in attributes.items()}
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """All attributes of a module with what they hold now."""
+    found = _copied(module.__dict__)
+    for group in _GROUPS:
+        found.update(found.pop(group))
+    return found
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if type(a) is dict:
+        return a.keys() == b.keys() and all(a[key] is b[key] for key in a)
+    if type(a) is list:
+        return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+    return isinstance(a, PLAIN_TYPES) and a == b
+
+
+class _UnchangedBuffers(TorchDispatchMode):
+    """Within, nothing writes into a buffer: buffers are no symbols, so that it would happen now, and never again."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self._names = {_storage(buffer): name for name, buffer in block.named_buffers()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        arguments = func._schema.arguments
+        given = {**dict(zip((argument.name for argument in arguments), args, strict=False)), **kwargs}
+        written = [given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+        for tensor in tree_leaves(written):
+            if isinstance(tensor, Tensor) and _storage(tensor) in self._names:
+                raise TraceError(f"the forward changes its buffer {self._names[_storage(tensor)]} in place")
+        return func(*args, **kwargs)
+
+
+def _storage(tensor: Tensor) -> int:
+    if tensor.layout is not torch.strided:
+        return id(tensor)
+    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
+
 
 def _context() -> tuple[Any, ...]:
     return torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_grad_enabled()
+
+
+class _Symbol(fx.Proxy):
+    """Records `x += y` as the change in place that it is; `fx.Proxy` takes it for `x = x + y`."""
+
+
+def _record_in_place(method: str) -> None:
+    def changed(symbol: _Symbol, other: Any) -> Any:
+        if is_size(symbol.node):
+            return NotImplemented  # A number is not changed: Python goes on with `x = x + y`.
+        return symbol.tracer.create_proxy("call_function", getattr(operator, method), (symbol, other), {})
+
+    setattr(_Symbol, f"__{method}__", changed)
+
+
+for _method in ("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
+    _record_in_place(_method)
 
 
 class _BlockTracer(fx.Tracer):
@@ -183,6 +264,9 @@ class _BlockTracer(fx.Tracer):
         self._conditions = conditions
         self._decide = decide
         self.expected_state: tuple[Any, ...] = ()
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Symbol(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002
         return True
@@ -263,6 +347,16 @@ def size_value(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     if node.op == "call_method":
         return getattr(args[0], cast(str, node.target))(*args[1:], **kwargs)
     return cast("Callable[..., Any]", node.target)(*args, **kwargs)
+
+
+def remember(known: dict[Any, list[_Known]], form: Any, entries: list[_Known]) -> None:
+    """Keep what is known of a form of call, on each way through the code, and forget the oldest of too many.
+
+    A number that changes with every step makes every call one of a new form.
+    """
+    known[form] = entries[-_MAX_FORMS:]
+    while len(known) > _MAX_FORMS:
+        del known[next(iter(known))]
 
 
 def decide_by(leaves: Sequence[Any], node: fx.Node) -> Any:

@@ -1,7 +1,10 @@
 """Whole layers as branches: transformers' encoders and decoders, with their keyword arguments and tuples."""
 
 import copy
-from collections.abc import Sequence
+import io
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
 
 import pytest
 import timm
@@ -292,6 +295,105 @@ def test_layers_without_drop_paths_always_run() -> None:
     depth = sd.make_stochastic_(nn.Sequential(Block(0.0), Block(0.25)), layers=["?"])
     assert (depth.names, depth.survival_probs) == (["1"], [0.75])
     assert "no branch: 0: it has no drop path with a rate above 0" in str(depth)
+
+
+class Adding(nn.Module):
+    """A layer that adds in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x += self.f(x)
+        return x
+
+
+@pytest.mark.parametrize(("rescale", "factor"), [("eval", 0.5), ("train", 2.0)])
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+def test_the_factor_of_a_layer_that_adds_in_place(
+    rescale: Literal["eval", "train"], factor: float, without_gradients: Callable[[], AbstractContextManager[None]]
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Adding()).double().train(rescale == "train")
+    depth = sd.make_stochastic_(model, [0.5], layers=["1"], rescale=rescale)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    hidden = model[0](x)
+    expected = hidden + factor * model[1].f(hidden)
+    with nullcontext() if rescale == "eval" else depth.gates([True]):
+        torch.testing.assert_close(model(x), expected)
+        with without_gradients():
+            torch.testing.assert_close(model(x), expected)
+
+
+class Counted(nn.Linear):
+    """Counts its runs, those of copies too."""
+
+    runs = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        Counted.runs += 1
+        return super().forward(x)
+
+
+class Unrecordable(nn.Module):
+    """A layer of which only a run can tell what it returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = Counted(4, 4)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> tuple[Tensor, str]:
+        with torch.autocast("cpu", enabled=False):
+            return x + scale * self.f(x), "more"
+
+
+class Scaling(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.last = Unrecordable(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        x, more = self.layer(x, scale)
+        assert more == "more"
+        return self.last(x)
+
+
+def test_a_closed_layer_runs_at_most_once_for_all_sizes() -> None:
+    model = Scaling()
+    depth = sd.make_stochastic_(model, [0.5], layers=["layer"])
+    Counted.runs = 0
+    with depth.gates([False]):
+        for length in (5, 6, 7, 8):
+            x = torch.randn(2, length, 4)
+            torch.testing.assert_close(model(x), model.last(x))
+        assert Counted.runs == 1
+        for step in range(100):
+            model(x, step / 100)
+    assert len(model.layer._stochastic_depth_branch._structures) == 64
+
+
+class MoreOfLong(nn.Module):
+    """Returns a second value for long sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, int]:
+        y = x + self.f(x)
+        return y if x.shape[1] < 6 else (y, 1)
+
+
+def test_a_closed_layer_whose_sizes_decide_what_it_returns() -> None:
+    model = nn.Sequential(MoreOfLong())
+    depth = sd.make_stochastic_(model, [0.5], layers=["0"])
+    short, long = torch.randn(2, 5, 4), torch.randn(2, 6, 4)
+    with depth.gates([False]):
+        for _ in range(2):
+            assert torch.equal(model(short), short)
+            assert torch.equal(model(long)[0], long)
+            assert model(long)[1] == 1
+    torch.save(model, io.BytesIO())
 
 
 def test_bad_layers() -> None:

@@ -197,6 +197,13 @@ def test_export_of_the_evaluated_model() -> None:
     torch.testing.assert_close(exported.module()(x), expected)
 
 
+def test_forced_gates_are_not_exported() -> None:
+    model = vit().eval()
+    depth = sd.make_stochastic_(model)
+    with depth.gates([False] * 4), pytest.raises(RuntimeError, match="An export would freeze the gates"):
+        torch.export.export(model, (images(2),), strict=False)
+
+
 def test_verify_and_cost() -> None:
     model = vit(0.5)
     depth = sd.make_stochastic_(model)

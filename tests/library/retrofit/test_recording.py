@@ -1,0 +1,221 @@
+"""What a block does beside its sums is neither lost nor done while its forward is recorded."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import stochastic_depth as sd
+
+
+class Block(nn.Module):
+    """A residual block with a drop path, which does something else as well."""
+
+    n: int
+    aux: Tensor
+    steps: Tensor
+    mean: Tensor
+
+    def __init__(self, beside: Callable[["Block", Tensor], object]) -> None:
+        super().__init__()
+        self.f, self.drop_path = nn.Linear(4, 4), timm.layers.DropPath(0.5)
+        self.beside = beside
+        self.n, self.aux, self.seen = 0, torch.zeros(()), []
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.register_buffer("mean", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.f(x)
+        self.beside(self, h)
+        return x + self.drop_path(h)
+
+
+def store(block: Block, h: Tensor) -> None:
+    block.aux = h.square().mean()
+
+
+def count(block: Block, _h: Tensor) -> None:
+    block.n += 1
+
+
+def append(block: Block, h: Tensor) -> None:
+    block.seen.append(h.mean())
+
+
+def replace_buffer(block: Block, _h: Tensor) -> None:
+    block.steps = block.steps + 1
+
+
+@pytest.mark.parametrize(
+    ("beside", "cause"), [(store, "aux"), (count, "n"), (append, "seen"), (replace_buffer, "steps")]
+)
+def test_a_block_that_stores_something_on_itself_runs_as_it_is(
+    beside: Callable[[Block, Tensor], object], cause: str
+) -> None:
+    model = nn.Sequential(Block(beside))
+    depth = sd.make_stochastic_(model)
+    assert f"the forward stores {cause} on the block" in str(depth)
+    block, x = model[0], torch.randn(3, 4)
+    for _ in range(2):
+        model(x)
+    h = block.f(x)
+    expected = {store: (h.square().mean(), 0, 0, 0), count: (0, 2, 0, 0), append: (0, 0, 2, 0)}
+    aux, n, seen, steps = expected.get(beside, (0, 0, 0, 2))
+    torch.testing.assert_close(block.aux, torch.as_tensor(aux, dtype=h.dtype))
+    assert (block.n, len(block.seen), int(block.steps)) == (n, seen, steps)
+    with depth.gates([False]):
+        assert torch.equal(model(x), x)
+
+
+def step(block: Block, _h: Tensor) -> None:
+    block.steps.add_(1)
+
+
+def average(block: Block, h: Tensor) -> None:
+    block.mean.data[:2].mul_(0.5).add_(h.detach().mean(0)[:2])
+
+
+@pytest.mark.parametrize(("beside", "name"), [(step, "steps"), (average, "mean")])
+def test_buffers_that_a_block_changes_in_place_change_in_its_forwards_only(
+    beside: Callable[[Block, Tensor], object], name: str
+) -> None:
+    model = nn.Sequential(Block(beside))
+    plain = Block(beside)
+    plain.load_state_dict(model[0].state_dict())
+    depth = sd.make_stochastic_(model)
+    assert torch.equal(getattr(model[0], name), getattr(plain, name))
+    assert f"the forward changes its buffer {name} in place" in str(depth)
+    x = torch.randn(3, 4)
+    for _ in range(3):
+        model(x), plain(x)
+    assert torch.equal(getattr(model[0], name), getattr(plain, name))
+    sd.restore_(model)
+
+
+def test_a_closed_layer_that_changes_a_buffer_leaves_it_alone() -> None:
+    """What it returns only a run of a copy can tell."""
+    model = nn.Sequential(Block(step))
+    depth = sd.make_stochastic_(model, layers=["0"])
+    with depth.gates([False]):
+        model(torch.randn(3, 4))
+    assert int(model[0].steps) == 0
+
+
+def augmented(block: "Sum", x: Tensor) -> Tensor:
+    y = block.g(x)
+    z = y
+    z += block.f(y)
+    return y
+
+
+def module_in_place(block: "Sum", x: Tensor) -> Tensor:
+    y = block.g(x)
+    h = block.relu(y)
+    return y + block.f(h)
+
+
+def function_in_place(block: "Sum", x: Tensor) -> Tensor:
+    y = block.g(x)
+    nn.functional.relu(y, inplace=True)
+    return y + block.f(y)
+
+
+def underscore_in_place(block: "Sum", x: Tensor) -> Tensor:
+    y = block.g(x)
+    torch.relu_(y)
+    y /= 2
+    return y + block.f(y)
+
+
+def sizes_are_no_tensors(block: "Sum", x: Tensor) -> Tensor:
+    length = x.shape[1]
+    twice = length
+    twice += length
+    return (x + block.f(block.g(x))) * length + twice
+
+
+class Sum(nn.Module):
+    def __init__(self, body: Callable[["Sum", Tensor], Tensor]) -> None:
+        super().__init__()
+        self.f, self.g, self.relu, self.body = nn.Linear(4, 4), nn.Linear(4, 4), nn.ReLU(inplace=True), body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self, x)
+
+
+@pytest.mark.parametrize(
+    "body", [augmented, module_in_place, function_in_place, underscore_in_place, sizes_are_no_tensors]
+)
+def test_a_branch_beside_code_in_place(body: Callable[["Sum", Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Sum(body)).double()
+    plain, x = copy.deepcopy(model), torch.randn(3, 4, dtype=torch.float64)
+    depth = sd.make_stochastic_(model, sd.uniform(0.5))
+    with depth.gates([True]):
+        assert torch.equal(model(x), plain(x))
+    plain[0].f.weight.data.zero_(), plain[0].f.bias.data.zero_()
+    with depth.gates([False]):
+        assert torch.equal(model(x), plain(x))
+
+
+def changed_later(block: "Sum", x: Tensor) -> Tensor:
+    y = block.g(x)
+    h = block.f(y)
+    y.relu_()
+    y = y + h
+    return y + block.f(y)
+
+
+def test_an_addition_before_which_the_input_of_its_branch_changes_is_no_branch() -> None:
+    """The branch would run where the sum stands, on what has changed."""
+    model = nn.Sequential(Sum(changed_later))
+    plain, x = copy.deepcopy(model), torch.randn(3, 4)
+    depth = sd.make_stochastic_(model, sd.uniform(0.5))
+    assert depth.names == ["0#2"]
+    with depth.gates([True]):
+        assert torch.equal(model(x), plain(x))
+
+
+class Config:
+    scale = 1.0
+
+    def __init__(self) -> None:
+        self.scale = 2.0
+
+
+class Reading(nn.Module):
+    """A block whose forward reads values of a child and of a configuration."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.drop, self.config = nn.Linear(4, 4), nn.Dropout(0.0), Config()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = nn.functional.dropout(self.f(x), self.drop.p, self.training)
+        return x + h * self.config.scale
+
+
+def test_values_of_children_and_of_a_configuration_may_change() -> None:
+    model = nn.Sequential(Reading())
+    depth = sd.make_stochastic_(model, sd.uniform(0.5))
+    block, x = model[0], torch.randn(3, 4)
+    with depth.gates([True]):
+        torch.testing.assert_close(model(x), x + 2 * block.f(x))
+        block.config.scale = 3.0
+        torch.testing.assert_close(model(x), x + 3 * block.f(x))
+        block.drop.p = 1.0
+        assert torch.equal(model(x), x)
+
+
+def test_a_number_that_changes_in_each_step_keeps_few_recordings() -> None:
+    model = nn.Sequential(Reading())
+    depth = sd.make_stochastic_(model, sd.uniform(0.5))
+    block, x = model[0], torch.randn(3, 4)
+    with depth.gates([True]):
+        for step in range(100):
+            block.config.scale = float(step)
+            torch.testing.assert_close(model(x), x + step * block.f(x))
+    assert len(block._stochastic_depth_branch._rewritten) == 64
