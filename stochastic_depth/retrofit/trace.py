@@ -232,9 +232,10 @@ class _UnchangedBuffers(TorchDispatchMode):
 
 
 def _storage(tensor: Tensor) -> int:
-    if tensor.layout is not torch.strided:
+    try:
+        return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
+    except NotImplementedError:  # a sparse tensor, or one of torch.func
         return id(tensor)
-    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
 
 
 def _context() -> tuple[Any, ...]:

@@ -95,6 +95,25 @@ def test_buffers_that_a_block_changes_in_place_change_in_its_forwards_only(
     sd.restore_(model)
 
 
+def hold_sparse(block: Block, _h: Tensor) -> None:
+    assert block.sparse.is_sparse
+
+
+def test_buffers_without_storage() -> None:
+    """A sparse one, and those that torch.func stacks."""
+    model = nn.Sequential(Block(hold_sparse))
+    model[0].register_buffer("sparse", torch.eye(4).to_sparse())
+    depth = sd.make_stochastic_(model)
+    assert depth.masked == []
+    model = nn.Sequential(Block(lambda _block, _h: None))
+    sd.make_stochastic_(model, sd.uniform(0.5), rescale="eval")
+    values = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    stacked = {name: torch.stack([value.detach(), 2 * value.detach()]) for name, value in values.items()}
+    x = torch.randn(3, 4)
+    both = torch.vmap(lambda values: torch.func.functional_call(model.eval(), values, (x,)))(stacked)
+    torch.testing.assert_close(both[1], x + model[0].f(x))
+
+
 def test_a_closed_layer_that_changes_a_buffer_leaves_it_alone() -> None:
     """What it returns only a run of a copy can tell."""
     model = nn.Sequential(Block(step))
