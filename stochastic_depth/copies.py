@@ -30,11 +30,6 @@ def without_data(module: nn.Module) -> nn.Module:
     return plain_copy(module, tensor_without_data, tensor_without_data)
 
 
-def evaluated_copy(module: nn.Module) -> nn.Module:
-    """A copy on the same data, in evaluation mode."""
-    return plain_copy(module, Tensor.detach, Tensor.detach).eval()
-
-
 def plain_copy(
     module: nn.Module, parameter_of: Callable[[Tensor], Tensor], buffer_of: Callable[[Tensor], Tensor]
 ) -> nn.Module:

@@ -82,12 +82,13 @@ _HOMOGENEOUS_NAMES = {
     "chunk", "split", "unbind", "expand", "expand_as", "repeat", "roll", "flip", "narrow", "select", "neg", "t",
     "index_select", "mean", "sum", "relu", "relu_", "leaky_relu", "dropout", "dropout_", "avg_pool1d", "avg_pool2d",
     "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "max_pool1d", "max_pool2d",
-    "max_pool3d", "interpolate", "pixel_shuffle", "pixel_unshuffle", "fold", "unfold", "truediv", "div", "div_",
+    "max_pool3d", "interpolate", "pixel_shuffle", "pixel_unshuffle", "fold", "unfold", "truediv", "itruediv",
+    "div", "div_",
 }  # fmt: skip
 # Methods that look at their second argument's size or type only.
 _LIKE = {"expand_as", "view_as", "reshape_as", "type_as"}
 _SUMS = {"add", "add_", "iadd", "sub", "sub_", "isub", "__add__", "__radd__", "__iadd__", "__sub__"}
-_PRODUCTS = {"mul", "mul_", "imul", "multiply", "__mul__", "__rmul__", "matmul", "bmm", "__matmul__"}
+_PRODUCTS = {"mul", "mul_", "imul", "multiply", "__mul__", "__rmul__", "matmul", "imatmul", "bmm", "__matmul__"}
 _LISTS = {"cat", "concat", "stack", "hstack", "vstack"}
 
 

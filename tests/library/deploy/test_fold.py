@@ -210,6 +210,7 @@ FOLDABLE = {
     "dropout-behind": lambda: nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.3)),
     "sum-of-two": lambda: SumOfTwo(),
     "layer-scale": lambda: LayerScaled(),
+    "in-place": lambda: ChangedInPlace(),
     "layer-norm": lambda: nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6)),
 }
 
@@ -230,6 +231,21 @@ class LayerScaled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x).mul_(self.gamma.view(1, -1))
+
+
+class ChangedInPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.gain = nn.Parameter(torch.rand(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        y /= 2
+        y -= self.b(x)
+        y *= self.gain
+        y @= torch.eye(6, dtype=x.dtype)
+        return y
 
 
 @pytest.mark.parametrize("end", FOLDABLE)
