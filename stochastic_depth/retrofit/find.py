@@ -17,7 +17,7 @@ from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.block import BranchParts, Key, Treatment, find_sums, parts_of
 from stochastic_depth.retrofit.cuts import CutError, UnusedError
 from stochastic_depth.retrofit.rules import DropPathRule, drop_path_rule
-from stochastic_depth.retrofit.trace import OPAQUE, Recording, TraceError, flatten, may_be_size, record
+from stochastic_depth.retrofit.trace import OPAQUE, Recording, StoredError, TraceError, flatten, may_be_size, record
 
 Where = Callable[[str, nn.Module], bool] | str | Sequence[str]
 
@@ -310,7 +310,19 @@ def _treatments(
         for key, parts in parts_of(branches, block).items():
             if not isinstance(treatments.get(key), CutError):
                 treatments[key] = parts
+    _refuse_stores(block)
     return dict(sorted(treatments.items(), key=lambda item: item[0][1])), called
+
+
+def _refuse_stores(block: nn.Module) -> None:
+    """Refuse a block that leaves something behind in the mode in which it is not now, before it is there."""
+    try:
+        for _ in recordings(block, other_mode=True):
+            pass
+    except StoredError:
+        raise
+    except TraceError:
+        pass  # It may never be called in that mode.
 
 
 def recordings(
@@ -318,6 +330,7 @@ def recordings(
     arguments: tuple[Sequence[Any], Mapping[str, Any]] | None = None,
     *,
     with_buffers: bool = False,
+    other_mode: bool = False,
 ) -> Iterator[Recording]:
     """Recordings of a module's forward, on each way that its decisions by sizes allow.
 
@@ -325,8 +338,10 @@ def recordings(
         block: the module.
         arguments: those of the call, by position and by name, where any object stands for a tensor. None: its defaults.
         with_buffers: see `record`.
+        other_mode: see `record`.
 
     Raises:
+        StoredError: if the forward leaves something on the block on any of the ways.
         TraceError: if none of the ways can be recorded.
     """
     leaves: list[Any] = []
@@ -338,8 +353,10 @@ def recordings(
         taken: list[bool] = []
         try:
             decide = functools.partial(_explore, decisions, taken)
-            yield record(block, signature, len(leaves), decide, with_buffers=with_buffers)
+            yield record(block, signature, len(leaves), decide, with_buffers=with_buffers, other_mode=other_mode)
             num_recorded += 1
+        except StoredError:
+            raise
         except TraceError as error:
             first_error = first_error or error
         # The next way: take the last decision that was True the other way.

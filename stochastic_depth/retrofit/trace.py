@@ -40,6 +40,10 @@ class TraceError(Exception):
     """Why a block's forward cannot be recorded."""
 
 
+class StoredError(TraceError):
+    """The forward leaves something behind on its block, which a recording of it would not."""
+
+
 @dataclass(frozen=True)
 class Opaque:
     """Stands for an argument that the recording treats as a symbol: a tensor, or an object of a class of its own."""
@@ -113,7 +117,13 @@ def _unflatten(signature: Any, leaves: Any) -> Any:
 
 
 def record(
-    block: nn.Module, signature: Any, num_leaves: int, decide: _Decide, *, with_buffers: bool = False
+    block: nn.Module,
+    signature: Any,
+    num_leaves: int,
+    decide: _Decide,
+    *,
+    with_buffers: bool = False,
+    other_mode: bool = False,
 ) -> Recording:
     """Record the forward of a block.
 
@@ -124,11 +134,13 @@ def record(
         decide: gives the value of a node that the code decides by, or raises `TraceError`.
         with_buffers: whether buffers are symbols too, so that what is computed from them is recorded, and not taken as
             it is, which only sizes of them are.
+        other_mode: whether to record what the block does in evaluation where it is in training, and the reverse.
 
     Raises:
-        TraceError: if it cannot be recorded; the message says why.
+        StoredError: if the forward leaves something on the block.
+        TraceError: if it cannot be recorded for another reason; the message says why.
     """
-    call = _Call(block, signature)
+    call = _Call(block, signature, other_mode=other_mode)
     conditions: list[tuple[fx.Node, Any]] = []
     tracer = _BlockTracer(conditions, decide)
     tracer.proxy_buffer_attributes = with_buffers
@@ -144,7 +156,7 @@ def record(
             raise TraceError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
     stored = ", ".join(call.stored())
     if stored:
-        raise TraceError(f"the forward stores {stored} on the block")
+        raise StoredError(f"the forward stores {stored} on the block")
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
             if node.target == "block":
@@ -159,7 +171,7 @@ def record(
 
 
 class _Call(nn.Module):
-    def __init__(self, block: nn.Module, signature: Any) -> None:
+    def __init__(self, block: nn.Module, signature: Any, *, other_mode: bool) -> None:
         super().__init__()
         plain: type[nn.Module] = plain_class(block)
         # A shallow copy: what the forward assigns to `self`, or puts into a cache of its own, does not stay.
@@ -169,6 +181,7 @@ class _Call(nn.Module):
             shadow.__dict__[name] = dict(block.__dict__[name])
         # Layers of transformers checkpoint their own forward; what is recorded is what they checkpoint.
         shadow.__dict__["gradient_checkpointing"] = False
+        shadow.__dict__["training"] = block.training != other_mode
         self.block = shadow
         self._start = _attributes(shadow)
         self._plain = plain
@@ -227,7 +240,7 @@ class _UnchangedBuffers(TorchDispatchMode):
         written = [given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
         for tensor in tree_leaves(written):
             if isinstance(tensor, Tensor) and _storage(tensor) in self._names:
-                raise TraceError(f"the forward changes its buffer {self._names[_storage(tensor)]} in place")
+                raise StoredError(f"the forward changes its buffer {self._names[_storage(tensor)]} in place")
         return func(*args, **kwargs)
 
 

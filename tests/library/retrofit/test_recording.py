@@ -70,6 +70,20 @@ def test_a_block_that_stores_something_on_itself_runs_as_it_is(
         assert torch.equal(model(x), x)
 
 
+@pytest.mark.parametrize("stores_in_training", [True, False])
+def test_what_a_block_stores_in_one_mode_is_known_in_the_other(*, stores_in_training: bool) -> None:
+    def watch(block: Block, h: Tensor) -> None:
+        if block.training == stores_in_training:
+            block.aux = h.mean()
+
+    model = nn.Sequential(Block(watch)).train(not stores_in_training)
+    depth = sd.make_stochastic_(model, rescale="eval")
+    assert "the forward stores aux on the block" in str(depth)
+    block, x = model.train(stores_in_training)[0], torch.randn(3, 4)
+    model(x)
+    torch.testing.assert_close(block.aux, block.f(x).mean())
+
+
 def step(block: Block, _h: Tensor) -> None:
     block.steps.add_(1)
 
