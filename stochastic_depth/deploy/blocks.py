@@ -30,6 +30,7 @@ from stochastic_depth.retrofit.trace import (
     Recording,
     TraceError,
     flatten,
+    is_size,
     record,
     size_value,
 )
@@ -132,7 +133,7 @@ def _drop(residual: cuts.Sum, block: nn.Module, replaced: dict[fx.Node, fx.Node]
         raise CutError("the branch is added to nothing: without it nothing would be left")
     branch = cuts.cut(residual, block)
     add, instead = residual.add, residual.shortcut
-    if any(cuts.writes_in_place(user, block) for user in add.users):
+    if _may_be_changed(add, block):
         # Whatever changes the sum in place would now change the shortcut, which is somebody else's tensor.
         with add.graph.inserting_before(add):
             instead = add.graph.call_method("clone", (residual.shortcut,))
@@ -142,6 +143,22 @@ def _drop(residual: cuts.Sum, block: nn.Module, replaced: dict[fx.Node, fx.Node]
     for side in branch.sides:  # attention maps
         side.replace_all_uses_with(cast(fx.Node, None))
     return (*branch.nodes, add)
+
+
+def _may_be_changed(value: fx.Node, block: nn.Module) -> bool:
+    """Whether what uses a value may change it in place, itself, through a view, or in a child."""
+    for user in value.users:
+        if user.op == "output" or is_size(user) or user.all_input_nodes[0] is not value:
+            continue
+        is_own = cuts.added(user) is not None  # gives a tensor of its own
+        if user.op == "call_module":
+            child = block.get_submodule(cast(str, user.target))
+            if any(getattr(module, "inplace", False) for module in child.modules()):
+                return True
+            is_own = next(child.parameters(), None) is not None
+        if cuts.writes_in_place(user, block) or (not is_own and _may_be_changed(user, block)):
+            return True
+    return False
 
 
 def _writes(node: fx.Node, block: nn.Module) -> bool:

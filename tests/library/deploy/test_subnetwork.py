@@ -516,6 +516,31 @@ def test_a_dropped_branch_inside_of_another_does_not_change_the_shortcut_outside
     assert_near(small(x), h + p * net[1].branch(h))
 
 
+class ViewInPlace(nn.Module):
+    """Changes a view of its first sum in place, or lets a child do it."""
+
+    def __init__(self, act: nn.Module | None) -> None:
+        super().__init__()
+        self.a, self.b, self.act = nn.Linear(4, 4), nn.Linear(4, 4), act
+        self.drop_path1, self.drop_path2 = DropPath(0.2), DropPath(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path1(self.a(x))
+        x = x.view(-1, 4).relu_() if self.act is None else self.act(x)
+        return x + self.drop_path2(self.b(x))
+
+
+@pytest.mark.parametrize("act", [None, nn.Sequential(nn.ReLU(inplace=True))], ids=["view", "child"])
+def test_dropping_does_not_let_views_and_children_write_into_the_input(act: nn.Module | None) -> None:
+    net = nn.Sequential(ViewInPlace(act)).double()
+    x, plain = torch.randn(5, 4, dtype=torch.float64), reference.copied(net)[0]
+    h, before = torch.relu(x), x.clone()
+    sd.make_stochastic_(net, sd.uniform(0.5))
+    small = sd.subnetwork(net, [1])
+    assert_near(small(x), h + 0.5 * plain.b(h))
+    assert torch.equal(x, before)
+
+
 def test_without_code_in_place_nothing_is_copied() -> None:
     net = sd.models.cifar_resnet(20)
     sd.make_stochastic_(net, sd.linear_decay(0.5))
