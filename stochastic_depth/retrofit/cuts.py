@@ -178,12 +178,12 @@ def cut(residual: Sum, block: nn.Module) -> Branch:
     ordered = tuple(node for node in residual.add.graph.nodes if node in nodes)
     inputs = dict.fromkeys(source for node in ordered for source in _sources(node) if source not in nodes)
     for node in ordered:
-        if writes_in_place(node, block) and node.args and node.args[0] in inputs:
+        if _changes_one_of(inputs, node, block):
             raise CutError(f"{_describe(node)} changes the input of the branch in place, which the shortcut sees")
     later = list(residual.add.graph.nodes)
     for node in later[later.index(ordered[0]) : later.index(residual.add)]:
         # The branch runs where the sum stands.
-        if node not in nodes and writes_in_place(node, block) and node.args and node.args[0] in inputs:
+        if node not in nodes and _changes_one_of(inputs, node, block):
             raise CutError(f"{_describe(node)} changes the input of the branch in place before the sum")
     if not any(_computes(node, block) for node in ordered):
         raise CutError("all that the branch computes is used outside of it too")
@@ -229,6 +229,25 @@ def writes_in_place(node: fx.Node, block: nn.Module) -> bool:
     return bool(node.kwargs.get("inplace")) or (name.endswith("_") and module != "_operator")
 
 
+def _changes_one_of(values: Collection[fx.Node], node: fx.Node, block: nn.Module) -> bool:
+    """Whether a node changes one of these values in place, itself or through views of it."""
+    if not writes_in_place(node, block) or not node.args:
+        return False
+    changed = cast(fx.Node, node.args[0])
+    while changed not in values:
+        name = changed.target if isinstance(changed.target, str) else getattr(changed.target, "__name__", "")
+        if changed.op not in ("call_method", "call_function") or name not in _SAME_MEMORY:
+            return False
+        changed = cast(fx.Node, changed.args[0])
+    return True
+
+
+# What may give another view of its first argument.
+_SAME_MEMORY = {
+    "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "swapaxes",
+    "permute", "movedim", "t", "expand", "expand_as", "narrow", "select", "chunk", "split", "unbind", "getitem",
+    "contiguous", "detach", "unfold", "diagonal",
+}  # fmt: skip
 _CHANGES = {
     operator.iadd, operator.isub, operator.imul, operator.imatmul, operator.itruediv, operator.ifloordiv,
     operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor,
