@@ -12,7 +12,7 @@ from __future__ import annotations
 import builtins
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -141,22 +141,12 @@ def record(
         TraceError: if it cannot be recorded for another reason; the message says why.
     """
     call = _Call(block, signature, other_mode=other_mode)
-    conditions: list[tuple[fx.Node, Any]] = []
-    tracer = _BlockTracer(conditions, decide)
-    tracer.proxy_buffer_attributes = with_buffers
-    # What only holds for a part of the forward, such as autocast, is seen as a change of this state.
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.enable_grad():
-        tracer.expected_state = _context()
-        try:
-            with _UnchangedBuffers(block):
-                graph = tracer.trace(call, concrete_args=(fx.PH,) * num_leaves)  # pyright: ignore[reportArgumentType]
-        except TraceError:
-            raise
-        except Exception as error:  # The block's own code met a symbol where it wants a value.
-            raise TraceError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
-    stored = ", ".join(call.stored())
-    if stored:
-        raise StoredError(f"the forward stores {stored} on the block")
+    graph, conditions = _traced(call, block, num_leaves, decide, with_buffers=with_buffers)
+    names = _state_stored(
+        call, block, signature, num_leaves, conditions, with_buffers=with_buffers, other_mode=other_mode
+    )
+    if names:
+        raise StoredError(f"the forward stores {', '.join(names)} on the block")
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
             if node.target == "block":
@@ -170,8 +160,30 @@ def record(
     return Recording(graph, conditions)
 
 
+def _traced(
+    call: _Call, block: nn.Module, num_leaves: int, decide: _Decide, *, with_buffers: bool
+) -> tuple[fx.Graph, list[tuple[fx.Node, Any]]]:
+    """The graph of a call, and the values that its code has decided by."""
+    conditions: list[tuple[fx.Node, Any]] = []
+    tracer = _BlockTracer(conditions, decide)
+    tracer.proxy_buffer_attributes = with_buffers
+    # What only holds for a part of the forward, such as autocast, is seen as a change of this state.
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.enable_grad():
+        tracer.expected_state = _context()
+        try:
+            with _UnchangedBuffers(block):
+                graph = tracer.trace(call, concrete_args=(fx.PH,) * num_leaves)  # pyright: ignore[reportArgumentType]
+        except TraceError:
+            raise
+        except Exception as error:  # The block's own code met a symbol where it wants a value.
+            raise TraceError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+    return graph, conditions
+
+
 class _Call(nn.Module):
-    def __init__(self, block: nn.Module, signature: Any, *, other_mode: bool) -> None:
+    def __init__(
+        self, block: nn.Module, signature: Any, *, other_mode: bool, changed: Mapping[str, int] | None = None
+    ) -> None:
         super().__init__()
         plain: type[nn.Module] = plain_class(block)
         # A shallow copy: what the forward assigns to `self`, or puts into a cache of its own, does not stay.
@@ -182,8 +194,9 @@ class _Call(nn.Module):
         # Layers of transformers checkpoint their own forward; what is recorded is what they checkpoint.
         shadow.__dict__["gradient_checkpointing"] = False
         shadow.__dict__["training"] = block.training != other_mode
+        shadow.__dict__.update(changed or {})
         self.block = shadow
-        self._start = _attributes(shadow)
+        self.start = _attributes(shadow)
         self._plain = plain
         self._signature = signature
 
@@ -191,12 +204,49 @@ class _Call(nn.Module):
         args, kwargs = unflatten(self._signature, leaves)
         return self._plain.forward(self.block, *args, **kwargs)
 
-    def stored(self) -> Iterator[str]:
-        """Names of the attributes that the forward has set, changed or deleted on the block."""
+    def stored(self) -> dict[str, Any]:
+        """The attributes that the forward has set, changed or deleted on the block, with what they hold then."""
         end = _attributes(self.block)
-        for name in {**self._start, **end}:
-            if name not in self._start or name not in end or not _is_same(self._start[name], end[name]):
-                yield name
+        return {
+            name: end.get(name)
+            for name in {**self.start, **end}
+            if name not in self.start or name not in end or not _is_same(self.start[name], end[name])
+        }
+
+
+def _state_stored(
+    call: _Call,
+    block: nn.Module,
+    signature: Any,
+    num_leaves: int,
+    conditions: Sequence[tuple[fx.Node, Any]],
+    *,
+    with_buffers: bool,
+    other_mode: bool,
+) -> list[str]:
+    """Names of what a recorded call has stored on its block that later calls may depend on.
+
+    Sizes do not count, nor numbers that do not follow from what was there before: transformers' Swin sets its window
+    to the image where that is smaller.
+    """
+    stored = {name: value for name, value in call.stored().items() if not _is_number(value)}
+    numbers = {name for name, value in stored.items() if type(value) is int is type(call.start.get(name, 0))}
+    if numbers:
+        again = _Call(
+            block, signature, other_mode=other_mode, changed={name: call.start.get(name, 0) + 1 for name in numbers}
+        )
+        decisions = iter([value for _, value in conditions])
+        try:
+            _traced(again, block, num_leaves, lambda _: next(decisions), with_buffers=with_buffers)
+        except TraceError:
+            return list(stored)
+        ends = _attributes(again.block)
+        numbers = {name for name in numbers if ends[name] == stored[name]}
+    return [name for name in stored if name not in numbers]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, fx.Proxy) and value.node.op != "placeholder" and may_be_size(value.node)
 
 
 _GROUPS = ("_parameters", "_buffers", "_modules")

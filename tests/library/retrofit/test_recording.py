@@ -70,6 +70,28 @@ def test_a_block_that_stores_something_on_itself_runs_as_it_is(
         assert torch.equal(model(x), x)
 
 
+class Windowed(Block):
+    """Stores what follows from the size of its input, as transformers' Swin does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] <= 4:
+            self.n = 0
+            self.width = min(x.shape[0], 7)
+        return super().forward(x)
+
+
+def test_numbers_that_follow_from_sizes_are_no_state() -> None:
+    model = nn.Sequential(Windowed(lambda _block, _h: None))
+    depth = sd.make_stochastic_(model)
+    assert depth.masked == []
+    for size in (3, 6):
+        x = torch.randn(size, 4)
+        with depth.gates([True]):
+            torch.testing.assert_close(model(x), x + 2 * model[0].f(x))
+        with depth.gates([False]):
+            assert torch.equal(model(x), x)
+
+
 @pytest.mark.parametrize("stores_in_training", [True, False])
 def test_what_a_block_stores_in_one_mode_is_known_in_the_other(*, stores_in_training: bool) -> None:
     def watch(block: Block, h: Tensor) -> None:
