@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import random
+import shlex
 import statistics
 import sys
 import time
@@ -53,7 +54,7 @@ def processor() -> str:
 
 def write_table(name: str, title: str, header: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> None:
     """Print a table in Markdown and write it to `benchmarks/tables/NAME.md`."""
-    lines = [f"## {title}", "", f"`python {' '.join(sys.argv)}`", ""]
+    lines = [f"## {title}", "", f"`python {shlex.join(sys.argv)}`", ""]
     lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     machine = (
