@@ -65,11 +65,12 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--warm-up", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0, help="of the gates, the weights and the images")
     args = parser.parse_args()
     torch.set_num_threads(1)
 
     def create(rate: float) -> torch.nn.Module:
-        torch.manual_seed(0)
+        torch.manual_seed(args.seed)
         size = {"img_size": args.image_size} if "vit" in args.model else {}
         model = timm.create_model(args.model, drop_path_rate=rate, num_classes=10, **size)
         if args.uniform and rate:
@@ -80,7 +81,7 @@ def main() -> None:
     images = torch.randn(args.batch_size, 3, args.image_size, args.image_size)
     labels = torch.randint(10, (args.batch_size,))
     skipping = create(args.rate)
-    depth = sd.make_stochastic_(skipping)
+    depth = sd.make_stochastic_(skipping, seed=args.seed)
     shape = "uniform" if args.uniform else "linear"
     models = {
         "rate 0": create(0.0),

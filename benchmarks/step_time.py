@@ -41,12 +41,13 @@ def main() -> None:
     parser.add_argument("--final-survival-prob", type=float, default=0.5)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--warm-up", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0, help="of the gates, the weights and the images")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--name", default="step_time", help="name of the table's file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
+    torch.manual_seed(args.seed)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
 
     plain = sd.models.cifar_resnet(args.layers).to(memory_format=memory_format)
@@ -56,7 +57,7 @@ def main() -> None:
 
     def stochastic(schedule: sd.Schedule, **options: str) -> tuple[functools.partial[None], sd.Controller]:
         net = copy.deepcopy(plain)
-        return step_of(net), sd.make_stochastic_(net, schedule, **options)  # pyright: ignore
+        return step_of(net), sd.make_stochastic_(net, schedule, seed=args.seed, **options)  # pyright: ignore
 
     def step_of(net: nn.Module) -> functools.partial[None]:
         optimiser = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4)

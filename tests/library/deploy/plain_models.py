@@ -42,6 +42,17 @@ TRANSFORMERS = {
 TORCHVISION = {"resnet18": "bn2", "resnet50": "bn3"}
 
 
+class DropPath(nn.Module):
+    """Of a model without a library: it changes nothing in evaluation."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
 def awake(model: nn.Module, seed: int = 0) -> nn.Module:
     """The model in float64 and evaluation mode, its gains, biases and statistics at random, without dropout."""
     generator = torch.Generator().manual_seed(seed)

@@ -15,6 +15,7 @@ from plain_models import (
     TIMM,
     TORCHVISION,
     TRANSFORMERS,
+    DropPath,
     awake,
     first_tensor,
     same_classes,
@@ -314,17 +315,6 @@ def test_a_residual_that_is_a_whole_layer_is_scaled_as_a_layer() -> None:
         sd.fold_(net)
     assert_near(net(x), expected, 1e-12)
     assert_near(reloaded(copy.deepcopy(net))(x), expected, 1e-12)
-
-
-class DropPath(nn.Module):
-    """Of a model without a library: it changes nothing in evaluation."""
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
 
 
 class TwoSums(nn.Module):

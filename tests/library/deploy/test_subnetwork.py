@@ -15,7 +15,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from plain_models import TIMM, TORCHVISION, awake, first_tensor, timm_model, torchvision_resnet, with_factors
+from plain_models import TIMM, TORCHVISION, DropPath, awake, first_tensor, timm_model, torchvision_resnet, with_factors
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -356,17 +356,6 @@ def test_a_dropped_layer_hands_its_input_on() -> None:
     small = sd.subnetwork(net, [1], inputs=x)
     assert_near(small(x), expected)
     assert size(small) * 3 == size(net)
-
-
-class DropPath(nn.Module):
-    """Of a model without a library: it changes nothing in evaluation."""
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
 
 
 class Outer(nn.Module):
