@@ -11,7 +11,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from stochastic_depth.gates import Draw
 from stochastic_depth.passes import ForwardPasses, Granularity, Ranks
 from stochastic_depth.residual import GatedBranch, Rescale, Residual, SkippedGrad, StochasticResidual
-from stochastic_depth.retrofit.block import BlockBranches, StochasticBlock, StochasticDropPath
+from stochastic_depth.retrofit.block import BlockBranches, DropPathUses, KnownForms, StochasticBlock, StochasticDropPath
 from stochastic_depth.retrofit.classes import restore_class_, swap_class_
 from stochastic_depth.retrofit.controller import Controller
 from stochastic_depth.retrofit.find import Branch, Found, Where, find_branches
@@ -107,12 +107,13 @@ def make_stochastic_(
         draw=draw,
         ranks=ranks,
     )
+    forms = KnownForms()
     for index, branch in enumerate(branches):
         own = (passes, index, rescale or _own_rescale(branch, schedule), skipped_grad)
         if branch.kind == "layer":
             _make_layer_stochastic(branch, GatedLayer(*own, drop_paths=bool(branch.drop_paths)))
         else:
-            _make_stochastic(branch, GatedBranch(*own), found)
+            _make_stochastic(branch, GatedBranch(*own), found, forms)
     rescales = dict.fromkeys(rescale or _own_rescale(branch, schedule) for branch in branches)
     made = Controller(
         model, branches, passes, rescale=" or ".join(rescales), skipped_grad=skipped_grad, notes=found.notes
@@ -121,16 +122,25 @@ def make_stochastic_(
     return made
 
 
-def _make_stochastic(branch: Branch, gated: GatedBranch, found: Found) -> None:
+def _make_stochastic(branch: Branch, gated: GatedBranch, found: Found, forms: KnownForms) -> None:
     if branch.key is None:
-        swap_class_(branch.module, StochasticResidual if isinstance(branch.module, Residual) else StochasticDropPath)
+        swap_class_(branch.module, StochasticResidual)
         setattr(branch.module, _BRANCH, gated)
         return
-    if _BRANCH not in branch.module.__dict__:
-        swap_class_(branch.module, StochasticBlock)
-        drop_paths, known = found.drop_paths[branch.module], found.known[branch.module]
-        setattr(branch.module, _BRANCH, BlockBranches(branch.block_name, drop_paths, known))
-    getattr(branch.module, _BRANCH).put(branch.key, gated, branch.treatment, branch.parts)
+    block, path = branch.module, branch.key[0]
+    if _BRANCH not in block.__dict__:
+        swap_class_(block, StochasticBlock)
+        setattr(
+            block, _BRANCH, BlockBranches(branch.block_name, found.drop_paths[block], found.known[block], forms)
+        )
+    own: BlockBranches = getattr(block, _BRANCH)
+    own.put(branch.key, gated, branch.parts)
+    if path:
+        drop_path = block.get_submodule(path)
+        if _BRANCH not in drop_path.__dict__:
+            swap_class_(drop_path, StochasticDropPath)
+            setattr(drop_path, _BRANCH, DropPathUses([]))
+        getattr(drop_path, _BRANCH).gated.append(gated)
 
 
 def _make_layer_stochastic(branch: Branch, gated: GatedLayer) -> None:

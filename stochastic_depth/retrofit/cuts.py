@@ -170,6 +170,7 @@ def cut(residual: Sum, block: nn.Module) -> Branch:
             )
         ):
             nodes.discard(node)
+    _leave_containers(nodes)
     if residual.output not in nodes or (residual.drop_path is not None and residual.drop_path not in nodes):
         raise CutError("the branch's output is used outside of the sum")
     for node in nodes:
@@ -188,6 +189,26 @@ def cut(residual: Sum, block: nn.Module) -> Branch:
     if not any(_computes(node, block) for node in ordered):
         raise CutError("all that the branch computes is used outside of it too")
     return Branch(ordered, tuple(inputs), tuple(side for side in sides if side.args[0] in nodes))
+
+
+def _leave_containers(nodes: set[fx.Node]) -> None:
+    """What is taken from a container that is made outside of the branch is made outside too: inputs are tensors."""
+    for node in reversed(list(next(iter(nodes)).graph.nodes)) if nodes else ():
+        if node in nodes and node.target in (operator.getitem, getattr) and _is_container(cast(fx.Node, node.args[0])):
+            source = cast(fx.Node, node.args[0])
+            if source not in nodes:
+                nodes.discard(node)
+
+
+def _is_container(node: fx.Node) -> bool:
+    """Whether the value of a node is a tuple or another container of tensors, as far as that is known."""
+    if "call" in node.meta:
+        return "shape" not in node.meta
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return node.op in ("call_method", "call_function") and name in _SPLITS
+
+
+_SPLITS = {"chunk", "split", "unbind", "tensor_split", "split_with_sizes", "hsplit", "vsplit", "unsafe_chunk"}
 
 
 def _is_side(node: fx.Node, nodes: Collection[fx.Node], block: nn.Module) -> bool:
@@ -231,6 +252,8 @@ def writes_in_place(node: fx.Node, block: nn.Module) -> bool:
 
 def _changes_one_of(values: Collection[fx.Node], node: fx.Node, block: nn.Module) -> bool:
     """Whether a node changes one of these values in place, itself or through views of it."""
+    if "writes" in node.meta:  # It was seen to run.
+        return any(value in values for value in node.meta["writes"])
     if not writes_in_place(node, block) or not node.args:
         return False
     changed = cast(fx.Node, node.args[0])
@@ -344,6 +367,7 @@ def move_behind_what_commutes(drop_path: fx.Node, block: nn.Module) -> None:
         last = linear[-1]
         with drop_path.graph.inserting_after(last):
             moved = drop_path.graph.call_module(cast(str, drop_path.target), (last,))
+        moved.meta.update({**last.meta, "call": drop_path.meta.get("call")})
         last.replace_all_uses_with(moved, delete_user_cb=lambda user: user is not moved)
         drop_path.replace_all_uses_with(source)
         drop_path.graph.erase_node(drop_path)

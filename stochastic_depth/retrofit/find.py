@@ -7,14 +7,14 @@ import functools
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from torch import fx, nn
 
 from stochastic_depth.copies import plain_class
 from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit import cuts
-from stochastic_depth.retrofit.block import BranchParts, Key, Treatment, find_sums, parts_of
+from stochastic_depth.retrofit.sums import BranchParts, Identity, Key, find_sums, identity, paths_of
 from stochastic_depth.retrofit.cuts import CutError, UnusedError
 from stochastic_depth.retrofit.rules import DropPathRule, drop_path_rule
 from stochastic_depth.retrofit.trace import OPAQUE, Recording, StoredError, TraceError, flatten, may_be_size, record
@@ -51,7 +51,7 @@ class Branch:
     named: nn.Module
     key: Key | None = None
     rule: DropPathRule | None = None
-    treatment: Treatment = "skip"
+    treatment: Literal["skip", "mask"] = "skip"
     cause: str = ""
     kind: Literal["sum", "layer"] = "sum"
     drop_paths: tuple[nn.Module, ...] = ()
@@ -63,13 +63,13 @@ class Found:
 
     Attributes:
         branches: those that pass the filter.
-        known: for each block all of its branches.
+        known: for each block all of its branches, and what identifies each.
         drop_paths: for each block the paths of its drop paths; empty where additions are branches.
         notes: what was found and is no branch, for `print(depth)`.
     """
 
     branches: list[Branch] = field(default_factory=list[Branch])
-    known: dict[nn.Module, tuple[Key, ...]] = field(default_factory=dict[nn.Module, "tuple[Key, ...]"])
+    known: dict[nn.Module, dict[Key, Identity]] = field(default_factory=dict[nn.Module, "dict[Key, Identity]"])
     drop_paths: dict[nn.Module, tuple[str, ...]] = field(default_factory=dict[nn.Module, "tuple[str, ...]"])
     notes: list[str] = field(default_factory=list[str])
 
@@ -225,24 +225,14 @@ def _block_of(name: str, modules: dict[str, nn.Module]) -> str:
 def _find_in_block(block: nn.Module, name: str, rules: dict[str, DropPathRule], found: Found) -> None:
     paths = tuple(rules)
     try:
-        treatments, called = _treatments(block, paths)
+        readings, called = _readings(block, paths)
     except TraceError as error:
-        for path, rule in rules.items():
-            drop_path = block.get_submodule(path)
-            full_name = f"{name}.{path}" if name else path
-            first = next((branch.name for branch in found.branches if branch.module is drop_path), None)
-            if first is not None:
-                found.notes.append(f"{full_name}: the same drop path as {first}, whose gate it has")
-                continue
-            cause = (
-                f"the forward of {name or 'the model'} ({type(block).__name__}) cannot be recorded: {error}. "
-                f"layers=[{name!r}] would run it as a whole"
-            )
-            parts = BranchParts([], [])
-            found.branches.append(Branch(full_name, drop_path, full_name, parts, drop_path, None, rule, "mask", cause))
-        return
-    if treatments:
-        found.known[block], found.drop_paths[block] = tuple(treatments), paths
+        # What the code does is seen when it runs. Until then, each drop path is taken to be used once.
+        readings = {(path, 0): _Reading(frozenset(), CutError(str(error))) for path in paths}
+        called = {}
+    if readings:
+        found.known[block] = {key: reading.identity for key, reading in readings.items()}
+        found.drop_paths[block] = paths
     in_containers: dict[str, dict[str, DropPathRule]] = {}
     for path, rule in rules.items():
         full_name = f"{name}.{path}" if name else path
@@ -252,21 +242,21 @@ def _find_in_block(block: nn.Module, name: str, rules: dict[str, DropPathRule], 
             # The block calls the container as a whole, whose forward calls the drop path.
             in_containers.setdefault(container, {})[path[len(container) + 1 :]] = rule
             continue
-        keys = [key for key in treatments if key[0] == path]
+        keys = [key for key in readings if key[0] == path]
         if not keys:
             found.notes.append(f"{full_name}: found, but never executed by {type(block).__name__}")
         for key in keys:
-            branch = treatments[key]
+            parts = readings[key].parts
             branch_name = full_name if len(keys) == 1 else f"{full_name}#{key[1] + 1}"
-            if isinstance(branch, UnusedError):
+            if isinstance(parts, UnusedError):
                 found.notes.append(f"{branch_name}: without effect, {type(block).__name__} does not use what it gives")
-            elif isinstance(branch, CutError):
-                parts = BranchParts([], [])
+            elif isinstance(parts, CutError):
+                nothing = BranchParts(block)
                 found.branches.append(
-                    Branch(branch_name, block, name, parts, drop_path, key, rule, "mask", str(branch))
+                    Branch(branch_name, block, name, nothing, drop_path, key, rule, "mask", str(parts))
                 )
             else:
-                found.branches.append(Branch(branch_name, block, name, branch, drop_path, key, rule))
+                found.branches.append(Branch(branch_name, block, name, parts, drop_path, key, rule))
     for container, inner in in_containers.items():
         _find_in_block(block.get_submodule(container), f"{name}.{container}".removeprefix("."), inner, found)
 
@@ -276,42 +266,44 @@ def _find_additions(model: nn.Module, found: Found) -> None:
         if type(block) in _CONTAINERS or not any(block.children()):
             continue
         try:
-            treatments, _ = _treatments(block, ())
+            readings, _ = _readings(block, ())
         except TraceError as error:
             found.notes.append(f"{name or 'the model'} ({type(block).__name__}): not looked into, {error}")
             continue
-        for key, parts in treatments.items():
-            assert isinstance(parts, BranchParts)
-            found.known[block], found.drop_paths[block] = tuple(treatments), ()
+        for key, reading in readings.items():
+            assert isinstance(reading.parts, BranchParts)
+            found.known.setdefault(block, {})[key] = reading.identity
+            found.drop_paths[block] = ()
             branch_name = f"{name}#{key[1] + 1}".removeprefix("#")
-            found.branches.append(Branch(branch_name, block, name, parts, block, key))
+            found.branches.append(Branch(branch_name, block, name, reading.parts, block, key))
 
 
-def _treatments(
-    block: nn.Module, drop_paths: Sequence[str]
-) -> tuple[dict[Key, BranchParts | CutError], dict[str, None]]:
-    """The branches of a block on any way through its code, and the children that it calls.
+class _Reading(NamedTuple):
+    """What the code of a block tells of a branch: what identifies it, and its parts or why it cannot be separated."""
 
-    For each branch its parts, or why it cannot be separated.
-    """
+    identity: Identity
+    parts: BranchParts | CutError
+
+
+def _readings(block: nn.Module, drop_paths: Sequence[str]) -> tuple[dict[Key, _Reading], dict[str, None]]:
+    """The branches of a block on any way through its code, and the children that it calls."""
     called: dict[str, None] = {}
-    treatments: dict[Key, BranchParts | CutError] = {}
+    readings: dict[Key, _Reading] = {}
     for recording in recordings(block):
         called.update(dict.fromkeys(node.target for node in recording.graph.nodes if node.op == "call_module"))
         branches: dict[Key, cuts.Branch] = {}
+        identities: dict[Key, Identity] = {}
         for key, residual in find_sums(recording.graph, block, drop_paths).items():
-            try:
-                if isinstance(residual, CutError):
-                    raise residual
+            identities[key] = identity(residual, block)
+            if not isinstance(residual, CutError):
                 branches[key] = cuts.cut(residual, block)
-            except CutError as error:
-                if drop_paths:
-                    treatments[key] = error
-        for key, parts in parts_of(branches, block).items():
-            if not isinstance(treatments.get(key), CutError):
-                treatments[key] = parts
+            elif drop_paths:
+                readings[key] = _Reading(frozenset(), residual)
+        for key, paths in paths_of(branches).items():
+            if key not in readings or not isinstance(readings[key].parts, CutError):
+                readings[key] = _Reading(identities[key], BranchParts(block, *paths))
     _refuse_stores(block)
-    return dict(sorted(treatments.items(), key=lambda item: item[0][1])), called
+    return dict(sorted(readings.items(), key=lambda item: item[0][1])), called
 
 
 def _refuse_stores(block: nn.Module) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from stochastic_depth.copies import plain_class
 from stochastic_depth.passes import Granularity
 
 _CLASS_NAMES = ("DropPath", "StochasticDepth")
@@ -51,16 +52,25 @@ def register_drop_path(cls: type[nn.Module], rule: Callable[[Any], DropPathRule]
     _registered[cls] = rule
 
 
+def is_drop_path(module: nn.Module) -> bool:
+    """Whether a module is a drop path, of any rate."""
+    try:
+        return drop_path_rule(module) is not None
+    except ValueError:
+        return True
+
+
 def drop_path_rule(module: nn.Module) -> DropPathRule | None:
     """The rule of a module that is a drop path, None for every other module.
 
     Raises:
         ValueError: if it looks like a drop path whose rate cannot be read.
     """
-    for cls in type(module).__mro__:
+    kind = plain_class(module)
+    for cls in kind.__mro__:
         if cls in _registered:
             return _registered[cls](module)
-    name = type(module).__name__
+    name = kind.__name__
     if not name.endswith(_CLASS_NAMES):
         return None
     attributes = vars(module)

@@ -1,0 +1,285 @@
+"""Proves rewritten code equal to a block's own code, on a few samples of a call, before it is used.
+
+The reference is the block's own code, run with real tensors, in which the output of each gated branch is multiplied by
+its gate. Both run on a stand-in of the block, without noise and without traces.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore
+
+from stochastic_depth.passes import CLOSED, Gate
+from stochastic_depth.residual import GatedBranch
+from stochastic_depth.retrofit.quiet import quiet
+from stochastic_depth.retrofit.recorder import Edit, run_block
+from stochastic_depth.retrofit.rewrite import Code, GatedUse
+from stochastic_depth.retrofit.stand_in import sample_leaf
+from stochastic_depth.retrofit.sums import Key
+from stochastic_depth.retrofit.trace import TraceError
+
+Pattern = Mapping[Key, "bool | Tensor | None"]
+"""A gate for each branch: open or closed, (n,) one for each sample, or None for the rule of evaluation."""
+
+
+class ProofError(Exception):
+    """Rewritten code does something else than the block's own."""
+
+
+class FixedGates:
+    """Stands in for the draws of a model while rewritten code is compared with a block's own."""
+
+    observer = None
+    graphs = None
+    is_dry = False
+
+    def __init__(self, like: Any) -> None:
+        self.names: tuple[str, ...] = like.names
+        self.survival_probs: tuple[float, ...] = like.survival_probs
+        self.granularity: str = like.granularity
+        self.dry_run: Callable[[], Any] = like.dry_run
+        self.pattern: dict[int, bool | Tensor | None] = {}
+
+    def gate(self, index: int, num_samples: int, device: torch.device, _training: bool) -> Gate | None:
+        """The gate of branch `index`, for as many samples as it sees."""
+        gate = self.pattern[index]
+        survival_prob = self.survival_probs[index]
+        if gate is None:
+            return None
+        if isinstance(gate, bool):
+            return Gate(num_samples, None, survival_prob) if gate else CLOSED
+        of_samples = gate.repeat_interleave(num_samples // len(gate))
+        order = of_samples.int().argsort(descending=True, stable=True)
+        return Gate(int(of_samples.sum()), order.to(device), survival_prob)
+
+
+@contextmanager
+def private() -> Generator[None]:
+    """Within, what runs leaves no trace: not in random states, not in what autograd keeps for somebody else."""
+    grad = torch.is_grad_enabled()
+    with (
+        torch.inference_mode(False),
+        torch.set_grad_enabled(grad),
+        _disable_current_modes(),
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor),
+        _without_autocast_cache(),
+        quiet(),
+    ):
+        yield
+
+
+@contextmanager
+def _without_autocast_cache() -> Generator[None]:
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+def prove(
+    block: nn.Module,
+    code: Code,
+    uses: Sequence[GatedUse],
+    gated: Mapping[Key, GatedBranch],
+    fixed: FixedGates,
+    call: Callable[[], tuple[Sequence[Any], Mapping[str, Any], list[Any]]],
+    num_samples: int | None,
+    *,
+    training: bool,
+) -> int:
+    """Compare rewritten code with the block's own under several patterns of gates; outputs and gradients.
+
+    Args:
+        block: a stand-in, which has the gates of `fixed`.
+        code: the rewritten code.
+        uses: where the gated branches stand.
+        gated: their gates.
+        fixed: what gives the gates.
+        call: makes the arguments of a call anew, and those of them that are opaque.
+        num_samples: how many samples the call has, where each has a gate of its own; else None.
+        training: whether the block is in training.
+
+    Returns:
+        How many times the block was run.
+
+    Raises:
+        ProofError: if they differ; the message says where and by how much.
+        TraceError: if the block's own code cannot be run again.
+    """
+    patterns = _patterns(uses, num_samples, training=training)
+    for name, pattern in patterns:
+        for key, gate in pattern.items():
+            fixed.pattern[gated[key].index] = gate
+        edits = {use.call: Edit(use.operand, _weights(pattern[use.key], gated[use.key])) for use in uses}
+        args, kwargs, leaves = call()
+        expected = _with_gradients(
+            block, leaves, lambda given: run_block(block, *_replaced(args, kwargs, leaves, given), given, edits).output
+        )
+        _, _, leaves = call()
+        try:
+            actual = _with_gradients(block, leaves, lambda given: code(block, *given))
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
+            first = (str(error).splitlines() or [""])[0]
+            raise ProofError(f"with {name} it fails: {type(error).__name__}: {first}") from error
+        some_closed = any(gate is not True and gate is not None for gate in pattern.values())
+        zero = all(branch.skipped_grad == "zero" for branch in gated.values())
+        _compare(expected, actual, name, sides=some_closed, zero_gradients=zero)
+    return 2 * len(patterns)
+
+
+def _patterns(
+    uses: Sequence[GatedUse], num_samples: int | None, *, training: bool
+) -> list[tuple[str, dict[Key, bool | Tensor | None]]]:
+    keys = list(dict.fromkeys(use.key for use in uses))
+    patterns: list[tuple[str, dict[Key, bool | Tensor | None]]] = []
+    if not training:
+        patterns.append(("the rule of evaluation", dict.fromkeys(keys, None)))
+    patterns.append(("all gates open", dict.fromkeys(keys, True)))
+    patterns.append(("all gates closed", dict.fromkeys(keys, False)))
+    if len(keys) > 1:
+        patterns.append(("every second gate closed", {key: index % 2 == 0 for index, key in enumerate(keys)}))
+    if num_samples is not None and num_samples > 1:
+        some = torch.arange(num_samples)
+        each = {key: (some + index) % 2 == 0 for index, key in enumerate(keys)}
+        patterns.append(("gates of single samples", cast("dict[Key, bool | Tensor | None]", each)))
+    return patterns
+
+
+def _weights(gate: bool | Tensor | None, branch: GatedBranch) -> float | Tensor:
+    factor = branch.factor(None if gate is None else branch.survival_prob)
+    if gate is None or isinstance(gate, bool):
+        return factor if gate is None or gate else 0.0
+    return gate.double() * factor
+
+
+def _replaced(args: Any, kwargs: Any, leaves: Sequence[Any], given: Sequence[Any]) -> tuple[Any, Any]:
+    """Arguments with other tensors in place of the opaque ones."""
+    new = {id(leaf): value for leaf, value in zip(leaves, given, strict=True)}
+
+    def put(value: Any) -> Any:
+        if id(value) in new:
+            return new[id(value)]
+        if type(value) in (tuple, list):
+            return type(value)(put(item) for item in value)
+        if type(value) is dict:
+            return {key: put(item) for key, item in cast("dict[Any, Any]", value).items()}
+        return value
+
+    return put(tuple(args)), put(dict(kwargs))
+
+
+_Outcome = tuple[list[Any], list["Tensor | None"]]
+
+
+def _with_gradients(block: nn.Module, leaves: Sequence[Any], run: Callable[[list[Any]], Any]) -> _Outcome:
+    """Outputs of a run, and gradients of its inputs and of the block's parameters."""
+    # Not the leaves themselves, which code in place could not change.
+    given = [leaf.clone() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf for leaf in leaves]
+    outputs = pytree.tree_leaves(run(given))
+    sources = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+    sources += [parameter for parameter in block.parameters() if parameter.requires_grad]
+    ends = [out for out in outputs if isinstance(out, Tensor) and out.requires_grad]
+    if not ends or not sources:
+        return [out.detach() if isinstance(out, Tensor) else out for out in outputs], []
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.rand(end.shape, generator=generator).to(end.device, end.dtype) for end in ends]
+    gradients = torch.autograd.grad(ends, sources, weights, allow_unused=True)
+    return [out.detach() if isinstance(out, Tensor) else out for out in outputs], list(gradients)
+
+
+_TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 2e-2}
+
+
+def _compare(expected: _Outcome, actual: _Outcome, name: str, *, sides: bool, zero_gradients: bool) -> None:
+    outputs, others = expected[0], actual[0]
+    if len(outputs) != len(others):
+        raise ProofError(f"with {name} it returns {len(others)} values, not {len(outputs)}")
+    for index, (a, b) in enumerate(zip(outputs, others, strict=True)):
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            difference = deviation(a, b)
+            if difference > tolerance(a):
+                raise ProofError(f"with {name} output {index} differs by {difference:.2g} of its largest value")
+        elif b is None and sides and index > 0:
+            continue  # An attention map of a branch that did not run.
+        elif isinstance(a, Tensor) or isinstance(b, Tensor) or (type(a) is not type(b)):
+            raise ProofError(f"with {name} output {index} is a {type(b).__name__}, not a {type(a).__name__}")
+    for a, b in zip(expected[1], actual[1], strict=True):
+        if a is None or (b is None and not zero_gradients and not a.any()):
+            continue
+        if b is None:
+            raise ProofError(f"with {name} a gradient is missing")
+        difference = deviation(a, b)
+        if difference > 10 * tolerance(a):
+            raise ProofError(f"with {name} a gradient differs by {difference:.2g} of its largest value")
+
+
+def deviation(expected: Tensor, actual: Tensor) -> float:
+    """Largest difference of two tensors, relative to the largest value; infinite where their shapes differ."""
+    if expected.shape != actual.shape:
+        return float("inf")
+    if not expected.numel():
+        return 0.0
+    kind = torch.float64 if not expected.is_complex() else torch.complex128
+    if expected.is_sparse:
+        expected, actual = expected.to_dense(), actual.to_dense()
+    a, b = expected.to(kind), actual.to(kind)
+    same = (a == b) | (a.isnan() & b.isnan())
+    difference = torch.where(same, torch.zeros_like(a), a - b).abs().nan_to_num(nan=float("inf")).max()
+    scale = a.abs().nan_to_num(nan=0.0, posinf=0.0).max()
+    return float(difference / scale) if scale > 0 else float(difference)
+
+
+def tolerance(tensor: Tensor) -> float:
+    """What rounding may make of a value of this kind, relative to the largest."""
+    if torch.is_autocast_enabled(tensor.device.type) if tensor.device.type != "meta" else False:
+        return _TOLERANCES[torch.bfloat16]
+    return _TOLERANCES.get(tensor.dtype, 0.0)
+
+
+def arguments_anew(
+    signature: Any, leaves: Sequence[Any], rows: Mapping[int, Tensor], unflatten: Callable[[Any, Sequence[Any]], Any]
+) -> Callable[[], tuple[Sequence[Any], Mapping[str, Any], list[Any]]]:
+    """Makes private copies of the arguments of a call, with some of the samples of those leaves that have `rows`."""
+    def call() -> tuple[Sequence[Any], Mapping[str, Any], list[Any]]:
+        own = [_private(leaf, rows.get(index)) for index, leaf in enumerate(leaves)]
+        args, kwargs = unflatten(signature, own)
+        return args, kwargs, own
+
+    return call
+
+
+def _private(leaf: Any, rows: Tensor | None) -> Any:
+    """A copy of an argument that code may change, with some of its samples where it has `rows`."""
+    if isinstance(leaf, Tensor):
+        return sample_leaf(leaf, rows)
+    if isinstance(leaf, nn.Module) or callable(leaf) or not hasattr(leaf, "__dict__"):
+        return leaf
+    tensors = [(tensor, tensor.detach().clone()) for tensor in _tensors_of(leaf, 3)]
+    try:
+        return copy.deepcopy(leaf, {id(tensor): own for tensor, own in tensors})
+    except Exception as error:
+        raise TraceError(f"a {type(leaf).__name__} that it is given cannot be copied ({error})") from error
+
+
+def _tensors_of(value: Any, depth: int) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and not isinstance(value, nn.Module):
+        items: Any = ()
+        if isinstance(value, (list, tuple)):
+            items = cast("list[Any]", value)
+        elif isinstance(value, dict):
+            items = cast("dict[Any, Any]", value).values()
+        elif hasattr(value, "__dict__"):
+            items = vars(value).values()
+        for item in items:
+            yield from _tensors_of(item, depth - 1)

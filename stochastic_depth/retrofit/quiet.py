@@ -1,0 +1,96 @@
+"""Takes the noise out of what runs: dropout keeps everything, BatchNorm uses its running statistics."""
+
+from __future__ import annotations
+
+import inspect
+import random
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+# What each function calls its chance to drop, or its switch.
+_OFF: dict[str, dict[str, Any]] = {
+    **{
+        name: {"p": 0.0}
+        for name in (
+            "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout",
+            "dropout_", "feature_dropout", "feature_dropout_", "alpha_dropout_", "native_dropout",
+        )
+    },
+    "scaled_dot_product_attention": {"dropout_p": 0.0},
+    "multi_head_attention_forward": {"dropout_p": 0.0},
+    "rrelu": {"training": False},
+}  # fmt: skip
+_POSITIONS = {"scaled_dot_product_attention": 4, "multi_head_attention_forward": 10, "rrelu": 3}
+
+
+class _Quiet(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in _OFF:
+            for switch, value in _OFF[name].items():
+                position = _position(func, name, switch)
+                if len(args) > position:
+                    args = (*args[:position], value, *args[position + 1 :])
+                else:
+                    kwargs = {**kwargs, switch: value}
+        elif name == "batch_norm":
+            args, kwargs = _with_running_statistics(args, kwargs)
+        return func(*args, **kwargs)
+
+
+def _position(func: Any, name: str, switch: str) -> int:
+    if name in _POSITIONS:
+        return _POSITIONS[name]
+    try:
+        return list(inspect.signature(func).parameters).index(switch)
+    except (ValueError, TypeError):
+        return 1
+
+
+def _with_running_statistics(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    # torch.batch_norm has weight and bias before the statistics, nn.functional.batch_norm behind them; in both the
+    # switch is the sixth argument.
+    mean = kwargs.get("running_mean", args[1] if len(args) > 1 else None)
+    if mean is None:
+        return args, kwargs
+    if len(args) > 5:
+        return (*args[:5], False, *args[6:]), kwargs
+    return args, {**kwargs, "training": False}
+
+
+@contextmanager
+def quiet() -> Generator[None]:
+    """Within, nothing that runs is noise, and random states are as before afterwards."""
+    python = random.getstate()
+    numpy: Any = sys.modules.get("numpy")
+    of_numpy = None if numpy is None else numpy.random.get_state()
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(gpus), _Quiet():
+            yield
+    finally:
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(of_numpy)
+
+
+@contextmanager
+def without_noise(model: nn.Module) -> Generator[None]:
+    """Within, a whole model runs without noise: `quiet`, and its BatchNorm layers use their running statistics."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    modes = [norm.training for norm in norms]
+    try:
+        for norm in norms:
+            norm.training = False
+        with quiet():
+            yield
+    finally:
+        for norm, training in zip(norms, modes, strict=True):
+            norm.training = training

@@ -1,0 +1,556 @@
+"""Records a call of a block while its own code runs, as a graph of calls to its children and to PyTorch.
+
+The code sees real tensors: `isinstance`, sizes of intermediate values, the gradient mode, autocast and every decision
+by them are what they are in the call. So a recording holds for calls of the same form, and for no other. Children are
+single calls. What a recording could not repeat is noticed and refused: decisions by the values of tensors, random
+numbers, side effects, tensors of unknown origin.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import operator
+import random
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from stochastic_depth.retrofit.stand_in import copied
+from stochastic_depth.retrofit.trace import StoredError, TraceError
+
+_CONSTANTS = (
+    type(None), bool, int, float, complex, str, bytes, type(...), torch.dtype, torch.device, torch.layout,
+    torch.memory_format, enum.Enum, type, range, types.FunctionType, types.BuiltinFunctionType, torch.Generator,
+)  # fmt: skip
+_STRUCTURE_METHODS = {
+    "size", "dim", "numel", "nelement", "stride", "storage_offset", "is_contiguous", "is_floating_point", "is_complex",
+    "is_signed", "element_size", "get_device", "__len__", "ndimension", "is_same_size", "has_names", "type",
+    "is_tensor", "result_type", "can_cast", "promote_types", "is_nonzero_size", "is_conj", "is_neg", "is_inference",
+    "is_shared", "is_pinned", "__hash__", "is_storage", "numpy_dtype", "broadcast_shapes", "is_set_to", "dim_order",
+    "untyped_storage", "has_torch_function", "__format__", "__repr__", "is_distributed", "data_ptr",
+}  # fmt: skip
+_STRUCTURE_ATTRIBUTES = {
+    "shape", "ndim", "dtype", "device", "is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "is_xla", "is_nested",
+    "is_sparse", "is_sparse_csr", "is_quantized", "is_leaf", "requires_grad", "layout", "itemsize", "nbytes", "names",
+    "is_vulkan", "is_mkldnn", "is_maia", "is_ipu", "retains_grad", "output_nr", "_version", "grad_fn", "name",
+    "_backward_hooks", "_has_symbolic_sizes_strides", "_is_view", "is_mtia",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A change of one call in a run: what the plain reference of a gated block differs in from its own code.
+
+    Attributes:
+        operand: which argument of the call is multiplied; None for its result.
+        weights: by what, a number or (N,) weights of the samples.
+    """
+
+    operand: int | None
+    weights: float | Tensor
+
+    def of(self, value: Any) -> Any:
+        """A value (N, ...) times the weights."""
+        if not isinstance(self.weights, Tensor):
+            return value * self.weights
+        weights = self.weights.to(value.device, value.dtype)
+        if value.shape[:1] != weights.shape:
+            weights = weights.repeat_interleave(value.shape[0] // weights.shape[0])
+        return value * weights.view(-1, *[1] * (value.dim() - 1))
+
+
+@dataclass
+class Run:
+    """A run of a block's code.
+
+    Attributes:
+        output: what it returned.
+        graph: what it did. Targets are relative to the block; placeholders are the opaque arguments in order. The
+            metadata of a node has the number of its `call`, the `shape` of a tensor, and the nodes that it `writes`.
+        called: paths of the children, parameters and buffers that were used.
+    """
+
+    output: Any
+    graph: fx.Graph
+    called: set[str]
+
+
+def run_block(
+    block: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    leaves: Sequence[Any],
+    edits: Mapping[int, Edit] | None = None,
+) -> Run:
+    """Run a stand-in's own code and record what it does.
+
+    Args:
+        block: from `stand_in`.
+        args: arguments of the call.
+        kwargs: arguments by name.
+        leaves: those of its tensors and objects that the recording treats as arguments, in order.
+        edits: calls to change, by their numbers.
+
+    Raises:
+        StoredError: if the code leaves something behind, on the block or on its arguments.
+        TraceError: if it cannot be recorded for another reason.
+    """
+    recorder = _Recorder(block, leaves, edits or {})
+    before = _contents(block, (args, kwargs))
+    with recorder.watching(block):
+        output = block.forward(*args, **kwargs)
+    recorder.check_outside()
+    recorder.end(output)
+    _refuse_changes(before, _contents(block, (args, kwargs)), recorder.changed_by_children)
+    return Run(output, recorder.graph, recorder.called)
+
+
+def _contents(block: nn.Module, arguments: Any) -> dict[str, Any]:
+    """What a forward could leave something on: the attributes of the block and its children, and of its arguments."""
+    found: dict[str, Any] = {}
+    for path, module in block.named_modules():
+        for name, value in module.__dict__.items():
+            if name not in ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"):
+                found[f"{path}.{name}".strip(".")] = value.copy() if type(value) in (dict, list, set) else value
+        for group in ("_parameters", "_buffers"):
+            found.update({f"{path}.{name}".strip("."): value for name, value in module.__dict__[group].items()})
+    for index, value in enumerate(_containers(arguments)):
+        found[f"argument {index}"] = copied(vars(value)) if hasattr(value, "__dict__") else value.copy()
+    return found
+
+
+def _containers(value: Any) -> Iterator[Any]:
+    if isinstance(value, (Tensor, nn.Module, *_CONSTANTS)):
+        return
+    if isinstance(value, (list, tuple, dict, set)):
+        if not isinstance(value, tuple):
+            yield value
+        for item in list(cast("dict[Any, Any]", value).values() if isinstance(value, dict) else value):
+            yield from _containers(item)
+    elif hasattr(value, "__dict__") and not callable(value):
+        yield value
+
+
+def _refuse_changes(before: dict[str, Any], after: dict[str, Any], by_children: set[str]) -> None:
+    changed = [name for name in {**before, **after} if not _same(before.get(name, _NOTHING), after.get(name, _NOTHING))]
+    changed = [name for name in changed if name not in by_children]
+    if not changed:
+        return
+    arguments = [name for name in changed if name.startswith("argument ")]
+    if arguments:
+        raise StoredError("the forward changes an object or a list that it is given")
+    raise StoredError(f"the forward stores {', '.join(changed)} on the block")
+
+
+_NOTHING = object()
+
+
+def _same(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        first, second = cast("dict[Any, Any]", a), cast("dict[Any, Any]", b)
+        return first.keys() == second.keys() and all(_same(first[key], second[key]) for key in first)
+    if isinstance(a, (list, tuple)):
+        items, others = cast("list[Any]", a), cast("list[Any]", b)
+        return len(items) == len(others) and all(_same(x, y) for x, y in zip(items, others, strict=True))
+    return isinstance(a, (bool, int, float, str, bytes, set)) and a == b
+
+
+def _after(value: Any, _change: Any) -> Any:
+    """A value, after something that has changed it in place."""
+    return value
+
+
+def _set_item(value: Tensor, index: Any, item: Any) -> Tensor:
+    value[index] = item
+    return value
+
+
+def _under(target: Callable[..., Any], context: tuple[Any, ...]) -> Callable[..., Any]:
+    """A function, run under gradient and autocast settings of its own."""
+    grad, device, enabled, dtype = context
+
+    def under(*args: Any, **kwargs: Any) -> Any:
+        with torch.set_grad_enabled(grad), torch.autocast(device, dtype=dtype, enabled=enabled):
+            return target(*args, **kwargs)
+
+    under.__name__ = getattr(target, "__name__", "under")
+    return under
+
+
+@dataclass
+class _Outside:
+    """What must not move between the calls that are recorded: random states, and where autograd keeps what it saves."""
+
+    random: list[Any]
+    hooks: Any
+
+
+def _outside() -> _Outside:
+    states: list[Any] = [torch.get_rng_state(), random.getstate()]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states += torch.cuda.get_rng_state_all()
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is not None:
+        _, key, *rest = numpy.random.get_state()
+        states.append((key.tobytes(), *rest))
+    return _Outside(states, torch._C._autograd._top_saved_tensors_default_hooks(True))  # pyright: ignore
+
+
+def _differ(a: _Outside, b: _Outside) -> bool:
+    return not all(
+        torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in zip(a.random, b.random, strict=False)
+    )
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, block: nn.Module, leaves: Sequence[Any], edits: Mapping[int, Edit]) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+        self.called: set[str] = set()
+        self.changed_by_children: set[str] = set()
+        self._block = block
+        self._edits = edits
+        self._num_calls = 0
+        self._inside = 0
+        self._entered: list[Any] = []
+        self._nodes: dict[int, fx.Node] = {}
+        self._objects: dict[int, fx.Node] = {}
+        # Tensors by identity need to stay alive; the version tells of changes in place.
+        self._alive: list[Any] = []
+        self._versions: dict[int, tuple[Tensor, int]] = {}
+        self._held = {id(value): path for path, value in _held_tensors(block)}
+        self._held_objects = {id(value): (name,) for name, value in block.__dict__.items() if hasattr(value, "__dict__")}
+        self._device = "cpu"
+        for index, leaf in enumerate(leaves):
+            node = self.graph.placeholder(f"argument_{index}")
+            self._bind(leaf, node)
+            if isinstance(leaf, Tensor):
+                self._device = leaf.device.type
+        self._base = self._context()
+        self._state = _outside()
+
+    # What is known of values.
+    def _bind(self, value: Any, node: fx.Node, depth: int = 3) -> None:
+        if isinstance(value, Tensor):
+            self._alive.append(value)
+            self._nodes[id(value)] = node
+            node.meta["shape"] = tuple(value.shape)
+            if not value.is_inference():
+                self._versions[id(value)] = (value, value._version)
+        elif not isinstance(value, _CONSTANTS):
+            self._alive.append(value)
+            self._objects[id(value)] = node
+            for (kind, key), part in _parts(value) if depth else ():
+                known = id(part) in self._nodes or id(part) in self._objects
+                if not known and not isinstance(part, (*_CONSTANTS, nn.Module)):
+                    function = operator.getitem if kind == "item" else getattr
+                    self._bind(part, self.graph.call_function(function, (node, key)), depth - 1)
+
+    def _node(self, tensor: Tensor) -> fx.Node:
+        node = self._nodes.get(id(tensor))
+        if node is None:
+            path = self._held.get(id(tensor))
+            if path is None:
+                raise TraceError("the forward uses a tensor that is neither an argument nor held by the block")
+            node = self._get_attribute(path)
+            self._bind(tensor, node)
+        return node
+
+    def _get_attribute(self, path: tuple[Any, ...]) -> fx.Node:
+        self.called.add(".".join(map(str, path)))
+        node = self.graph.create_node("get_attr", ".".join(map(str, path)))
+        node.meta["path"] = path
+        return node
+
+    def _argument(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._node(value)
+        if type(value) in (tuple, list, torch.Size):
+            kind = tuple if type(value) is torch.Size else type(value)
+            items = cast("list[Any]", value)
+            if id(value) in self._objects and any(isinstance(item, Tensor) for item in items):
+                return self._objects[id(value)]
+            return kind(self._argument(item) for item in items)
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return self._objects.get(id(value)) or type(value)(*[self._argument(i) for i in cast("tuple[Any]", value)])
+        if type(value) is dict:
+            return self._objects.get(id(value)) or {
+                key: self._argument(item) for key, item in cast("dict[Any, Any]", value).items()
+            }
+        if isinstance(value, slice):
+            part = cast("slice[Any, Any, Any]", value)
+            return slice(self._argument(part.start), self._argument(part.stop), self._argument(part.step))
+        if isinstance(value, torch.SymInt):
+            return int(value)
+        if isinstance(value, _CONSTANTS):
+            return value
+        if id(value) in self._objects:
+            return self._objects[id(value)]
+        if id(value) in self._held_objects:
+            return self._get_attribute(self._held_objects[id(value)])
+        if isinstance(value, nn.Module):
+            raise TraceError("the block passes a module on")
+        if pytree.tree_leaves(value) != [value]:
+            leaves, spec = pytree.tree_flatten(value)
+            built = self.graph.call_function(_unflatten, ([self._argument(leaf) for leaf in leaves], spec))
+            return built
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            values = {f.name: self._argument(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+            return self.graph.call_function(_replaced, (type(value), values))
+        if callable(value) and not hasattr(value, "__self__"):
+            return value
+        raise TraceError(f"the forward passes on a {type(value).__name__} that is neither an argument nor the block's")
+
+    # Settings and random states.
+    def _context(self) -> tuple[Any, ...]:
+        device = self._device
+        return (
+            torch.is_grad_enabled(),
+            device,
+            torch.is_autocast_enabled(device),
+            torch.get_autocast_dtype(device),
+        )
+
+    def check_outside(self) -> None:
+        """Refuse what has moved since the end of the last call that was recorded."""
+        now = _outside()
+        if _differ(self._state, now):
+            raise TraceError("the forward draws random numbers itself, outside of its children")
+
+    def _check_hooks(self) -> None:
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) != self._state.hooks:  # pyright: ignore
+            raise TraceError("a part of the forward runs inside an activation checkpoint, or keeps what is saved itself")
+
+    # Calls.
+    @contextmanager
+    def watching(self, block: nn.Module) -> Iterator[None]:
+        """Within, the calls of the block's children and of PyTorch are recorded."""
+        handles: list[Any] = []
+        for path, module in block.named_modules():
+            if path and not isinstance(module, torch.jit.ScriptModule):
+                handles.append(module.register_forward_pre_hook(self._entering(path), with_kwargs=True))
+                handles.append(module.register_forward_hook(self._leaving(path), with_kwargs=True))
+        try:
+            with self:
+                yield
+        except (TraceError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            raise TraceError(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _entering(self, path: str) -> Callable[..., None]:
+        def enter(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+            self._inside += 1  # What is looked at here is no part of the block's code either.
+            if self._inside > 1:
+                return None
+            self.check_outside()
+            self._check_hooks()
+            args, kwargs = self._edited(self._num_calls, args, kwargs)
+            self._entered = [self._argument(args), self._argument(kwargs), _contents(self._block, ())]
+            return args, kwargs
+
+        return enter
+
+    def _leaving(self, path: str) -> Callable[..., Any]:
+        def leave(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
+            if self._inside > 1:
+                self._inside -= 1
+                return None
+            args, kwargs, before = self._entered
+            self.called.add(path)
+            context = self._context()
+            if context == self._base:
+                node = self.graph.call_module(path, args, kwargs)
+            else:
+                raise TraceError(f"{path} runs under gradient or autocast settings of its own")
+            after = _contents(self._block, ())
+            self.changed_by_children.update(
+                name for name in {**before, **after} if not _same(before.get(name), after.get(name))
+            )
+            output = self._result(node, output)
+            self._state = _outside()
+            self._inside -= 1
+            return output
+
+        return leave
+
+    def _edited(self, number: int, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        edit = self._edits.get(number)
+        if edit is None or edit.operand is None:
+            return args, kwargs
+        before = args[edit.operand]
+        after = edit.of(before)
+        self._nodes[id(after)] = self._node(before)
+        self._alive.append(after)
+        return (*args[: edit.operand], after, *args[edit.operand + 1 :]), kwargs
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._inside or _is_structure(func):
+            return func(*args, **kwargs)
+        self._inside += 1
+        try:
+            self.check_outside()
+            self._check_hooks()
+            args, kwargs = self._edited(self._num_calls, args, kwargs)
+            op, target, given = _called(func, args)
+            nodes, named = self._argument(tuple(given)), self._argument(dict(kwargs))
+            context = self._context()
+            output = func(*args, **kwargs)
+            if _is_value(output) or _differ(self._state, _outside()):
+                name = getattr(func, "__name__", str(func))
+                if _is_value(output):
+                    raise TraceError(f"the forward decides by the values of a tensor ({name})")
+                raise TraceError(f"the forward draws random numbers itself ({name})")
+            if target is _set_item:
+                output = args[0]
+            if context != self._base:
+                function = _method(target) if op == "call_method" else target
+                op, target = "call_function", _under(function, context)
+            node = self.graph.create_node(op, target, nodes, named)
+            if context != self._base:
+                node.meta["settings"] = context
+            result = self._result(node, output)
+        finally:
+            self._inside -= 1
+        return None if target is _set_item else result
+
+    def _result(self, node: fx.Node, output: Any) -> Any:
+        """What a call has given, bound to its node."""
+        number = self._num_calls
+        self._num_calls += 1
+        node.meta["call"] = number
+        changed = [tensor for tensor, version in self._versions.values() if tensor._version != version]
+        node.meta["writes"] = [self._nodes[id(tensor)] for tensor in changed]
+        for tensor in changed:
+            if id(tensor) in self._held and self._block is not None and node.op != "call_module":
+                raise StoredError(f"the forward changes its {'.'.join(map(str, self._held[id(tensor)]))} in place")
+        edit = self._edits.get(number)
+        if edit is not None and edit.operand is None:
+            output = edit.of(output)
+        output = self._fresh(output, {id(tensor) for tensor in changed})
+        for tensor in changed:
+            if tensor is not output:
+                self._bind(tensor, self.graph.call_function(_after, (self._nodes[id(tensor)], node)))
+        self._bind(output, node)
+        return output
+
+    def _fresh(self, output: Any, changed: set[int]) -> Any:
+        """The output, with new tensors in place of those that are known already and were not changed by this call."""
+
+        def new(tensor: Tensor) -> Tensor:
+            known = id(tensor) in self._nodes or id(tensor) in self._held
+            return tensor.view_as(tensor) if known and id(tensor) not in changed else tensor
+
+        if isinstance(output, Tensor):
+            return new(output)
+        if any(isinstance(leaf, Tensor) and new(leaf) is not leaf for leaf in pytree.tree_leaves(output)):
+            return pytree.tree_map_only(Tensor, new, output)
+        return output
+
+    def end(self, output: Any) -> None:
+        """Record what the forward returns."""
+        self.graph.output(self._argument(output))
+        for node in reversed(list(self.graph.nodes)):
+            if not node.users and "call" not in node.meta and node.op not in ("placeholder", "output"):
+                self.graph.erase_node(node)
+
+
+def _held_tensors(block: nn.Module) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+    for path, module in block.named_modules():
+        prefix = tuple(path.split(".")) if path else ()
+        for name, value in (*module._parameters.items(), *module._buffers.items()):
+            if value is not None:
+                yield (*prefix, name), value
+        for name, value in module.__dict__.items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                for inner, tensor in _tensors_in(value, 2):
+                    yield (*prefix, name, *inner), tensor
+
+
+def _tensors_in(value: Any, depth: int) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+    if isinstance(value, Tensor):
+        yield (), value
+    elif depth and not isinstance(value, (*_CONSTANTS, nn.Module)):
+        for (_, key), part in _parts(value):
+            for inner, tensor in _tensors_in(part, depth - 1):
+                yield (key, *inner), tensor
+
+
+def _parts(value: Any) -> Iterator[tuple[tuple[str, Any], Any]]:
+    """The items and attributes of a structure, each with how it is reached."""
+    if isinstance(value, (tuple, list)):
+        for index, item in enumerate(cast("list[Any]", value)):
+            yield ("item", index), item
+    elif isinstance(value, Mapping):
+        for key, item in cast("Mapping[Any, Any]", value).items():
+            yield ("item", key), item
+    elif hasattr(value, "__dict__") and not isinstance(value, (nn.Module, types.ModuleType)) and not callable(value):
+        for name, item in vars(value).items():
+            yield ("attribute", name), item
+
+
+def _is_structure(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return getattr(getattr(func, "__self__", None), "__name__", "") in _STRUCTURE_ATTRIBUTES
+    return name in _STRUCTURE_METHODS
+
+
+def _is_value(output: Any) -> bool:
+    """Whether a call has given a plain value that was computed from the values of tensors."""
+    if isinstance(output, (bool, int, float, complex, str)):
+        return True
+    if isinstance(output, (list, tuple)) and output:
+        return any(_is_value(item) for item in cast("list[Any]", output))
+    return type(output).__module__ == "numpy"
+
+
+def _called(func: Any, args: Sequence[Any]) -> tuple[str, Any, Sequence[Any]]:
+    """How the graph names a function: its kind of node, its target and its arguments."""
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return "call_function", getattr, (args[0], func.__self__.__name__)
+    if name in ("__set__", "__delete__"):
+        raise StoredError("the forward sets an attribute of a tensor")
+    if name == "__setitem__":
+        return "call_function", _set_item, args
+    if name == "__getitem__":
+        return "call_function", operator.getitem, args
+    if isinstance(args[0] if args else None, Tensor) and getattr(Tensor, name, None) is func:
+        return "call_method", name, args
+    if isinstance(func, types.MethodDescriptorType) or getattr(func, "__qualname__", "").startswith("Tensor"):
+        return "call_method", name, args
+    return "call_function", func, args
+
+
+def _method(name: str) -> Callable[..., Any]:
+    def method(value: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(value, name)(*args, **kwargs)
+
+    method.__name__ = name
+    return method
+
+
+def _unflatten(leaves: list[Any], spec: Any) -> Any:
+    return pytree.tree_unflatten(leaves, spec)
+
+
+def _replaced(kind: Any, values: Mapping[str, Any]) -> Any:
+    return kind(**values)

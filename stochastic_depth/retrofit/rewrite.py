@@ -1,0 +1,571 @@
+"""Rewrites the recording of a block: every gated branch goes behind its gate, and the rest stays as it was."""
+
+from __future__ import annotations
+
+import builtins
+import keyword
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from stochastic_depth.passes import Gate
+from stochastic_depth.residual import GatedBranch, compiled_inside
+from stochastic_depth.retrofit import cuts
+from stochastic_depth.retrofit.cuts import CutError, Sum
+from stochastic_depth.retrofit.sums import Identity, Key, Paths, calls_of, find_sums, identity, match, paths_of
+from stochastic_depth.retrofit.trace import TraceError, is_size
+
+Code = Callable[..., Any]
+
+
+class BlockGates(Protocol):
+    """What a block knows about its branches, as far as its rewritten code needs it."""
+
+    name: str
+    drop_paths: tuple[str, ...]
+    known: dict[Key, Identity]
+    gated: dict[Key, GatedBranch]
+
+    def parts_at(self, block: nn.Module, key: Key, paths: Paths) -> nn.Module:
+        """What holds the parameters that a branch has on one way through the code."""
+        ...
+
+
+class GatedUse(NamedTuple):
+    """Where a gated branch stands in a recording.
+
+    Attributes:
+        key: which of the known branches it is.
+        call: number of the call that the plain reference changes: the sum, or the drop path.
+        operand: which argument of that call is the branch's output; None where it is the result.
+        treatment: "skip", or "mask" where it cannot be separated.
+        cause: why it is masked.
+    """
+
+    key: Key
+    call: int
+    operand: int | None
+    treatment: str
+    cause: str
+
+
+# Sizes that depend on the number of samples.
+
+
+def generalize(graph: fx.Graph, other: fx.Graph) -> bool:
+    """Let a recording hold for any number of samples, by comparison with one for another number of them.
+
+    Numbers in the code that differ become sizes of the tensors beside them. Each node is told whether the first
+    dimension of its value is one of samples (metadata `samples`).
+
+    Args:
+        graph: the recording; it is changed.
+        other: of the same call with another number of samples.
+
+    Returns:
+        Whether that is possible; if not, nothing is changed.
+    """
+    nodes, others = list(graph.nodes), list(other.nodes)
+    if len(nodes) != len(others):
+        return False
+    twin = dict(zip(nodes, others, strict=True))
+    changes: list[tuple[fx.Node, Any, Any]] = []
+    for node, its in twin.items():
+        same_call = node.op == its.op and (node.target == its.target or _is_wrapped(node, its))
+        if not same_call or not _same_form(node.args, its.args, twin) or not _same_form(node.kwargs, its.kwargs, twin):
+            return False
+        if _differ(node.args, its.args) or _differ(node.kwargs, its.kwargs):
+            changes.append((node, its, _rows(node, twin)))
+    if any(rows is None for _, _, rows in changes):
+        return False
+    for node, its in twin.items():
+        shape, its_shape = node.meta.get("shape"), its.meta.get("shape")
+        if shape is not None and its_shape is not None:
+            node.meta["samples"] = shape[:1] != its_shape[:1]
+    for node, its, (source, here, there) in changes:
+        with graph.inserting_before(node):
+            rows = graph.call_function(operator.getitem, (graph.call_function(getattr, (source, "shape")), 0))
+
+            def sized(a: Any, b: Any, rows: fx.Node = rows, here: int = here, there: int = there) -> Any:
+                return _map_two(a, b, lambda x, y: _affine(graph, rows, here, there, x, y))
+
+            args, kwargs = sized(node.args, its.args), sized(node.kwargs, its.kwargs)
+        node.args, node.kwargs = args, kwargs
+    return True
+
+
+def _is_wrapped(node: fx.Node, its: fx.Node) -> bool:
+    """Whether both are a function under settings of its own, which is another object in every recording."""
+    return getattr(node.target, "__name__", 0) == getattr(its.target, "__name__", 1) and "settings" in node.meta
+
+
+def _same_form(a: Any, b: Any, twin: Mapping[fx.Node, fx.Node]) -> bool:
+    if isinstance(a, fx.Node):
+        return twin.get(a) is b
+    if type(a) is not type(b) and not (isinstance(a, (tuple, list)) and isinstance(b, (tuple, list))):
+        return False
+    if isinstance(a, (tuple, list)):
+        first, second = cast("list[Any]", a), cast("list[Any]", b)
+        return len(first) == len(second) and all(_same_form(x, y, twin) for x, y in zip(first, second, strict=True))
+    if isinstance(a, dict):
+        return cast("dict[Any, Any]", a).keys() == b.keys() and all(_same_form(a[k], b[k], twin) for k in a)
+    if isinstance(a, slice):
+        return all(_same_form(getattr(a, n), getattr(b, n), twin) for n in ("start", "stop", "step"))
+    return a is b or a == b or (type(a) is int and type(b) is int)
+
+
+def _differ(a: Any, b: Any) -> bool:
+    if isinstance(a, fx.Node):
+        return False
+    if isinstance(a, (tuple, list)):
+        return any(_differ(x, y) for x, y in zip(cast("list[Any]", a), b, strict=True))
+    if isinstance(a, dict):
+        return any(_differ(a[key], b[key]) for key in cast("dict[Any, Any]", a))
+    if isinstance(a, slice):
+        return any(_differ(getattr(a, name), getattr(b, name)) for name in ("start", "stop", "step"))
+    return type(a) is int and a != b
+
+
+def _rows(node: fx.Node, twin: Mapping[fx.Node, fx.Node]) -> tuple[fx.Node, int, int] | None:
+    """A tensor whose first dimension follows the number of samples, best one that the node itself uses."""
+    earlier = list(node.all_input_nodes)
+    earlier += [other for other in node.graph.nodes if other.op == "placeholder"]
+    for source in earlier:
+        shape, its = source.meta.get("shape"), twin[source].meta.get("shape")
+        if shape and its and shape[0] != its[0]:
+            return source, shape[0], its[0]
+    return None
+
+
+def _map_two(a: Any, b: Any, function: Callable[[int, int], Any]) -> Any:
+    if isinstance(a, (tuple, list)):
+        kind = tuple if isinstance(a, tuple) else list
+        return kind(_map_two(x, y, function) for x, y in zip(cast("list[Any]", a), b, strict=True))
+    if isinstance(a, dict):
+        return {key: _map_two(value, b[key], function) for key, value in cast("dict[Any, Any]", a).items()}
+    if isinstance(a, slice):
+        return slice(*(_map_two(getattr(a, n), getattr(b, n), function) for n in ("start", "stop", "step")))
+    return function(a, b) if type(a) is int and a != b else a
+
+
+def _affine(graph: fx.Graph, rows: fx.Node, here: int, there: int, x: int, y: int) -> fx.Node:
+    """The number that is `x` for as many rows as `here` and `y` for as many as `there`."""
+    slope = Fraction(x - y, here - there)
+    node = rows if slope.numerator == 1 else graph.call_function(operator.mul, (rows, slope.numerator))
+    if slope.denominator != 1:
+        node = graph.call_function(operator.floordiv, (node, slope.denominator))
+    offset = x - slope * here
+    if offset != 0:
+        node = graph.call_function(operator.add, (node, int(offset)))
+    return node
+
+
+# Gated code.
+
+
+def rewrite(graph: fx.Graph, block: nn.Module, gates: BlockGates, granularity: str) -> tuple[Code, list[GatedUse]]:
+    """Code of a block's forward, taking the block and its opaque arguments, with every gated branch behind its gate.
+
+    Args:
+        graph: the recording of a call; it is changed.
+        block: the block or its stand-in, for the kinds of its children.
+        gates: the block's branches.
+        granularity: "sample" where a branch runs on some of the samples.
+
+    Raises:
+        CutError: if a branch that is no drop path's cannot be separated, or is not there although what it uses is.
+        TraceError: if the code cannot be written.
+    """
+    called = {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")}
+    sums = find_sums(graph, block, gates.drop_paths)
+    calls = calls_of(graph, gates.drop_paths)
+    identities = {key: identity(residual, block) for key, residual in sums.items()}
+    matched = match(identities, gates.known)
+    missing = [key for key in gates.gated if key not in matched.values() and _is_met(key, gates, called)]
+    if missing and gates.drop_paths:
+        # Drop paths that are called in training only: their sums are found by what the branches use.
+        additions = {("", i): s for i, s in enumerate(cuts.residual_sums(graph, block))}
+        of_additions = {key: identity(_separable(s, block), block) for key, s in additions.items()}
+        found = match(of_additions, {("", i): gates.known[key] for i, key in enumerate(missing)})
+        for key, index in found.items():
+            sums[("", -1 - key[1])] = additions[key]
+            matched[("", -1 - key[1])] = missing[index[1]]
+        missing = [key for key in missing if key not in matched.values()]
+    if missing:
+        raise CutError(f"the branch of {_names(missing, gates)} is computed, but not added in a way that can be gated")
+    unknown = [key for key in sums if key not in matched and not (key[0] == "" and isinstance(sums[key], CutError))]
+    if unknown and gates.drop_paths:
+        raise CutError(f"{_of(unknown[0])} is used more often than in the code that was read")
+    paths = paths_of({key: cuts.cut(each, block) for key, each in sums.items() if not isinstance(each, CutError)})
+    uses: list[GatedUse] = []
+    replaced: dict[fx.Node, fx.Node] = {}
+    for here, residual in sums.items():
+        key = matched.get(here)
+        if key is None or key not in gates.gated:
+            continue
+        try:
+            if isinstance(residual, CutError):
+                raise residual
+            call, operand = _reference(residual, calls.get(here))
+            replaced[residual.add] = _gate(residual.after(replaced), key, block, gates, granularity, paths[here])
+            uses.append(GatedUse(key, call, operand, "skip", ""))
+        except CutError as error:
+            if here not in calls:
+                raise
+            uses.append(GatedUse(key, calls[here].meta["call"], None, "mask", str(error)))
+            _mask(calls[here], key, gates)
+    graph.lint()
+    return compiled(graph, f"{gates.name}: the forward that runs open branches only"), uses
+
+
+def _separable(residual: Sum, block: nn.Module) -> Sum | CutError:
+    try:
+        cuts.cut(residual, block)
+    except CutError as error:
+        return error
+    return residual
+
+
+def _is_met(key: Key, gates: BlockGates, called: set[str]) -> bool:
+    """Whether anything that only this branch uses is used in a call."""
+    shared = {path for other, paths in gates.known.items() if other != key for path in paths}
+    own = gates.known[key] - shared
+    return key[0] in called or bool((own or gates.known[key]) & called)
+
+
+def _names(keys: Sequence[Key], gates: BlockGates) -> str:
+    return ", ".join(gates.gated[key].passes.names[gates.gated[key].index] for key in keys)
+
+
+def _of(key: Key) -> str:
+    return f"the drop path {key[0]}" if key[0] else "an addition"
+
+
+def _reference(residual: Sum, call: fx.Node | None) -> tuple[int, int | None]:
+    """Which call the plain reference changes, and which of its arguments."""
+    if call is not None:
+        return call.meta["call"], None
+    operand = residual.add.args.index(residual.output)
+    if residual.add.target is operator.add and "swapped" in residual.add.meta:
+        operand = 1 - operand
+    return residual.add.meta["call"], operand
+
+
+class _Input(NamedTuple):
+    """What is known of an input of a branch.
+
+    Attributes:
+        samples: whether its first dimension is one of samples.
+        carried: whether it is the shortcut or what that is computed from.
+    """
+
+    samples: bool
+    carried: bool
+
+
+def _gate(
+    residual: Sum, key: Key, block: nn.Module, gates: BlockGates, granularity: str, paths: Paths
+) -> fx.Node:
+    branch = cuts.cut(residual, block)
+    graph = residual.add.graph
+    inner = _branch_graph(branch, residual)
+    function = compiled(inner, f"{gates.name}: branch {key[0]}#{key[1] + 1}")
+    if residual.shortcut is None and branch.sides:
+        raise CutError("the branch is added to nothing and gives more than one value")
+    source = residual.shortcut if residual.shortcut is not None else residual.add
+    if granularity == "sample":
+        _check_samples(branch, source)
+    # Where the branch does not run, the shortcut carries no gradient to these inputs.
+    carried: set[fx.Node] = set() if residual.shortcut is None else cuts.ancestors(residual.shortcut)
+    inputs = [_Input(bool(node.meta.get("samples")), node in carried) for node in branch.inputs]
+    if residual.shortcut is None:
+        gated_sum = _gated_value(key, paths, function, inputs, residual.add.meta["shape"])
+    elif branch.sides:
+        gated_sum = _gated_sum_and_sides(key, paths, function, inputs, len(branch.sides))
+    else:
+        gated_sum = _gated_sum(key, paths, function, inputs)
+    with graph.inserting_before(residual.add):
+        shortcut = () if residual.shortcut is None else (residual.shortcut,)
+        gated_node = graph.call_function(gated_sum, (*shortcut, *branch.inputs))
+    gated_node.meta.update(residual.add.meta, takes_block=True)
+    result = gated_node
+    if branch.sides:
+        with graph.inserting_before(residual.add):
+            result = graph.call_function(operator.getitem, (gated_node, 0))
+            sides = [graph.call_function(operator.getitem, (gated_node, i + 1)) for i in range(len(branch.sides))]
+        result.meta.update(residual.add.meta)
+        for side, new in zip(branch.sides, sides, strict=True):
+            side.replace_all_uses_with(new)
+            graph.erase_node(side)
+    residual.add.replace_all_uses_with(result)
+    graph.erase_node(residual.add)
+    inner_nodes = set(branch.nodes)
+    for node in reversed(list(graph.nodes)):
+        if node in inner_nodes or (is_size(node) and not node.users):
+            graph.erase_node(node)
+    return result
+
+
+def _check_samples(branch: cuts.Branch, shortcut: fx.Node) -> None:
+    """Refuse a branch that cannot run on some of the samples.
+
+    Raises:
+        CutError: if it cannot.
+    """
+    if "samples" not in shortcut.meta:
+        raise CutError("its code is another for another number of samples")
+    if not shortcut.meta["samples"]:
+        raise CutError("the first dimension of what the branch is added to is not one of samples")
+    num_samples = shortcut.meta["shape"][0]
+    for node in branch.inputs:
+        shape = node.meta.get("shape")
+        if node.meta.get("samples") and shape[0] != num_samples:
+            raise CutError(f"an input of the branch has {shape[0]} entries, where the shortcut has {num_samples} samples")
+
+
+def _branch_graph(branch: cuts.Branch, residual: Sum) -> fx.Graph:
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for index, node in enumerate(branch.inputs):
+        copies[node] = graph.placeholder(f"input_{index}")
+
+    def copied(node: fx.Node) -> fx.Node:
+        if node not in copies:  # A size, which is read again from the branch's own samples.
+            copies[node] = graph.node_copy(node, copied)
+        return copies[node]
+
+    for node in branch.nodes:
+        if node is residual.drop_path:
+            copies[node] = copied(cast(fx.Node, node.args[0]))
+        else:
+            copied(node)
+    output = copies[residual.output]
+    graph.output((output, *(copied(side) for side in branch.sides)) if branch.sides else output)
+    return graph
+
+
+def _gates_of(block: nn.Module) -> BlockGates | None:
+    """The gates of a block; None for a copy of it without data, whose shapes are being looked up."""
+    return block.__dict__["_stochastic_depth_branch"]
+
+
+def in_training(block: nn.Module, key: Key) -> bool:
+    """Whether the rule of training holds for a branch: a drop path in evaluation keeps everything."""
+    if not key[0]:
+        return block.training
+    module: Any = block
+    for name in key[0].split("."):
+        module = module._modules.get(name)
+        if module is None:
+            return block.training
+    return module.training
+
+
+def _gated_sum(
+    key: Key, paths: Paths, function: Callable[..., Tensor], inputs: Sequence[_Input], *, repeatable: bool = True
+) -> Callable[..., Tensor]:
+    only = len(inputs) == 1 and inputs[0].samples
+    others_at = [index for index, kind in enumerate(inputs) if not kind.carried]
+    of_batch = [kind.samples for kind in inputs]
+
+    @compiled_inside
+    def gated_sum(block: nn.Module, shortcut: Tensor, *values: Any) -> Tensor:
+        gates = _gates_of(block)
+        if gates is None:
+            return shortcut + function(block, *values)
+        gated, parts, training = gates.gated[key], gates.parts_at(block, key, paths), in_training(block, key)
+        others = [values[index] for index in others_at if isinstance(values[index], Tensor)]
+        if only:
+            return gated.add(
+                shortcut,
+                values[0],
+                block,
+                function,
+                parts=parts,
+                training=training,
+                others=others,
+                repeatable=repeatable,
+            )
+        shared = [value for value, samples in zip(values, of_batch, strict=True) if not samples]
+        own = tuple(value for value, samples in zip(values, of_batch, strict=True) if samples)
+
+        def of_samples(module: nn.Module, taken: tuple[Tensor, ...]) -> Tensor:
+            rest, some = iter(shared), iter(taken)
+            return function(module, *(next(some if samples else rest) for samples in of_batch))
+
+        return gated.add(shortcut, own, block, of_samples, parts=parts, training=training, others=others)
+
+    gated_sum.__name__ = f"gated_sum_{key[1]}"
+    return gated_sum
+
+
+def _gated_sum_and_sides(
+    key: Key, paths: Paths, function: Callable[..., Any], inputs: Sequence[_Input], num_sides: int
+) -> Callable[..., Any]:
+    """The sum, and what else the branch's attention returns: attention maps are None where not all samples ran."""
+
+    @compiled_inside
+    def gated_sum_and_sides(block: nn.Module, shortcut: Tensor, *values: Any) -> tuple[Any, ...]:
+        seen: list[tuple[Any, ...]] = []
+
+        def first(module: nn.Module, *given: Any) -> Tensor:
+            output, *sides = function(module, *given)
+            if output.shape[0] == shortcut.shape[0]:
+                seen.append(tuple(sides))
+            return output
+
+        summed = _gated_sum(key, paths, first, inputs, repeatable=False)(
+            block, shortcut, *values
+        )
+        return summed, *(seen[-1] if seen else [None] * num_sides)
+
+    gated_sum_and_sides.__name__ = f"gated_sum_and_sides_{key[1]}"
+    return gated_sum_and_sides
+
+
+def _gated_value(
+    key: Key, paths: Paths, function: Callable[..., Tensor], inputs: Sequence[_Input], shape: tuple[int, ...]
+) -> Callable[..., Tensor]:
+    """Where a block without a shortcut drops all that it computes, closed gates give zeros."""
+    gated_sum = _gated_sum(key, paths, function, inputs)
+
+    @compiled_inside
+    def gated_value(block: nn.Module, *values: Any) -> Tensor:
+        tensor = next(value for value in values if isinstance(value, Tensor))
+        rows = next((v.shape[0] for v, kind in zip(values, inputs, strict=True) if kind.samples), shape[0])
+        return gated_sum(block, tensor.new_zeros(rows, *shape[1:]), *values)
+
+    gated_value.__name__ = f"gated_value_{key[1]}"
+    return gated_value
+
+
+def _mask(call: fx.Node, key: Key, gates: BlockGates) -> None:
+    @compiled_inside
+    def masked(block: nn.Module, x: Tensor) -> Tensor:
+        gates = _gates_of(block)
+        return x if gates is None else mask(gates.gated[key], x, training=in_training(block, key))
+
+    masked.__name__ = f"masked_{list(gates.known).index(key)}"
+    call.op, call.target = "call_function", masked
+    call.args = (call.args[0] if call.args else next(iter(call.kwargs.values())),)
+    call.kwargs = {}
+    call.meta["takes_block"] = True
+
+
+def mask(gated: GatedBranch, x: Tensor, *, training: bool) -> Tensor:
+    """A branch's output `x` (N, ...) times its gates, where the branch cannot be skipped."""
+    gate = gated.passes.gate(gated.index, x.shape[0], x.device, training)
+    factor = gated.factor(gate and gate.survival_prob)
+    if gated.passes.observer is not None and (gate is None or gate.num_open):
+        x = gated.passes.observer(gated.index, torch.clone, x)
+    if gate is None:
+        return x if factor == 1.0 else x * factor
+    return x * _weights(gate, x, factor)
+
+
+def _weights(gate: Gate, x: Tensor, factor: float) -> Tensor:
+    weights = x.new_full(
+        (x.shape[0], *[1] * (x.dim() - 1)), 0.0 if gate.order is not None or not gate.num_open else factor
+    )
+    if gate.order is not None:
+        weights[gate.order[: gate.num_open]] = factor
+    return weights
+
+
+# Python code from a graph.
+
+
+def compiled(graph: fx.Graph, description: str) -> Code:
+    """A function `(block, *arguments)` that does what the graph says.
+
+    Raises:
+        TraceError: if it holds something that no code can name.
+    """
+    constants: dict[str, Any] = {"__builtins__": builtins}
+    names: dict[fx.Node, str] = {}
+    last_use: dict[fx.Node, list[fx.Node]] = {}
+    for node in reversed(list(graph.nodes)):
+        for used in node.all_input_nodes:
+            if not any(used in ends for ends in last_use.values()):
+                last_use.setdefault(node, []).append(used)
+
+    def constant(value: Any) -> str:
+        name = f"constant_{len(constants)}"
+        constants[name] = value
+        return name
+
+    def source(value: Any) -> str:
+        if isinstance(value, fx.Node):
+            return names[value]
+        if value is None or type(value) in (bool, int, str):
+            return repr(value)
+        if type(value) in (tuple, fx.immutable_collections.immutable_list, list):  # pyright: ignore
+            items = "".join(f"{source(item)}, " for item in value)
+            return f"({items})" if isinstance(value, tuple) else f"[{items}]"
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return f"{constant(type(value))}({', '.join(map(source, cast('tuple[Any]', value)))})"
+        if isinstance(value, dict):
+            pairs = ", ".join(f"{source(key)}: {source(item)}" for key, item in cast("dict[Any, Any]", value).items())
+            return f"{{{pairs}}}"
+        if isinstance(value, slice):
+            part = cast("slice[Any, Any, Any]", value)
+            return f"slice({source(part.start)}, {source(part.stop)}, {source(part.step)})"
+        return constant(value)
+
+    def arguments(args: Sequence[Any], kwargs: Mapping[str, Any], first: str = "") -> str:
+        given = [source(argument) for argument in args]
+        plain = {key: value for key, value in kwargs.items() if key.isidentifier() and not keyword.iskeyword(key)}
+        given += [f"{key}={source(value)}" for key, value in plain.items()]
+        others = {key: value for key, value in kwargs.items() if key not in plain}
+        if others:
+            given.append(f"**{source(others)}")
+        return ", ".join(filter(None, [first, *given]))
+
+    lines: list[str] = []
+    parameters: list[str] = []
+    for index, node in enumerate(graph.nodes):
+        names[node] = f"v{index}"
+        if node.op == "placeholder":
+            parameters.append(names[node])
+            continue
+        if node.op == "output":
+            lines.append(f"return {source(node.args[0])}")
+            continue
+        if node.op == "get_attr":
+            lines.append(f"{names[node]} = {_reached('block', node.meta.get('path') or str(node.target).split('.'))}")
+        elif node.op == "call_module":
+            lines.append(f"{names[node]} = {_reached('block', str(node.target).split('.'))}({arguments(node.args, node.kwargs)})")
+        elif node.op == "call_method":
+            receiver, *others = node.args
+            given = arguments(others, node.kwargs)
+            lines.append(f"{names[node]} = {source(receiver)}.{node.target}({given})")
+        else:
+            first = "block" if node.meta.get("takes_block") else ""
+            lines.append(f"{names[node]} = {constant(node.target)}({arguments(node.args, node.kwargs, first)})")
+        gone = [names[used] for used in last_use.get(node, ()) if used is not node]
+        if not node.users:
+            gone.append(names[node])
+        if gone:
+            lines[-1] += f"; {' = '.join(gone)} = None"
+    body = "\n    ".join(lines)
+    text = f"def forward({', '.join(['block', *parameters])}):\n    {body}\n"
+    try:
+        exec(compile(text, f"<{description}>", "exec"), constants)
+    except SyntaxError as error:
+        raise TraceError(f"its code cannot be written down: {error}") from error
+    return constants["forward"]
+
+
+def _reached(owner: str, path: Sequence[Any]) -> str:
+    for name in path:
+        if isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name):
+            owner += f".{name}"
+        elif isinstance(name, str) and name.isdigit():
+            owner = f"getattr({owner}, {name!r})"
+        else:
+            owner += f"[{name!r}]"
+    return owner

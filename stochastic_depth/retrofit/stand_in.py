@@ -1,0 +1,159 @@
+"""Stand-ins for a block: the same code on private state, so that running it leaves no trace on the block.
+
+A stand-in shares nothing that a forward may change: attributes are copied one level deep, buffers are cloned, hooks are
+left out, and parameters are either the block's own or random ones. Random ones are better for a comparison: a branch
+that contributes nothing at initialization (a LayerScale of zero) would hide every difference.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
+
+from stochastic_depth.copies import plain_class
+from stochastic_depth.retrofit.rules import is_drop_path
+
+_HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called",
+)  # fmt: skip
+# Larger parameters are used as they are, unless they are zero: a stand-in should not take the memory of a large block.
+_MAX_RANDOM = 2**16
+
+
+def stand_in(block: nn.Module, *, own_parameters: bool = False) -> nn.Module:
+    """A module that runs the block's code on private state.
+
+    Drop paths inside pass on what they are given, and BatchNorm uses its running statistics.
+
+    Args:
+        block: the block, plain or stochastic.
+        own_parameters: whether the block's parameters are used, which then receive gradients.
+    """
+    generator = torch.Generator().manual_seed(0)
+    made: dict[int, nn.Module] = {}
+    tensors: dict[int, Tensor | None] = {}
+
+    def parameter_of(parameter: nn.Parameter) -> Tensor:
+        if id(parameter) not in tensors:
+            tensors[id(parameter)] = (
+                parameter
+                if own_parameters
+                else nn.Parameter(_awake(parameter.detach(), generator), requires_grad=parameter.requires_grad)
+            )
+        return cast(Tensor, tensors[id(parameter)])
+
+    def buffer_of(buffer: Tensor) -> Tensor:
+        if id(buffer) not in tensors:
+            tensors[id(buffer)] = (
+                torch.zeros(buffer.shape, dtype=buffer.dtype) if _has_no_data(buffer) else buffer.detach().clone()
+            )
+        return cast(Tensor, tensors[id(buffer)])
+
+    def module_of(module: nn.Module) -> nn.Module:
+        if id(module) in made:
+            return made[id(module)]
+        if isinstance(module, torch.jit.ScriptModule):
+            return module
+        inner = module._modules.get("_orig_mod")
+        if inner is not None and type(module).__name__ == "OptimizedModule":
+            return module_of(inner)
+        plain = plain_class(module)
+        kind = _passing(plain) if is_drop_path(module) else plain
+        new = made[id(module)] = kind.__new__(kind)
+        new.__dict__.update(copied(module.__dict__))
+        new.__dict__.pop("_stochastic_depth_branch", None)
+        new.__dict__.pop("_stochastic_depth", None)
+        for name in _HOOKS:
+            new.__dict__[name] = OrderedDict[Any, Any]()
+        new.__dict__["_compiled_call_impl"] = None
+        new.__dict__["_parameters"] = {
+            name: None if value is None else parameter_of(value)
+            for name, value in module._parameters.items()
+        }
+        new.__dict__["_buffers"] = {
+            name: None if value is None else buffer_of(value)
+            for name, value in module._buffers.items()
+        }
+        new.__dict__["_modules"] = {
+            name: None if value is None else module_of(value)
+            for name, value in module._modules.items()
+        }
+        if isinstance(module, _BatchNorm) and module.track_running_stats:
+            new.__dict__["training"] = False
+        if "forward" in new.__dict__:
+            new.__dict__["forward"] = _bound_anew(new.__dict__["forward"], module, new)
+        return new
+
+    return module_of(block)
+
+
+def copied(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes of a module, whose lists, sets and dicts are copies."""
+    return {name: value.copy() if type(value) in (dict, list, set) else value for name, value in attributes.items()}
+
+
+def _bound_anew(forward: Any, module: nn.Module, new: nn.Module) -> Any:
+    """A forward that was set on a module, for its stand-in."""
+    if isinstance(forward, types.MethodType) and forward.__self__ is module:
+        return types.MethodType(forward.__func__, new)
+    if isinstance(forward, functools.partial):
+        args = [new if argument is module else argument for argument in cast("tuple[Any, ...]", forward.args)]
+        return functools.partial(cast("Callable[..., Any]", forward.func), *args, **forward.keywords)
+    return forward
+
+
+@functools.cache
+def _passing(plain: type[nn.Module]) -> type[nn.Module]:
+    def forward(_self: nn.Module, x: Any, *_args: Any, **_kwargs: Any) -> Any:
+        return x
+
+    return cast("type[nn.Module]", type(plain.__name__, (plain,), {"forward": forward}))
+
+
+def _has_no_data(tensor: Tensor) -> bool:
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+def _awake(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Random values in the form of a parameter; the parameter's own where it is large and not zero."""
+    plain = type(tensor) is Tensor and not tensor.is_meta
+    if plain and (not tensor.is_floating_point() or (tensor.numel() > _MAX_RANDOM and bool(tensor.any()))):
+        return tensor
+    device = tensor.device if not _has_no_data(tensor) else torch.device("cpu")
+    random = torch.rand(tensor.shape, generator=generator)
+    if tensor.numel() == max(tensor.shape, default=1):
+        random = random + 0.5  # gains, biases, scales
+    else:
+        random = (2 * random - 1) * math.sqrt(3 * tensor.shape[0] / tensor.numel())
+    return random.to(device, tensor.dtype)
+
+
+def sample_leaf(value: Any, rows: Tensor | None) -> Any:
+    """A private copy of an argument of a call: some of its samples, or all of them.
+
+    Args:
+        value: the argument.
+        rows: (n,) indices of samples; None for all of them.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    if _has_no_data(value):
+        shape = value.shape if rows is None else (len(rows), *value.shape[1:])
+        data = torch.rand([int(size) for size in shape])
+        value_like = data.to(value.dtype)
+        return value_like.requires_grad_(value.requires_grad)
+    data = value.detach()
+    data = data.clone() if rows is None else data.index_select(0, rows.to(data.device))
+    if rows is not None and value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last):
+        data = data.contiguous(memory_format=torch.channels_last)
+    return data.requires_grad_(value.requires_grad) if data.is_floating_point() or data.is_complex() else data

@@ -1,0 +1,162 @@
+"""The branches in a recording of a block: which sums they end in, what identifies each, and what holds its parameters."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+from torch import fx, nn
+
+from stochastic_depth.retrofit import cuts
+from stochastic_depth.retrofit.cuts import CutError, Sum
+
+Key = tuple[str, int]
+"""A branch of a block: the path of its drop path, "" for a plain addition; and which of that path's uses, from 0."""
+Identity = frozenset[str]
+"""What a branch is known by wherever it stands in the code: paths of the children and parameters that it uses."""
+
+
+class BranchParts(nn.Module):
+    """Holds the parameters of a branch of a foreign block: whole modules, and single parameters of the block.
+
+    Args:
+        block: the block.
+        members: paths of the modules.
+        direct: paths of the parameters. They are looked up when they are asked for: `to_empty`, FSDP and loading with
+            `assign` replace them.
+    """
+
+    def __init__(self, block: nn.Module, members: Sequence[str] = (), direct: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.paths = Paths(tuple(members), tuple(direct))
+        self._block = [block]  # In a list, so that it is no child.
+        self.members = nn.ModuleList()
+        self.direct = [path.rpartition(".")[::2] for path in direct]
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look the modules up again: adapters and conversions replace them."""
+        now = [module for path in self.paths.members if (module := _submodule(self._block[0], path)) is not None]
+        if len(now) != len(self.members) or any(a is not b for a, b in zip(now, self.members, strict=True)):
+            self.members = nn.ModuleList(now)
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters of all members where `recurse`, and the single ones."""
+        yield from super().named_parameters(prefix, recurse, remove_duplicate)
+        for path, name in self.direct:
+            holder = _submodule(self._block[0], path)
+            parameter = None if holder is None else holder._parameters.get(name)
+            if parameter is not None:
+                yield f"{prefix}direct.{name}", parameter
+
+
+def _submodule(block: nn.Module, path: str) -> nn.Module | None:
+    module: nn.Module | None = block
+    for name in path.split(".") if path else ():
+        module = None if module is None else module._modules.get(name)
+    return module
+
+
+def find_sums(graph: fx.Graph, block: nn.Module, drop_paths: Sequence[str]) -> dict[Key, Sum | CutError]:
+    """The branches in a recording of a block: of its drop paths, or without any of all residual additions.
+
+    What cannot be separated has the reason in place of its sum.
+    """
+    cuts.name_values_changed_in_place(graph, block)
+    if not drop_paths:
+        additions = cuts.residual_sums(graph, block)
+        return {("", index): _separable(residual, block) for index, residual in enumerate(additions)}
+    found: dict[Key, Sum | CutError] = {}
+    for call in calls_of(graph, drop_paths).values():
+        cuts.move_behind_what_commutes(call, block)
+    for key, call in calls_of(graph, drop_paths).items():
+        try:
+            found[key] = _separable(cuts.drop_path_sum(call, block), block)
+        except CutError as error:
+            found[key] = error
+    return found
+
+
+def _separable(residual: Sum, block: nn.Module) -> Sum | CutError:
+    try:
+        cuts.cut(residual, block)
+    except CutError as error:
+        return error
+    return residual
+
+
+def calls_of(graph: fx.Graph, drop_paths: Sequence[str]) -> dict[Key, fx.Node]:
+    """The calls of a block's drop paths, in order."""
+    numbers = {path: itertools.count() for path in drop_paths}
+    return {
+        (cast(str, node.target), next(numbers[cast(str, node.target)])): node
+        for node in graph.nodes
+        if node.op == "call_module" and node.target in numbers
+    }
+
+
+def identity(residual: Sum | CutError, block: nn.Module) -> Identity:
+    """What identifies a branch; nothing where it cannot be separated."""
+    if isinstance(residual, CutError):
+        return frozenset()
+    nodes = cuts.cut(residual, block).nodes
+    return frozenset(
+        cast(str, node.target) for node in nodes if node.op in ("call_module", "get_attr") and node is not residual.drop_path
+    )
+
+
+def match(
+    recorded: Mapping[Key, Identity], known: Mapping[Key, Identity]
+) -> dict[Key, Key]:
+    """Which known branch each branch of a recording is.
+
+    Branches of one drop path, and plain additions, are told apart by what they use, and only where that is the same by
+    their order. What has nothing in common with a known branch is none of them.
+    """
+    matched: dict[Key, Key] = {}
+    for path in dict.fromkeys(key[0] for key in recorded):
+        here = [key for key in recorded if key[0] == path]
+        there = [key for key in known if key[0] == path]
+        pairs = sorted(
+            ((_distance(recorded[a], known[b], a, b), a, b) for a in here for b in there), key=lambda pair: pair[0]
+        )
+        taken: set[Key] = set()
+        for distance, a, b in pairs:
+            by_order = bool(path) and len(here) == len(there) and (not recorded[a] or not known[b])
+            if a not in matched and b not in taken and (distance[0] < 1 or (by_order and a[1] == b[1])):
+                matched[a] = b
+                taken.add(b)
+        alone = [key for key in here if key not in matched]
+        if path and len(here) == len(there) == 1 and alone:
+            matched[here[0]] = there[0]  # The only use of a drop path is that use, whatever it uses now.
+    return matched
+
+
+def _distance(a: Identity, b: Identity, of: Key, to: Key) -> tuple[float, int]:
+    return 1 - len(a & b) / max(len(a | b), 1), abs(of[1] - to[1])
+
+
+class Paths(NamedTuple):
+    """Where the parameters of a branch are: children that only branches call, and single parameters."""
+
+    members: tuple[str, ...]
+    direct: tuple[str, ...]
+
+
+def paths_of(branches: Mapping[Key, cuts.Branch]) -> dict[Key, Paths]:
+    """Where the parameters of each branch of a recording are. A child that several branches call is a part of each."""
+    if not branches:
+        return {}
+    inner = {node for branch in branches.values() for node in branch.nodes}
+    nodes = next(iter(inner)).graph.nodes
+    outside = {node.target for node in nodes if node.op == "call_module" and node not in inner}
+    return {key: _paths(branch, outside) for key, branch in branches.items()}
+
+
+def _paths(branch: cuts.Branch, outside: Collection[Any]) -> Paths:
+    members = [cast(str, n.target) for n in branch.nodes if n.op == "call_module" and n.target not in outside]
+    direct = [cast(str, node.target) for node in branch.nodes if node.op == "get_attr"]
+    return Paths(tuple(dict.fromkeys(members)), tuple(dict.fromkeys(direct)))
