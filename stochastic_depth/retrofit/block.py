@@ -20,10 +20,10 @@ from stochastic_depth.retrofit.cuts import CutError
 from stochastic_depth.retrofit.forms import Reads, fingerprint, form_of_leaves, settings
 from stochastic_depth.retrofit.proof import FixedGates, ProofError, arguments_anew, private, prove
 from stochastic_depth.retrofit.recorder import Run, run_block
-from stochastic_depth.retrofit.rewrite import Code, GatedUse, generalize, in_training, mask, rewrite
+from stochastic_depth.retrofit.rewrite import Code, generalize, in_training, mask, rewrite, skeleton
 from stochastic_depth.retrofit.stand_in import stand_in
 from stochastic_depth.retrofit.sums import BranchParts, Identity, Key, Paths, find_sums
-from stochastic_depth.retrofit.trace import TraceError, flatten, unflatten
+from stochastic_depth.retrofit.trace import StoredError, TraceError, flatten, unflatten
 
 __all__ = ["BlockBranches", "BranchParts", "Key", "StochasticBlock", "StochasticDropPath", "Treatment", "find_sums"]
 
@@ -32,7 +32,7 @@ Treatment = Literal["skip", "mask"]
 # How many samples of a call the proof runs on.
 _NUM_SAMPLES = 4
 # A call that comes in more forms than this has the oldest ones forgotten.
-_MAX_FORMS = 256
+_MAX_FORMS = 128
 # Of how many arguments it is tried whether they hold samples.
 _MAX_UNSURE = 4
 
@@ -44,10 +44,12 @@ class Prepared:
     Attributes:
         code: the rewritten code; None where the block's own code runs, with masks.
         masked: the branches that are computed and masked, each with the cause.
+        stores: plain numbers that the block's own code sets on the block.
     """
 
     code: Code | None
     masked: dict[Key, str]
+    stores: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 class KnownForms:
@@ -55,6 +57,8 @@ class KnownForms:
 
     def __init__(self) -> None:
         self.prepared: dict[Any, Prepared] = {}
+        self.proven: set[Any] = set()
+        """What was proven, without the numbers in it: a number that changes with every step needs no new proof."""
         self.num_runs = 0
         """How many times a block's code was run to record and to prove it."""
         self.warned: set[Any] = set()
@@ -137,6 +141,8 @@ class BlockBranches:
         """
         leaves: list[Any] = []
         signature = flatten((args, kwargs), leaves)
+        if is_exporting():
+            return self._known_for_export(block, leaves), leaves
         reads = self._reads
         if reads is None or reads.children != tuple(block.__dict__["_modules"].values()):
             reads = self._look_again(block)
@@ -154,6 +160,20 @@ class BlockBranches:
                 del self._own[next(iter(self._own))]
             self._own[form] = prepared
         return prepared, leaves
+
+    def _known_for_export(self, block: nn.Module, leaves: list[Any]) -> Prepared:
+        """Code that was proven in evaluation: what an export sees has no values to prove anything with."""
+        for branch in self.gated.values():
+            branch.passes.gate(branch.index, 1, torch.device("cpu"), block.training)  # raises where gates would act
+        shapes = [leaf.shape[1:] if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves]
+        for (_, of_leaves, _, state), prepared in self._own.items():
+            known = [form[0][1:] if isinstance(form, tuple) and isinstance(form[0], tuple) else form for form in of_leaves]
+            if prepared.code is not None and ("training", False) in state[0] and known == shapes:
+                return prepared
+        raise RuntimeError(
+            f"The block {self.name} ({plain_class(block).__name__}) has not been proven in evaluation yet, which an "
+            "export cannot do: run the evaluated model once on the example inputs, or fold_ it first."
+        )
 
     def _look_again(self, block: nn.Module) -> Reads:
         """The block's children are others than before: adapters, conversions, a copy."""
@@ -211,17 +231,22 @@ class BlockBranches:
         """Rewritten code for a call, after it was proven equal to the block's own."""
         trial = stand_in(block)
         whole = self._recorded(trial, signature, leaves, {})
+        if whole.stores and self._recorded(trial, signature, leaves, {}).stores:
+            raise StoredError(f"the forward stores {', '.join(whole.stores)} on the block")
         rows = self._generalize(trial, signature, leaves, whole)
         draws = next(iter(self.gated.values())).passes
         fixed = FixedGates(draws)
         gated = {key: replace(branch, passes=fixed) for key, branch in self.gated.items()}
         own = replace(self, gated=gated, parts={}, _parts_at={})
         trial.__dict__["_stochastic_depth_branch"] = own
+        of = (self._fingerprint, torch.is_grad_enabled(), block.training, skeleton(whole.graph))
         code, uses = rewrite(whole.graph, trial, own, draws.granularity)
-        call = arguments_anew(signature, leaves, rows, unflatten)
-        num_samples = _NUM_SAMPLES if rows and draws.granularity == "sample" else None
-        self.forms.num_runs += prove(trial, code, uses, gated, fixed, call, num_samples, training=block.training)
-        return Prepared(code, {use.key: use.cause for use in uses if use.cause})
+        if of not in self.forms.proven:
+            call = arguments_anew(signature, leaves, rows, unflatten)
+            num_samples = _NUM_SAMPLES if rows and draws.granularity == "sample" else None
+            self.forms.num_runs += prove(trial, code, uses, gated, fixed, call, num_samples, training=block.training)
+            self.forms.proven.add(of)
+        return Prepared(code, {use.key: use.cause for use in uses if use.cause}, whole.stores)
 
     def _recorded(self, trial: nn.Module, signature: Any, leaves: list[Any], rows: Mapping[int, Tensor]) -> Run:
         args, kwargs, own = arguments_anew(signature, leaves, rows, unflatten)()
@@ -282,6 +307,8 @@ class StochasticBlock(nn.Module):
         if prepared.code is None:
             with _own_code():
                 return super().forward(*args, **kwargs)
+        for name, value in prepared.stores.items():
+            setattr(self, name, value)
         return prepared.code(self, *leaves)
 
 

@@ -77,11 +77,13 @@ class Run:
         graph: what it did. Targets are relative to the block; placeholders are the opaque arguments in order. The
             metadata of a node has the number of its `call`, the `shape` of a tensor, and the nodes that it `writes`.
         called: paths of the children, parameters and buffers that were used.
+        stores: plain numbers that the code has set on the block, with what they are now.
     """
 
     output: Any
     graph: fx.Graph
     called: set[str]
+    stores: dict[str, Any]
 
 
 def run_block(
@@ -110,8 +112,8 @@ def run_block(
         output = block.forward(*args, **kwargs)
     recorder.check_outside()
     recorder.end(output)
-    _refuse_changes(before, _contents(block, (args, kwargs)), recorder.changed_by_children)
-    return Run(output, recorder.graph, recorder.called)
+    stores = _stores(before, _contents(block, (args, kwargs)), recorder.changed_by_children)
+    return Run(output, recorder.graph, recorder.called, stores)
 
 
 def _contents(block: nn.Module, arguments: Any) -> dict[str, Any]:
@@ -140,15 +142,27 @@ def _containers(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _refuse_changes(before: dict[str, Any], after: dict[str, Any], by_children: set[str]) -> None:
-    changed = [name for name in {**before, **after} if not _same(before.get(name, _NOTHING), after.get(name, _NOTHING))]
+def _stores(before: dict[str, Any], after: dict[str, Any], by_children: set[str]) -> dict[str, Any]:
+    """The plain numbers that a forward has left on its block; it may leave nothing else.
+
+    Raises:
+        StoredError: if it does.
+    """
+    names = {**before, **after}
+    changed = [name for name in names if not _same(before.get(name, _NOTHING), after.get(name, _NOTHING))]
     changed = [name for name in changed if name not in by_children]
-    if not changed:
-        return
-    arguments = [name for name in changed if name.startswith("argument ")]
-    if arguments:
+    others = [name for name in changed if "." in name or not _is_number(after.get(name, _NOTHING))]
+    if any(name.startswith("argument ") for name in others):
         raise StoredError("the forward changes an object or a list that it is given")
-    raise StoredError(f"the forward stores {', '.join(changed)} on the block")
+    if others:
+        raise StoredError(f"the forward stores {', '.join(others)} on the block")
+    return {name: after[name] for name in changed}
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_number(item) for item in cast("tuple[Any, ...]", value))
+    return value is None or isinstance(value, (bool, int, float))
 
 
 _NOTHING = object()
@@ -439,8 +453,9 @@ class _Recorder(TorchFunctionMode):
         changed = [tensor for tensor, version in self._versions.values() if tensor._version != version]
         node.meta["writes"] = [self._nodes[id(tensor)] for tensor in changed]
         for tensor in changed:
-            if id(tensor) in self._held and self._block is not None and node.op != "call_module":
-                raise StoredError(f"the forward changes its {'.'.join(map(str, self._held[id(tensor)]))} in place")
+            if id(tensor) in self._held and node.op != "call_module":
+                path = ".".join(map(str, self._held[id(tensor)]))
+                raise StoredError(f"the forward changes its buffer {path} in place")
         edit = self._edits.get(number)
         if edit is not None and edit.operand is None:
             output = edit.of(output)

@@ -164,6 +164,35 @@ def _affine(graph: fx.Graph, rows: fx.Node, here: int, there: int, x: int, y: in
     return node
 
 
+def skeleton(graph: fx.Graph) -> tuple[Any, ...]:
+    """A recording without the numbers in it: recordings with one skeleton are rewritten in one way."""
+    index = {node: position for position, node in enumerate(graph.nodes)}
+
+    def of(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return index[value]
+        if isinstance(value, (tuple, list)):
+            return type(value).__name__, tuple(of(item) for item in cast("list[Any]", value))
+        if isinstance(value, dict):
+            return tuple((key, of(item)) for key, item in cast("dict[Any, Any]", value).items())
+        if isinstance(value, slice):
+            return "slice", of(value.start), of(value.stop), of(value.step)
+        return type(value).__name__ if type(value) in (int, float) else repr(value)
+
+    return tuple(
+        (
+            node.op,
+            node.target if isinstance(node.target, str) or "settings" not in node.meta else str(node.meta["settings"]),
+            of(node.args),
+            of(node.kwargs),
+            node.meta.get("samples"),
+            len(node.meta.get("shape", ())),
+            tuple(index[each] for each in node.meta.get("writes", ()) if each in index),
+        )
+        for node in graph.nodes
+    )
+
+
 # Gated code.
 
 

@@ -48,7 +48,7 @@ def stand_in(block: nn.Module, *, own_parameters: bool = False) -> nn.Module:
             tensors[id(parameter)] = (
                 parameter
                 if own_parameters
-                else nn.Parameter(_awake(parameter.detach(), generator), requires_grad=parameter.requires_grad)
+                else nn.Parameter(_awake(parameter if _has_no_data(parameter) else parameter.detach(), generator), requires_grad=parameter.requires_grad)
             )
         return cast(Tensor, tensors[id(parameter)])
 
@@ -121,12 +121,13 @@ def _passing(plain: type[nn.Module]) -> type[nn.Module]:
 
 
 def _has_no_data(tensor: Tensor) -> bool:
-    return tensor.is_meta or isinstance(tensor, FakeTensor)
+    wrapped: Any = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore
+    return tensor.is_meta or isinstance(tensor, FakeTensor) or wrapped(tensor)
 
 
 def _awake(tensor: Tensor, generator: torch.Generator) -> Tensor:
     """Random values in the form of a parameter; the parameter's own where it is large and not zero."""
-    plain = type(tensor) is Tensor and not tensor.is_meta
+    plain = type(tensor) is Tensor and not _has_no_data(tensor)
     if plain and (not tensor.is_floating_point() or (tensor.numel() > _MAX_RANDOM and bool(tensor.any()))):
         return tensor
     device = tensor.device if not _has_no_data(tensor) else torch.device("cpu")
