@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, cast
@@ -18,6 +19,9 @@ from stochastic_depth.samples import add_samples, apply, kept_once, take, take_a
 # The gated sum stays out of torch.compile's graphs, which would be one per pattern of gates; the branches that it calls
 # are compiled, one graph per shape.
 compiled_inside = partial(graph_break, recursive=False)
+
+masks_only: ContextVar[bool] = ContextVar("masks_only", default=False)
+"""Whether every branch is computed and multiplied by its gate: what `Controller.verify` compares with."""
 
 Rescale = Literal["eval", "train", "none"]
 SkippedGrad = Literal["zero", "none"]
@@ -135,6 +139,17 @@ class GatedBranch:
                 raise self._other_shape(output, shortcut)
             return total
         return self._sum_over_subset(shortcut, x, module, branch, gate, factor, parts)
+
+    def weights(self, x: Tensor, *, training: bool) -> float | Tensor:
+        """What a branch's output `x` (N, ...) is multiplied by where it is masked: a number, or weights (N,)."""
+        gate = self.passes.gate(self.index, x.shape[0], x.device, training)
+        factor = self.factor(gate and gate.survival_prob)
+        if gate is None or gate.num_open == x.shape[0]:
+            return factor
+        weights = x.new_zeros(x.shape[0])
+        if gate.order is not None:
+            weights[gate.order[: gate.num_open]] = factor
+        return weights
 
     def skip(self, shortcut: Tensor, parts: nn.Module, others: Sequence[Tensor] = ()) -> Tensor:
         """The sum where the branch, whose parameters `parts` holds, runs for no sample: a copy of `shortcut`."""
@@ -271,6 +286,16 @@ class _WithZeroGradients(torch.autograd.Function):
         return grad_outputs[0], *zeros
 
 
+def masked(gated: GatedBranch, x: Tensor, *, training: bool) -> Tensor:
+    """A branch's output `x` (N, ...) times its gates, where the branch is not skipped."""
+    if gated.passes.observer is not None:
+        x = gated.passes.observer(gated.index, torch.clone, x)
+    weights = gated.weights(x, training=training)
+    if isinstance(weights, Tensor):
+        return x * weights.view(-1, *[1] * (x.dim() - 1))
+    return x if weights == 1.0 else x * weights
+
+
 class StochasticResidual(Residual):
     """A `Residual` whose branch runs only where its gate is open. `make_stochastic_` gives this class to modules."""
 
@@ -280,6 +305,8 @@ class StochasticResidual(Residual):
         """The gated sum. x: (N, ...)."""
         shortcut = x if self.shortcut is None else self.shortcut(x)
         branch = cast(nn.Module, self._modules["branch"])  # Found faster than as an attribute.
+        if masks_only.get():
+            return shortcut + masked(self._stochastic_depth_branch, branch(x), training=self.training)
         return self._stochastic_depth_branch.add(
             shortcut, x, branch, nn.Module.__call__, parts=branch, training=self.training, repeatable=True
         )

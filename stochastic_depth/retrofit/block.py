@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from stochastic_depth.copies import plain_class
 from stochastic_depth.passes import eager, is_exporting
-from stochastic_depth.residual import GatedBranch, compiled_inside
+from stochastic_depth.residual import GatedBranch, compiled_inside, masked, masks_only
 from stochastic_depth.retrofit.cuts import CutError
 from stochastic_depth.retrofit.forms import Reads, fingerprint, form_of_leaves, settings
 from stochastic_depth.retrofit.proof import FixedGates, ProofError, arguments_anew, private, prove
-from stochastic_depth.retrofit.recorder import Run, run_block
-from stochastic_depth.retrofit.rewrite import Code, generalize, in_training, mask, rewrite, skeleton
+from stochastic_depth.retrofit.recorder import Edit, Run, run_block, run_with_edits
+from stochastic_depth.retrofit.rewrite import Code, GatedUse, generalize, in_training, rewrite, skeleton
 from stochastic_depth.retrofit.stand_in import stand_in
 from stochastic_depth.retrofit.sums import BranchParts, Identity, Key, Paths, find_sums
 from stochastic_depth.retrofit.trace import StoredError, TraceError, flatten, unflatten
@@ -45,11 +45,13 @@ class Prepared:
         code: the rewritten code; None where the block's own code runs, with masks.
         masked: the branches that are computed and masked, each with the cause.
         stores: plain numbers that the block's own code sets on the block.
+        uses: where its gated branches stand in its own code.
     """
 
     code: Code | None
     masked: dict[Key, str]
     stores: dict[str, Any] = field(default_factory=dict[str, Any])
+    uses: tuple[GatedUse, ...] = ()
 
 
 class KnownForms:
@@ -120,6 +122,15 @@ class BlockBranches:
             parts = self._parts_at[key, paths] = known if same else BranchParts(block, *paths)
         return parts
 
+    @property
+    def was_called(self) -> bool:
+        """Whether any call has shown how the branches are treated."""
+        return bool(self._own)
+
+    def cause_of_mask(self, key: Key) -> str:
+        """Why a branch is masked in the calls that were made; empty where it is skipped in all of them."""
+        return next((prepared.masked[key] for prepared in self._own.values() if key in prepared.masked), "")
+
     def is_plain(self, block: nn.Module) -> bool:
         """Whether the block's own code is right: the rule of evaluation holds, with no gate forced and no factor."""
         if block.training:
@@ -160,6 +171,18 @@ class BlockBranches:
                 del self._own[next(iter(self._own))]
             self._own[form] = prepared
         return prepared, leaves
+
+    def masked_own_code(
+        self, block: nn.Module, prepared: Prepared, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]
+    ) -> Any:
+        """What the block's own code gives where each branch's output is multiplied by its gate."""
+
+        def weights(key: Key) -> Callable[[Tensor], float | Tensor]:
+            return lambda output: self.gated[key].weights(output, training=in_training(block, key))
+
+        edits = {use.call: Edit(use.operand, weights(use.key)) for use in prepared.uses}
+        with _passing_drop_paths():
+            return run_with_edits(block, args, kwargs, leaves, edits)
 
     def _known_for_export(self, block: nn.Module, leaves: list[Any]) -> Prepared:
         """Code that was proven in evaluation: what an export sees has no values to prove anything with."""
@@ -246,7 +269,7 @@ class BlockBranches:
             num_samples = _NUM_SAMPLES if rows and draws.granularity == "sample" else None
             self.forms.num_runs += prove(trial, code, uses, gated, fixed, call, num_samples, training=block.training)
             self.forms.proven.add(of)
-        return Prepared(code, {use.key: use.cause for use in uses if use.cause}, whole.stores)
+        return Prepared(code, {use.key: use.cause for use in uses if use.cause}, whole.stores, tuple(uses))
 
     def _recorded(self, trial: nn.Module, signature: Any, leaves: list[Any], rows: Mapping[int, Tensor]) -> Run:
         args, kwargs, own = arguments_anew(signature, leaves, rows, unflatten)()
@@ -292,6 +315,18 @@ def _own_code() -> Generator[None]:
         _running.reset(token)
 
 
+_passing: ContextVar[bool] = ContextVar("_passing", default=False)
+
+
+@contextmanager
+def _passing_drop_paths() -> Generator[None]:
+    token = _passing.set(True)
+    try:
+        yield
+    finally:
+        _passing.reset(token)
+
+
 class StochasticBlock(nn.Module):
     """Behavior of a foreign block whose branches are gated. `make_stochastic_` gives this class to modules."""
 
@@ -307,6 +342,8 @@ class StochasticBlock(nn.Module):
         if prepared.code is None:
             with _own_code():
                 return super().forward(*args, **kwargs)
+        if masks_only.get():
+            return branches.masked_own_code(self, prepared, args, kwargs, leaves)
         for name, value in prepared.stores.items():
             setattr(self, name, value)
         return prepared.code(self, *leaves)
@@ -326,9 +363,11 @@ class StochasticDropPath(nn.Module):
 
     def forward(self, x: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         """The samples `x` (N, ...) times their gates."""
+        if _passing.get():
+            return x
         gated = self._stochastic_depth_branch.gated
         uses = _running.get()
         number = 0 if uses is None else uses.get(id(self), 0)
         if uses is not None:
             uses[id(self)] = number + 1
-        return mask(gated[min(number, len(gated) - 1)], x, training=self.training)
+        return masked(gated[min(number, len(gated) - 1)], x, training=self.training)

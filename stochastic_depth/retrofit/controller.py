@@ -13,6 +13,7 @@ from stochastic_depth.cost import Cost, measure_cost
 from stochastic_depth.cuda_graphs import BranchGraphs, refuse_unrecordable
 from stochastic_depth.passes import ForwardPasses
 from stochastic_depth.residual import SkippedGrad
+from stochastic_depth.retrofit.block import BlockBranches
 from stochastic_depth.retrofit.ddp import refuse_unsound
 from stochastic_depth.retrofit.find import Branch
 from stochastic_depth.retrofit.verify import Verification, verify
@@ -90,7 +91,7 @@ class Controller:
     @property
     def masked(self) -> list[tuple[str, str]]:
         """Names of the branches that are computed and masked, because they cannot be skipped, each with the cause."""
-        return [(branch.name, branch.cause) for branch in self._branches if branch.treatment == "mask"]
+        return [(branch.name, cause) for branch in self._branches if (cause := _cause_of_mask(branch))]
 
     @property
     def expected_depth(self) -> float:
@@ -269,7 +270,11 @@ class Controller:
         return measure_cost(self._root, self._passes, [branch.parts for branch in self._branches], inputs)
 
     def verify(self, *inputs: Any) -> Verification:
-        """Run an example and prove that every branch is gated, runs nothing when closed, and evaluation is repeatable.
+        """Run an example and prove that the model does what its own code does under masks.
+
+        Training and evaluation, outputs and gradients of parameters are compared, under several patterns of gates. Each
+        branch is gated by its own gate and runs nothing when closed, its parameters then get the gradients that were
+        promised, and evaluation is repeatable. Dropout is off meanwhile and BatchNorm uses its running statistics.
 
         Args:
             *inputs: arguments of a forward.
@@ -281,7 +286,7 @@ class Controller:
             RuntimeError: if one of these does not hold; the message names the branches.
         """
         self._refuse_detached()
-        return verify(self._root, self._passes, self._branches, inputs)
+        return verify(self._root, self._passes, self._branches, inputs, _cause_of_mask, self._skipped_grad)
 
     def __str__(self) -> str:
         rows = [("branch", "survival", "treatment")]
@@ -300,8 +305,8 @@ class Controller:
         return "\n".join(lines)
 
     def _treatment(self, branch: Branch, survival_prob: float) -> str:
-        if branch.treatment == "mask":
-            return f"mask, nothing is saved: {branch.cause}"
+        if cause := _cause_of_mask(branch):
+            return f"mask, nothing is saved: {cause}"
         if survival_prob == 1:
             return "always runs"
         batch = self._passes.granularity == "batch"
@@ -312,6 +317,14 @@ class Controller:
 
     def __repr__(self) -> str:
         return f"<Controller of {len(self.names)} branches, expected depth {self.expected_depth:.2f}>"
+
+
+def _cause_of_mask(branch: Branch) -> str:
+    """Why a branch is masked, as far as the calls of its block have shown; before the first one, as its code tells."""
+    own: Any = branch.module.__dict__.get("_stochastic_depth_branch")
+    if branch.key is not None and isinstance(own, BlockBranches) and own.was_called:
+        return own.cause_of_mask(branch.key)
+    return branch.cause
 
 
 def _check_length(values: Sequence[object], num_branches: int, name: str, what: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
+from stochastic_depth.copies import has_hooks, plain_class
 from stochastic_depth.retrofit.trace import is_size
 
 _ADDITIONS = {operator.add, operator.iadd, torch.add}
@@ -119,10 +120,52 @@ def added(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     is_addition = (node.op == "call_function" and node.target in _ADDITIONS) or (
         node.op == "call_method" and node.target in _ADDITION_METHODS
     )
-    if not is_addition or node.kwargs or len(node.args) != 2 or is_size(node):
+    if not is_addition or (node.kwargs and node.kwargs != {"alpha": 1}) or len(node.args) != 2 or is_size(node):
         return None
     first, second = node.args
     return (first, second) if isinstance(first, fx.Node) and isinstance(second, fx.Node) else None
+
+
+def spell_out_additions(graph: fx.Graph, block: nn.Module) -> None:
+    """Put a plain addition in place of what is one in other words: `alpha=`, `addcmul`, a module that adds."""
+    for node in list(graph.nodes):
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        alpha = node.kwargs.get("alpha")
+        if name in ("add", "add_") and alpha is not None and alpha != 1 and len(node.args) == 2:
+            _add(node, (node.args[1], alpha), node.args[0])
+        elif name in ("addcmul", "addcmul_") and len(node.args) == 3 and not node.kwargs:
+            _add(node, (node.args[1], node.args[2]), node.args[0])
+        elif node.op == "call_module" and len(node.args) == 2 and not node.kwargs and _adds(node, block):
+            node.op, node.target = "call_function", operator.add
+
+
+def _add(node: fx.Node, factors: tuple[Any, Any], shortcut: Any) -> None:
+    with node.graph.inserting_before(node):
+        product = node.graph.call_function(operator.mul, factors)
+    product.meta.update({key: node.meta[key] for key in ("shape", "samples") if key in node.meta})
+    node.op, node.target, node.args, node.kwargs = "call_function", operator.add, (shortcut, product), {}
+
+
+def _adds(node: fx.Node, block: nn.Module) -> bool:
+    """Whether a child without parameters adds its two arguments: tried on numbers."""
+    if not all(isinstance(argument, fx.Node) for argument in node.args):
+        return False
+    module = block.get_submodule(cast(str, node.target))
+    if any(True for _ in module.parameters()) or any(True for _ in module.buffers()) or has_hooks(module):
+        return False
+    a, b = torch.tensor([[1.0, -2.0, 3.0]]), torch.tensor([[5.0, 7.0, -11.0]])
+    try:
+        with torch.no_grad():
+            result = plain_class(module).forward(module, a, b)
+            again = plain_class(module).forward(module, 2 * a, b)
+    except Exception:  # It takes something else.
+        return False
+    return (
+        isinstance(result, torch.Tensor)
+        and result.shape == a.shape
+        and torch.equal(result, a + b)
+        and torch.equal(again, 2 * a + b)
+    )
 
 
 def _keeps_zero(node: fx.Node, value: fx.Node, block: nn.Module) -> bool:
@@ -292,16 +335,21 @@ def residual_sums(graph: fx.Graph, block: nn.Module) -> list[Sum]:
 
     An addition is one if both operands are computed from a common value, and one of them, the shortcut, is that value
     itself or computed from it by at most half as many children with parameters as the other, without any product of
-    two values (a projection). A branch has at least one child with parameters.
+    two values (a projection). A branch has at least one child with parameters. What was added to a shortcut before, by
+    a parallel branch, does not count for it: in `x + attention(y) + mlp(y)` both are branches.
     """
     sums: list[Sum] = []
+    bases: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         operands = added(node)
-        if operands is not None and operands[0] is not operands[1]:
-            for shortcut, output in (operands, operands[::-1]):
-                if _is_shortcut(shortcut, output, block):
-                    sums.append(Sum(node, shortcut, output))
-                    break
+        if operands is None or operands[0] is operands[1]:
+            continue
+        for shortcut, output in (operands, operands[::-1]):
+            base = bases.get(shortcut, shortcut)
+            if any(_is_shortcut(each, output, block) for each in dict.fromkeys((shortcut, base))):
+                sums.append(Sum(node, shortcut, output))
+                bases[node] = base
+                break
     return sums
 
 
@@ -315,9 +363,28 @@ def _is_shortcut(shortcut: fx.Node, output: fx.Node, block: nn.Module) -> bool:
     if not any(node.op != "get_attr" for node in common):
         return False
     projection = of_shortcut - of_output
-    if any(node.op == "call_function" for node in projection):
+    if any(node.op == "call_function" and not _is_cheap(node) for node in projection):
         return False
     return 2 * _num_computing(projection, block) <= _num_computing(of_output - of_shortcut, block)
+
+
+def _is_cheap(node: fx.Node) -> bool:
+    """Whether a function does to a shortcut what leaves it one: scaling by a number, padding, pooling, a view."""
+    name = getattr(node.target, "__name__", "")
+    if name in ("mul", "truediv", "div", "multiply", "add", "imul"):
+        values = [each for each in node.all_input_nodes if each.op != "get_attr" and not is_size(each)]
+        return len(values) <= 1
+    if name in ("cat", "concat"):
+        # Zeros beside the shortcut, as the authors' networks have them.
+        return len([each for each in node.all_input_nodes if not is_size(each)]) <= 2
+    return name in _CHEAP or name in _SAME_MEMORY
+
+
+_CHEAP = {
+    "pad", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "max_pool1d",
+    "max_pool2d", "interpolate", "zeros", "zeros_like", "new_zeros", "dropout", "to", "clone", "getattr", "_after",
+    "boolean_dispatch", "adaptive_avg_pool3d", "max_pool3d", "fn", "roll", "flip",
+}  # fmt: skip
 
 
 def _num_computing(nodes: Collection[fx.Node], block: nn.Module) -> int:

@@ -14,7 +14,7 @@ from torch import fx, nn
 from stochastic_depth.copies import plain_class
 from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit import cuts
-from stochastic_depth.retrofit.sums import BranchParts, Identity, Key, find_sums, identity, paths_of
+from stochastic_depth.retrofit.sums import BranchParts, Identity, Key, find_sums, identity, match, paths_of
 from stochastic_depth.retrofit.cuts import CutError, UnusedError
 from stochastic_depth.retrofit.rules import DropPathRule, drop_path_rule
 from stochastic_depth.retrofit.trace import OPAQUE, Recording, StoredError, TraceError, flatten, may_be_size, record
@@ -286,35 +286,57 @@ class _Reading(NamedTuple):
 
 
 def _readings(block: nn.Module, drop_paths: Sequence[str]) -> tuple[dict[Key, _Reading], dict[str, None]]:
-    """The branches of a block on any way through its code, and the children that it calls."""
+    """The branches of a block on any way through its code, and the children that it calls.
+
+    Raises:
+        TraceError: if the code cannot be read, or leaves something on the block in one of its modes.
+    """
     called: dict[str, None] = {}
     readings: dict[Key, _Reading] = {}
-    for recording in recordings(block):
+    for recording in _all_recordings(block):
         called.update(dict.fromkeys(node.target for node in recording.graph.nodes if node.op == "call_module"))
-        branches: dict[Key, cuts.Branch] = {}
-        identities: dict[Key, Identity] = {}
-        for key, residual in find_sums(recording.graph, block, drop_paths).items():
-            identities[key] = identity(residual, block)
-            if not isinstance(residual, CutError):
-                branches[key] = cuts.cut(residual, block)
-            elif drop_paths:
-                readings[key] = _Reading(frozenset(), residual)
-        for key, paths in paths_of(branches).items():
-            if key not in readings or not isinstance(readings[key].parts, CutError):
-                readings[key] = _Reading(identities[key], BranchParts(block, *paths))
-    _refuse_stores(block)
+        sums = find_sums(recording.graph, block, drop_paths)
+        identities = {key: identity(residual, block) for key, residual in sums.items()}
+        branches = {key: cuts.cut(each, block) for key, each in sums.items() if not isinstance(each, CutError)}
+        paths = paths_of(branches)
+        matched = match(identities, {key: reading.identity for key, reading in readings.items()})
+        for key, residual in sums.items():
+            if isinstance(residual, CutError) and not drop_paths:
+                continue
+            known = matched.get(key) or (key[0], sum(other[0] == key[0] for other in readings))
+            if isinstance(residual, CutError):
+                readings[known] = _Reading(readings[known].identity if known in readings else frozenset(), residual)
+            elif known not in readings:
+                readings[known] = _Reading(identities[key], BranchParts(block, *paths[key]))
+            elif not isinstance(readings[known].parts, CutError):
+                before = readings[known]
+                joined = [tuple(dict.fromkeys([*a, *b])) for a, b in zip(before.parts.paths, paths[key], strict=True)]
+                readings[known] = _Reading(before.identity | identities[key], BranchParts(block, *joined))
     return dict(sorted(readings.items(), key=lambda item: item[0][1])), called
 
 
-def _refuse_stores(block: nn.Module) -> None:
-    """Refuse a block that leaves something behind in the mode in which it is not now, before it is there."""
-    try:
-        for _ in recordings(block, other_mode=True):
-            pass
-    except StoredError:
-        raise
-    except TraceError:
-        pass  # It may never be called in that mode.
+def _all_recordings(block: nn.Module) -> Iterator[Recording]:
+    """Recordings of a block in its mode and in the other one, without and with its optional arguments.
+
+    Raises:
+        StoredError: if the forward leaves something on the block in any of them.
+        TraceError: if it cannot be recorded in its mode, as far as its arguments have to be given.
+    """
+    yield from recordings(block)
+    for other_mode, optional in ((True, False), (False, True), (True, True)):
+        if optional and not _has_optional(block):
+            continue
+        arguments = (_default_arguments(block, optional=optional), {})
+        try:
+            yield from recordings(block, arguments, other_mode=other_mode)
+        except StoredError:
+            raise
+        except TraceError:
+            pass  # It may never be called so.
+
+
+def _has_optional(block: nn.Module) -> bool:
+    return _default_arguments(block, optional=True) != _default_arguments(block)
 
 
 def recordings(
@@ -365,6 +387,8 @@ def _explore(decisions: Sequence[bool], taken: list[bool], node: fx.Node) -> boo
     subject = cast(fx.Node, node.args[0])
     if not may_be_size(subject):
         raise TraceError(f"the forward decides by the value of {subject.name}")
+    if node.target is int:
+        return 4
     if node.target is len:
         # Arguments that a block loops over are sizes of an image more often than not. A call is recorded anew with
         # what it is given, and refused if its branches are others.
@@ -374,10 +398,13 @@ def _explore(decisions: Sequence[bool], taken: list[bool], node: fx.Node) -> boo
     return decision
 
 
-def _default_arguments(block: nn.Module) -> tuple[Any, ...]:
+def _default_arguments(block: nn.Module, *, optional: bool = False) -> tuple[Any, ...]:
+    """The arguments that have to be given, as symbols, and the defaults of the others; symbols too if `optional`."""
     parameters = list(inspect.signature(plain_class(block).forward).parameters.values())[1:]
     return tuple(
-        OPAQUE if parameter.default is parameter.empty else parameter.default
+        OPAQUE
+        if parameter.default is parameter.empty or (optional and parameter.default is None)
+        else parameter.default
         for parameter in parameters
         if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.KEYWORD_ONLY)
     )

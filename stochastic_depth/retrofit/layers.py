@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from stochastic_depth.copies import plain_class, plain_copy, tensor_without_data
 from stochastic_depth.passes import CLOSED, Gate, eager
-from stochastic_depth.residual import GatedBranch, compiled_inside
+from stochastic_depth.residual import GatedBranch, compiled_inside, masks_only
 from stochastic_depth.retrofit.shapes import samples_among
 from stochastic_depth.retrofit.trace import Recording, TraceError, decide_by, flatten, record, remember, unflatten
 
@@ -72,6 +72,16 @@ class StochasticLayer(nn.Module):
         hidden = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
         if hidden is None:
             raise TypeError(f"The layer {name} is called without a tensor: it has no hidden states to hand on.")
+        if masks_only.get():
+            output = self._run(leaves, signature)
+            weights = gated.weights(hidden, training=self.training)
+            if gated.drop_paths and isinstance(weights, Tensor):
+                weights = (weights > 0).to(weights.dtype)
+            elif gated.drop_paths:
+                weights = float(weights > 0)
+            if isinstance(weights, Tensor):
+                weights = weights.view(-1, *[1] * (hidden.dim() - 1))
+            return _with_first(output, hidden + weights * (_first(output) - hidden))
         gate = gated.passes.gate(gated.index, hidden.shape[0], hidden.device, self.training)
         factor = 1.0 if gated.drop_paths else gated.factor(gate and gate.survival_prob)
         if gate is None or gate.num_open == hidden.shape[0]:

@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from stochastic_depth.copies import plain_class
 from stochastic_depth.retrofit.stand_in import copied
 from stochastic_depth.retrofit.trace import StoredError, TraceError
 
@@ -52,17 +53,18 @@ class Edit:
 
     Attributes:
         operand: which argument of the call is multiplied; None for its result.
-        weights: by what, a number or (N,) weights of the samples.
+        weights: by what: a number, or (N,) weights of the samples, or what gives them for a value.
     """
 
     operand: int | None
-    weights: float | Tensor
+    weights: float | Tensor | Callable[[Tensor], float | Tensor]
 
     def of(self, value: Any) -> Any:
         """A value (N, ...) times the weights."""
-        if not isinstance(self.weights, Tensor):
-            return value * self.weights
-        weights = self.weights.to(value.device, value.dtype)
+        weights = self.weights if isinstance(self.weights, (float, int, Tensor)) else self.weights(value)
+        if not isinstance(weights, Tensor):
+            return value * weights
+        weights = weights.to(value.device, value.dtype)
         if value.shape[:1] != weights.shape:
             weights = weights.repeat_interleave(value.shape[0] // weights.shape[0])
         return value * weights.view(-1, *[1] * (value.dim() - 1))
@@ -114,6 +116,22 @@ def run_block(
     recorder.end(output)
     stores = _stores(before, _contents(block, (args, kwargs)), recorder.changed_by_children)
     return Run(output, recorder.graph, recorder.called, stores)
+
+
+def run_with_edits(
+    block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], leaves: Sequence[Any], edits: Mapping[int, Edit]
+) -> Any:
+    """What a block's own code gives, on the block itself, with some of its calls changed.
+
+    Args:
+        block: the block.
+        args: arguments of the call.
+        kwargs: arguments by name.
+        leaves: those of its tensors and objects that the recording treats as arguments, in order.
+        edits: calls to change, by their numbers.
+    """
+    with _Recorder(block, leaves, edits).watching(block):
+        return plain_class(block).forward(block, *args, **kwargs)
 
 
 def _contents(block: nn.Module, arguments: Any) -> dict[str, Any]:

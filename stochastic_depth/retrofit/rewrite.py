@@ -9,11 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple, Protocol, cast
 
-import torch
 from torch import Tensor, fx, nn
 
-from stochastic_depth.passes import Gate
-from stochastic_depth.residual import GatedBranch, compiled_inside
+from stochastic_depth.residual import GatedBranch, compiled_inside, masked
 from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.cuts import CutError, Sum
 from stochastic_depth.retrofit.sums import Identity, Key, Paths, calls_of, find_sums, identity, match, paths_of
@@ -474,35 +472,15 @@ def _gated_value(
 
 def _mask(call: fx.Node, key: Key, gates: BlockGates) -> None:
     @compiled_inside
-    def masked(block: nn.Module, x: Tensor) -> Tensor:
+    def gated_output(block: nn.Module, x: Tensor) -> Tensor:
         gates = _gates_of(block)
-        return x if gates is None else mask(gates.gated[key], x, training=in_training(block, key))
+        return x if gates is None else masked(gates.gated[key], x, training=in_training(block, key))
 
-    masked.__name__ = f"masked_{list(gates.known).index(key)}"
-    call.op, call.target = "call_function", masked
+    gated_output.__name__ = f"gated_output_{list(gates.known).index(key)}"
+    call.op, call.target = "call_function", gated_output
     call.args = (call.args[0] if call.args else next(iter(call.kwargs.values())),)
     call.kwargs = {}
     call.meta["takes_block"] = True
-
-
-def mask(gated: GatedBranch, x: Tensor, *, training: bool) -> Tensor:
-    """A branch's output `x` (N, ...) times its gates, where the branch cannot be skipped."""
-    gate = gated.passes.gate(gated.index, x.shape[0], x.device, training)
-    factor = gated.factor(gate and gate.survival_prob)
-    if gated.passes.observer is not None and (gate is None or gate.num_open):
-        x = gated.passes.observer(gated.index, torch.clone, x)
-    if gate is None:
-        return x if factor == 1.0 else x * factor
-    return x * _weights(gate, x, factor)
-
-
-def _weights(gate: Gate, x: Tensor, factor: float) -> Tensor:
-    weights = x.new_full(
-        (x.shape[0], *[1] * (x.dim() - 1)), 0.0 if gate.order is not None or not gate.num_open else factor
-    )
-    if gate.order is not None:
-        weights[gate.order[: gate.num_open]] = factor
-    return weights
 
 
 # Python code from a graph.

@@ -66,6 +66,7 @@ def find_sums(graph: fx.Graph, block: nn.Module, drop_paths: Sequence[str]) -> d
     What cannot be separated has the reason in place of its sum.
     """
     cuts.name_values_changed_in_place(graph, block)
+    cuts.spell_out_additions(graph, block)
     if not drop_paths:
         additions = cuts.residual_sums(graph, block)
         return {("", index): _separable(residual, block) for index, residual in enumerate(additions)}

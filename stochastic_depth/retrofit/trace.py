@@ -10,8 +10,11 @@ condition for using the recording again.
 from __future__ import annotations
 
 import builtins
+import dataclasses
+import functools
 import math
 import operator
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
@@ -141,50 +144,91 @@ def record(
         TraceError: if it cannot be recorded for another reason; the message says why.
     """
     call = _Call(block, signature, other_mode=other_mode)
-    graph, conditions = _traced(call, block, num_leaves, decide, with_buffers=with_buffers)
+    graph, conditions = _traced(call, num_leaves, decide, with_buffers=with_buffers)
     names = _state_stored(
         call, block, signature, num_leaves, conditions, with_buffers=with_buffers, other_mode=other_mode
     )
     if names:
         raise StoredError(f"the forward stores {', '.join(names)} on the block")
-    for node in graph.nodes:
-        if node.op in ("call_module", "get_attr"):
-            if node.target == "block":
-                raise TraceError("the block passes itself on")
-            node.target = node.target.removeprefix("block.")
     for node in reversed(list(graph.nodes)):
-        # What is unpacked and not used is no use of the whole.
+        # What is unpacked and not used is no use of the whole, nor is a parameter that is only looked at.
         # Assertions about sizes go: the views that they announce fail by themselves.
-        if not node.users and (node.target is operator.getitem or node.target is torch._assert):  # pyright: ignore
+        unused = node.op == "get_attr" or node.target is operator.getitem or node.target is torch._assert  # pyright: ignore
+        if unused and not node.users:
             graph.erase_node(node)
     return Recording(graph, conditions)
 
 
 def _traced(
-    call: _Call, block: nn.Module, num_leaves: int, decide: _Decide, *, with_buffers: bool
+    call: _Call, num_leaves: int, decide: _Decide, *, with_buffers: bool
 ) -> tuple[fx.Graph, list[tuple[fx.Node, Any]]]:
     """The graph of a call, and the values that its code has decided by."""
     conditions: list[tuple[fx.Node, Any]] = []
     tracer = _BlockTracer(conditions, decide)
-    tracer.proxy_buffer_attributes = with_buffers
     # What only holds for a part of the forward, such as autocast, is seen as a change of this state.
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.enable_grad():
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.enable_grad(), torch.random.fork_rng([]):
         tracer.expected_state = _context()
+        random_state = torch.get_rng_state(), random.getstate()
         try:
-            with _UnchangedBuffers(block):
-                graph = tracer.trace(call, concrete_args=(fx.PH,) * num_leaves)  # pyright: ignore[reportArgumentType]
+            with _UnchangedBuffers(call.original):
+                leaves = [tracer.create_proxy("placeholder", f"leaves_{i}", (), {}) for i in range(num_leaves)]
+                _put_symbols(call.block, call.original, tracer, with_buffers=with_buffers)
+                call.start = _attributes(call.block)
+                output = call(*leaves)
+                tracer.create_node("output", "output", (tracer.create_arg(output),), {})
         except TraceError:
             raise
         except Exception as error:  # The block's own code met a symbol where it wants a value.
             raise TraceError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
-    return graph, conditions
+        finally:
+            drawn = not torch.equal(torch.get_rng_state(), random_state[0]) or random.getstate() != random_state[1]
+            random.setstate(random_state[1])
+        if drawn:
+            raise TraceError("the forward draws random numbers itself, outside of its children")
+    return tracer.graph, conditions
 
 
-class _Call(nn.Module):
+def _put_symbols(shadow: nn.Module, module: nn.Module, tracer: _BlockTracer, path: str = "", *, with_buffers: bool) -> None:
+    """Symbols in place of the parameters of a block's shadow, and callable stand-ins in place of its children."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            shadow._parameters[name] = tracer.attribute(f"{path}{name}", parameter)  # pyright: ignore
+    for name, buffer in module._buffers.items():
+        if buffer is not None and with_buffers:
+            shadow._buffers[name] = tracer.attribute(f"{path}{name}", buffer)  # pyright: ignore
+        elif buffer is not None:
+            tracer.buffers[id(buffer)] = f"{path}{name}"
+    for name, child in module._modules.items():
+        if child is None:
+            continue
+        if child in tracer.stand_ins:
+            shadow._modules[name] = tracer.stand_ins[child]
+            continue
+        plain = nn.Module if isinstance(child, torch.jit.ScriptModule) else plain_class(child)
+        kind = _called_class(plain)
+        stand_in = tracer.stand_ins[child] = kind.__new__(kind)
+        stand_in.__dict__.update(_copied(child.__dict__))
+        stand_in.__dict__.pop("forward", None)
+        stand_in.__dict__["_symbolic_call"] = (tracer, f"{path}{name}")
+        for group in _GROUPS:
+            stand_in.__dict__[group] = dict(child.__dict__.get(group, {}))
+        shadow._modules[name] = stand_in
+        _put_symbols(stand_in, child, tracer, f"{path}{name}.", with_buffers=with_buffers)
+
+
+@functools.cache
+def _called_class(plain: type[nn.Module]) -> type[nn.Module]:
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        tracer, path = self.__dict__["_symbolic_call"]
+        return tracer.create_proxy("call_module", path, args, kwargs)
+
+    return type(plain.__name__, (plain,), {"__call__": call})
+
+
+class _Call:
     def __init__(
         self, block: nn.Module, signature: Any, *, other_mode: bool, changed: Mapping[str, int] | None = None
     ) -> None:
-        super().__init__()
         plain: type[nn.Module] = plain_class(block)
         # A shallow copy: what the forward assigns to `self`, or puts into a cache of its own, does not stay.
         shadow = plain.__new__(plain)
@@ -197,10 +241,11 @@ class _Call(nn.Module):
         shadow.__dict__.update(changed or {})
         self.block = shadow
         self.start = _attributes(shadow)
+        self.original = block
         self._plain = plain
         self._signature = signature
 
-    def forward(self, *leaves: Any) -> Any:
+    def __call__(self, *leaves: Any) -> Any:
         args, kwargs = unflatten(self._signature, leaves)
         return self._plain.forward(self.block, *args, **kwargs)
 
@@ -237,7 +282,7 @@ def _state_stored(
         )
         decisions = iter([value for _, value in conditions])
         try:
-            _traced(again, block, num_leaves, lambda _: next(decisions), with_buffers=with_buffers)
+            _traced(again, num_leaves, lambda _: next(decisions), with_buffers=with_buffers)
         except TraceError:
             return list(stored)
         ends = _attributes(again.block)
@@ -306,7 +351,32 @@ def _context() -> tuple[Any, ...]:
 
 
 class _Symbol(fx.Proxy):
-    """Records `x += y` as the change in place that it is; `fx.Proxy` takes it for `x = x + y`."""
+    """Stands for a tensor, or for a number that follows from sizes, and answers as one would.
+
+    `x += y` is recorded as the change in place that it is; `fx.Proxy` takes it for `x = x + y`.
+    """
+
+    _is_param = False
+
+    @property
+    def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return int if is_size(self.node) and _is_plain_number(self.node) else Tensor
+
+    def __int__(self) -> int:
+        return int(self.tracer._value(self, int))  # pyright: ignore
+
+    def __index__(self) -> int:
+        return int(self)
+
+    def __float__(self) -> float:
+        return float(int(self))
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+def _is_plain_number(node: fx.Node) -> bool:
+    return not (node.target is getattr and node.args[1] in ("shape", "dtype", "device")) and node.target != "size"
 
 
 def _record_in_place(method: str) -> None:
@@ -322,18 +392,26 @@ for _method in ("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imo
     _record_in_place(_method)
 
 
-class _BlockTracer(fx.Tracer):
+class _BlockTracer(fx.proxy.GraphAppendingTracer):
+    """Appends to a graph. Unlike `fx.Tracer`, it patches nothing that other threads use."""
+
     def __init__(self, conditions: list[tuple[fx.Node, Any]], decide: _Decide) -> None:
-        super().__init__(param_shapes_constant=False)
+        super().__init__(fx.Graph())
         self._conditions = conditions
         self._decide = decide
         self.expected_state: tuple[Any, ...] = ()
+        self.stand_ins: dict[nn.Module, nn.Module] = {}
+        self.buffers: dict[int, str] = {}
+        self._attributes: dict[int, fx.Proxy] = {}
+
+    def attribute(self, path: str, tensor: Tensor) -> fx.Proxy:
+        """The symbol of a parameter or buffer; one that has several names has one symbol."""
+        if id(tensor) not in self._attributes:
+            self._attributes[id(tensor)] = self.create_proxy("get_attr", path, (), {})
+        return self._attributes[id(tensor)]
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Symbol(node, self)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002
-        return True
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if self.expected_state and _context() != self.expected_state:
@@ -341,9 +419,16 @@ class _BlockTracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
-        is_constant = isinstance(a, Tensor) and not isinstance(a, nn.Parameter)
-        if is_constant and not any(a is buffer for buffer in self.root.buffers()):
-            raise TraceError("the forward makes a tensor, or holds one, that is neither parameter nor buffer")
+        if isinstance(a, fx.Proxy):
+            return a.node
+        if isinstance(a, Tensor):
+            if id(a) not in self.buffers:
+                raise TraceError("the forward makes a tensor, or holds one, that is neither parameter nor buffer")
+            return self.create_node("get_attr", self.buffers[id(a)], (), {})
+        if isinstance(a, nn.Module):
+            raise TraceError("the block passes a module on")
+        if dataclasses.is_dataclass(a) and not isinstance(a, type):
+            raise TraceError(f"the forward makes a {type(a).__name__}")
         return super().create_arg(a)
 
     def to_bool(self, obj: fx.Proxy) -> bool:

@@ -1,4 +1,4 @@
-"""The proof that a model's branches are gated: it runs an example and looks which modules are called."""
+"""The proof that a model's branches are gated rightly: it runs an example and compares with the model's own code."""
 
 from __future__ import annotations
 
@@ -12,8 +12,14 @@ from torch.utils._pytree import tree_leaves
 
 from stochastic_depth.cost import Meter, observed, undisturbed
 from stochastic_depth.passes import ForwardPasses
-from stochastic_depth.retrofit.block import BranchParts
+from stochastic_depth.residual import SkippedGrad, masks_only
 from stochastic_depth.retrofit.find import Branch
+from stochastic_depth.retrofit.proof import deviation, tolerance
+from stochastic_depth.retrofit.quiet import without_noise
+from stochastic_depth.retrofit.sums import BranchParts
+
+CauseOf = Callable[[Branch], str]
+"""Says why a branch is masked; nothing where it is skipped."""
 
 
 @dataclass(frozen=True)
@@ -25,46 +31,207 @@ class Verification:
         num_masked: how many of them are not skipped but masked.
         forward_flops_open: FLOPs of a forward with all gates open.
         forward_flops_closed: FLOPs of a forward with all gates closed.
+        output_deviation: largest difference of an output from the model's own code under masks, in training and
+            evaluation, relative to the largest value.
+        gradient_deviation: the same of the gradient of a parameter, relative to the largest one of all.
+        statuses: for each branch its name, "proven" or "masked", and why it is masked.
     """
 
     num_branches: int
     num_masked: int
     forward_flops_open: int
     forward_flops_closed: int
+    output_deviation: float
+    gradient_deviation: float
+    statuses: tuple[tuple[str, str, str], ...]
 
     def __str__(self) -> str:
         share = self.forward_flops_closed / max(self.forward_flops_open, 1)
         masked = f", but {self.num_masked} that are computed and masked" if self.num_masked else ""
-        return (
+        lines = [
             f"{self.num_branches} branches: each is gated and runs nothing when closed{masked}; evaluation is "
-            f"repeatable. With all gates closed {share:.1%} of the forward FLOPs are left."
-        )
+            f"repeatable. With all gates closed {share:.1%} of the forward FLOPs are left.",
+            "Training and evaluation equal the model's own code under masks: outputs to "
+            f"{self.output_deviation:.1e}, gradients to {self.gradient_deviation:.1e} of their largest value.",
+        ]
+        lines += [f"{name}: masked, {why}" for name, status, why in self.statuses if status == "masked"]
+        return "\n".join(lines)
 
 
-def verify(root: nn.Module, passes: ForwardPasses, branches: Sequence[Branch], inputs: Sequence[Any]) -> Verification:
-    """See `Controller.verify`."""
+def verify(
+    root: nn.Module,
+    passes: ForwardPasses,
+    branches: Sequence[Branch],
+    inputs: Sequence[Any],
+    cause_of: CauseOf,
+    skipped_grad: SkippedGrad,
+) -> Verification:
+    """See `Controller.verify`.
+
+    Args:
+        root: the stochastic model.
+        passes: its passes.
+        branches: its branches.
+        inputs: arguments of a forward.
+        cause_of: says why a branch is masked.
+        skipped_grad: what the parameters of a branch that did not run get.
+    """
     every = range(len(branches))
-    before = passes.forced
-    with torch.no_grad(), undisturbed(root), _Watch(root, passes, branches) as watch:
-        root.eval()
+    before = passes.forced, passes.counter, passes.latest
+    with undisturbed(root):
         try:
-            reached = watch.run(root, inputs, (True,) * len(branches))
-            _refuse(passes, set(every) - reached.branches, "never reached by this input")
-            closed = watch.run(root, inputs, (False,) * len(branches))
-            _refuse(passes, closed.branches, "run although their gates are closed")
-            for index in every:
-                # Also one by one: a gate that opens with another branch's would pass the test above.
-                alone = watch.run(root, inputs, tuple(other == index for other in every))
-                _refuse(passes, alone.branches - {index}, f"run where only {passes.names[index]!r} is open")
-            first = watch.run(root, inputs, None)
-            _refuse(passes, set(every) - first.branches, "not run in evaluation")
-            second = watch.run(root, inputs, None)
+            of_outputs, of_gradients = _compare_with_masks(root, passes, branches, inputs, skipped_grad)
+            with torch.no_grad(), _Watch(root, passes, branches) as watch:
+                root.eval()
+                reached = watch.run(root, inputs, (True,) * len(branches))
+                _refuse(passes, set(every) - reached.branches, "never reached by this input")
+                masked = {index for index in every if cause_of(branches[index])}
+                closed = watch.run(root, inputs, (False,) * len(branches))
+                _refuse(passes, closed.branches - masked, "run although their gates are closed")
+                for index in every:
+                    # Also one by one: a gate that opens with another branch's would pass the test above.
+                    alone = watch.run(root, inputs, tuple(other == index for other in every))
+                    others = alone.branches - {index} - masked
+                    _refuse(passes, others, f"run where only {passes.names[index]!r} is open")
+                first = watch.run(root, inputs, None)
+                _refuse(passes, set(every) - first.branches, "not run in evaluation")
+                second = watch.run(root, inputs, None)
         finally:
-            passes.forced = before
+            passes.forced, passes.counter, passes.latest = before
     if not all(_same(a, b) for a, b in zip(first.outputs, second.outputs, strict=True)):
         raise RuntimeError("Two evaluations of one input differ: something in the model draws in evaluation mode.")
-    num_masked = sum(branch.treatment == "mask" for branch in branches)
-    return Verification(len(branches), num_masked, reached.flops, closed.flops)
+    causes = [cause_of(branch) for branch in branches]
+    statuses = tuple(
+        (name, "masked" if cause else "proven", cause) for name, cause in zip(passes.names, causes, strict=True)
+    )
+    return Verification(len(branches), len(masked), reached.flops, closed.flops, of_outputs, of_gradients, statuses)
+
+
+def _compare_with_masks(
+    root: nn.Module,
+    passes: ForwardPasses,
+    branches: Sequence[Branch],
+    inputs: Sequence[Any],
+    skipped_grad: SkippedGrad,
+) -> tuple[float, float]:
+    """Largest deviations of outputs and gradients from the model's own code under masks, in both modes.
+
+    Raises:
+        RuntimeError: if they are more than rounding, or closed branches have no gradients of zero that were promised.
+    """
+    every = range(len(branches))
+    patterns: list[tuple[str, tuple[bool, ...] | None]] = [
+        ("all gates open", (True,) * len(branches)),
+        ("all gates closed", (False,) * len(branches)),
+        ("every second gate closed", tuple(index % 2 == 0 for index in every)),
+    ]
+    # A branch inside of another draws for the samples that it sees, which are all of them under masks.
+    if passes.granularity == "batch" or not _is_nested(branches):
+        patterns.append(("gates that are drawn", None))
+    counter = passes.counter
+    worst_output, worst_gradient = 0.0, 0.0
+    with without_noise(root):
+        for training in (True, False):
+            for name, gates in patterns:
+                outcomes: list[_Outcome] = []
+                for masks in (True, False):
+                    _set_mode(root, training=training)
+                    passes.forced, passes.counter = gates, counter
+                    token = masks_only.set(masks)
+                    try:
+                        outcomes.append(_outcome(root, inputs))
+                    finally:
+                        masks_only.reset(token)
+                where = f"in {'training' if training else 'evaluation'} with {name}"
+                of_outputs, of_gradients = _deviations(*outcomes, where)
+                worst_output, worst_gradient = max(worst_output, of_outputs), max(worst_gradient, of_gradients)
+                if gates is not None and not any(gates) and skipped_grad == "zero":
+                    _check_zeros(*outcomes, where)
+    return worst_output, worst_gradient
+
+
+def _is_nested(branches: Sequence[Branch]) -> bool:
+    names = {branch.block_name for branch in branches}
+    return any(name.startswith(f"{other}.") for name in names for other in names if other) or "" in names
+
+
+def _set_mode(root: nn.Module, *, training: bool) -> None:
+    """Training or evaluation, in which BatchNorm uses its running statistics."""
+    root.train(training)
+    for module in root.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.training = False
+
+
+@dataclass
+class _Outcome:
+    """Outputs of a forward, gradients by name, and the names of the parameters that got none."""
+
+    outputs: list[Tensor]
+    gradients: dict[str, Tensor]
+    without: list[str]
+
+
+def _outcome(root: nn.Module, inputs: Sequence[Any]) -> _Outcome:
+    with torch.enable_grad():
+        outputs = [leaf for leaf in tree_leaves(root(*inputs)) if isinstance(leaf, Tensor)]
+        ends = [leaf for leaf in outputs if leaf.requires_grad]
+        named = {name: parameter for name, parameter in root.named_parameters() if parameter.requires_grad}
+        if not ends or not named:
+            return _Outcome([leaf.detach() for leaf in outputs], {}, [])
+        generator = torch.Generator().manual_seed(1)
+        weights = [torch.rand(end.shape, generator=generator).to(end.device, end.dtype) for end in ends]
+        found = dict(zip(named, torch.autograd.grad(ends, list(named.values()), weights, allow_unused=True), strict=True))
+    return _Outcome(
+        [leaf.detach() for leaf in outputs],
+        {name: each for name, each in found.items() if each is not None},
+        [name for name, each in found.items() if each is None],
+    )
+
+
+def _deviations(expected: _Outcome, actual: _Outcome, where: str) -> tuple[float, float]:
+    """Largest deviations of outputs and gradients.
+
+    Raises:
+        RuntimeError: if they are more than rounding.
+    """
+    # Where a branch did not run, the attention map that it would return is None.
+    outputs = zip(expected.outputs, actual.outputs, strict=False)
+    if len(expected.outputs) != len(actual.outputs):
+        outputs = [next(outputs)]
+    of_outputs = 0.0
+    for index, (a, b) in enumerate(outputs):
+        of_outputs = max(of_outputs, deviation(a, b))
+        if of_outputs > 10 * tolerance(a):
+            raise RuntimeError(
+                f"The stochastic model differs from its own code under masks {where}: output {index} by "
+                f"{of_outputs:.2g} of its largest value."
+            )
+    scale = max((float(each.abs().max()) for each in expected.gradients.values() if each.numel()), default=0.0) or 1.0
+    of_gradients = 0.0
+    for name, a in expected.gradients.items():
+        b = actual.gradients.get(name)
+        if a.numel():
+            of_gradients = max(of_gradients, float((a if b is None else a - b).abs().max()) / scale)
+        if of_gradients > 10 * tolerance(a):
+            raise RuntimeError(
+                f"The stochastic model differs from its own code under masks {where}: the gradient of {name} by "
+                f"{of_gradients:.2g} of the largest gradient."
+            )
+    return of_outputs, of_gradients
+
+
+def _check_zeros(expected: _Outcome, closed: _Outcome, where: str) -> None:
+    """Closed branches promise gradients of zero wherever masks would give them.
+
+    Raises:
+        RuntimeError: if a parameter has none.
+    """
+    missing = [name for name in closed.without if name in expected.gradients]
+    if missing:
+        raise RuntimeError(
+            f"{len(missing)} parameters get no gradient {where}, where zeros are promised: {', '.join(missing[:3])}."
+        )
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
