@@ -113,7 +113,7 @@ def make_stochastic_(
         if branch.kind == "layer":
             _make_layer_stochastic(branch, GatedLayer(*own, drop_paths=bool(branch.drop_paths)))
         else:
-            _make_stochastic(branch, GatedBranch(*own), found, forms)
+            _make_stochastic(branch, GatedBranch(*own), found, forms, own_rate=schedule is None)
     rescales = dict.fromkeys(rescale or _own_rescale(branch, schedule) for branch in branches)
     made = Controller(
         model, branches, passes, rescale=" or ".join(rescales), skipped_grad=skipped_grad, notes=found.notes
@@ -122,7 +122,7 @@ def make_stochastic_(
     return made
 
 
-def _make_stochastic(branch: Branch, gated: GatedBranch, found: Found, forms: KnownForms) -> None:
+def _make_stochastic(branch: Branch, gated: GatedBranch, found: Found, forms: KnownForms, *, own_rate: bool) -> None:
     if branch.key is None:
         swap_class_(branch.module, StochasticResidual)
         setattr(branch.module, _BRANCH, gated)
@@ -139,7 +139,8 @@ def _make_stochastic(branch: Branch, gated: GatedBranch, found: Found, forms: Kn
         drop_path = block.get_submodule(path)
         if _BRANCH not in drop_path.__dict__:
             swap_class_(drop_path, StochasticDropPath)
-            setattr(drop_path, _BRANCH, DropPathUses([]))
+            rate = 0.0 if branch.rule is None else branch.rule.drop_rate
+            setattr(drop_path, _BRANCH, DropPathUses(rate, own_rate))
         getattr(drop_path, _BRANCH).gated.append(gated)
 
 

@@ -21,6 +21,7 @@ from stochastic_depth.retrofit.forms import Reads, fingerprint, form_of_leaves, 
 from stochastic_depth.retrofit.proof import FixedGates, ProofError, arguments_anew, private, prove
 from stochastic_depth.retrofit.recorder import Edit, Run, run_block, run_with_edits
 from stochastic_depth.retrofit.rewrite import Code, GatedUse, generalize, in_training, rewrite, skeleton
+from stochastic_depth.retrofit.rules import drop_path_rule
 from stochastic_depth.retrofit.stand_in import stand_in
 from stochastic_depth.retrofit.sums import BranchParts, Identity, Key, Paths, find_sums
 from stochastic_depth.retrofit.trace import StoredError, TraceError, flatten, unflatten
@@ -351,9 +352,17 @@ class StochasticBlock(nn.Module):
 
 @dataclass
 class DropPathUses:
-    """The gates of a drop path, one for each of its uses in a call of its block."""
+    """The gates of a drop path, one for each of its uses in a call of its block.
 
-    gated: list[GatedBranch]
+    Attributes:
+        gated: the gates, in the order of the uses.
+        drop_rate: what its rate was when it was last looked at.
+        own_rate: whether that rate is the branches' own; a schedule takes no notice of it.
+    """
+
+    drop_rate: float
+    own_rate: bool
+    gated: list[GatedBranch] = field(default_factory=list[GatedBranch])
 
 
 class StochasticDropPath(nn.Module):
@@ -370,4 +379,48 @@ class StochasticDropPath(nn.Module):
         number = 0 if uses is None else uses.get(id(self), 0)
         if uses is not None:
             uses[id(self)] = number + 1
-        return masked(gated[min(number, len(gated) - 1)], x, training=self.training)
+        elif len(gated) > 1:
+            raise RuntimeError(
+                f"The drop path of {gated[0].passes.names[gated[0].index]} serves several branches, but is called "
+                "outside of its block, where it cannot be told which one."
+            )
+        if number >= len(gated):
+            raise RuntimeError(
+                f"The drop path of {gated[0].passes.names[gated[0].index]} is used {number + 1} times in a call of its "
+                f"block, in whose code {len(gated)} uses were found: it has no gates for the others."
+            )
+        return masked(gated[number], x, training=self.training)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        own = self.__dict__.get("_stochastic_depth_branch")
+        if isinstance(own, DropPathUses) and name != "training":
+            follow_rate(self, own)
+
+
+def follow_rate(drop_path: nn.Module, own: DropPathUses) -> None:
+    """Let the gates of a drop path follow its rate, which recipes change in training.
+
+    Raises:
+        RuntimeError: if the survival probabilities come from a schedule.
+        ValueError: if the rate is not in [0, 1).
+    """
+    rule = drop_path_rule(drop_path)
+    rate = 0.0 if rule is None else rule.drop_rate
+    if rate == own.drop_rate:
+        return
+    draws = own.gated[0].passes
+    name = draws.names[own.gated[0].index]
+    if not own.own_rate:
+        raise RuntimeError(
+            f"The rate of the drop path {name} does not act: the survival probabilities come from a schedule. Change "
+            "them by controller(model).set_survival_probs."
+        )
+    if not 0 <= rate < 1:
+        raise ValueError(f"The drop rate of {name} must be in [0, 1), but is {rate:g}.")
+    own.drop_rate = rate
+    survival_probs = list(draws.survival_probs)
+    for branch in own.gated:
+        survival_probs[branch.index] = 1 - rate
+    draws.survival_probs = tuple(survival_probs)
+    draws.end_parts()

@@ -145,15 +145,23 @@ def prove(
             block, leaves, lambda given: run_block(block, *_replaced(args, kwargs, leaves, given), given, edits).output
         )
         _, _, leaves = call()
+        # Where a branch mixes what it is taken to keep apart, it fails or gives something else on some of the samples.
+        mixes = ": its first dimension is not one of independent samples" if name == _SOME else ""
         try:
             actual = _with_gradients(block, leaves, lambda given: code(block, *given))
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
             first = (str(error).splitlines() or [""])[0]
-            raise ProofError(f"with {name} it fails: {type(error).__name__}: {first}") from error
+            raise ProofError(f"{name} it fails ({type(error).__name__}: {first}){mixes}") from error
         some_closed = any(gate is not True and gate is not None for gate in pattern.values())
         zero = all(branch.skipped_grad == "zero" for branch in gated.values())
-        _compare(expected, actual, name, sides=some_closed, zero_gradients=zero)
+        try:
+            _compare(expected, actual, name, sides=some_closed, zero_gradients=zero)
+        except ProofError as error:
+            raise ProofError(f"{error}{mixes}") from None
     return 2 * len(patterns)
+
+
+_SOME = "run on some of the samples"
 
 
 def _patterns(
@@ -162,15 +170,15 @@ def _patterns(
     keys = list(dict.fromkeys(use.key for use in uses))
     patterns: list[tuple[str, dict[Key, bool | Tensor | None]]] = []
     if not training:
-        patterns.append(("the rule of evaluation", dict.fromkeys(keys, None)))
-    patterns.append(("all gates open", dict.fromkeys(keys, True)))
-    patterns.append(("all gates closed", dict.fromkeys(keys, False)))
+        patterns.append(("by the rule of evaluation", dict.fromkeys(keys, None)))
+    patterns.append(("with all gates open", dict.fromkeys(keys, True)))
+    patterns.append(("with all gates closed", dict.fromkeys(keys, False)))
     if len(keys) > 1:
-        patterns.append(("every second gate closed", {key: index % 2 == 0 for index, key in enumerate(keys)}))
+        patterns.append(("with every second gate closed", {key: index % 2 == 0 for index, key in enumerate(keys)}))
     if num_samples is not None and num_samples > 1:
         some = torch.arange(num_samples)
         each = {key: (some + index) % 2 == 0 for index, key in enumerate(keys)}
-        patterns.append(("gates of single samples", cast("dict[Key, bool | Tensor | None]", each)))
+        patterns.append((_SOME, cast("dict[Key, bool | Tensor | None]", each)))
     return patterns
 
 
@@ -226,28 +234,28 @@ _TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, t
 def _compare(expected: _Outcome, actual: _Outcome, name: str, *, sides: bool, zero_gradients: bool) -> None:
     outputs, others = expected[0], actual[0]
     if len(outputs) != len(others):
-        raise ProofError(f"with {name} it returns {len(others)} values, not {len(outputs)}")
+        raise ProofError(f"{name} it returns {len(others)} values, not {len(outputs)}")
     for index, (a, b) in enumerate(zip(outputs, others, strict=True)):
         if isinstance(a, Tensor) and isinstance(b, Tensor):
             difference = deviation(a, b)
             if difference > tolerance(a):
-                raise ProofError(f"with {name} output {index} differs by {difference:.2g} of its largest value")
+                raise ProofError(f"{name} output {index} differs by {difference:.2g} of its largest value")
         elif b is None and sides and index > 0:
             continue  # An attention map of a branch that did not run.
         elif isinstance(a, Tensor) or isinstance(b, Tensor) or (type(a) is not type(b)):
-            raise ProofError(f"with {name} output {index} is a {type(b).__name__}, not a {type(a).__name__}")
+            raise ProofError(f"{name} output {index} is a {type(b).__name__}, not a {type(a).__name__}")
     if expected[1] is None:
         return  # The block's own code cannot be trained.
     if actual[1] is None:
-        raise ProofError(f"with {name} its backward fails")
+        raise ProofError(f"{name} its backward fails")
     for a, b in zip(expected[1], actual[1], strict=True):
         if a is None or (b is None and not zero_gradients and not a.any()):
             continue
         if b is None:
-            raise ProofError(f"with {name} a gradient is missing")
+            raise ProofError(f"{name} a gradient is missing")
         difference = deviation(a, b)
         if difference > 10 * tolerance(a):
-            raise ProofError(f"with {name} a gradient differs by {difference:.2g} of its largest value")
+            raise ProofError(f"{name} a gradient differs by {difference:.2g} of its largest value")
 
 
 def deviation(expected: Tensor, actual: Tensor) -> float:

@@ -381,14 +381,23 @@ def _gates_of(block: nn.Module) -> BlockGates | None:
 
 
 def in_training(block: nn.Module, key: Key) -> bool:
-    """Whether the rule of training holds for a branch: a drop path in evaluation keeps everything."""
+    """Whether the rule of training holds for a branch: a drop path in evaluation keeps everything.
+
+    Raises:
+        RuntimeError: if its drop path was replaced.
+    """
     if not key[0]:
         return block.training
     module: Any = block
     for name in key[0].split("."):
         module = module._modules.get(name)
         if module is None:
-            return block.training
+            break
+    if module is None or "_stochastic_depth_branch" not in module.__dict__:
+        raise RuntimeError(
+            f"The drop path {key[0]} of a {type(block).__name__} was replaced after make_stochastic_, so that its gate "
+            "would act unseen. Call restore_(model), change the model, and make it stochastic again."
+        )
     return module.training
 
 

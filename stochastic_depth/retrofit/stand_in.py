@@ -71,7 +71,9 @@ def stand_in(block: nn.Module, *, own_parameters: bool = False) -> nn.Module:
         kind = _passing(plain) if is_drop_path(module) else plain
         new = made[id(module)] = kind.__new__(kind)
         new.__dict__.update(copied(module.__dict__))
-        new.__dict__.pop("_stochastic_depth_branch", None)
+        if new.__dict__.pop("_stochastic_depth_branch", None) is not None:
+            # Rewritten code asks for it.
+            new.__dict__["_stochastic_depth_branch"] = None
         new.__dict__.pop("_stochastic_depth", None)
         for name in _HOOKS:
             new.__dict__[name] = OrderedDict[Any, Any]()
@@ -90,8 +92,9 @@ def stand_in(block: nn.Module, *, own_parameters: bool = False) -> nn.Module:
         }
         if isinstance(module, _BatchNorm) and module.track_running_stats:
             new.__dict__["training"] = False
-        if "forward" in new.__dict__:
-            new.__dict__["forward"] = _bound_anew(new.__dict__["forward"], module, new)
+        for name, value in new.__dict__.items():
+            if isinstance(value, (types.MethodType, functools.partial)):
+                new.__dict__[name] = _bound_anew(value, module, new)
         return new
 
     return module_of(block)
@@ -103,7 +106,7 @@ def copied(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _bound_anew(forward: Any, module: nn.Module, new: nn.Module) -> Any:
-    """A forward that was set on a module, for its stand-in."""
+    """A method that was set on a module, such as a forward, for its stand-in."""
     if isinstance(forward, types.MethodType) and forward.__self__ is module:
         return types.MethodType(forward.__func__, new)
     if isinstance(forward, functools.partial):

@@ -15,6 +15,7 @@ import functools
 import math
 import operator
 import random
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
@@ -170,7 +171,8 @@ def _traced(
         tracer.expected_state = _context()
         random_state = torch.get_rng_state(), random.getstate()
         try:
-            with _UnchangedBuffers(call.original):
+            with _UnchangedBuffers(call.original), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # The arguments are none that anybody has given.
                 leaves = [tracer.create_proxy("placeholder", f"leaves_{i}", (), {}) for i in range(num_leaves)]
                 _put_symbols(call.block, call.original, tracer, with_buffers=with_buffers)
                 call.start = _attributes(call.block)
