@@ -15,6 +15,7 @@ from stochastic_depth.retrofit.block import BlockBranches, DropPathUses, KnownFo
 from stochastic_depth.retrofit.classes import restore_class_, swap_class_
 from stochastic_depth.retrofit.controller import Controller
 from stochastic_depth.retrofit.find import Branch, Found, Where, find_branches
+from stochastic_depth.retrofit.functional import FUNCTIONAL
 from stochastic_depth.retrofit.layers import GatedLayer, LayerDropPath, StochasticLayer, refuse_own_layerdrop
 from stochastic_depth.schedules import SCHEDULES, Schedule, check_survival_probs
 
@@ -135,7 +136,9 @@ def _make_stochastic(branch: Branch, gated: GatedBranch, found: Found, forms: Kn
         )
     own: BlockBranches = getattr(block, _BRANCH)
     own.put(branch.key, gated, branch.parts)
-    if path:
+    if path == FUNCTIONAL and own_rate and branch.rule is not None:
+        own.rates[branch.key] = branch.rule.drop_rate
+    elif path and path != FUNCTIONAL:
         drop_path = block.get_submodule(path)
         if _BRANCH not in drop_path.__dict__:
             swap_class_(drop_path, StochasticDropPath)

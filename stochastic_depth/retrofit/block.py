@@ -93,12 +93,14 @@ class BlockBranches:
         gated: the others.
         parts: what holds the parameters of each.
         forms: what is known of the forms of calls.
+        rates: of its functional drop paths, where the branches have these rates.
     """
 
     name: str
     drop_paths: tuple[str, ...]
     known: dict[Key, Identity]
     forms: KnownForms = field(default_factory=KnownForms)
+    rates: dict[Key, float] = field(default_factory=dict[Key, float])
     gated: dict[Key, GatedBranch] = field(default_factory=dict[Key, GatedBranch])
     parts: dict[Key, nn.Module] = field(default_factory=dict[Key, nn.Module])
     _parts_at: dict[Any, BranchParts] = field(default_factory=dict[Any, BranchParts], repr=False)
@@ -178,10 +180,13 @@ class BlockBranches:
     ) -> Any:
         """What the block's own code gives where each branch's output is multiplied by its gate."""
 
-        def weights(key: Key) -> Callable[[Tensor], float | Tensor]:
-            return lambda output: self.gated[key].weights(output, training=in_training(block, key))
+        def weights(use: GatedUse) -> Callable[[Tensor], float | Tensor]:
+            def of(output: Tensor) -> float | Tensor:
+                return self.gated[use.key].weights(output, training=in_training(block, use.key)) / use.scale
 
-        edits = {use.call: Edit(use.operand, weights(use.key)) for use in prepared.uses}
+            return of
+
+        edits = {use.call: Edit(use.operand, weights(use)) for use in prepared.uses}
         with _passing_drop_paths():
             return run_with_edits(block, args, kwargs, leaves, edits)
 

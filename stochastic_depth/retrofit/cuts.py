@@ -415,6 +415,8 @@ def move_behind_what_commutes(drop_path: fx.Node, block: nn.Module) -> None:
     timm's ResNeSt drops the input of a block's projection shortcut, which the branch needs too. Dropping before and
     after a linear map of each sample is the same, and after it the map itself can be skipped.
     """
+    if drop_path.op != "call_module":
+        return
     source = drop_path.args[0]
     calls = [node for node in drop_path.graph.nodes if node.op == "call_module" and node.target == drop_path.target]
     if not isinstance(source, fx.Node) or len(calls) > 1:

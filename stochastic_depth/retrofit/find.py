@@ -16,7 +16,9 @@ from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.sums import BranchParts, Identity, Key, find_sums, identity, match, paths_of
 from stochastic_depth.retrofit.cuts import CutError, UnusedError
-from stochastic_depth.retrofit.rules import DropPathRule, drop_path_rule
+from stochastic_depth.retrofit.forms import names_in_code
+from stochastic_depth.retrofit.functional import FUNCTIONAL, put_functional
+from stochastic_depth.retrofit.rules import DropPathRule, drop_path_rule, is_drop_path
 from stochastic_depth.retrofit.trace import OPAQUE, Recording, StoredError, TraceError, flatten, may_be_size, record
 
 Where = Callable[[str, nn.Module], bool] | str | Sequence[str]
@@ -199,8 +201,11 @@ def _find_residuals(model: nn.Module, found: Found) -> None:
 def _find_drop_paths(model: nn.Module, found: Found) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
     inside = {drop_path for layer in found.branches for drop_path in layer.drop_paths}
+    layers = [layer.block_name for layer in found.branches]
     blocks: dict[nn.Module, tuple[str, dict[str, DropPathRule]]] = {}
     for name, module in modules.items():
+        if _may_drop(module) and not any(name == layer or name.startswith(f"{layer}.") for layer in layers):
+            blocks.setdefault(module, (name, {}))
         rule = _acting_rule(name, module)
         if rule is None or module in inside:
             continue
@@ -213,6 +218,17 @@ def _find_drop_paths(model: nn.Module, found: Found) -> None:
         _find_in_block(block, block_name, rules, found)
 
 
+def _may_drop(module: nn.Module) -> bool:
+    """Whether the code of a module has a drop path that is a function in it, as far as names tell."""
+    if type(module) in _CONTAINERS or is_drop_path(module):
+        return False
+    names = names_in_code(plain_class(module))[0]
+    return any(part in name.lower() for name in names for part in _NAMES_OF_DROPPING)
+
+
+_NAMES_OF_DROPPING = ("drop_path", "droppath", "stochastic_depth", "drop_connect", "bernoulli")
+
+
 def _block_of(name: str, modules: dict[str, nn.Module]) -> str:
     """Name of the nearest module above that has a forward of its own and is no mere container."""
     while name:
@@ -223,16 +239,40 @@ def _block_of(name: str, modules: dict[str, nn.Module]) -> str:
 
 
 def _find_in_block(block: nn.Module, name: str, rules: dict[str, DropPathRule], found: Found) -> None:
-    paths = tuple(rules)
+    paths = (*rules, FUNCTIONAL) if _may_drop(block) else tuple(rules)
+    functional: dict[Key, DropPathRule] = {}
     try:
-        readings, called = _readings(block, paths)
+        readings, called = _readings(block, paths, functional)
     except TraceError as error:
         # What the code does is seen when it runs. Until then, each drop path is taken to be used once.
-        readings = {(path, 0): _Reading(frozenset(), CutError(str(error))) for path in paths}
+        readings = {(path, 0): _Reading(frozenset(), CutError(str(error))) for path in rules}
         called = {}
+        if not rules and "random numbers" in str(error):
+            found.notes.append(f"{name or 'the model'} ({type(block).__name__}): {error}")
     if readings:
         found.known[block] = {key: reading.identity for key, reading in readings.items()}
         found.drop_paths[block] = paths
+    for key in [key for key in readings if key[0] == FUNCTIONAL]:
+        parts = readings[key].parts
+        branch_name = f"{name}.drop_path()".removeprefix(".")
+        if len(functional) > 1:
+            branch_name += f"#{key[1] + 1}"
+        if isinstance(parts, UnusedError) or not 0 < functional[key].drop_rate < 1:
+            continue
+        cut = isinstance(parts, BranchParts)
+        found.branches.append(
+            Branch(
+                branch_name,
+                block,
+                name,
+                parts if cut else BranchParts(block),
+                block,
+                key,
+                functional[key],
+                "skip" if cut else "mask",
+                "" if cut else str(parts),
+            )
+        )
     in_containers: dict[str, dict[str, DropPathRule]] = {}
     for path, rule in rules.items():
         full_name = f"{name}.{path}" if name else path
@@ -285,8 +325,15 @@ class _Reading(NamedTuple):
     parts: BranchParts | CutError
 
 
-def _readings(block: nn.Module, drop_paths: Sequence[str]) -> tuple[dict[Key, _Reading], dict[str, None]]:
+def _readings(
+    block: nn.Module, drop_paths: Sequence[str], functional: dict[Key, DropPathRule] | None = None
+) -> tuple[dict[Key, _Reading], dict[str, None]]:
     """The branches of a block on any way through its code, and the children that it calls.
+
+    Args:
+        block: the block.
+        drop_paths: paths of its drop paths; empty where additions are branches.
+        functional: gets the rules of its functional drop paths.
 
     Raises:
         TraceError: if the code cannot be read, or leaves something on the block in one of its modes.
@@ -294,6 +341,9 @@ def _readings(block: nn.Module, drop_paths: Sequence[str]) -> tuple[dict[Key, _R
     called: dict[str, None] = {}
     readings: dict[Key, _Reading] = {}
     for recording in _all_recordings(block):
+        functions = put_functional(recording.graph, block)
+        if functional is not None:
+            functional.update({(FUNCTIONAL, index): each.rule for index, each in enumerate(functions)})
         called.update(dict.fromkeys(node.target for node in recording.graph.nodes if node.op == "call_module"))
         sums = find_sums(recording.graph, block, drop_paths)
         identities = {key: identity(residual, block) for key, residual in sums.items()}
@@ -322,7 +372,14 @@ def _all_recordings(block: nn.Module) -> Iterator[Recording]:
         StoredError: if the forward leaves something on the block in any of them.
         TraceError: if it cannot be recorded in its mode, as far as its arguments have to be given.
     """
-    yield from recordings(block)
+    try:
+        yield from recordings(block)
+    except StoredError:
+        raise
+    except TraceError as error:
+        if "random numbers" in str(error):
+            raise
+        yield from recordings(block, guess_sizes=True)
     for other_mode, optional in ((True, False), (False, True), (True, True)):
         if optional and not _has_optional(block):
             continue
@@ -345,6 +402,7 @@ def recordings(
     *,
     with_buffers: bool = False,
     other_mode: bool = False,
+    guess_sizes: bool = False,
 ) -> Iterator[Recording]:
     """Recordings of a module's forward, on each way that its decisions by sizes allow.
 
@@ -353,6 +411,7 @@ def recordings(
         arguments: those of the call, by position and by name, where any object stands for a tensor. None: its defaults.
         with_buffers: see `record`.
         other_mode: see `record`.
+        guess_sizes: see `record`.
 
     Raises:
         StoredError: if the forward leaves something on the block on any of the ways.
@@ -367,7 +426,15 @@ def recordings(
         taken: list[bool] = []
         try:
             decide = functools.partial(_explore, decisions, taken)
-            yield record(block, signature, len(leaves), decide, with_buffers=with_buffers, other_mode=other_mode)
+            yield record(
+                block,
+                signature,
+                len(leaves),
+                decide,
+                with_buffers=with_buffers,
+                other_mode=other_mode,
+                guess_sizes=guess_sizes,
+            )
             num_recorded += 1
         except StoredError:
             raise

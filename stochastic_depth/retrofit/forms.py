@@ -27,7 +27,7 @@ class Reads:
     """
 
     def __init__(self, block: nn.Module) -> None:
-        names, functions = _names_in_code(plain_class(block))
+        names, functions = names_in_code(plain_class(block))
         held = {**block.__dict__, **block.__dict__["_modules"]}
         held.pop("_stochastic_depth_branch", None)
         self._nested = [
@@ -74,7 +74,7 @@ def _plain_parts(value: Any, names: frozenset[str], depth: int) -> Iterator[tupl
 
 
 @functools.cache
-def _names_in_code(kind: type[nn.Module]) -> tuple[frozenset[str], tuple[FunctionType, ...]]:
+def names_in_code(kind: type[nn.Module]) -> tuple[frozenset[str], tuple[FunctionType, ...]]:
     """All names in the code of a class, and its functions."""
     functions = tuple(
         function

@@ -139,7 +139,7 @@ def prove(
     for name, pattern in patterns:
         for key, gate in pattern.items():
             fixed.pattern[gated[key].index] = gate
-        edits = {use.call: Edit(use.operand, _weights(pattern[use.key], gated[use.key])) for use in uses}
+        edits = {use.call: Edit(use.operand, _weights(pattern[use.key], gated[use.key], use.scale)) for use in uses}
         args, kwargs, leaves = call()
         expected = _with_gradients(
             block, leaves, lambda given: run_block(block, *_replaced(args, kwargs, leaves, given), given, edits).output
@@ -182,8 +182,8 @@ def _patterns(
     return patterns
 
 
-def _weights(gate: bool | Tensor | None, branch: GatedBranch) -> float | Tensor:
-    factor = branch.factor(None if gate is None else branch.survival_prob)
+def _weights(gate: bool | Tensor | None, branch: GatedBranch, scale: float) -> float | Tensor:
+    factor = branch.factor(None if gate is None else branch.survival_prob) / scale
     if gate is None or isinstance(gate, bool):
         return factor if gate is None or gate else 0.0
     return gate.double() * factor

@@ -1,4 +1,4 @@
-"""Takes the noise out of what runs: dropout keeps everything, BatchNorm uses its running statistics."""
+"""Takes the noise out of what runs: dropout and functional drop paths keep everything, BatchNorm keeps its statistics."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 # What each function calls its chance to drop, or its switch.
@@ -26,6 +26,8 @@ _OFF: dict[str, dict[str, Any]] = {
     "multi_head_attention_forward": {"dropout_p": 0.0},
     "rrelu": {"training": False},
 }  # fmt: skip
+# A uniform draw that every chance above 0.001 lets survive.
+_ALMOST_ONE = 0.9990234375
 _POSITIONS = {"scaled_dot_product_attention": 4, "multi_head_attention_forward": 10, "rrelu": 3}
 
 
@@ -40,6 +42,14 @@ class _Quiet(TorchFunctionMode):
                     args = (*args[:position], value, *args[position + 1 :])
                 else:
                     kwargs = {**kwargs, switch: value}
+        elif name == "bernoulli_" and isinstance(args[0], Tensor):
+            return args[0].fill_(1.0)
+        elif name == "bernoulli":
+            return torch.ones_like(args[0])
+        elif name in ("rand", "rand_like"):
+            make = torch.empty if name == "rand" else torch.empty_like
+            kwargs = {key: value for key, value in kwargs.items() if key != "generator"}
+            return make(*args, **kwargs).fill_(_ALMOST_ONE)
         elif name == "batch_norm":
             args, kwargs = _with_running_statistics(args, kwargs)
         return func(*args, **kwargs)

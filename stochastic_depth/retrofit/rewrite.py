@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from stochastic_depth.residual import GatedBranch, compiled_inside, masked
 from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.cuts import CutError, Sum
+from stochastic_depth.retrofit.functional import FUNCTIONAL, FunctionalDropPath, put_functional
 from stochastic_depth.retrofit.sums import Identity, Key, Paths, calls_of, find_sums, identity, match, paths_of
 from stochastic_depth.retrofit.trace import TraceError, is_size
 
@@ -27,6 +28,7 @@ class BlockGates(Protocol):
     drop_paths: tuple[str, ...]
     known: dict[Key, Identity]
     gated: dict[Key, GatedBranch]
+    rates: dict[Key, float]
 
     def parts_at(self, block: nn.Module, key: Key, paths: Paths) -> nn.Module:
         """What holds the parameters that a branch has on one way through the code."""
@@ -40,15 +42,15 @@ class GatedUse(NamedTuple):
         key: which of the known branches it is.
         call: number of the call that the plain reference changes: the sum, or the drop path.
         operand: which argument of that call is the branch's output; None where it is the result.
-        treatment: "skip", or "mask" where it cannot be separated.
-        cause: why it is masked.
+        scale: what the block's own code multiplies that by where nothing is dropped.
+        cause: why the branch is masked; empty where it is skipped.
     """
 
     key: Key
     call: int
     operand: int | None
-    treatment: str
-    cause: str
+    scale: float = 1.0
+    cause: str = ""
 
 
 # Sizes that depend on the number of samples.
@@ -207,6 +209,8 @@ def rewrite(graph: fx.Graph, block: nn.Module, gates: BlockGates, granularity: s
         CutError: if a branch that is no drop path's cannot be separated, or is not there although what it uses is.
         TraceError: if the code cannot be written.
     """
+    functional = put_functional(graph, block)
+    _check_rates(functional, gates)
     called = {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")}
     sums = find_sums(graph, block, gates.drop_paths)
     calls = calls_of(graph, gates.drop_paths)
@@ -237,16 +241,32 @@ def rewrite(graph: fx.Graph, block: nn.Module, gates: BlockGates, granularity: s
         try:
             if isinstance(residual, CutError):
                 raise residual
-            call, operand = _reference(residual, calls.get(here))
+            call, operand, scale = _reference(residual, calls.get(here))
             replaced[residual.add] = _gate(residual.after(replaced), key, block, gates, granularity, paths[here])
-            uses.append(GatedUse(key, call, operand, "skip", ""))
+            uses.append(GatedUse(key, call, operand, scale))
         except CutError as error:
             if here not in calls:
                 raise
-            uses.append(GatedUse(key, calls[here].meta["call"], None, "mask", str(error)))
+            call, operand, scale = _reference(None, calls[here])
+            uses.append(GatedUse(key, call, operand, scale, str(error)))
             _mask(calls[here], key, gates)
     graph.lint()
     return compiled(graph, f"{gates.name}: the forward that runs open branches only"), uses
+
+
+def _check_rates(functional: Sequence[FunctionalDropPath], gates: BlockGates) -> None:
+    """Refuse a change of the rate that a functional drop path had when the model was made stochastic.
+
+    Raises:
+        CutError: if it has another one.
+    """
+    for index, each in enumerate(functional):
+        rate = gates.rates.get((FUNCTIONAL, index))
+        if rate is not None and rate != each.rule.drop_rate:
+            raise CutError(
+                f"the rate of its drop path function was changed from {rate:g} to {each.rule.drop_rate:g}: set it back, "
+                "and change controller(model).set_survival_probs"
+            )
 
 
 def _separable(residual: Sum, block: nn.Module) -> Sum | CutError:
@@ -272,14 +292,12 @@ def _of(key: Key) -> str:
     return f"the drop path {key[0]}" if key[0] else "an addition"
 
 
-def _reference(residual: Sum, call: fx.Node | None) -> tuple[int, int | None]:
-    """Which call the plain reference changes, and which of its arguments."""
+def _reference(residual: Sum | None, call: fx.Node | None) -> tuple[int, int | None, float]:
+    """Which call the plain reference changes, which of its arguments, and what is multiplied there anyway."""
     if call is not None:
-        return call.meta["call"], None
-    operand = residual.add.args.index(residual.output)
-    if residual.add.target is operator.add and "swapped" in residual.add.meta:
-        operand = 1 - operand
-    return residual.add.meta["call"], operand
+        return call.meta["call"], None, call.meta.get("scale", 1.0)
+    assert residual is not None
+    return residual.add.meta["call"], residual.add.args.index(residual.output), 1.0
 
 
 class _Input(NamedTuple):
@@ -386,7 +404,7 @@ def in_training(block: nn.Module, key: Key) -> bool:
     Raises:
         RuntimeError: if its drop path was replaced.
     """
-    if not key[0]:
+    if key[0] in ("", FUNCTIONAL):
         return block.training
     module: Any = block
     for name in key[0].split("."):

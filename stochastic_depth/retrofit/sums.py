@@ -10,9 +10,11 @@ from torch import fx, nn
 
 from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.cuts import CutError, Sum
+from stochastic_depth.retrofit.functional import FUNCTIONAL, functional_drop_path
 
 Key = tuple[str, int]
-"""A branch of a block: the path of its drop path, "" for a plain addition; and which of that path's uses, from 0."""
+"""A branch of a block: the path of its drop path, `FUNCTIONAL` for a function, "" for a plain addition; and which of its
+uses, from 0."""
 Identity = frozenset[str]
 """What a branch is known by wherever it stands in the code: paths of the children and parameters that it uses."""
 
@@ -92,11 +94,12 @@ def _separable(residual: Sum, block: nn.Module) -> Sum | CutError:
 def calls_of(graph: fx.Graph, drop_paths: Sequence[str]) -> dict[Key, fx.Node]:
     """The calls of a block's drop paths, in order."""
     numbers = {path: itertools.count() for path in drop_paths}
-    return {
-        (cast(str, node.target), next(numbers[cast(str, node.target)])): node
-        for node in graph.nodes
-        if node.op == "call_module" and node.target in numbers
-    }
+    calls: dict[Key, fx.Node] = {}
+    for node in graph.nodes:
+        path = FUNCTIONAL if node.target is functional_drop_path else node.target if node.op == "call_module" else None
+        if path in numbers:
+            calls[cast(str, path), next(numbers[path])] = node
+    return calls
 
 
 def identity(residual: Sum | CutError, block: nn.Module) -> Identity:

@@ -128,6 +128,7 @@ def record(
     *,
     with_buffers: bool = False,
     other_mode: bool = False,
+    guess_sizes: bool = False,
 ) -> Recording:
     """Record the forward of a block.
 
@@ -139,13 +140,15 @@ def record(
         with_buffers: whether buffers are symbols too, so that what is computed from them is recorded, and not taken as
             it is, which only sizes of them are.
         other_mode: whether to record what the block does in evaluation where it is in training, and the reverse.
+        guess_sizes: whether sizes are taken to be some number, for code that wants numbers. Such a recording tells
+            what belongs together, and is good for nothing else.
 
     Raises:
         StoredError: if the forward leaves something on the block.
         TraceError: if it cannot be recorded for another reason; the message says why.
     """
     call = _Call(block, signature, other_mode=other_mode)
-    graph, conditions = _traced(call, num_leaves, decide, with_buffers=with_buffers)
+    graph, conditions = _traced(call, num_leaves, decide, with_buffers=with_buffers, guess_sizes=guess_sizes)
     names = _state_stored(
         call, block, signature, num_leaves, conditions, with_buffers=with_buffers, other_mode=other_mode
     )
@@ -161,11 +164,11 @@ def record(
 
 
 def _traced(
-    call: _Call, num_leaves: int, decide: _Decide, *, with_buffers: bool
+    call: _Call, num_leaves: int, decide: _Decide, *, with_buffers: bool, guess_sizes: bool = False
 ) -> tuple[fx.Graph, list[tuple[fx.Node, Any]]]:
     """The graph of a call, and the values that its code has decided by."""
     conditions: list[tuple[fx.Node, Any]] = []
-    tracer = _BlockTracer(conditions, decide)
+    tracer = _BlockTracer(conditions, decide, guess_sizes=guess_sizes)
     # What only holds for a part of the forward, such as autocast, is seen as a change of this state.
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.enable_grad(), torch.random.fork_rng([]):
         tracer.expected_state = _context()
@@ -377,6 +380,18 @@ class _Symbol(fx.Proxy):
         return id(self)
 
 
+# What every size is taken to be where code wants numbers, only to see which way it goes.
+_GUESS = 4
+
+
+def _made_tensor() -> None:
+    """Stands for a tensor that code has made of sizes that were guessed."""
+
+
+def _is_part(node: fx.Node) -> bool:
+    return node.target is operator.getitem and isinstance(node.args[1], slice)
+
+
 def _is_plain_number(node: fx.Node) -> bool:
     return not (node.target is getattr and node.args[1] in ("shape", "dtype", "device")) and node.target != "size"
 
@@ -397,8 +412,9 @@ for _method in ("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imo
 class _BlockTracer(fx.proxy.GraphAppendingTracer):
     """Appends to a graph. Unlike `fx.Tracer`, it patches nothing that other threads use."""
 
-    def __init__(self, conditions: list[tuple[fx.Node, Any]], decide: _Decide) -> None:
+    def __init__(self, conditions: list[tuple[fx.Node, Any]], decide: _Decide, *, guess_sizes: bool) -> None:
         super().__init__(fx.Graph())
+        self.guess_sizes = guess_sizes
         self._conditions = conditions
         self._decide = decide
         self.expected_state: tuple[Any, ...] = ()
@@ -413,6 +429,8 @@ class _BlockTracer(fx.proxy.GraphAppendingTracer):
         return self._attributes[id(tensor)]
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
+        if self.guess_sizes and is_size(node) and _is_plain_number(node) and not _is_part(node):
+            return cast(fx.Proxy, _GUESS)
         return _Symbol(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
@@ -424,6 +442,8 @@ class _BlockTracer(fx.proxy.GraphAppendingTracer):
         if isinstance(a, fx.Proxy):
             return a.node
         if isinstance(a, Tensor):
+            if id(a) not in self.buffers and self.guess_sizes:
+                return self.create_node("call_function", _made_tensor, (), {})
             if id(a) not in self.buffers:
                 raise TraceError("the forward makes a tensor, or holds one, that is neither parameter nor buffer")
             return self.create_node("get_attr", self.buffers[id(a)], (), {})

@@ -1,0 +1,209 @@
+"""Functional drop paths: a branch's output times noise of its samples, in the code of a block instead of a module.
+
+timm's `drop_path`, torchvision's `stochastic_depth`, `drop_connect` of EfficientNets and hand-written versions look the
+same in a recording: a value is multiplied by a tensor (N, 1, ..., 1) that is made of Bernoulli draws, or of the floor of
+a uniform draw plus the survival probability, and of nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import fx, nn
+
+from stochastic_depth.retrofit import cuts
+from stochastic_depth.retrofit.rules import DropPathRule
+from stochastic_depth.retrofit.trace import TraceError, is_size
+
+FUNCTIONAL = "()"
+"""Stands for the path of a drop path that is a function."""
+
+_DRAWS = {
+    "bernoulli", "bernoulli_", "rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm",
+    "multinomial", "normal", "normal_", "uniform_", "random_", "exponential_", "geometric_", "log_normal_", "cauchy_",
+    "poisson",
+}  # fmt: skip
+QUIETED = {"bernoulli", "bernoulli_", "rand", "rand_like"}
+"""Draws that a run without noise replaces by what keeps everything."""
+
+
+def functional_drop_path(x: Any, _noise: Any = None) -> Any:
+    """Stands in a recording for a functional drop path, which passes on what it is given."""
+    return x
+
+
+@dataclass(frozen=True)
+class FunctionalDropPath:
+    """A functional drop path in a recording.
+
+    Attributes:
+        product: the multiplication by the noise.
+        value: what is multiplied.
+        operand: which argument of the product the noise is.
+        rule: what it does.
+    """
+
+    product: fx.Node
+    value: fx.Node
+    operand: int
+    rule: DropPathRule
+
+
+def find_functional(graph: fx.Graph) -> list[FunctionalDropPath]:
+    """The functional drop paths in a recording, in order."""
+    found: list[FunctionalDropPath] = []
+    for node in graph.nodes:
+        if _name(node) not in ("mul", "mul_", "imul") or len(node.args) != 2:
+            continue
+        for operand in (1, 0):
+            noise, value = node.args[operand], node.args[1 - operand]
+            if isinstance(noise, fx.Node) and isinstance(value, fx.Node):
+                rule = _rule_of(noise, value)
+                if rule is not None:
+                    found.append(FunctionalDropPath(node, value, operand, rule))
+                    break
+    return found
+
+
+def put_functional(graph: fx.Graph, block: nn.Module) -> list[FunctionalDropPath]:
+    """Put a call of `functional_drop_path` in place of each functional drop path in a recording.
+
+    Raises:
+        TraceError: if the code draws other random numbers.
+    """
+    cuts.name_values_changed_in_place(graph, block)
+    found = find_functional(graph)
+    for each in found:
+        node, keep = each.product, 1 - each.rule.drop_rate
+        node.meta["noise"] = each.operand
+        # A run without noise multiplies by this where nothing is dropped.
+        node.meta["scale"] = 1 / keep if each.rule.rescale == "train" else 1.0
+        node.op, node.target, node.args, node.kwargs = (
+            "call_function", functional_drop_path, (_undivided(each.value, keep),), {},
+        )  # fmt: skip
+    for node in reversed(list(graph.nodes)):
+        if found and not node.users and _is_noise_node(node):
+            graph.erase_node(node)
+    for node in graph.nodes:
+        if _name(node) in _DRAWS and node.op != "call_module":
+            raise TraceError(f"the forward draws random numbers itself ({_name(node)})")
+    return found
+
+
+def _is_noise_node(node: fx.Node) -> bool:
+    return node.op in ("call_function", "call_method") and (
+        _name(node) in _DRAWS | _MAKES | _CHANGES | {"getitem", "getattr"} or is_size(node)
+    )
+
+
+_MAKES = {"new_empty", "empty", "empty_like", "new_full", "full", "new_ones", "ones", "zeros", "new_zeros", "full_like"}
+_CHANGES = {
+    "floor", "floor_", "div", "div_", "truediv", "add", "add_", "sub", "iadd", "idiv", "itruediv", "ge", "lt", "gt",
+    "le", "to", "type", "float", "view", "reshape", "expand", "mul", "mul_", "imul", "type_as", "_after", "half",
+    "bernoulli", "unsqueeze", "rsub", "__rsub__", "bool", "round", "clamp",
+}  # fmt: skip
+
+
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def _rule_of(noise: fx.Node, value: fx.Node) -> DropPathRule | None:
+    """What a product with this value does, if the other is the noise of a drop path."""
+    nodes = list(_values(noise))
+    draws = [node for node in nodes if _name(node) in QUIETED]
+    others = [node for node in nodes if node not in draws and _name(node) not in _MAKES | _CHANGES]
+    if len(draws) != 1 or any(not _gives_form_only(node, draws[0]) for node in others):
+        return None
+    shape = noise.meta.get("shape")
+    if shape is not None and any(size != 1 for size in shape[1:]):
+        return None  # Noise of single values is dropout.
+    if shape is None and not _is_of_samples(draws[0]):
+        return None
+    keep = _survival_prob(draws[0], nodes)
+    if keep is None or not 0 < keep <= 1:
+        return None
+    divided = any(_name(node) in ("div", "div_", "truediv", "itruediv") and keep in node.args for node in nodes)
+    divided = divided or _undivided(value, keep) is not value
+    granularity = "batch" if _has_no_rows(draws[0], noise) else "sample"
+    return DropPathRule(1 - keep, "train" if divided else "none", granularity)
+
+
+def _values(node: fx.Node) -> Iterator[fx.Node]:
+    """A node and all that its value is made of; what only gives a form does not count."""
+    pending, seen = [node], set[fx.Node]()
+    while pending:
+        current = pending.pop()
+        if current in seen or is_size(current):
+            continue
+        seen.add(current)
+        yield current
+        if _name(current) in _MAKES or _name(current) in ("rand", "rand_like"):
+            continue  # Its argument gives its form and device.
+        pending += [each for each in current.all_input_nodes if not is_size(each)]
+
+
+def _gives_form_only(node: fx.Node, draw: fx.Node) -> bool:
+    return False if node is draw else node.op == "get_attr" and not node.users
+
+
+def _form_of_draw(draw: fx.Node) -> Any:
+    """The sizes of what a draw fills, as the code gives them; None where it takes them from another tensor whole."""
+    source: Any = draw.args[0] if _name(draw) in ("bernoulli", "bernoulli_") else draw
+    if not isinstance(source, fx.Node) or _name(source) not in _MAKES | {"rand"}:
+        return None
+    sizes = [each for each in source.args if not isinstance(each, fx.Node) or is_size(each)]
+    return sizes or None
+
+
+def _is_of_samples(draw: fx.Node) -> bool:
+    """Whether the form of a draw is (N, 1, ...) or (1, 1, ...), as far as the code tells."""
+    sizes = _form_of_draw(draw)
+    return sizes is not None and _mentions(sizes, lambda each: each == 1 and type(each) is int)
+
+
+def _mentions(size: Any, what: Callable[[Any], bool]) -> bool:
+    if isinstance(size, (tuple, list)):
+        return any(_mentions(each, what) for each in cast("list[Any]", size))
+    if isinstance(size, fx.Node):
+        # The 0 of shape[0] is no size.
+        return what(size) or any(_mentions(each, what) for each in size.args if size.target is not operator.getitem)
+    return what(size)
+
+
+def _has_no_rows(draw: fx.Node, noise: fx.Node) -> bool:
+    shape = noise.meta.get("shape")
+    if shape is not None and "samples" in noise.meta:
+        return not noise.meta["samples"]
+    is_row = lambda each: isinstance(each, fx.Node) and each.target is operator.getitem  # noqa: E731
+    if shape is not None:
+        return math.prod(shape) == 1
+    return not _mentions(_form_of_draw(draw), is_row)
+
+
+def _survival_prob(draw: fx.Node, nodes: list[fx.Node]) -> float | None:
+    if _name(draw) in ("bernoulli", "bernoulli_"):
+        given = [each for each in (*draw.args[1:], *draw.kwargs.values()) if isinstance(each, float)]
+        return given[0] if len(given) == 1 else None
+    # floor(survival_prob + uniform)
+    if not any(_name(node) in ("floor", "floor_") for node in nodes):
+        return None
+    added = [
+        each
+        for node in nodes
+        if _name(node) in ("add", "add_", "iadd", "radd")
+        for each in node.args
+        if isinstance(each, float)
+    ]
+    return added[0] if len(added) == 1 else None
+
+
+def _undivided(value: fx.Node, keep: float) -> fx.Node:
+    """What a value was before it was divided by the survival probability; the value itself where it was not."""
+    if _name(value) in ("div", "truediv") and len(value.args) == 2 and value.args[1] == keep:
+        return cast(fx.Node, value.args[0])
+    return value
