@@ -13,8 +13,9 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, fx, nn
 
+from stochastic_depth.compiling import eager
 from stochastic_depth.copies import plain_class, without_data
-from stochastic_depth.passes import Gate, eager
+from stochastic_depth.gate_draws import Gate
 from stochastic_depth.residual import GatedBranch, compiled_inside
 from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.cuts import CutError, Sum

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from stochastic_depth.cost import Meter, observed, undisturbed
-from stochastic_depth.passes import ForwardPasses
+from stochastic_depth.gate_draws import GateDraws
 from stochastic_depth.retrofit.block import BranchParts
 from stochastic_depth.retrofit.find import Branch
 
@@ -41,7 +41,7 @@ class Verification:
         )
 
 
-def verify(root: nn.Module, passes: ForwardPasses, branches: Sequence[Branch], inputs: Sequence[Any]) -> Verification:
+def verify(root: nn.Module, passes: GateDraws, branches: Sequence[Branch], inputs: Sequence[Any]) -> Verification:
     """See `Controller.verify`."""
     every = range(len(branches))
     before = passes.forced
@@ -72,7 +72,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def _refuse(passes: ForwardPasses, indices: Iterable[int], what: str) -> None:
+def _refuse(passes: GateDraws, indices: Iterable[int], what: str) -> None:
     names = [passes.names[index] for index in sorted(indices)]
     if names:
         raise RuntimeError(f"{len(names)} of {len(passes.names)} branches are {what}: {', '.join(names)}.")
@@ -88,7 +88,7 @@ class _Run:
 class _Watch:
     """Sees which branches run: by the gate's own account, and by the modules that are called inside of each."""
 
-    def __init__(self, root: nn.Module, passes: ForwardPasses, branches: Sequence[Branch]) -> None:
+    def __init__(self, root: nn.Module, passes: GateDraws, branches: Sequence[Branch]) -> None:
         self._passes = passes
         self._ran: set[int] = set()
         # A module that serves several branches, or something else too, does not tell who has called it.
