@@ -23,6 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from stochastic_depth.compiling import eager
 from stochastic_depth.torch_private import (
     Checkpoint,
     Node,
@@ -88,6 +89,7 @@ class Scope(Extent):
         self._outer: Scope | None = None
         self._nodes: _Nodes | None = None
 
+    @eager
     def enter(self) -> None:
         """The forward begins."""
         assert self.owner is not None
@@ -95,6 +97,7 @@ class Scope(Extent):
         self._nodes = self.owner.begin(self)
         _innermost.set(self)
 
+    @eager
     def leave(self) -> None:
         """The forward has ended, also by an error or Ctrl-C."""
         owner, self.owner = self.owner, None  # A context that was copied meanwhile holds no running forward.
@@ -253,7 +256,7 @@ class Attribution:
             return
         for checkpoint in running_checkpoints():
             known = self._of_checkpoint.get(checkpoint.frame)
-            if known is None or known.gates is None:
+            if known is None or (known.gates is None and known is not _SEVERAL):
                 self._of_checkpoint[checkpoint.frame] = extent
             elif known is not extent:
                 self._of_checkpoint[checkpoint.frame] = _SEVERAL

@@ -171,7 +171,7 @@ class _GateCheck:
         largest, smallest = extremes.tolist()
         if largest != -smallest:
             raise RuntimeError(
-                f"The ranks do not agree on their gates (here: seed {draws.seed}, {draws.counter} draws so far). Every rank "
+                f"The ranks do not agree on their gates (here: seed {draws.seed}, {draws.counter} draws). Every rank "
                 "must make the same forwards in training mode, with the same survival probabilities, forced gates and "
                 "restored state; was a controller's state loaded on some ranks only?"
             )

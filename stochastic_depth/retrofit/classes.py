@@ -8,6 +8,13 @@ from typing import Any, cast
 from torch import nn
 
 
+class _Unannounced:
+    """A class that does not tell the plain class about its subclass: transformers and registries act on it."""
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        pass
+
+
 @functools.cache
 def stochastic_class(mixins: tuple[type[nn.Module], ...], plain: type[nn.Module]) -> type[nn.Module]:
     """The class of a module of class `plain` while it is stochastic: the mixins' behavior, first to last, over its own.
@@ -17,11 +24,11 @@ def stochastic_class(mixins: tuple[type[nn.Module], ...], plain: type[nn.Module]
     """
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        reduced = super(stochastic, self).__reduce_ex__(protocol)
+        reduced = cast(Any, super(stochastic, self).__reduce_ex__(protocol))  # pyright: ignore
         assert isinstance(reduced, tuple)
         return (_blank, (_recipe(stochastic),), *reduced[2:])
 
-    bases = mixins if any(issubclass(mixin, plain) for mixin in mixins) else (*mixins, plain)
+    bases = (_Unannounced, *mixins, *(() if any(issubclass(mixin, plain) for mixin in mixins) else (plain,)))
     own = {
         "__reduce_ex__": reduce,
         "__module__": plain.__module__,
@@ -77,6 +84,5 @@ def _restored(kind: type[nn.Module]) -> type[nn.Module]:
     if not hasattr(kind, "_mixins"):
         return kind
     bases = tuple(_restored(base) if issubclass(base, nn.Module) else base for base in kind.__bases__)
-    return type(
-        kind.__name__, bases, {key: value for key, value in own.items() if key not in ("__dict__", "__weakref__")}
-    )
+    own = {name: value for name, value in own.items() if name not in ("__dict__", "__weakref__")}
+    return cast("type[nn.Module]", type(kind.__name__, bases, own))

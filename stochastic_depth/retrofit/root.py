@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from torch import nn
 
 from stochastic_depth.compiling import graph_break
-
-if TYPE_CHECKING:
-    from stochastic_depth.retrofit.controller import Controller
+from stochastic_depth.retrofit.controller import Controller
 
 _RESERVED = "_stochastic_depth_pass"
 
