@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy
 import pytest
@@ -33,6 +34,7 @@ from reference import (
 from torch import Tensor, nn
 
 import stochastic_depth as sd
+from stochastic_depth.gates import draw_counts
 
 SURVIVAL_PROBS = [0.9, 0.7, 0.5, 0.3]
 NAMES = [f"blocks.{index}.residual" for index in range(4)]
@@ -643,7 +645,7 @@ def test_classes_keep_their_names() -> None:
 class Announced(nn.Module):
     """A base class that acts on its subclasses, as transformers' does."""
 
-    subclasses: list[str] = []
+    subclasses: ClassVar[list[str]] = []
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
