@@ -162,7 +162,9 @@ class _GateCheck:
         if not root.training and draws.forced is None:
             return
         forced = draws.forced and tuple(gate if isinstance(gate, bool) else bool(gate.any()) for gate in draws.forced)
-        decides = (draws.seed, draws.counter, draws.survival_probs, draws.costs, draws.granularity, draws.draw)
+        # The root's call has begun: its draw is made already.
+        counter = draws.counter - 1 if forced is None else draws.counter
+        decides = (draws.seed, counter, draws.survival_probs, draws.costs, draws.granularity, draws.draw)
         digest = hashlib.sha256(repr((*decides, forced, root.training)).encode()).digest()
         number = int.from_bytes(digest[:7], "big")
         extremes = torch.tensor([number, -number], device=self._mesh.device_type)
@@ -171,7 +173,7 @@ class _GateCheck:
         largest, smallest = extremes.tolist()
         if largest != -smallest:
             raise RuntimeError(
-                f"The ranks do not agree on their gates (here: seed {draws.seed}, {draws.counter} draws). Every rank "
+                f"The ranks do not agree on their gates (here: seed {draws.seed}, draw {counter}). Every rank "
                 "must make the same forwards in training mode, with the same survival probabilities, forced gates and "
                 "restored state; was a controller's state loaded on some ranks only?"
             )
