@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from stochastic_depth.passes import ForwardPasses, Observer, evaluated_node, next_node, number_of
+from stochastic_depth.gate_draws import GateDraws, Observer
+from stochastic_depth.torch_private import evaluated_node, next_node, number_of
 
 _REST = -1
 
@@ -85,14 +86,14 @@ class Cost:
 _FIELDS = ("training_flops", "activation_bytes", "gradient_bytes")
 
 
-def measure_cost(root: nn.Module, passes: ForwardPasses, parts: Sequence[nn.Module], inputs: Sequence[Any]) -> Cost:
+def measure_cost(root: nn.Module, draws: GateDraws, parts: Sequence[nn.Module], inputs: Sequence[Any]) -> Cost:
     """Count what a training step of `root` costs with every branch open, and what the schedule leaves of it.
 
     Nothing of the model changes: parameters, gradients, buffers, training modes and random states are as before.
 
     Args:
         root: the stochastic model.
-        passes: its passes.
+        draws: its draws.
         parts: for each branch the module that holds its parameters.
         inputs: arguments of a forward.
 
@@ -100,7 +101,7 @@ def measure_cost(root: nn.Module, passes: ForwardPasses, parts: Sequence[nn.Modu
         ValueError: if no output of the forward depends on a parameter that requires gradients.
     """
     meter = Meter(root)
-    with undisturbed(root), all_gates_open(passes), observed(passes, meter.run_branch):
+    with undisturbed(root), all_gates_open(draws), observed(draws, meter.run_branch):
         root.train()
         with torch.enable_grad(), meter, torch.autograd.graph.saved_tensors_hooks(meter.save, lambda saved: saved):
             output = root(*inputs)
@@ -113,13 +114,13 @@ def measure_cost(root: nn.Module, passes: ForwardPasses, parts: Sequence[nn.Modu
     branches = tuple(
         BranchCost(
             name=name,
-            survival_prob=passes.survival_probs[index],
+            survival_prob=draws.survival_probs[index],
             outer=meter.outer.get(index, ()),
             training_flops=meter.flops.get(index, 0),
             activation_bytes=meter.activation_bytes.get(index, 0),
             gradient_bytes=gradient_bytes[index],
         )
-        for index, name in enumerate(passes.names)
+        for index, name in enumerate(draws.names)
     )
     total = BranchCost(
         name="constant depth",
@@ -129,7 +130,7 @@ def measure_cost(root: nn.Module, passes: ForwardPasses, parts: Sequence[nn.Modu
         activation_bytes=sum(meter.activation_bytes.values()),
         gradient_bytes=sum(_bytes(p) for p in root.parameters() if p.requires_grad),
     )
-    shares = {field: _share(branches, total, passes.survival_probs, field) for field in _FIELDS}
+    shares = {field: _share(branches, total, draws.survival_probs, field) for field in _FIELDS}
     return Cost(**shares, branches=branches, total=total)
 
 
@@ -193,7 +194,7 @@ class Meter(TorchDispatchMode):
         self._seen = {_storage(tensor) for tensor in [*root.parameters(), *root.buffers()]}
 
     def run_branch(self, index: int, branch: Callable[[Any], Any], x: Any) -> Any:
-        """Run a branch, as an observer of the passes."""
+        """Run a branch, as an observer of the draws."""
         self.outer[index] = tuple(self._open)
         self._open.append(index)
         self._mark()
@@ -257,21 +258,16 @@ def undisturbed(root: nn.Module) -> Generator[None]:
 
 
 @contextmanager
-def all_gates_open(passes: ForwardPasses) -> Generator[None]:
+def all_gates_open(draws: GateDraws) -> Generator[None]:
     """Within, every branch runs for every sample and no draw is made."""
-    before = passes.forced
-    passes.forced = (True,) * len(passes.names)
+    before = draws.forced
+    draws.forced = (True,) * len(draws.names)
     try:
         yield
     finally:
-        passes.forced = before
+        draws.forced = before
 
 
-@contextmanager
-def observed(passes: ForwardPasses, observer: Observer) -> Generator[None]:
-    """Within, `observer(index, branch, x)` is called in place of `branch(x)`."""
-    passes.observer = observer
-    try:
-        yield
-    finally:
-        passes.observer = None
+def observed(draws: GateDraws, observer: Observer) -> AbstractContextManager[None]:
+    """Within, `observer(index, branch, x)` is called in place of `branch(x)`, in this thread or asyncio task."""
+    return draws.observed(observer)

@@ -14,8 +14,8 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from stochastic_depth.compiling import eager
 from stochastic_depth.copies import has_hooks
-from stochastic_depth.passes import eager
 
 _NUM_WARM_UP = 3
 """Runs before a recording, for what libraries do only at first."""

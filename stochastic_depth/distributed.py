@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from stochastic_depth.passes import ForwardPasses, eager
+from stochastic_depth.compiling import eager
+from stochastic_depth.gate_draws import GateDraws
 from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit import Controller, controller
 from stochastic_depth.retrofit.block import BranchParts
@@ -151,17 +152,19 @@ def _called(branch: Branch) -> list[nn.Module]:
 class _GateCheck:
     """Forward pre-hook that compares between ranks what the gates of a training step follow from."""
 
-    def __init__(self, passes: ForwardPasses, mesh: DeviceMesh) -> None:
-        self._passes = passes
+    def __init__(self, draws: GateDraws, mesh: DeviceMesh) -> None:
+        self._draws = draws
         self._mesh = mesh
 
     @eager
     def __call__(self, root: nn.Module, _args: Any) -> None:
-        passes = self._passes
-        if not root.training and passes.forced is None:
+        draws = self._draws
+        if not root.training and draws.forced is None:
             return
-        forced = passes.forced and tuple(gate if isinstance(gate, bool) else bool(gate.any()) for gate in passes.forced)
-        decides = (passes.seed, passes.counter, passes.survival_probs, passes.costs, passes.granularity, passes.draw)
+        forced = draws.forced and tuple(gate if isinstance(gate, bool) else bool(gate.any()) for gate in draws.forced)
+        # The root's call has begun: its draw is made already.
+        counter = draws.counter - 1 if forced is None else draws.counter
+        decides = (draws.seed, counter, draws.survival_probs, draws.costs, draws.granularity, draws.draw)
         digest = hashlib.sha256(repr((*decides, forced, root.training)).encode()).digest()
         number = int.from_bytes(digest[:7], "big")
         extremes = torch.tensor([number, -number], device=self._mesh.device_type)
@@ -170,7 +173,7 @@ class _GateCheck:
         largest, smallest = extremes.tolist()
         if largest != -smallest:
             raise RuntimeError(
-                f"The ranks do not agree on their gates (here: seed {passes.seed}, draw {passes.counter}). Every rank "
+                f"The ranks do not agree on their gates (here: seed {draws.seed}, draw {counter}). Every rank "
                 "must make the same forwards in training mode, with the same survival probabilities, forced gates and "
                 "restored state; was a controller's state loaded on some ranks only?"
             )

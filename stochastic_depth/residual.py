@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
+from stochastic_depth.compiling import eager, graph_break
 from stochastic_depth.copies import tensor_without_data, without_data
-from stochastic_depth.passes import CLOSED, ForwardPasses, Gate, Observer, eager, graph_break, saves_as_usual
+from stochastic_depth.gate_draws import CLOSED, Gate, GateDraws, Observer
 from stochastic_depth.samples import add_samples, apply, kept_once, take, take_and_carry, unchanged
+from stochastic_depth.torch_private import saves_as_usual
 
 # The gated sum stays out of torch.compile's graphs, which would be one per pattern of gates; the branches that it calls
 # are compiled, one graph per shape.
@@ -66,7 +68,7 @@ class GatedBranch:
         skipped_grad: whether the parameters of a branch that did not run get zero gradients or none.
     """
 
-    passes: ForwardPasses
+    passes: GateDraws
     index: int
     rescale: Rescale
     skipped_grad: SkippedGrad

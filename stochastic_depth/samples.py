@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from stochastic_depth.passes import eager, saves_as_usual
+from stochastic_depth.compiling import eager
+from stochastic_depth.torch_private import saves_as_usual
 
 
 def take(batch: Tensor, indices: Tensor) -> Tensor:

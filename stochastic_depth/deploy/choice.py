@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from stochastic_depth.cost import all_gates_open, observed, undisturbed
 from stochastic_depth.deploy.batches import arguments_of
 from stochastic_depth.deploy.branches import TrainedBranch
-from stochastic_depth.passes import ForwardPasses
+from stochastic_depth.gate_draws import GateDraws
 
 Order = Literal["last", "survival", "lesion"]
 
@@ -47,7 +47,7 @@ def lesions(model: nn.Module, branches: Sequence[TrainedBranch], calibration: It
     Raises:
         ValueError: if there is no batch.
     """
-    passes = branches[0].gated.passes
+    draws = branches[0].gated.passes
     change, num_samples = [0.0] * len(branches), 0
     with undisturbed(model):
         model.eval()
@@ -59,7 +59,7 @@ def lesions(model: nn.Module, branches: Sequence[TrainedBranch], calibration: It
                 if branch.found.treatment == "mask":
                     change[index] = float("inf")
                     continue
-                with observed(passes, _without(index, whole_layer=branch.found.kind == "layer")):
+                with observed(draws, _without(index, whole_layer=branch.found.kind == "layer")):
                     lesioned = _values(model(*args, **kwargs))
                 change[index] += sum(
                     float((one - other).double().square().sum()) for one, other in zip(lesioned, whole, strict=True)
@@ -126,7 +126,7 @@ class Budget:
         )
 
 
-def forward_flops(model: nn.Module, passes: ForwardPasses, inputs: Sequence[Any]) -> Budget:
+def forward_flops(model: nn.Module, draws: GateDraws, inputs: Sequence[Any]) -> Budget:
     """The budget in FLOPs of a forward on an example, in evaluation."""
     own: dict[int, int] = {}
     outer: dict[int, tuple[int, ...]] = {}
@@ -146,7 +146,7 @@ def forward_flops(model: nn.Module, passes: ForwardPasses, inputs: Sequence[Any]
         return output
 
     # With gradients: without, a view of a parameter still requires them, and the counter looks for their function.
-    with undisturbed(model), torch.enable_grad(), all_gates_open(passes), observed(passes, run), counter:
+    with undisturbed(model), torch.enable_grad(), all_gates_open(draws), observed(draws, run), counter:
         model.eval()
         model(*inputs)
     total = counter.get_total_flops()

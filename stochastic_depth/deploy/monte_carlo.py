@@ -79,15 +79,13 @@ def monte_carlo(
     if outputs not in get_args(Outputs):
         raise ValueError(f"outputs must be one of {', '.join(map(repr, get_args(Outputs)))}, but is {outputs!r}.")
     depth = controller(model)
-    passes = trained_branches(model)[0].gated.passes
+    draws = trained_branches(model)[0].gated.passes
     arguments: Sequence[Any] = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
     mean = deviations = entropy = None
     with undisturbed(model):
         model.eval()
         for number in range(num_samples):
-            gates = draw_counts(
-                passes.survival_probs, 1, seed=seed, counter=number, draw=passes.draw, costs=passes.costs
-            )
+            gates = draw_counts(draws.survival_probs, 1, seed=seed, counter=number, draw=draws.draw, costs=draws.costs)
             with depth.gates([bool(gate) for gate in gates]):
                 predicted = _tensor(model(*arguments))
             predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32))

@@ -8,8 +8,8 @@ from typing import get_args
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from stochastic_depth.gate_draws import GateDraws, Granularity, Ranks
 from stochastic_depth.gates import Draw
-from stochastic_depth.passes import ForwardPasses, Granularity, Ranks
 from stochastic_depth.residual import GatedBranch, Rescale, Residual, SkippedGrad, StochasticResidual
 from stochastic_depth.retrofit.block import BlockBranches, DropPathUses, KnownForms, StochasticBlock, StochasticDropPath
 from stochastic_depth.retrofit.classes import restore_class_, swap_class_
@@ -17,6 +17,7 @@ from stochastic_depth.retrofit.controller import Controller
 from stochastic_depth.retrofit.find import Branch, Found, Where, find_branches
 from stochastic_depth.retrofit.functional import FUNCTIONAL
 from stochastic_depth.retrofit.layers import GatedLayer, LayerDropPath, StochasticLayer, refuse_own_layerdrop
+from stochastic_depth.retrofit.root import StochasticRoot
 from stochastic_depth.schedules import SCHEDULES, Schedule, check_survival_probs
 
 _CONTROLLER = "_stochastic_depth"
@@ -100,7 +101,7 @@ def make_stochastic_(
     found = find_branches(model, where, layers, with_schedule=schedule is not None)
     branches = found.branches
     survival_probs = _survival_probs(schedule, branches)
-    passes = ForwardPasses(
+    draws = GateDraws(
         [branch.name for branch in branches],
         survival_probs,
         seed=seed,
@@ -110,16 +111,18 @@ def make_stochastic_(
     )
     forms = KnownForms()
     for index, branch in enumerate(branches):
-        own = (passes, index, rescale or _own_rescale(branch, schedule), skipped_grad)
+        own = (draws, index, rescale or _own_rescale(branch, schedule), skipped_grad)
         if branch.kind == "layer":
             _make_layer_stochastic(branch, GatedLayer(*own, drop_paths=bool(branch.drop_paths)))
         else:
             _make_stochastic(branch, GatedBranch(*own), found, forms, own_rate=schedule is None)
     rescales = dict.fromkeys(rescale or _own_rescale(branch, schedule) for branch in branches)
     made = Controller(
-        model, branches, passes, rescale=" or ".join(rescales), skipped_grad=skipped_grad, notes=found.notes
+        model, branches, draws, rescale=" or ".join(rescales), skipped_grad=skipped_grad, notes=found.notes
     )
     setattr(model, _CONTROLLER, made)
+    # Last, so that it lies around the behaviour of a root that is a branch or a block itself.
+    swap_class_(model, StochasticRoot, joins=_BRANCH in model.__dict__)
     return made
 
 
@@ -199,11 +202,11 @@ def restore_(model: nn.Module) -> None:
     made = controller(model)
     made.detach()
     for module in model.modules():
-        if _BRANCH in module.__dict__:
-            delattr(module, _BRANCH)
+        own = module.__dict__.keys() & {_BRANCH, _CONTROLLER}
+        if own:
             restore_class_(module)
-        if _CONTROLLER in module.__dict__:
-            delattr(module, _CONTROLLER)
+        for name in own:
+            delattr(module, name)
 
 
 def _survival_probs(schedule: Schedule | Sequence[float] | None, branches: Sequence[Branch]) -> list[float]:

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from stochastic_depth.compiling import eager
 from stochastic_depth.copies import plain_class
-from stochastic_depth.passes import eager, is_exporting
 from stochastic_depth.residual import GatedBranch, compiled_inside, masked, masks_only
 from stochastic_depth.retrofit.cuts import CutError
 from stochastic_depth.retrofit.forms import Reads, fingerprint, form_of_leaves, settings
@@ -25,6 +25,7 @@ from stochastic_depth.retrofit.rules import drop_path_rule
 from stochastic_depth.retrofit.stand_in import stand_in
 from stochastic_depth.retrofit.sums import BranchParts, Identity, Key, Paths, find_sums
 from stochastic_depth.retrofit.trace import StoredError, TraceError, flatten, unflatten
+from stochastic_depth.torch_private import is_exporting
 
 __all__ = ["BlockBranches", "BranchParts", "Key", "StochasticBlock", "StochasticDropPath", "Treatment", "find_sums"]
 

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stochastic_depth.attribution import Pass, Scope
+from stochastic_depth.compiling import eager
 from stochastic_depth.cost import Cost, measure_cost
 from stochastic_depth.cuda_graphs import BranchGraphs, refuse_unrecordable
-from stochastic_depth.passes import ForwardPasses
+from stochastic_depth.gate_draws import GateDraws
 from stochastic_depth.residual import SkippedGrad
 from stochastic_depth.retrofit.block import BlockBranches
 from stochastic_depth.retrofit.ddp import refuse_unsound
@@ -31,7 +33,7 @@ class Controller:
         self,
         root: nn.Module,
         branches: Sequence[Branch],
-        passes: ForwardPasses,
+        passes: GateDraws,
         *,
         rescale: str,
         skipped_grad: SkippedGrad,
@@ -44,20 +46,16 @@ class Controller:
         self._skipped_grad: SkippedGrad = skipped_grad
         self._notes = tuple(notes)
         self._detached = False
-        self._hooks = (
-            root.register_forward_pre_hook(self._refuse_unsound),
-            root.register_forward_pre_hook(passes.start),
-            root.register_forward_hook(passes.stop, always_call=True),
-        )
 
-    def _refuse_unsound(self, root: nn.Module, _args: Any) -> None:
-        if root.training:
+    @eager
+    def scope(self, training: bool, gates: Pass | None) -> Scope | None:
+        """The scope of a call of the root, see `GateDraws.scope`."""
+        if training:
             refuse_unsound(self._passes, self._skipped_grad, [branch.parts for branch in self._branches])
+        return self._passes.scope(training, gates)
 
     def detach(self) -> None:
-        """Take the hooks off the root. `restore_` calls it."""
-        for hook in self._hooks:
-            hook.remove()
+        """From now on there is nothing to control. `restore_` calls it."""
         self._detached = True
 
     def _refuse_detached(self) -> None:
@@ -70,7 +68,7 @@ class Controller:
         return list(self._passes.names)
 
     @property
-    def passes(self) -> ForwardPasses:
+    def passes(self) -> GateDraws:
         """What draws the gates."""
         return self._passes
 
@@ -181,6 +179,9 @@ class Controller:
         The training rule holds in either mode: an open branch has factor 1 (`rescale` "eval" or "none") or 1/p
         ("train"). No draw is made and the counter stands still.
 
+        It holds for the thread, or asyncio task, that enters it, for the replicas that DataParallel makes in it, and
+        for the recomputations of activation checkpoints. Other threads are not affected.
+
         Args:
             gates: one entry per branch; with granularity "sample" an entry may be a bool tensor (N,).
 
@@ -192,13 +193,11 @@ class Controller:
         _check_length(gates, len(self.names), "gates", "gates")
         forced = tuple(self._checked_gate(index, gate) for index, gate in enumerate(gates))
         before = self._passes.forced
-        self._passes.forced = forced
-        self._passes.end_parts()
         try:
+            self._passes.forced = forced
             yield
         finally:
             self._passes.forced = before
-            self._passes.end_parts()
 
     def _checked_gate(self, index: int, gate: bool | Tensor) -> bool | Tensor:
         if isinstance(gate, bool):

@@ -8,24 +8,25 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from stochastic_depth.passes import ForwardPasses, eager, has_several_ranks
+from stochastic_depth.compiling import eager
+from stochastic_depth.gate_draws import GateDraws, has_several_ranks
 from stochastic_depth.residual import SkippedGrad
 
 
 @eager
-def refuse_unsound(passes: ForwardPasses, skipped_grad: SkippedGrad, parts: Sequence[nn.Module]) -> None:
+def refuse_unsound(draws: GateDraws, skipped_grad: SkippedGrad, parts: Sequence[nn.Module]) -> None:
     """Look at a forward in training mode before it begins; it costs nothing where there is a single process.
 
     Args:
-        passes: of the model.
+        draws: of the model.
         skipped_grad: what parameters get whose branch did not run.
         parts: for each branch the module that holds its parameters.
 
     Raises:
         RuntimeError: if DistributedDataParallel would wait for gradients that never come, or SyncBatchNorm for ranks.
     """
-    if passes.ranks == "decorrelate" and passes.granularity == "batch" and has_several_ranks():
-        for name, part in zip(passes.names, parts, strict=True):
+    if draws.ranks == "decorrelate" and draws.granularity == "batch" and has_several_ranks():
+        for name, part in zip(draws.names, parts, strict=True):
             if any(isinstance(module, nn.SyncBatchNorm) and module.training for module in part.modules()):
                 raise RuntimeError(
                     f"The branch {name} holds a SyncBatchNorm, which waits for every rank, but with "

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore
 
-from stochastic_depth.passes import CLOSED, Gate
+from stochastic_depth.gate_draws import CLOSED, Gate
 from stochastic_depth.residual import GatedBranch
 from stochastic_depth.retrofit.quiet import quiet
 from stochastic_depth.retrofit.recorder import Edit, run_block

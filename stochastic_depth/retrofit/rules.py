@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torch import nn
 
 from stochastic_depth.copies import plain_class
-from stochastic_depth.passes import Granularity
+from stochastic_depth.gate_draws import Granularity
 
 _CLASS_NAMES = ("DropPath", "StochasticDepth")
 _RATES = ("drop_prob", "p", "drop_rate", "drop_path_rate", "prob")

@@ -1,6 +1,6 @@
 """Runs a branch without data, to know its shapes, and which inputs are samples, before its first real run.
 
-Callers wrap it into `ForwardPasses.dry_run`.
+Callers wrap it into `attribution.dry_run`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from stochastic_depth.compiling import eager
 from stochastic_depth.copies import plain_copy, tensor_without_data, without_data
-from stochastic_depth.passes import eager
 
 _MAX_UNKNOWN = 4
 

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from stochastic_depth.copies import plain_class
+from stochastic_depth.retrofit.classes import Unannounced
 from stochastic_depth.retrofit.rules import is_drop_path
 
 _HOOKS = (
@@ -120,7 +121,7 @@ def _passing(plain: type[nn.Module]) -> type[nn.Module]:
     def forward(_self: nn.Module, x: Any, *_args: Any, **_kwargs: Any) -> Any:
         return x
 
-    return cast("type[nn.Module]", type(plain.__name__, (plain,), {"forward": forward}))
+    return cast("type[nn.Module]", type(plain.__name__, (Unannounced, plain), {"forward": forward}))
 
 
 def _has_no_data(tensor: Tensor) -> bool:

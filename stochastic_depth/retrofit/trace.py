@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from stochastic_depth.copies import plain_class
+from stochastic_depth.retrofit.classes import Unannounced
 
 PLAIN_TYPES = (type(None), bool, int, float, str, torch.dtype, torch.device)
 _SIZE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda"}
@@ -227,7 +228,7 @@ def _called_class(plain: type[nn.Module]) -> type[nn.Module]:
         tracer, path = self.__dict__["_symbolic_call"]
         return tracer.create_proxy("call_module", path, args, kwargs)
 
-    return type(plain.__name__, (plain,), {"__call__": call})
+    return type(plain.__name__, (Unannounced, plain), {"__call__": call})
 
 
 class _Call:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from stochastic_depth.cost import Meter, observed, undisturbed
-from stochastic_depth.passes import ForwardPasses
+from stochastic_depth.gate_draws import GateDraws
 from stochastic_depth.residual import SkippedGrad, masks_only
 from stochastic_depth.retrofit.find import Branch
 from stochastic_depth.retrofit.proof import deviation, tolerance
@@ -60,7 +60,7 @@ class Verification:
 
 def verify(
     root: nn.Module,
-    passes: ForwardPasses,
+    passes: GateDraws,
     branches: Sequence[Branch],
     inputs: Sequence[Any],
     cause_of: CauseOf,
@@ -109,7 +109,7 @@ def verify(
 
 def _compare_with_masks(
     root: nn.Module,
-    passes: ForwardPasses,
+    passes: GateDraws,
     branches: Sequence[Branch],
     inputs: Sequence[Any],
     skipped_grad: SkippedGrad,
@@ -239,7 +239,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def _refuse(passes: ForwardPasses, indices: Iterable[int], what: str) -> None:
+def _refuse(passes: GateDraws, indices: Iterable[int], what: str) -> None:
     names = [passes.names[index] for index in sorted(indices)]
     if names:
         raise RuntimeError(f"{len(names)} of {len(passes.names)} branches are {what}: {', '.join(names)}.")
@@ -255,7 +255,7 @@ class _Run:
 class _Watch:
     """Sees which branches run: by the gate's own account, and by the modules that are called inside of each."""
 
-    def __init__(self, root: nn.Module, passes: ForwardPasses, branches: Sequence[Branch]) -> None:
+    def __init__(self, root: nn.Module, passes: GateDraws, branches: Sequence[Branch]) -> None:
         self._passes = passes
         self._ran: set[int] = set()
         # A module that serves several branches, or something else too, does not tell who has called it.

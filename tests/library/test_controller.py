@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy
 import pytest
@@ -33,6 +34,7 @@ from reference import (
 from torch import Tensor, nn
 
 import stochastic_depth as sd
+from stochastic_depth.gates import draw_counts
 
 SURVIVAL_PROBS = [0.9, 0.7, 0.5, 0.3]
 NAMES = [f"blocks.{index}.residual" for index in range(4)]
@@ -236,7 +238,7 @@ def test_a_copy_is_restored_by_itself(copy_of: Callable) -> None:
     sd.restore_(other)
     assert_plain(other, keys)
     assert sd.controller(net).names == NAMES
-    assert net._forward_hooks
+    assert type(net) is not type(other)
     sd.restore_(net)
     assert_plain(net, keys)
 
@@ -622,3 +624,109 @@ def test_forced_masks_are_checked(mask: Tensor) -> None:
     assert_refused(lambda: gates([mask, True, True, True])(depth), TypeError, "gates[0]", "bool tensor (N,)")
     assert depth.state_dict()["counter"] == 0
     assert residuals_of(net)
+
+
+# ---------------------------------------------------------------------------------------------- the class of the root
+
+
+def test_classes_keep_their_names() -> None:
+    """FSDP and accelerate look blocks up by them."""
+    plain = conv_net()
+    net = copy.deepcopy(plain)
+    sd.make_stochastic_(net, SURVIVAL_PROBS)
+    for ours, theirs in zip(net.modules(), plain.modules(), strict=True):
+        assert isinstance(ours, type(theirs))
+        for name in ("__name__", "__qualname__", "__module__"):
+            assert getattr(type(ours), name) == getattr(type(theirs), name)
+    assert repr(net) == repr(plain)
+    assert type(net) is not type(plain)
+
+
+class Announced(nn.Module):
+    """A base class that acts on its subclasses, as transformers' does."""
+
+    subclasses: ClassVar[list[str]] = []
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Announced.subclasses.append(cls.__name__)
+
+
+class Registered(Announced):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = sd.Residual(nn.Linear(3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x)
+
+
+def test_the_class_of_a_root_is_not_announced_as_a_new_one() -> None:
+    net = Registered()
+    sd.make_stochastic_(net, [0.5])
+    assert Announced.subclasses == ["Registered"]
+    net(torch.zeros(2, 3))
+    sd.restore_(net)
+    assert type(net) is Registered
+
+
+@all_copies
+def test_a_root_that_is_a_branch_itself(copy_of: Callable) -> None:
+    torch.manual_seed(0)
+    plain = sd.Residual(nn.Linear(3, 3))
+    net = copy.deepcopy(plain)
+    sd.make_stochastic_(net, [0.5], seed=1)
+    net = copy_of(net)
+    x = torch.ones(2, 3)
+    for step in range(10):
+        (is_open,) = draw_counts([0.5], 1, seed=1, counter=step)
+        torch.testing.assert_close(net(x), plain(x) if is_open else x)
+    assert sd.controller(net).state_dict()["counter"] == 10
+    sd.restore_(net)
+    assert type(net) is sd.Residual
+    assert not vars(net).keys() - vars(plain).keys()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_forward_replaced_in_the_root_is_one_pass_too(when: str) -> None:
+    """accelerate's hooks do it."""
+    net = conv_net()
+    if when == "before":
+        net.forward = functools.partial(type(net).forward, net)
+    depth = sd.make_stochastic_(net, SURVIVAL_PROBS)
+    if when == "after":
+        net.forward = functools.partial(nn.Sequential.forward, net)
+    for step in range(5):
+        net(images(2))
+        assert depth.state_dict()["counter"] == step + 1
+
+
+def test_what_lies_on_top_of_the_root_s_class_stays_when_it_is_restored() -> None:
+    """A parametrization swaps the class as well, and FSDP2 does."""
+
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = sd.Residual(nn.Linear(3, 3))
+            self.gain = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(x) * self.gain
+
+    class Twice(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    net = Root()
+    x = torch.ones(2, 3)
+    expected = 2 * net(x)
+    depth = sd.make_stochastic_(net, [0.5])
+    nn.utils.parametrize.register_parametrization(net, "gain", Twice())
+    with depth.gates([True]):
+        torch.testing.assert_close(net(x), expected)
+    sd.restore_(net)
+    torch.testing.assert_close(net(x), expected)
+    assert isinstance(net, Root)
+    assert not any("stochastic" in name for name in dir(net))
+    nn.utils.parametrize.remove_parametrizations(net, "gain")
+    assert type(net) is Root

@@ -1,0 +1,38 @@
+"""What torch.compile and torch.export see of the library: never a draw."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+
+from stochastic_depth.torch_private import compiler_of_frames, is_exporting, outside_compiler
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def graph_break(function: Function, *, recursive: bool, exported: Callable[..., Any] | None = None) -> Function:
+    """Keep `function`, and with `recursive` what it calls, out of the graphs of torch.compile, but not of export.
+
+    torch.compile must never see a draw, which it would freeze. What is exported is in evaluation, where there is none.
+
+    Args:
+        function: the function.
+        recursive: whether what it calls stays out as well.
+        exported: stands in for the function in an export; None: the function itself.
+    """
+    outside = outside_compiler(function, recursive=recursive)
+
+    @functools.wraps(function)
+    def either(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return ((exported or function) if is_exporting() else outside)(*args, **kwargs)
+        # PyTorch's way out of compilation costs several microseconds a call; here there is nothing to get out of.
+        return (function if compiler_of_frames() is None else outside)(*args, **kwargs)
+
+    return cast(Function, either)
+
+
+eager = functools.partial(graph_break, recursive=True)

@@ -1,0 +1,418 @@
+"""The gates of a stochastic model's passes: drawn from a counter, or forced.
+
+Every forward of the root module in training mode is a pass with a draw of its own. A model used by its parts
+(`model.forward_features`) starts a new draw at the first branch. Which pass a call belongs to is found in
+`attribution`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from stochastic_depth.attribution import (
+    Attribution,
+    Extent,
+    Pass,
+    PerContext,
+    Scope,
+    dry_run,
+    innermost_scope,
+    is_dry,
+)
+from stochastic_depth.compiling import eager
+from stochastic_depth.gates import Draw, draw_counts, draw_order
+from stochastic_depth.torch_private import graph_task, top_saved_tensors_hooks
+
+Granularity = Literal["batch", "sample"]
+Ranks = Literal["agree", "decorrelate"]
+
+Observer = Callable[[int, Callable[[Any], Any], Any], Any]
+Forced = tuple[bool | Tensor, ...]
+
+
+class Replays(Protocol):
+    """Runs branches by recordings of them."""
+
+    def run(self, index: int, branch: Callable[[nn.Module, Tensor], Tensor], module: nn.Module, x: Tensor) -> Tensor:
+        """What `branch(module, x)` gives."""
+        ...
+
+
+class Gate(NamedTuple):
+    """The gate of one branch in one pass.
+
+    Attributes:
+        num_open: for how many samples of the batch it is open, 0..N.
+        order: (N,) int64, indices of the samples, the open ones first; None where all are open, or the branch is not
+            to be called. Where none is open and there is an order, the branch runs one sample of weight 0.
+        survival_prob: the chance that it had to be open in this pass, which a later change does not alter.
+    """
+
+    num_open: int
+    order: Tensor | None
+    survival_prob: float
+
+
+CLOSED = Gate(0, None, 1.0)
+"""The gate of every branch that is not to be called; its chance does not matter."""
+
+
+def _gate_of_export(
+    self: GateDraws, _index: int, _num_samples: int, _device: torch.device, training: bool
+) -> Gate | None:
+    if training or self.is_forced_anywhere:
+        raise RuntimeError("An export would freeze the gates: export the model after model.eval().")
+    return None
+
+
+class GateDraws:
+    """Draws the gates of one stochastic model: its counter, and its forced gates.
+
+    It may be used from several threads at once. The counter, the survival probabilities and `latest` are the model's.
+    Forced gates, the observer, dry runs and the pass of a model that is used by its parts are those of the thread, or
+    the asyncio task, that asks.
+
+    Args:
+        names: names of the branches, for messages.
+        survival_probs: one per branch.
+        seed: seed of all draws.
+        granularity: "batch", one gate per mini-batch, or "sample", each sample its own.
+        draw: how gates are drawn, see `gates.draw_counts`.
+        ranks: "agree", the same gates on every rank, or "decorrelate".
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        survival_probs: Sequence[float],
+        *,
+        seed: int,
+        granularity: Granularity,
+        draw: Draw,
+        ranks: Ranks,
+    ) -> None:
+        self.names = tuple(names)
+        self.survival_probs = tuple(survival_probs)
+        self.seed = seed
+        self.granularity: Granularity = granularity
+        self.draw: Draw = draw
+        self.ranks: Ranks = ranks
+        self.counter = 0
+        self.costs: tuple[float, ...] | None = None
+        """What one sample of each branch costs, for "equal_cost"; None: all the same."""
+        self.latest: Pass | None = None
+        """The latest pass with a draw, of any thread."""
+        self._of_this_process()
+
+    def _of_this_process(self) -> None:
+        """Begin with what a copy or a file does not hold."""
+        self.observer: Observer | None = None
+        """Runs every branch in place of its plain call, while something is measured; see `observed`."""
+        self.graphs: Replays | None = None
+        """Replays branches, after `Controller.capture`."""
+        self._lock = threading.RLock()
+        self._attribution = Attribution()
+        self._forced = PerContext[Forced]()
+        self._num_forced = 0
+        self._was_forced = False
+        self._observers = PerContext[Observer]()
+        self._num_observers = 0
+        # The calls of parts without a forward of the root.
+        self._parts = PerContext[Extent]()
+        self._version = 0
+        self._orders: tuple[tuple[int, int, int, torch.device], Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        for name in (
+            "observer",
+            "graphs",
+            "_lock",
+            "_attribution",
+            "_forced",
+            "_num_forced",
+            "_was_forced",
+            "_observers",
+            "_num_observers",
+            "_parts",
+            "_version",
+            "_orders",
+        ):
+            del state[name]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._of_this_process()
+
+    # -------------------------------------------------------------------------------------- passes
+
+    @eager
+    def scope(self, training: bool, gates: Pass | None = None) -> Scope | None:
+        """The scope of a call of the root; None where it is a part of what runs already.
+
+        That is the recomputation of the whole root, a dry run, and a root that its own forward calls: the inner call
+        is a part of the outer one, which has one draw.
+
+        Args:
+            training: whether the root is in training mode.
+            gates: its pass, if `reserve` has begun it.
+        """
+        if is_dry() or self._attribution.is_repeating() or self._attribution.scope() is not None:
+            return None
+        if gates is None and (training or self.forced is not None):
+            gates = self._new_pass()
+        self._parts.set(None)
+        return Scope(self._attribution, gates)
+
+    @eager
+    def reserve(self, training: bool) -> Pass | None:
+        """The pass of a call of the root that will be made in another thread; None for the rule of evaluation."""
+        return self._new_pass() if training or self.forced is not None else None
+
+    def _new_pass(self) -> Pass:
+        if torch.jit.is_tracing():
+            raise RuntimeError("A trace would freeze the gates: trace the model after model.eval().")
+        forced = self.forced
+        if forced is not None:
+            return Pass(self.counter, self.survival_probs, forced)
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "A CUDA graph of the step would freeze the gates: depth.capture() records each branch by itself."
+            )
+        with self._lock:
+            new = Pass(self.counter, self.survival_probs, None)
+            self.counter += 1
+            self.latest = new
+        return new
+
+    def _extent_of_call(self, index: int, *, training: bool) -> Extent | None:
+        """What a call of a branch belongs to; None where the rule of evaluation holds whatever it belongs to."""
+        if is_dry():
+            return None
+        # In a backward, the model may be evaluated anew: without forced gates it does not matter.
+        if not training and not self._was_forced and graph_task() != -1:
+            return None
+        extent = self._attribution.repeated()
+        if extent is not None:
+            return extent
+        scope = self._attribution.scope()
+        if scope is None:
+            extent = self._part(index, training=training)
+        else:
+            extent = scope
+            if scope.gates is None and training:
+                # A branch in training mode under a root in evaluation mode.
+                scope.gates = self._new_pass()
+            if scope.thread != threading.get_ident():
+                self._attribution.go_on(scope)
+        self._attribution.note_checkpoints(extent)
+        return extent
+
+    def _part(self, index: int, *, training: bool) -> Extent:
+        """What a call of a part without a forward of the root belongs to."""
+        forced = self.forced
+        is_gated = training or forced is not None
+        current = self._parts.get()
+        if (
+            current is None
+            or current.version != self._version
+            or (
+                is_gated
+                and (
+                    current.gates is None or index in current.gates.branches_drawn or current.gates.forced is not forced
+                )
+            )
+        ):
+            current = Extent(self._new_pass() if is_gated else None, self._version)
+            self._parts.set(current)
+        if is_gated and current.gates is not None:
+            current.gates.branches_drawn.add(index)
+        self._attribution.go_on(current)
+        return current
+
+    def end_parts(self) -> None:
+        """What gates are drawn from has changed: the next call of a part, in any thread, starts a new pass."""
+        with self._lock:
+            self._version += 1
+
+    # -------------------------------------------------------------------------------------- gates
+
+    @property
+    def is_forced_anywhere(self) -> bool:
+        """Whether a thread or task forces gates."""
+        return self._num_forced > 0
+
+    @property
+    def forced(self) -> Forced | None:
+        """Gates given by the user in this thread or task, not drawn; in a recomputation those that it repeats."""
+        return self._forced_here() if self._was_forced else None
+
+    @forced.setter
+    def forced(self, forced: Forced | None) -> None:
+        before = self._forced.get()
+        with self._lock:
+            self._num_forced += (forced is not None) - (before is not None)
+            self._was_forced |= forced is not None
+        self._forced.set(forced)
+        self._parts.set(None)
+
+    @eager
+    def _forced_here(self) -> Forced | None:
+        extent = None if is_dry() else self._attribution.repeated()
+        if extent is not None:
+            return None if extent.gates is None else extent.gates.forced
+        return self._forced.get()
+
+    @partial(eager, exported=_gate_of_export)
+    def gate(self, index: int, num_samples: int, device: torch.device, training: bool) -> Gate | None:
+        """The gate of branch `index` in the call that is being made.
+
+        Args:
+            index: index of the branch in `names`.
+            num_samples: N, the batch size that the branch sees.
+            device: where the order of the samples is needed.
+            training: whether the branch is in training mode.
+
+        Returns:
+            The gate, or None where the rule of evaluation holds: no gates, every branch runs.
+
+        Raises:
+            ValueError: if a forced gate of single samples does not fit the batch.
+            RuntimeError: if the model is exported in training mode or with forced gates, or if a recomputation cannot
+                be attributed to its forward.
+        """
+        scope = innermost_scope()
+        # In a forward of the root, the common case, nothing else has to be looked at.
+        if (
+            scope is not None
+            and scope.owner is self._attribution
+            and scope.gates is not None
+            and scope.thread == threading.get_ident()
+            and graph_task() == -1
+            and top_saved_tensors_hooks(True) is None
+        ):
+            this = scope.gates
+        else:
+            extent = self._extent_of_call(index, training=training)
+            if extent is None or extent.gates is None:
+                return None
+            this = extent.gates
+        if this.forced is not None:
+            return self._forced_gate(this.forced[index], index, num_samples, device, this.survival_probs[index])
+        if not training:
+            return None
+        if self.granularity == "batch":
+            is_open = (this.counts.get(1) or self.draw_of(this, 1))[index]
+            return Gate(num_samples, None, this.survival_probs[index]) if is_open else CLOSED
+        num_open = self.draw_of(this, num_samples)[index]
+        # Another rank may have more samples, and with them a survivor where this one has none. What synchronises
+        # inside of a branch waits for every rank; the sizes of their batches are not known here, so none stays away.
+        if num_open == 0 and not has_several_ranks():
+            return CLOSED
+        order = None if num_open == num_samples else self._order_of(this, num_samples, device)[index]
+        return Gate(num_open, order, this.survival_probs[index])
+
+    @partial(eager, exported=lambda *_, **__: None)
+    def survival_prob_of_call(self, index: int, *, training: bool) -> float | None:
+        """The chance that the branch had to run which is being run; None where the rule of evaluation holds."""
+        if not training and not self._was_forced:
+            return None
+        extent = self._attribution.repeated() or self._attribution.scope() or self._parts.get()
+        if extent is None or extent.gates is None or not (training or extent.gates.forced):
+            return None
+        return extent.gates.survival_probs[index]
+
+    def draw_of(self, this: Pass, num_samples: int) -> list[int]:
+        """For how many of `num_samples` separately gated samples each branch is open in a pass that is not forced."""
+        counts = this.counts.get(num_samples)
+        if counts is None:
+            # How many samples of a batch a branch takes is agreed in any case, so that no rank waits for another;
+            # only which samples they are differs between decorrelated ranks.
+            rank = self._rank() if self.granularity == "batch" else None
+            counts = this.counts[num_samples] = draw_counts(
+                this.survival_probs,
+                num_samples,
+                seed=self.seed,
+                counter=this.counter,
+                draw=self.draw,
+                costs=self.costs,
+                rank=rank,
+            )
+        return counts
+
+    def _order_of(self, this: Pass, num_samples: int, device: torch.device) -> Tensor:
+        key = (self.seed, this.counter, num_samples, device)
+        orders = self._orders  # Another thread may replace it meanwhile.
+        if orders is None or orders[0] != key:
+            order = draw_order(len(self.names), num_samples, seed=self.seed, counter=this.counter, rank=self._rank())
+            if device.type == "cuda":
+                order = order.pin_memory()  # from other memory a copy waits for the GPU
+            orders = self._orders = (key, order.to(device, non_blocking=True))
+        return orders[1]
+
+    def _forced_gate(
+        self, forced: bool | Tensor, index: int, num_samples: int, device: torch.device, survival_prob: float
+    ) -> Gate:
+        if isinstance(forced, bool):
+            return Gate(num_samples, None, survival_prob) if forced else CLOSED
+        if len(forced) != num_samples:
+            raise ValueError(
+                f"The gate of {self.names[index]!r} has {len(forced)} entries, but the batch has {num_samples} samples."
+            )
+        num_open = int(forced.sum())
+        if num_open == 0:
+            return CLOSED
+        if num_open == num_samples:
+            return Gate(num_open, None, survival_prob)
+        return Gate(num_open, forced.int().argsort(descending=True, stable=True).to(device), survival_prob)
+
+    def _rank(self) -> int | None:
+        if self.ranks == "agree":
+            return None
+        return torch.distributed.get_rank() if has_several_ranks() else 0
+
+    # -------------------------------------------------------------------------------------- runs that measure
+
+    @property
+    def is_dry(self) -> bool:
+        """Whether what runs in this thread or task is run for its shapes only."""
+        return is_dry()
+
+    def dry_run(self) -> AbstractContextManager[None]:
+        """Within, what is run is run for its shapes only: every branch runs, unseen by FLOP counters and autograd."""
+        return dry_run()
+
+    @contextmanager
+    def observed(self, observer: Observer) -> Generator[None]:
+        """Within, `observer(index, branch, x)` is called in place of `branch(x)`, in this thread or task."""
+        before = self._observers.get()
+        with self._lock:
+            self._num_observers += 1
+            self.observer = self._observe
+        self._observers.set(observer)
+        try:
+            yield
+        finally:
+            self._observers.set(before)
+            with self._lock:
+                self._num_observers -= 1
+                if not self._num_observers:
+                    self.observer = None
+
+    def _observe(self, index: int, branch: Callable[[Any], Any], x: Any) -> Any:
+        observer = self._observers.get()
+        return branch(x) if observer is None else observer(index, branch, x)
+
+
+def has_several_ranks() -> bool:
+    """Whether this process is one of several that train together."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
