@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from stochastic_depth.copies import evaluating_
 from stochastic_depth.cost import undisturbed
 from stochastic_depth.deploy.branches import trained_branches
 from stochastic_depth.gates import draw_counts
@@ -83,7 +84,7 @@ def monte_carlo(
     arguments: Sequence[Any] = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
     mean = deviations = entropy = None
     with undisturbed(model):
-        model.eval()
+        evaluating_(model)
         for number in range(num_samples):
             gates = draw_counts(
                 passes.survival_probs, 1, seed=seed, counter=number, draw=passes.draw, costs=passes.costs

@@ -15,6 +15,7 @@ from stochastic_depth.passes import ForwardPasses
 from stochastic_depth.residual import SkippedGrad
 from stochastic_depth.retrofit.ddp import refuse_unsound
 from stochastic_depth.retrofit.find import Branch
+from stochastic_depth.retrofit.remembered import RememberedCalls
 from stochastic_depth.retrofit.verify import Verification, verify
 from stochastic_depth.schedules import check_survival_probs, expected_depth
 
@@ -43,10 +44,12 @@ class Controller:
         self._skipped_grad: SkippedGrad = skipped_grad
         self._notes = tuple(notes)
         self._detached = False
+        self._calls = RememberedCalls()
         self._hooks = (
             root.register_forward_pre_hook(self._refuse_unsound),
             root.register_forward_pre_hook(passes.start),
             root.register_forward_hook(passes.stop, always_call=True),
+            root.register_forward_hook(self._calls.note, with_kwargs=True),
         )
 
     def _refuse_unsound(self, root: nn.Module, _args: Any) -> None:
@@ -77,6 +80,19 @@ class Controller:
     def branches(self) -> tuple[Branch, ...]:
         """What was found out about each branch when the model was made stochastic; the modules are the model's own."""
         return self._branches
+
+    @property
+    def root(self) -> nn.Module:
+        """The model that was made stochastic; what is asked for the controller may be a wrapper of it."""
+        return self._root
+
+    @property
+    def calls(self) -> RememberedCalls:
+        """Examples of how the model is called: of its first forward in each mode, at most two samples if it is large.
+
+        `fold_`, `convert_rescale_` and `subnetwork` check their result on one. Copies and files of the model hold none.
+        """
+        return self._calls
 
     def note_rescales(self, rescales: Sequence[str]) -> None:
         """What `print` says of the rescaling; `convert_rescale_` has changed it."""
