@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -19,6 +19,20 @@ def call_of(inputs: Inputs) -> Call:
     if isinstance(inputs, Mapping):
         return (), {str(name): value for name, value in inputs.items()}
     return (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) else ((inputs,), {})
+
+
+def map_tensors(function: Callable[[Tensor], Any], call: Call) -> Call:
+    """The arguments with a function applied to their tensors."""
+
+    def mapped(leaf: Any) -> Any:
+        return function(leaf) if isinstance(leaf, Tensor) else leaf
+
+    return cast(Call, tree_map(mapped, call))
+
+
+def own_tensors(call: Call) -> Call:
+    """The arguments with copies of their tensors, which a forward may change."""
+    return map_tensors(lambda tensor: tensor.detach().clone(), call)
 
 
 def arguments_of(batch: Any, model: nn.Module) -> Call:

@@ -11,7 +11,7 @@ import builtins
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -389,7 +389,7 @@ def _of_same_form(value: Any) -> Any:
 
 
 @contextmanager
-def noted_calls(blocks: Collection[nn.Module]) -> Iterator[dict[nn.Module, list[Call]]]:
+def noted_calls(blocks: Collection[nn.Module]) -> Generator[dict[nn.Module, list[Call]]]:
     """Within, it is noted how each of the blocks is called: one call of each form."""
     calls: dict[nn.Module, list[Call]] = {}
     known: set[tuple[int, Any]] = set()

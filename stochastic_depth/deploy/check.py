@@ -11,10 +11,9 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.utils._pytree import tree_map
 
 from stochastic_depth.copies import evaluating_
-from stochastic_depth.deploy.batches import Inputs, call_of
+from stochastic_depth.deploy.batches import Inputs, call_of, map_tensors, own_tensors
 from stochastic_depth.deploy.blocks import noted_calls
 from stochastic_depth.deploy.branches import TrainedBranch
 from stochastic_depth.deploy.guess import guessed_calls
@@ -141,7 +140,7 @@ class Check:
         inner: dict[tuple[str, str], _Sample] = {}
 
         def run() -> Any:
-            args, kwargs = _copied(call)
+            args, kwargs = own_tensors(call)
             return model(*args, **kwargs)
 
         def note(name: str, _module: nn.Module, _args: Any, output: Any) -> None:
@@ -187,23 +186,17 @@ def _examples(root: nn.Module, remembered: Sequence[Call], inputs: Inputs | None
     # Forwards of a model in shards wait for other ranks, which may not be here.
     if first is None or any(type(p).__name__ == "DTensor" or p.is_meta for p in root.parameters()):
         return
-    parameter = first
     for call in remembered:
-        call = cast(Call, tree_map(lambda leaf: leaf.to(parameter.device) if isinstance(leaf, Tensor) else leaf, call))
+        call = map_tensors(lambda tensor: tensor.to(first.device), call)
         yield "remembered", call
         # The model may have been converted since.
-        yield "remembered", cast(Call, tree_map(lambda leaf: _with_precision(leaf, parameter.dtype), call))
+        yield "remembered", map_tensors(lambda tensor: _with_precision(tensor, first.dtype), call)
     for call in guessed_calls(root):
         yield "guessed", call
 
 
-def _with_precision(leaf: Any, dtype: torch.dtype) -> Any:
-    return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
-
-def _copied(call: Call) -> Call:
-    """The arguments with tensors of their own, which the forward may change."""
-    return cast(Call, tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, call))
+def _with_precision(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def tensors_in(value: Any, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:

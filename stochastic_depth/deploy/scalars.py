@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from stochastic_depth.copies import plain_class
+from stochastic_depth.deploy.batches import own_tensors
 from stochastic_depth.deploy.blocks import ScaledForward, scaled_forward
 from stochastic_depth.deploy.undo import without_traces
 from stochastic_depth.passes import eager
@@ -139,9 +140,7 @@ class ScaledBranches:
 
 def _refuse_other_code(block: nn.Module, made: ScaledForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     def run(forward: Callable[..., Any]) -> list[Tensor]:
-        values, named = tree_map(
-            lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs)
-        )
+        values, named = own_tensors((args, kwargs))
         with torch.no_grad(), without_traces(block):
             output = forward(*values, **named)
         return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
