@@ -79,6 +79,7 @@ class Check:
             branch.found.block_name: branch.found.name
             for branch in branches
             if branch.found.key is not None or branch.found.kind == "layer" or isinstance(branch.found.module, Residual)
+            if not _is_inside_another(branch, branches)
         }
         blocks = {
             branch.found.module for branch in branches if branch.found.key is not None or branch.found.kind == "layer"
@@ -118,7 +119,7 @@ class Check:
         except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise RuntimeError(
-                f"{function} does not change {self._kind}: the result would not run on the {self.origin} example "
+                f"{function} refuses {self._kind}: the result would not run on the {self.origin} example "
                 f"({reason}). {_WAY_OUT}"
             ) from error
         difference = _difference(self._before, after, _rounding(made, [*self._before.values(), *after.values()]))
@@ -126,7 +127,7 @@ class Check:
             name, error, scale = difference
             where = f"{name} (branch {self._branch_of[name]})" if name in self._branch_of else "the output"
             raise RuntimeError(
-                f"{function} does not change {self._kind}: on the {self.origin} example {where} would differ from the "
+                f"{function} refuses {self._kind}: on the {self.origin} example {where} would differ from the "
                 f"evaluated stochastic model by {error:.2g}, of values up to {scale:.2g}. Most likely a hook, or code "
                 f"outside of the branch, uses its last weights or what they give. {_WAY_OUT}"
             )
@@ -175,7 +176,16 @@ class Check:
         return {**inner, **seen}
 
 
-_WAY_OUT = "It is as it was. Evaluate it as it is, or write the sum as Residual(branch, shortcut)."
+_WAY_OUT = "The model is as it was. Evaluate it as it is, or write the sum as Residual(branch, shortcut)."
+
+
+def _is_inside_another(branch: TrainedBranch, branches: Sequence[TrainedBranch]) -> bool:
+    """Whether a block lies in the branch of another block, whose factor its output may have."""
+    block = branch.found.module
+    return any(
+        other.found.module is not block and any(module is block for module in other.found.parts.modules())
+        for other in branches
+    )
 
 
 def _examples(root: nn.Module, remembered: Sequence[Call], inputs: Inputs | None) -> Iterator[tuple[Origin, Call]]:

@@ -139,7 +139,9 @@ class _Watch:
         self._members: list[set[nn.Module]] = []
         for branch in branches:
             parts = branch.found.parts
-            self._members.append(set(parts.members) if isinstance(parts, BranchParts) else {parts})
+            members = set(parts.members) if isinstance(parts, BranchParts) else {parts}
+            # A whole layer is called to ask for its gate.
+            self._members.append(set() if branch.found.kind == "layer" else members)
 
     @contextmanager
     def watching(self) -> Generator[None]:
