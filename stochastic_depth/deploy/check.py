@@ -84,8 +84,9 @@ class Check:
         blocks = {
             branch.found.module for branch in branches if branch.found.key is not None or branch.found.kind == "layer"
         }
+        self._calls = depth.calls
         known = (remembered or depth.calls).evaluation_first()
-        with depth.calls.paused():
+        with self._calls.paused():
             for self.origin, call in _examples(depth.root, known, inputs):
                 try:
                     seen = self._seen(model, call, context, blocks)
@@ -115,7 +116,8 @@ class Check:
         if self.call is None:
             return
         try:
-            after = self._seen(made, self.call, context)
+            with self._calls.paused():
+                after = self._seen(made, self.call, context)
         except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise RuntimeError(
