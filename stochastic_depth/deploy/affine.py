@@ -227,19 +227,18 @@ def _recorded_everywhere(block: nn.Module, calls: Calls) -> list[fx.Graph]:
     A drop path may be called in training only, and code that can be recorded in one mode may decide by values in the
     other.
     """
-    graphs: list[fx.Graph] = []
+    graphs: dict[str, fx.Graph] = {}  # those that differ
     first_error: TraceError | None = None
     for arguments in (*calls.get(block, ()), None):
         for other_mode in (False, True):
             try:
-                ways = list(recordings(block, arguments, other_mode=other_mode))
+                for way in recordings(block, arguments, other_mode=other_mode):
+                    graphs.setdefault(str(way.graph), way.graph)
             except TraceError as error:
                 first_error = first_error or error
-            else:
-                graphs += [way.graph for way in ways]
     if not graphs:
         raise NotAffineError(str(first_error))
-    return graphs
+    return list(graphs.values())
 
 
 def _branch_end(

@@ -42,9 +42,12 @@ class Snapshot:
         for owner, kind, attributes, contents in self._kept:
             if type(owner) is not kind:
                 owner.__class__ = kind
-            owner.__dict__.clear()
+            for name in owner.__dict__.keys() - attributes.keys():
+                del owner.__dict__[name]
             owner.__dict__.update(attributes)
             for own, content in contents:
+                if _is_unchanged(own, content):  # nothing is empty for a moment, for other threads to see
+                    continue
                 if type(own) is list:
                     own[:] = content
                 else:
@@ -52,6 +55,16 @@ class Snapshot:
                     own.update(content)
         for tensor, value in reversed(self._values):
             tensor.copy_(value)
+
+
+def _is_unchanged(own: Any, content: Any) -> bool:
+    if type(own) is set:
+        return own == content
+    if len(own) != len(content):
+        return False
+    if type(own) is list:
+        return all(a is b for a, b in zip(own, content, strict=True))
+    return all(a == b and own[a] is content[b] for a, b in zip(own, content, strict=True))
 
 
 def _contents(attributes: dict[str, Any]) -> list[tuple[Any, Any]]:
