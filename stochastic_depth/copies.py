@@ -7,10 +7,12 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -23,6 +25,17 @@ def has_hooks(module: nn.Module) -> bool:
 def plain_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module without stochastic depth."""
     return getattr(type(module), "_plain_class", type(module))
+
+
+def evaluating_(module: Module) -> Module:
+    """The module itself, with all its parts in evaluation mode.
+
+    No `train` of a class is called: some return nothing, some set only a part of the flags, and some do more, such as
+    merging adapters into weights, which setting the flags back would not undo.
+    """
+    for part in module.modules():
+        part.training = False
+    return module
 
 
 def without_data(module: nn.Module) -> nn.Module:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase  # pyright: ignore[
 from torch.nn.modules.instancenorm import _InstanceNorm  # pyright: ignore[reportPrivateUsage]
 
 from stochastic_depth.copies import plain_class
+from stochastic_depth.deploy.batches import Call
 from stochastic_depth.deploy.branches import TrainedBranch
 from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit import cuts
@@ -92,7 +93,11 @@ _PRODUCTS = {"mul", "mul_", "imul", "multiply", "__mul__", "__rmul__", "matmul",
 _LISTS = {"cat", "concat", "stack", "hstack", "vstack"}
 
 
-def last_affine(model: nn.Module, branch: TrainedBranch) -> list[Holder]:
+Calls = Mapping[nn.Module, Sequence[Call]]
+"""How blocks are called in an example."""
+
+
+def last_affine(model: nn.Module, branch: TrainedBranch, calls: Calls) -> list[Holder]:
     """The parameters which, all multiplied (or divided) by one positive factor, multiply what a branch gives.
 
     Of a whole layer with drop paths inside, they multiply what each of their branches gives.
@@ -100,6 +105,7 @@ def last_affine(model: nn.Module, branch: TrainedBranch) -> list[Holder]:
     Args:
         model: the stochastic model.
         branch: one of its branches.
+        calls: in which the same weights must come last as in a call with the defaults; may be empty.
 
     Raises:
         NotAffineError: if there are none: the branch ends in something else, or its weights serve something else too.
@@ -108,11 +114,11 @@ def last_affine(model: nn.Module, branch: TrainedBranch) -> list[Holder]:
     if found.kind == "layer":
         if not found.drop_paths:
             raise NotAffineError("the branch is a whole layer, whose output holds its input too")
-        return [holder for inner in _inner_branches(branch) for holder in last_affine(model, inner)]
+        return [holder for inner in _inner_branches(branch) for holder in last_affine(model, inner, calls)]
     if found.key is None and not isinstance(found.module, Residual):
         raise NotAffineError(found.cause)
     holders: list[Holder] = []
-    for end in _followed_everywhere(found.module, found.key, branch.drop_paths):
+    for end in _followed_everywhere(branch, calls):
         if isinstance(end, _Passed):
             raise NotAffineError("it ends in what it was given")
         holders.append(end)
@@ -120,9 +126,9 @@ def last_affine(model: nn.Module, branch: TrainedBranch) -> list[Holder]:
     places = num_places(model, found.module)
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for holder in holders:
-        if uses[id(_parameter(holder))] != places:
+        if uses[id(parameter_of(holder))] != places:
             raise NotAffineError(f"{_described(holder)} is shared with another part of the model")
-    if len({id(_parameter(holder)) for holder in holders}) < len(holders):
+    if len({id(parameter_of(holder)) for holder in holders}) < len(holders):
         raise NotAffineError("one of its last weights is used in several ways")
     return holders
 
@@ -141,21 +147,113 @@ def _inner_branches(layer: TrainedBranch) -> list[TrainedBranch]:
     return [TrainedBranch(each, layer.gated, inner.drop_paths.get(each.module, ())) for each in inner.branches]
 
 
-def _followed_everywhere(block: nn.Module, key: Key | None, drop_paths: Sequence[str]) -> _Ends:
+def last_child(model: nn.Module, branch: TrainedBranch, calls: Calls) -> tuple[nn.Module, tuple[int, ...]]:
+    """The child of a foreign block whose output is what a branch gives, up to what passes a factor on.
+
+    Returns:
+        The child, and where in its output the branch's values are: () for the output itself, (0,) for its first entry.
+
+    Raises:
+        NotAffineError: if there is none, or it serves something else too.
+    """
+    block, key = branch.found.module, branch.found.key
+    assert key is not None
+    ends = {
+        _last_child(*end, block)
+        for graph in _recorded_everywhere(block, calls)
+        if (end := _branch_end(graph, block, key, branch.drop_paths)) is not None
+    }
+    if len(ends) != 1:
+        raise NotAffineError("which child comes last depends on the call")
+    (end,) = ends
+    if num_places(model, end[0]) != num_places(model, block):
+        raise NotAffineError(f"{type(end[0]).__name__} serves another part of the model too")
+    return end
+
+
+def _last_child(value: fx.Node, consumer: fx.Node, block: nn.Module) -> tuple[nn.Module, tuple[int, ...]]:
+    path: tuple[int, ...] = ()
+    while True:
+        others = [user for user in _users(value) if user is not consumer]
+        if not all(path and _is_other_entry(user, path[0]) for user in others):
+            raise NotAffineError(f"{value.name} is used several times")
+        function: Any = value.target
+        if value.op == "call_module":
+            child = block.get_submodule(cast(str, value.target))
+            if not _passes_on(child):
+                _refuse_several_calls(value, child, block)
+                return child, path
+        elif function is operator.getitem and isinstance(value.args[1], int) and not path:
+            path = (value.args[1],)
+        elif value.op not in ("call_function", "call_method") or _name_of(value) not in _HOMOGENEOUS_NAMES or path:
+            raise NotAffineError(f"it ends in {value.name}")
+        if not value.args or not isinstance(value.args[0], fx.Node):
+            raise NotAffineError(f"it ends in {value.name}")
+        value, consumer = value.args[0], value
+
+
+def _passes_on(child: nn.Module) -> bool:
+    """Whether a child passes a positive factor of its first argument on."""
+    is_homogeneous = drop_path_rule(child) is not None or plain_class(child).forward in _HOMOGENEOUS
+    return is_homogeneous and not has_own_way(child)
+
+
+def has_own_way(module: nn.Module) -> bool:
+    """Whether a call of a module does more than its class's forward says: hooks, or a forward of its own."""
+    return (
+        "forward" in module.__dict__
+        or bool(module._forward_hooks)  # pyright: ignore[reportPrivateUsage]
+        or bool(module._forward_pre_hooks)  # pyright: ignore[reportPrivateUsage]
+        or type(module).__call__ is not nn.Module.__call__
+    )
+
+
+def _refuse_own_way(module: nn.Module) -> None:
+    if has_own_way(module):
+        raise NotAffineError(f"a {plain_class(module).__name__} at its end has a hook or a forward of its own")
+
+
+def _followed_everywhere(branch: TrainedBranch, calls: Calls) -> _Ends:
+    block, key = branch.found.module, branch.found.key
     if key is None:
         return _of_child(cast(Residual, block).branch, ((object(),), {}), ())
-    found: list[_Ends] = []
-    try:
-        for recording in recordings(block):
-            residual = find_sums(recording.graph, block, drop_paths).get(key)
-            if isinstance(residual, CutError):  # It is masked at its drop path.
-                node = drop_path_call(recording.graph, key)
-                found.append(_follow(cast(fx.Node, node.args[0]), node, block))
-            elif residual is not None:
-                found.append(_follow(residual.output, residual.add, block))
-    except TraceError as error:
-        raise NotAffineError(str(error)) from None
-    return _agreed(found)
+    ends = [_branch_end(graph, block, key, branch.drop_paths) for graph in _recorded_everywhere(block, calls)]
+    return _agreed([_follow(*end, block) for end in ends if end is not None])
+
+
+def _recorded_everywhere(block: nn.Module, calls: Calls) -> list[fx.Graph]:
+    """What a block does in these calls and in one with its defaults, in either mode.
+
+    A drop path may be called in training only, and code that can be recorded in one mode may decide by values in the
+    other.
+    """
+    graphs: dict[str, fx.Graph] = {}  # those that differ
+    first_error: TraceError | None = None
+    for arguments in (*calls.get(block, ()), None):
+        for other_mode in (False, True):
+            try:
+                for way in recordings(block, arguments, other_mode=other_mode):
+                    graphs.setdefault(str(way.graph), way.graph)
+            except TraceError as error:
+                first_error = first_error or error
+    if not graphs:
+        raise NotAffineError(str(first_error))
+    return list(graphs.values())
+
+
+def _branch_end(
+    graph: fx.Graph, block: nn.Module, key: Key, drop_paths: Sequence[str]
+) -> tuple[fx.Node, fx.Node] | None:
+    """What a branch gives, and what uses it; None where the recording does not meet the branch."""
+    residual = find_sums(graph, block, drop_paths).get(key)
+    if residual is None:
+        return None
+    if isinstance(residual, CutError):
+        if not drop_paths:
+            return None
+        node = drop_path_call(graph, key)  # It is masked at its drop path.
+        return cast(fx.Node, node.args[0]), node
+    return residual.output, residual.add
 
 
 def drop_path_call(graph: fx.Graph, key: Key) -> fx.Node:
@@ -202,6 +300,7 @@ def _hiding_from_one(user: fx.Node, value: fx.Node, block: nn.Module) -> _Ends:
         raise NotAffineError(f"{value.name} is used by {user.name} too")
     if user.op == "call_module":
         child = block.get_submodule(cast(str, user.target))
+        _refuse_own_way(child)
         if plain_class(child).forward not in _HOMOGENEOUS:
             _refuse_several_calls(user, child, block)
             if plain_class(child).forward in _LINEAR:
@@ -232,7 +331,7 @@ def _is_other_entry(node: fx.Node, index: int) -> bool:
 
 def _of_call(call: fx.Node, block: nn.Module, path: tuple[int, ...]) -> _Ends:
     child = block.get_submodule(cast(str, call.target))
-    if drop_path_rule(child) is not None or plain_class(child).forward in _HOMOGENEOUS:
+    if _passes_on(child):
         return _follow(cast(fx.Node, call.args[0]), call, block, path)
     _refuse_several_calls(call, child, block)
     ends: _Ends = []
@@ -253,6 +352,7 @@ def _refuse_several_calls(call: fx.Node, child: nn.Module, block: nn.Module) -> 
 
 
 def _of_child(child: nn.Module, arguments: Any, path: tuple[int, ...]) -> _Ends:
+    _refuse_own_way(child)
     plain = plain_class(child)
     if plain.forward is nn.MultiheadAttention.forward and path[:1] == (0,):
         return [*_weight_and_bias(cast(nn.MultiheadAttention, child).out_proj)]
@@ -374,7 +474,8 @@ def _weight_and_bias(module: nn.Module) -> list[Holder]:
     return holders
 
 
-def _parameter(holder: Holder) -> nn.Parameter:
+def parameter_of(holder: Holder) -> nn.Parameter:
+    """What is multiplied."""
     return cast(nn.Parameter, getattr(holder.module, holder.name))
 
 
@@ -386,4 +487,4 @@ def _described(holder: Holder) -> str:
 def multiply_(holders: Sequence[Holder], factor: float) -> None:
     """Multiply the parameters, in place, and divide those that are to be divided."""
     for holder in holders:
-        _parameter(holder).mul_(1 / factor if holder.inverse else factor)
+        parameter_of(holder).mul_(1 / factor if holder.inverse else factor)

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""Arguments of a call, by position and by name."""
+from stochastic_depth.retrofit.remembered import Call
+
+Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
+"""An example of a call: the argument of a forward, several in a tuple or list, or a mapping of arguments by name."""
+
+
+def call_of(inputs: Inputs) -> Call:
+    """The arguments of a forward that is given as an example."""
+    if isinstance(inputs, Mapping):
+        return (), {str(name): value for name, value in inputs.items()}
+    return (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) else ((inputs,), {})
+
+
+def map_tensors(function: Callable[[Tensor], Any], call: Call) -> Call:
+    """The arguments with a function applied to their tensors."""
+
+    def mapped(leaf: Any) -> Any:
+        return function(leaf) if isinstance(leaf, Tensor) else leaf
+
+    return cast(Call, tree_map(mapped, call))
+
+
+def own_tensors(call: Call) -> Call:
+    """The arguments with copies of their tensors, which a forward may change."""
+    return map_tensors(lambda tensor: tensor.detach().clone(), call)
 
 
 def arguments_of(batch: Any, model: nn.Module) -> Call:

@@ -8,13 +8,16 @@ one that was recorded.
 from __future__ import annotations
 
 import builtins
+import functools
 import inspect
 import operator
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_map
 
 from stochastic_depth.copies import plain_class
 from stochastic_depth.deploy.affine import drop_path_call
@@ -29,11 +32,13 @@ from stochastic_depth.retrofit.trace import (
     Opaque,
     Recording,
     TraceError,
+    decide_by,
     flatten,
     is_size,
     record,
-    size_value,
 )
+
+_Recorded = TypeVar("_Recorded")
 
 
 def with_branches_taken_out(
@@ -71,11 +76,7 @@ def with_branches_taken_out(
                     raise residual
                 gone.update(_drop(residual.after(replaced), block, replaced))
             elif key in factors:
-                value = (
-                    drop_path_call(graph, key) if isinstance(residual, CutError) else residual.after(replaced).output
-                )
-                consumer = None if isinstance(residual, CutError) or residual.add is value else residual.add
-                _multiply(value, consumer, factors[key])
+                _scale(key, residual, replaced, factors[key], graph)
         _erase_idle(recording, [node for node in writes if node not in gone], block)
         return _with_signature(block, recording, parameters)
     except (CutError, TraceError) as error:
@@ -113,18 +114,32 @@ def _recorded(block: nn.Module, call: Call | None) -> tuple[dict[str, Any], Reco
         bound = signature.bind(*call[0], **call[1])
     bound.apply_defaults()
     if call is None:
-        ways = list(recordings(block, (bound.args, bound.kwargs)))
+        defaults = bound.args, bound.kwargs
+        ways = _in_either_mode(lambda other_mode: list(recordings(block, defaults, other_mode=other_mode)))
         if len({str(way.graph) for way in ways}) > 1:
             raise TraceError("its code depends on the sizes of what it is given: give inputs, an example of them")
         return dict(bound.arguments), ways[0]
     leaves: list[Any] = []
     structure = flatten((bound.args, dict(bound.kwargs)), leaves)
+    decide = functools.partial(decide_by, leaves)
+    recording = _in_either_mode(lambda other_mode: record(block, structure, len(leaves), decide, other_mode=other_mode))
+    return dict(bound.arguments), recording
 
-    def decide(node: fx.Node) -> Any:
-        placeholders = [other for other in node.graph.nodes if other.op == "placeholder"]
-        return size_value(node, dict(zip(placeholders, leaves, strict=True)))
 
-    return dict(bound.arguments), record(block, structure, len(leaves), decide)
+def _in_either_mode(recorded: Callable[[bool], _Recorded]) -> _Recorded:
+    """A recording in the mode of the block, or else in the other.
+
+    PyTorch's encoder layer asks in evaluation whether it can be computed in one operation, by what cannot be recorded;
+    what it does else is what it does in training.
+    """
+    try:
+        return recorded(False)
+    except TraceError:
+        try:
+            return recorded(True)
+        except TraceError:
+            pass
+        raise
 
 
 def _drop(residual: cuts.Sum, block: nn.Module, replaced: dict[fx.Node, fx.Node]) -> Sequence[fx.Node]:
@@ -197,6 +212,56 @@ def _memory_written(node: fx.Node, block: nn.Module) -> fx.Node:
     return node
 
 
+class ScaledForward(NamedTuple):
+    """A block's forward with scaled branches, for one form of call.
+
+    Attributes:
+        function: takes the block and the opaque arguments.
+        recording: tells which calls it holds for.
+    """
+
+    function: Callable[..., Any]
+    recording: Recording
+
+
+def scaled_forward(
+    block: nn.Module, drop_paths: Sequence[str], factors: Mapping[Key, float], signature: Any, leaves: Sequence[Any]
+) -> ScaledForward:
+    """A block's forward with some of its branches multiplied by factors.
+
+    Args:
+        block: the block.
+        drop_paths: paths of its drop paths, whose calls are branches; empty where additions are.
+        factors: the branches to multiply; those that the call does not meet are left out.
+        signature: of the call, from `flatten`.
+        leaves: its opaque arguments.
+
+    Raises:
+        CutError: if a branch cannot be told from the rest of the code.
+        TraceError: if the code cannot be recorded.
+    """
+    recording = record(block, signature, len(leaves), functools.partial(decide_by, leaves))
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(recording.graph, {}))
+    for key, residual in find_sums(graph, block, drop_paths).items():
+        if key in factors:
+            if isinstance(residual, CutError) and not drop_paths:
+                raise residual
+            _scale(key, residual, {}, factors[key], graph)
+    code = graph.python_code("self")
+    namespace = dict(code.globals)
+    exec(compile(code.src, f"<{plain_class(block).__name__}: the forward with scaled branches>", "exec"), namespace)
+    return ScaledForward(namespace["forward"], recording)
+
+
+def _scale(
+    key: Key, residual: cuts.Sum | CutError, replaced: Mapping[fx.Node, fx.Node], factor: float, graph: fx.Graph
+) -> None:
+    value = drop_path_call(graph, key) if isinstance(residual, CutError) else residual.after(replaced).output
+    consumer = None if isinstance(residual, CutError) or residual.add is value else residual.add
+    _multiply(value, consumer, factor)
+
+
 def _multiply(value: fx.Node, consumer: fx.Node | None, factor: float) -> None:
     with value.graph.inserting_after(value):
         product = value.graph.call_function(operator.mul, (value, factor))
@@ -237,7 +302,6 @@ def _with_signature(block: nn.Module, recording: Recording, values: Mapping[str,
     for name, value in block.__dict__.items():  # what a model's code may ask a block for
         if isinstance(value, PLAIN_TYPES) and not name.startswith("_") and name != "training":
             setattr(made, name, value)
-    made.train(block.training)
     return made
 
 
@@ -319,20 +383,29 @@ def _assert(graph: fx.Graph, holds: fx.Node, what: str, block: nn.Module) -> Non
     graph.call_function(torch._assert, (holds, message))  # pyright: ignore[reportPrivateUsage]
 
 
-def recorded_calls(model: nn.Module, blocks: Collection[nn.Module], inputs: Sequence[Any]) -> dict[nn.Module, Call]:
-    """How each of the blocks is called when the model runs on an example."""
-    calls: dict[nn.Module, Call] = {}
+def _of_same_form(value: Any) -> Any:
+    """A tensor with the same shape, type and device without their memory; any other value as it is."""
+    return value.new_zeros(()).expand(value.shape) if type(value) is torch.Tensor else value
+
+
+@contextmanager
+def noted_calls(blocks: Collection[nn.Module]) -> Generator[dict[nn.Module, list[Call]]]:
+    """Within, it is noted how each of the blocks is called: one call of each form."""
+    calls: dict[nn.Module, list[Call]] = {}
+    known: set[tuple[int, Any]] = set()
 
     def note(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.setdefault(block, (args, kwargs))
+        form = (id(block), flatten((args, kwargs), []))
+        if form not in known:
+            known.add(form)
+            calls.setdefault(block, []).append(cast(Call, tree_map(_of_same_form, (args, kwargs))))
 
     hooks = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]
     try:
-        model(*inputs)
+        yield calls
     finally:
         for hook in hooks:
             hook.remove()
-    return calls
 
 
 def replaced_(root: nn.Module, module: nn.Module, new: nn.Module) -> nn.Module:

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from stochastic_depth.copies import evaluating_
 from stochastic_depth.cost import all_gates_open, observed, undisturbed
 from stochastic_depth.deploy.batches import arguments_of
 from stochastic_depth.deploy.branches import TrainedBranch
-from stochastic_depth.gate_draws import GateDraws
+from stochastic_depth.gate_draws import GateDraws, Observer
+from stochastic_depth.retrofit.remembered import Call
 
 Order = Literal["last", "survival", "lesion"]
 
@@ -50,7 +52,7 @@ def lesions(model: nn.Module, branches: Sequence[TrainedBranch], calibration: It
     draws = branches[0].gated.passes
     change, num_samples = [0.0] * len(branches), 0
     with undisturbed(model):
-        model.eval()
+        evaluating_(model)
         for batch in calibration:
             args, kwargs = arguments_of(batch, model)
             whole = _values(model(*args, **kwargs))
@@ -59,7 +61,7 @@ def lesions(model: nn.Module, branches: Sequence[TrainedBranch], calibration: It
                 if branch.found.treatment == "mask":
                     change[index] = float("inf")
                     continue
-                with observed(draws, _without(index, whole_layer=branch.found.kind == "layer")):
+                with observed(draws, without(branches, [index])):
                     lesioned = _values(model(*args, **kwargs))
                 change[index] += sum(
                     float((one - other).double().square().sum()) for one, other in zip(lesioned, whole, strict=True)
@@ -73,14 +75,17 @@ def _values(output: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def _without(dropped: int, *, whole_layer: bool) -> Callable[[int, Callable[[Any], Any], Any], Any]:
+def without(branches: Sequence[TrainedBranch], dropped: Collection[int]) -> Observer:
+    """Observer of a model's passes that lets some of its branches give zero, and whole layers hand their input on."""
+
     def run(index: int, branch: Callable[[Any], Any], x: Any) -> Any:
         output = branch(x)
-        if index != dropped:
+        if index not in dropped:
             return output
-        if not whole_layer:
+        if branches[index].found.kind != "layer":
             return torch.zeros_like(output)
-        hidden = next(leaf for leaf in cast("list[Any]", x) if isinstance(leaf, Tensor))
+        # A copy: what follows may change it in place.
+        hidden = next(leaf for leaf in cast("list[Any]", x) if isinstance(leaf, Tensor)).clone()
         return type(output)([hidden, *output[1:]]) if isinstance(output, (tuple, list)) else hidden
 
     return run
@@ -126,7 +131,7 @@ class Budget:
         )
 
 
-def forward_flops(model: nn.Module, draws: GateDraws, inputs: Sequence[Any]) -> Budget:
+def forward_flops(model: nn.Module, draws: GateDraws, call: Call) -> Budget:
     """The budget in FLOPs of a forward on an example, in evaluation."""
     own: dict[int, int] = {}
     outer: dict[int, tuple[int, ...]] = {}
@@ -147,8 +152,8 @@ def forward_flops(model: nn.Module, draws: GateDraws, inputs: Sequence[Any]) -> 
 
     # With gradients: without, a view of a parameter still requires them, and the counter looks for their function.
     with undisturbed(model), torch.enable_grad(), all_gates_open(draws), observed(draws, run), counter:
-        model.eval()
-        model(*inputs)
+        evaluating_(model)
+        model(*call[0], **call[1])
     total = counter.get_total_flops()
 
     def remaining(dropped: Collection[int]) -> int:

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from typing import Literal, cast
 
 from torch import nn
 
-from stochastic_depth.deploy.affine import Holder, NotAffineError, last_affine, multiply_, num_places
-from stochastic_depth.deploy.batches import Call
+from stochastic_depth.copies import evaluating_
+from stochastic_depth.cost import all_gates_open
+from stochastic_depth.deploy.affine import (
+    Calls,
+    Holder,
+    NotAffineError,
+    last_affine,
+    last_child,
+    multiply_,
+    num_places,
+    parameter_of,
+)
+from stochastic_depth.deploy.batches import Inputs
 from stochastic_depth.deploy.blocks import (
     hands_on,
     holders,
@@ -20,15 +33,25 @@ from stochastic_depth.deploy.blocks import (
     without_layer,
 )
 from stochastic_depth.deploy.branches import TrainedBranch, trained_branches
+from stochastic_depth.deploy.check import Check
 from stochastic_depth.deploy.in_place import put_copies_
-from stochastic_depth.deploy.scalars import Scale, ScaledLayer, ScaledResidual
+from stochastic_depth.deploy.scalars import (
+    Scale,
+    ScaledBlock,
+    ScaledBranches,
+    ScaledLayer,
+    ScaledOutput,
+    ScaledResidual,
+)
+from stochastic_depth.deploy.undo import Snapshot
 from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit import controller, restore_
 from stochastic_depth.retrofit.block import Key
 from stochastic_depth.retrofit.classes import swap_class_
+from stochastic_depth.retrofit.remembered import Call
 
 
-def fold_(model: nn.Module) -> None:
+def fold_(model: nn.Module, *, inputs: Inputs | None = None) -> None:
     """Take stochastic depth off a trained model, in place, without changing what it computes in evaluation.
 
     With `rescale="eval"` a branch counts p times in evaluation (Huang et al. 2016). That factor goes into the weights
@@ -43,13 +66,20 @@ def fold_(model: nn.Module) -> None:
     The `state_dict` of such a model does not hold that factor.
 
     Outputs are the same up to rounding; in a precision below float32 the weights themselves are rounded: fold first,
-    then convert.
+    then convert. As the last step this is checked: the model runs on an example in evaluation, twice before and twice
+    after, without gradients. Training modes, buffers, attributes and random states stay as they are, but your hooks
+    run. The example is `inputs`, or what the model has been called with since `make_stochastic_` (two samples of its
+    first forward in each mode, kept in memory only), or else random numbers of a likely shape. Where no example runs, a
+    warning says that nothing was checked.
 
     Args:
         model: a stochastic model, in either mode. A model that is not stochastic is left as it is, with a warning.
+        inputs: an example: the argument of a forward, several of them in a tuple or list, or a mapping of arguments by
+            name.
 
     Raises:
         ValueError: if a factor can go neither into weights nor into the code; the model is then as it was.
+        RuntimeError: if the outputs would change; the model is then as it was.
 
     Example:
         >>> import torch, stochastic_depth as sd
@@ -68,11 +98,21 @@ def fold_(model: nn.Module) -> None:
             stacklevel=2,
         )
         return
-    kept, _ = take_off_(model, range(len(controller(model).names)), {})
+    branches = trained_branches(model)
+    check = Check(model, branches, inputs)
+    if any(branch.test_factor != 1 for branch in branches):
+        check.warn_if_impossible("fold_", stacklevel=2)
+    before = _snapshot(model)
+    try:
+        kept, _ = take_off_(model, range(len(branches)), check.calls, before)
+        check.refuse_difference(model, "fold_")
+    except BaseException:
+        before.put_back_()
+        raise
     warn_of_scalars(kept, stacklevel=3)
 
 
-def convert_rescale_(model: nn.Module, rescale: Literal["eval", "train"]) -> None:
+def convert_rescale_(model: nn.Module, rescale: Literal["eval", "train"], *, inputs: Inputs | None = None) -> None:
     """Turn the weights of a stochastic model from one convention of scaling into the other, in place.
 
     The paper's form (`rescale="eval"`) counts a branch p times in evaluation; drop path (`"train"`) counts it 1/p times
@@ -80,13 +120,16 @@ def convert_rescale_(model: nn.Module, rescale: Literal["eval", "train"]) -> Non
     by p on the way to `"train"`, and divided by it on the way back. What the model computes is unchanged, in training
     and in evaluation. The optimiser's momentum is not converted: start a new one.
 
-    A branch whose factor cannot go into weights (see `fold_`) stays in its convention, with a warning.
+    A branch whose factor cannot go into weights (see `fold_`) stays in its convention, with a warning. The result is
+    checked on an example as `fold_` does, in evaluation and with every gate open.
 
     Args:
         model: a stochastic model.
         rescale: the convention that it is to have.
+        inputs: an example, see `fold_`.
 
     Raises:
+        RuntimeError: if the outputs would change; the model is then as it was.
         ValueError: if the model is not stochastic, the convention is not one of the two, or a branch has the convention
             "none", which has no factor to convert; the model is then as it was.
 
@@ -105,20 +148,39 @@ def convert_rescale_(model: nn.Module, rescale: Literal["eval", "train"]) -> Non
             f"{len(without)} branches have rescale 'none' ({without[0]}, ...): neither training nor evaluation has a "
             f"factor that could move. Give make_stochastic_ rescale={rescale!r} to train on with one."
         )
-    for branch in branches:
-        if branch.gated.rescale == rescale:
-            continue
-        p = branch.gated.survival_prob
-        if p != 1:
-            try:
-                multiply_(last_affine(model, branch), p if rescale == "train" else 1 / p)
-            except NotAffineError as reason:
-                warnings.warn(
-                    f"{branch.found.name} stays in the convention {branch.gated.rescale!r}: {reason}.", stacklevel=2
-                )
+    passes = depth.passes
+    open_gates = functools.partial(all_gates_open, passes)
+    checks = [(Check(model, branches, inputs, context=context), context) for context in (nullcontext, open_gates)]
+    if any(branch.gated.rescale != rescale and branch.gated.survival_prob != 1 for branch in branches):
+        checks[0][0].warn_if_impossible("convert_rescale_", stacklevel=2)
+    before = _snapshot(model)
+    left: list[tuple[str, str, NotAffineError]] = []
+    try:
+        for branch in branches:
+            if branch.gated.rescale == rescale:
                 continue
-        branch.gated.rescale = rescale
-    depth.note_rescales([branch.gated.rescale for branch in branches])
+            p = branch.gated.survival_prob
+            if p != 1:
+                try:
+                    parameters = last_affine(model, branch, checks[0][0].calls)
+                except NotAffineError as reason:
+                    left.append((branch.found.name, branch.gated.rescale, reason))
+                    continue
+                before.keep_values(parameter_of(holder) for holder in parameters)
+                multiply_(parameters, p if rescale == "train" else 1 / p)
+            branch.gated.rescale = rescale
+        depth.note_rescales([branch.gated.rescale for branch in branches])
+        for check, context in checks:
+            check.refuse_difference(model, "convert_rescale_", context=context)
+    except BaseException:
+        before.put_back_()
+        raise
+    for name, convention, reason in left:
+        warnings.warn(f"{name} stays in the convention {convention!r}: {reason}.", stacklevel=2)
+
+
+def _snapshot(model: nn.Module) -> Snapshot:
+    return Snapshot(model, [controller(model), *(branch.gated for branch in trained_branches(model))])
 
 
 def warn_of_scalars(kept: Sequence[tuple[str, float, str]], *, stacklevel: int) -> None:
@@ -137,7 +199,7 @@ def is_stochastic(model: nn.Module) -> bool:
 
 
 def take_off_(
-    model: nn.Module, keep: Collection[int], calls: Mapping[nn.Module, Call]
+    model: nn.Module, keep: Collection[int], calls: Calls, before: Snapshot
 ) -> tuple[list[tuple[str, float, str]], nn.Module]:
     """Take stochastic depth off, with test-time factors in the weights of the branches kept and without the others.
 
@@ -145,6 +207,7 @@ def take_off_(
         model: the stochastic model; it is changed.
         keep: indices of the branches to keep.
         calls: examples of how blocks of foreign models are called; may be empty.
+        before: to be put back if anything fails; it is given what changes beside modules and attributes.
 
     Returns:
         Branches whose factor is kept as a scalar, each with the factor and the reason; and the model, which is another
@@ -153,6 +216,7 @@ def take_off_(
     Raises:
         ValueError: if a branch cannot be dropped, or a factor kept; the model is then as it was.
     """
+    modes = {module: module.training for module in model.modules()}
     branches = trained_branches(model)
     weights: list[tuple[list[Holder], float]] = []
     scalars: dict[TrainedBranch, str] = {}
@@ -160,16 +224,33 @@ def take_off_(
         branch = branches[index]
         if branch.test_factor != 1:
             try:
-                weights.append((last_affine(model, branch), branch.test_factor))
+                weights.append((last_affine(model, branch, calls), branch.test_factor))
             except NotAffineError as reason:
                 scalars[branch] = str(reason)
     dropped = [branch for index, branch in enumerate(branches) if index not in keep]
-    replacements = _replacements(model, dropped, list(scalars), calls)
+    children = _last_children(model, dropped, list(scalars), calls)
+    left = [branch for branch in scalars if branch not in children]
+    evaluating_(model)  # What is left of a block's code is that of evaluation.
+    try:
+        replacements, in_code = _replacements(model, dropped, left, calls)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    for block, made in replacements.items():
+        for module in made.modules():
+            if module not in modes:
+                module.training = block.training
     # Nothing has been changed so far, and nothing fails from here on.
     restore_(model)
     for parameters, factor in weights:
+        before.keep_values(parameter_of(holder) for holder in parameters)
         multiply_(parameters, factor)
-    for branch in scalars:
+    for branch, (child, path) in children.items():
+        child.register_forward_hook(ScaledOutput(branch.test_factor, path))
+    for block, scaled in in_code.items():
+        swap_class_(block, ScaledBlock)
+        block._scaled_branches = scaled  # pyright: ignore
+    for branch in left:
         found = branch.found
         if found.kind == "layer" and not found.drop_paths:
             _keep_scalar_(found.module, ScaledLayer, branch.test_factor)
@@ -192,9 +273,9 @@ def _keep_scalar_(module: nn.Module, behaviour: type[nn.Module], factor: float) 
 
 
 def _replacements(
-    model: nn.Module, dropped: list[TrainedBranch], scaled: list[TrainedBranch], calls: Mapping[nn.Module, Call]
-) -> dict[nn.Module, nn.Module]:
-    """What is to be put in the place of which modules."""
+    model: nn.Module, dropped: list[TrainedBranch], scaled: list[TrainedBranch], calls: Calls
+) -> tuple[dict[nn.Module, nn.Module], dict[nn.Module, ScaledBranches]]:
+    """What is to be put in the place of which modules, and which blocks have factors in their code instead."""
     new: dict[nn.Module, nn.Module] = {}
     dropped_keys: dict[nn.Module, set[Key]] = {}
     factors: dict[nn.Module, dict[Key, float]] = {}
@@ -207,31 +288,55 @@ def _replacements(
             dropped_keys.setdefault(found.module, set()).add(found.key)
             drop_paths[found.module] = branch.drop_paths
         elif found.kind == "layer":
-            new[found.module] = _without_layer(model, found.module, calls.get(found.module))
+            new[found.module] = _without_layer(model, found.module, _first(calls.get(found.module)))
         else:
             new[found.module] = _without_branch(cast(Residual, found.module))
     own = {branch: _own_drop_paths(model, branch) for branch in scaled}
-    rewritten = {branch.found.module for branch in scaled if branch.found.key is not None and not own[branch]}
-    rewritten.update(dropped_keys)
+    in_code = {branch.found.module for branch in scaled if branch.found.key is not None and not own[branch]}
+    scaled_blocks: dict[nn.Module, ScaledBranches] = {}
     for branch in scaled:
-        found = branch.found
-        if found.key is not None and found.module in rewritten:
-            factors.setdefault(found.module, {})[found.key] = branch.test_factor
-            drop_paths[found.module] = branch.drop_paths
+        block, key = branch.found.module, branch.found.key
+        if key is not None and block in dropped_keys:
+            factors.setdefault(block, {})[key] = branch.test_factor
+        elif key is not None and block in in_code:
+            made = scaled_blocks.setdefault(block, ScaledBranches(branch.drop_paths, {}))
+            made.factors[key] = branch.test_factor
         else:
             new.update({drop_path: Scale(branch.test_factor) for drop_path in own[branch]})
     for block, paths in drop_paths.items():
         try:
             made = with_branches_taken_out(
-                block, paths, dropped_keys.get(block, ()), factors.get(block, {}), calls.get(block)
+                block, paths, dropped_keys[block], factors.get(block, {}), _first(calls.get(block))
             )
         except ValueError as error:
-            name = next(branch.found.block_name for branch in (*dropped, *scaled) if branch.found.module is block)
+            name = next(branch.found.block_name for branch in dropped if branch.found.module is block)
             raise ValueError(f"{name or 'the model'}: {error}") from error
         is_idle = hands_on(made) and _is_alone(model, block) and takes_one_argument(block)
         new[block] = nn.Identity() if is_idle else made
     put_copies_(model, new)
-    return new
+    return new, scaled_blocks
+
+
+def _first(calls: Sequence[Call] | None) -> Call | None:
+    return calls[0] if calls else None
+
+
+def _last_children(
+    model: nn.Module,
+    dropped: Sequence[TrainedBranch],
+    scaled: Sequence[TrainedBranch],
+    calls: Calls,
+) -> dict[TrainedBranch, tuple[nn.Module, tuple[int, ...]]]:
+    """Of foreign blocks that keep all branches, the children whose outputs can have the factor: their code stays."""
+    changed = {branch.found.module for branch in dropped}
+    children: dict[TrainedBranch, tuple[nn.Module, tuple[int, ...]]] = {}
+    for branch in scaled:
+        if branch.found.key is not None and branch.found.module not in changed:
+            try:
+                children[branch] = last_child(model, branch, calls)
+            except NotAffineError:
+                continue
+    return children
 
 
 def _without_layer(model: nn.Module, layer: nn.Module, call: Call | None) -> nn.Module:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.cost import undisturbed
-from stochastic_depth.deploy.branches import trained_branches
+from stochastic_depth.copies import evaluating_
+from stochastic_depth.cost import observed, undisturbed
+from stochastic_depth.deploy.batches import Inputs, call_of
+from stochastic_depth.deploy.branches import TrainedBranch, trained_branches
 from stochastic_depth.gates import draw_counts
 from stochastic_depth.retrofit import controller
+from stochastic_depth.retrofit.block import BranchParts
 
 Outputs = Literal["logits", "probabilities", "values"]
 
@@ -38,7 +44,7 @@ class Prediction:
 @torch.no_grad()
 def monte_carlo(
     model: nn.Module,
-    inputs: Tensor | Sequence[Any],
+    inputs: Inputs,
     num_samples: int = 32,
     *,
     outputs: Outputs = "logits",
@@ -53,7 +59,7 @@ def monte_carlo(
 
     Args:
         model: a stochastic model, not folded; neither its modes nor its gates' counter change.
-        inputs: the argument of a forward, or several in a tuple.
+        inputs: the argument of a forward, several in a tuple, or a mapping of arguments by name.
         num_samples: number of sub-networks, at least 2.
         outputs: what the model gives. "logits": a softmax over dimension 1 makes probabilities of it.
             "probabilities": of classes, over dimension 1. "values": anything else.
@@ -65,6 +71,7 @@ def monte_carlo(
     Raises:
         ValueError: if the model is not stochastic, or an argument is not one of those allowed.
         TypeError: if the model's output is no tensor and has no attribute `logits`.
+        RuntimeError: if gates do not act in evaluation, because their drop paths are called in training only.
 
     Example:
         >>> import stochastic_depth as sd
@@ -79,15 +86,20 @@ def monte_carlo(
     if outputs not in get_args(Outputs):
         raise ValueError(f"outputs must be one of {', '.join(map(repr, get_args(Outputs)))}, but is {outputs!r}.")
     depth = controller(model)
-    draws = trained_branches(model)[0].gated.passes
-    arguments: Sequence[Any] = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
+    branches = trained_branches(model)
+    draws = branches[0].gated.passes
+    args, kwargs = call_of(inputs)
     mean = deviations = entropy = None
     with undisturbed(model):
-        model.eval()
+        evaluating_(model)
+        watch = _Watch(branches)
         for number in range(num_samples):
-            gates = draw_counts(draws.survival_probs, 1, seed=seed, counter=number, draw=draws.draw, costs=draws.costs)
-            with depth.gates([bool(gate) for gate in gates]):
-                predicted = _tensor(model(*arguments))
+            gates = draw_counts(
+                draws.survival_probs, 1, seed=seed, counter=number, draw=draws.draw, costs=draws.costs
+            )
+            watch.opened(gates)
+            with depth.gates([bool(gate) for gate in gates]), watch.watching():
+                predicted = _tensor(model(*args, **kwargs))
             predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
             if outputs == "logits":
                 predicted = predicted.softmax(1)
@@ -103,11 +115,86 @@ def monte_carlo(
     assert mean is not None
     assert deviations is not None
     variance = deviations / (num_samples - 1)
+    if bypassed := watch.bypassed(all_agree=not variance.any()):
+        raise _no_gates(model, bypassed)
     if entropy is None:
         return Prediction(mean, variance, None, None)
     total = _entropy(mean)
     # Never below 0 but by rounding (Jensen).
     return Prediction(mean, variance, total, (total - entropy / num_samples).clamp(min=0))
+
+
+class _Watch:
+    """Sees which branches run, and which of them have asked for their gates.
+
+    Args:
+        branches: the branches of the model.
+    """
+
+    def __init__(self, branches: Sequence[TrainedBranch]) -> None:
+        self._branches = branches
+        self._open: set[int] = set()
+        self._asked: set[int] = set()
+        self._ran: set[int] = set()
+        self._members: list[set[nn.Module]] = []
+        for branch in branches:
+            parts = branch.found.parts
+            members = set(parts.members) if isinstance(parts, BranchParts) else {parts}
+            # A whole layer is called to ask for its gate.
+            self._members.append(set() if branch.found.kind == "layer" else members)
+
+    @contextmanager
+    def watching(self) -> Generator[None]:
+        """Within, forwards of the model are watched."""
+        # A module that serves several branches does not tell which of them has called it.
+        num_branches = Counter(member for members in self._members for member in members)
+        hooks = [
+            member.register_forward_pre_hook(partial(self._called, index))
+            for index, members in enumerate(self._members)
+            for member in members
+            if num_branches[member] == 1
+        ]
+        try:
+            with observed(self._branches[0].gated.passes, self._run_branch):
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _called(self, index: int, _module: nn.Module, _args: Any) -> None:
+        self._ran.add(index)
+
+    def _run_branch(self, index: int, branch: Callable[[Any], Any], x: Any) -> Any:
+        self._asked.add(index)
+        return branch(x)
+
+    def opened(self, gates: Sequence[int]) -> None:
+        """Take down which gates were open in a forward."""
+        self._open.update(index for index, gate in enumerate(gates) if gate)
+
+    def bypassed(self, *, all_agree: bool) -> list[str]:
+        """Names of the branches that may close, and have run without asking.
+
+        Args:
+            all_agree: whether all sub-networks gave the same. Then those are among them that were open and have not
+                asked, of which it cannot be seen whether they ran.
+        """
+        return [
+            branch.found.name
+            for index, branch in enumerate(self._branches)
+            if branch.gated.survival_prob < 1
+            and index not in self._asked
+            and (index in self._ran or (all_agree and index in self._open and not self._members[index]))
+        ]
+
+
+def _no_gates(model: nn.Module, names: Sequence[str]) -> RuntimeError:
+    some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return RuntimeError(
+        f"monte_carlo cannot draw sub-networks of {type(model).__name__}: in evaluation {len(names)} of its branches "
+        f"({some}) run without their drop paths, so that their gates do not act. Call the drop path in evaluation too, "
+        "where it changes nothing, or write the sum as Residual(branch, shortcut)."
+    )
 
 
 def _entropy(probabilities: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from stochastic_depth.copies import evaluating_
 from stochastic_depth.deploy.batches import arguments_of
 
 
@@ -62,7 +63,7 @@ def recalibrate_batchnorm_(model: nn.Module, batches: Iterable[Any]) -> None:
     hooks = [layer.register_forward_pre_hook(statistics[layer].see) for layer in layers]
     num_batches = 0
     try:
-        model.eval()
+        evaluating_(model)
         for batch in batches:
             args, kwargs = arguments_of(batch, model)
             model(*args, **kwargs)

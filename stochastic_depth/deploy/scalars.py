@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from stochastic_depth.residual import Residual
+from stochastic_depth.copies import plain_class
+from stochastic_depth.deploy.batches import own_tensors
+from stochastic_depth.deploy.blocks import ScaledForward, scaled_forward
+from stochastic_depth.deploy.undo import without_traces
+from stochastic_depth.compiling import eager
+from stochastic_depth.residual import Residual, compiled_inside
+from stochastic_depth.retrofit.block import Key
+from stochastic_depth.retrofit.cuts import CutError
+from stochastic_depth.retrofit.trace import PLAIN_TYPES, TraceError, flatten, remember
 
 
 class Scale(nn.Module):
@@ -41,6 +53,30 @@ class ScaledResidual(Residual):
         return torch.add(shortcut, self.branch(x), alpha=self.branch_factor)
 
 
+class ScaledOutput:
+    """Forward hook that multiplies what a module gives by a number, after all other hooks.
+
+    Args:
+        factor: the number.
+        path: where in the module's output the values are: () for the output itself, (0,) for its first entry.
+    """
+
+    def __init__(self, factor: float, path: tuple[int, ...] = ()) -> None:
+        self.factor = factor
+        self.path = path
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG002
+        """What the module gives, multiplied."""
+        return self._scaled(output, self.path)
+
+    def _scaled(self, output: Any, path: tuple[int, ...]) -> Any:
+        if not path:
+            return output * self.factor
+        entries = list(output)
+        entries[path[0]] = self._scaled(entries[path[0]], path[1:])
+        return type(output)(*entries) if hasattr(output, "_fields") else type(output)(entries)
+
+
 class ScaledLayer(nn.Module):
     """Behaviour of a whole layer that is a scaled branch: input + branch_factor * (layer(input) - input)."""
 
@@ -48,8 +84,90 @@ class ScaledLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the layer returns, its first value scaled about the hidden states, the first tensor it is given."""
-        hidden = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        # A copy: a layer that adds in place would change what it is compared with.
+        hidden = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).clone()
         output = super().forward(*args, **kwargs)
         own = output[0] if isinstance(output, (tuple, list)) else output
         scaled = torch.add(hidden, own - hidden, alpha=self.branch_factor)
         return type(output)([scaled, *output[1:]]) if isinstance(output, (tuple, list)) else scaled
+
+
+@dataclass
+class ScaledBranches:
+    """The branches of a foreign block that are multiplied by numbers, and its code with them, for each form of call.
+
+    Attributes:
+        drop_paths: paths of its drop paths whose calls are branches; empty where additions are.
+        factors: the branches with their numbers.
+    """
+
+    drop_paths: tuple[str, ...]
+    factors: dict[Key, float]
+    _forms: dict[Any, list[ScaledForward]] = field(default_factory=dict[Any, "list[ScaledForward]"], repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Code is bound to its module: a copy, or a module that was loaded, makes its own.
+        return {**self.__dict__, "_forms": {}}
+
+    @eager
+    def forward_for(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Any]]:
+        """The scaled forward for a call, and its opaque arguments.
+
+        Raises:
+            RuntimeError: if the block's code cannot be rewritten for this call.
+        """
+        leaves: list[Any] = []
+        signature = flatten((args, kwargs), leaves)
+        attributes = tuple(item for item in block.__dict__.items() if isinstance(item[1], PLAIN_TYPES))
+        form = (signature, attributes, torch.is_grad_enabled())
+        known = self._forms.get(form, [])
+        for made in known:
+            if made.recording.holds(leaves):
+                return made.function, leaves
+        try:
+            made = scaled_forward(block, self.drop_paths, self.factors, signature, leaves)
+            if not torch.compiler.is_compiling():
+                # The same code with factors of 1 must do what the block does.
+                _refuse_other_code(block, scaled_forward(block, self.drop_paths, {}, signature, leaves), args, kwargs)
+        except (CutError, TraceError) as error:
+            raise RuntimeError(
+                f"A {plain_class(block).__name__} whose branch has a factor cannot be called in this form: {error}. "
+                "Write the sum as Residual(branch, shortcut) before fold_."
+            ) from error
+        remember(self._forms, form, [*known, made])
+        return made.function, leaves
+
+
+def _refuse_other_code(block: nn.Module, made: ScaledForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def run(forward: Callable[..., Any]) -> list[Tensor]:
+        values, named = own_tensors((args, kwargs))
+        with torch.no_grad(), without_traces(block):
+            output = forward(*values, **named)
+        return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+    def recorded(*values: Any, **named: Any) -> Any:
+        leaves: list[Any] = []
+        flatten((values, named), leaves)
+        return made.function(block, *leaves)
+
+    ours, own = run(recorded), run(partial(plain_class(block).forward, block))
+    if len(ours) != len(own) or not all(_is_close(a, b) for a, b in zip(ours, own, strict=True)):
+        raise TraceError("a recording of its code gives something else than the code")
+
+
+def _is_close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or not (a.is_floating_point() or a.is_complex()):
+        return torch.equal(a, b)
+    return torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True)
+
+
+class ScaledBlock(nn.Module):
+    """Behaviour of a foreign block with scaled branches that neither its weights nor one of its children can scale."""
+
+    _scaled_branches: ScaledBranches
+
+    @compiled_inside
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's own forward, with its branches scaled."""
+        forward, leaves = self._scaled_branches.forward_for(self, args, kwargs)
+        return forward(self, *leaves)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, get_args
 
-import torch
 from torch import Tensor, nn
 
-from stochastic_depth.cost import undisturbed
-from stochastic_depth.deploy.blocks import recorded_calls
+from stochastic_depth.cost import observed
+from stochastic_depth.deploy.batches import Inputs, call_of
 from stochastic_depth.deploy.branches import trained_branches
-from stochastic_depth.deploy.choice import Order, forward_flops, num_parameters, order_of_going
+from stochastic_depth.deploy.check import Check
+from stochastic_depth.deploy.choice import Order, forward_flops, num_parameters, order_of_going, without
 from stochastic_depth.deploy.fold import is_stochastic, take_off_, warn_of_scalars
-from stochastic_depth.retrofit import make_stochastic_
+from stochastic_depth.deploy.undo import Snapshot
+from stochastic_depth.retrofit import controller, make_stochastic_
+from stochastic_depth.retrofit.remembered import Call
 
 
 def subnetwork(
@@ -27,7 +30,7 @@ def subnetwork(
     parameters: float | None = None,
     order: Order = "last",
     calibration: Iterable[Any] | None = None,
-    inputs: Tensor | Sequence[Any] | None = None,
+    inputs: Inputs | None = None,
 ) -> nn.Module:
     """A smaller network out of a trained one: some branches and their parameters go, every shortcut stays.
 
@@ -40,6 +43,9 @@ def subnetwork(
     code in evaluation, or an `nn.Identity` where nothing is left of it and it takes one argument. Where what follows
     may change what it is given in place, they hand on a copy.
 
+    As the last step the result is checked on an example, as `fold_` does, against the evaluated model whose other
+    branches give zero.
+
     Args:
         model: a stochastic model; it is not changed. One that was not trained with stochastic depth works too, with a
             warning: it was never asked to do without a branch.
@@ -51,12 +57,15 @@ def subnetwork(
             survival probability, of equal ones the last. "lesion": those without which alone the outputs change least,
             by the squared difference on `calibration`.
         calibration: batches for "lesion": tensors, tuples that begin with one, or mappings of arguments.
-        inputs: an example, the argument of a forward or several of them; needed where the code of a block depends on
-            sizes. For `cost` None stands for zeros of the size that the model names, or of 32x32 pixels.
+        inputs: an example: the argument of a forward, several of them in a tuple or list, or a mapping of arguments by
+            name. Where the code of a block depends on sizes or arguments, blocks are made for calls like it. None
+            stands for what the model was called with before; for `cost`, for zeros of the size that the model names, or
+            of 32x32 pixels.
 
     Raises:
         ValueError: if not exactly one of `keep` and the budgets is given, `keep` is empty, has an index out of range or
             one twice, a budget is below the smallest possible network, or a branch cannot be taken out.
+        RuntimeError: if the result would not give what it promises.
 
     Example:
         >>> import stochastic_depth as sd
@@ -80,23 +89,22 @@ def subnetwork(
             "off.",
             stacklevel=2,
         )
-    example = _arguments(inputs)
+    example = None if inputs is None else call_of(inputs)
     if keep is not None:
         kept = _checked(keep, len(branches))
     else:
         kept = _within_budget(network, num_blocks, cost, parameters, order, calibration, example)
-    blocks = [
-        branch.found.module
-        for index, branch in enumerate(branches)
-        if index not in kept and (branch.found.key is not None or branch.found.kind == "layer")
-    ]
-    calls = {}
-    if blocks and example is not None:
-        with undisturbed(network), torch.no_grad():
-            calls = recorded_calls(network.eval(), blocks, example)
-    scalars, network = take_off_(network, kept, calls)
-    warn_of_scalars(scalars, stacklevel=3)
+    dropped = [index for index in range(len(branches)) if index not in kept]
+    remembered = controller(model).calls if is_stochastic(model) else None
+    context = partial(observed, branches[0].gated.passes, without(branches, dropped))
+    check = Check(network, branches, inputs, remembered=remembered, context=context)
+    check.warn_if_impossible("subnetwork", stacklevel=2)
+    # A guess is good enough to compare on, but not to fix the code of blocks for calls like it.
+    calls = {} if check.origin == "guessed" else check.calls
+    scalars, network = take_off_(network, kept, calls, Snapshot(network))
     _drop_idle_relus_(network)
+    check.refuse_difference(network, "subnetwork")
+    warn_of_scalars(scalars, stacklevel=3)
     return network
 
 
@@ -106,10 +114,12 @@ def branches_within(
     *,
     order: Order = "last",
     calibration: Iterable[Any] | None = None,
-    inputs: Tensor | Sequence[Any] | None = None,
+    inputs: Inputs | None = None,
 ) -> list[int]:
     """The branches that `subnetwork` keeps under a budget of FLOPs; see there."""
-    return _within_budget(_stochastic_copy(model), None, cost, None, order, calibration, _arguments(inputs))
+    return _within_budget(
+        _stochastic_copy(model), None, cost, None, order, calibration, None if inputs is None else call_of(inputs)
+    )
 
 
 def _stochastic_copy(model: nn.Module) -> nn.Module:
@@ -117,10 +127,6 @@ def _stochastic_copy(model: nn.Module) -> nn.Module:
     if not is_stochastic(network):
         make_stochastic_(network, lambda num_branches: [1.0] * num_branches)
     return network
-
-
-def _arguments(inputs: Tensor | Sequence[Any] | None) -> tuple[Any, ...] | None:
-    return tuple(inputs) if isinstance(inputs, (tuple, list)) else None if inputs is None else (inputs,)
 
 
 def _checked(keep: Sequence[int], num_branches: int) -> list[int]:
@@ -146,7 +152,7 @@ def _within_budget(
     parameters: float | None,
     order: Order,
     calibration: Iterable[Any] | None,
-    example: tuple[Any, ...] | None,
+    example: Call | None,
 ) -> list[int]:
     branches = trained_branches(network)
     going = order_of_going(network, branches, order, calibration)
@@ -155,8 +161,8 @@ def _within_budget(
             raise ValueError(f"num_blocks must be a whole number in 1..{len(branches)}, but is {num_blocks!r}.")
         return sorted(going[len(branches) - num_blocks :])
     if cost is not None:
-        inputs = _guessed_example(network) if example is None else example
-        return forward_flops(network, branches[0].gated.passes, inputs).keep(cost, going, branches)
+        call = (_guessed_example(network), {}) if example is None else example
+        return forward_flops(network, branches[0].gated.passes, call).keep(cost, going, branches)
     assert parameters is not None
     return num_parameters(network, branches).keep(parameters, going, branches)
 

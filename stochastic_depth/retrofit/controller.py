@@ -18,6 +18,7 @@ from stochastic_depth.residual import SkippedGrad
 from stochastic_depth.retrofit.block import BlockBranches
 from stochastic_depth.retrofit.ddp import refuse_unsound
 from stochastic_depth.retrofit.find import Branch
+from stochastic_depth.retrofit.remembered import RememberedCalls
 from stochastic_depth.retrofit.verify import Verification, verify
 from stochastic_depth.schedules import check_survival_probs, expected_depth
 
@@ -46,6 +47,7 @@ class Controller:
         self._skipped_grad: SkippedGrad = skipped_grad
         self._notes = tuple(notes)
         self._detached = False
+        self._calls = RememberedCalls()
 
     @eager
     def scope(self, training: bool, gates: Pass | None) -> Scope | None:
@@ -76,6 +78,19 @@ class Controller:
     def branches(self) -> tuple[Branch, ...]:
         """What was found out about each branch when the model was made stochastic; the modules are the model's own."""
         return self._branches
+
+    @property
+    def root(self) -> nn.Module:
+        """The model that was made stochastic; what is asked for the controller may be a wrapper of it."""
+        return self._root
+
+    @property
+    def calls(self) -> RememberedCalls:
+        """Examples of how the model is called: of its first forward in each mode, at most two samples if it is large.
+
+        `fold_`, `convert_rescale_` and `subnetwork` check their result on one. Copies and files of the model hold none.
+        """
+        return self._calls
 
     def note_rescales(self, rescales: Sequence[str]) -> None:
         """What `print` says of the rescaling; `convert_rescale_` has changed it."""

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
 from stochastic_depth.compiling import eager
-from stochastic_depth.copies import plain_class, plain_copy, tensor_without_data
+from stochastic_depth.copies import evaluating_, plain_class, plain_copy, tensor_without_data
 from stochastic_depth.gate_draws import CLOSED, Gate
 from stochastic_depth.residual import GatedBranch, compiled_inside, masks_only
 from stochastic_depth.retrofit.shapes import samples_among
@@ -51,7 +51,7 @@ class GatedLayer(GatedBranch):
             # Only a run can tell, one for all sizes: in evaluation, without gradients, on a copy without hooks.
             recording, (args, kwargs) = None, unflatten(signature, leaves)
             with self.passes.dry_run():
-                output = plain_copy(layer, Tensor.detach, Tensor.clone).eval()(*args, **kwargs)
+                output = evaluating_(plain_copy(layer, Tensor.detach, Tensor.clone))(*args, **kwargs)
             structure = tree_map_only(Tensor, lambda _: None, output)
         remember(self._structures, form, [*known, (recording, structure)])
         return structure

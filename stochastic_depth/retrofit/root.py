@@ -33,9 +33,11 @@ class StochasticRoot(nn.Module):
             return super().__call__(*args, **kwargs)
         try:
             scope.enter()
-            return super().__call__(*args, **kwargs)
+            output = super().__call__(*args, **kwargs)
         finally:
             scope.leave()
+        self._stochastic_depth.calls.note(self, args, kwargs)
+        return output
 
     def _replicate_for_data_parallel(self) -> nn.Module:
         """A replica for DataParallel, which calls it once in a thread that does not see the gates forced here."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.compiling import eager
-from stochastic_depth.copies import plain_copy, tensor_without_data, without_data
+from stochastic_depth.copies import evaluating_, plain_copy, tensor_without_data, without_data
 
 _MAX_UNKNOWN = 4
 
@@ -23,7 +23,7 @@ Function = Callable[..., Any]
 @eager
 def output_without_data(function: Function, block: nn.Module, inputs: Sequence[Any]) -> Any:
     """What a branch gives for these inputs, its tensors on the meta device."""
-    return function(without_data(block).eval(), *[tensor_without_data(value) for value in inputs])
+    return function(evaluating_(without_data(block)), *[tensor_without_data(value) for value in inputs])
 
 
 @eager
@@ -61,7 +61,7 @@ def samples_among(
     if not unknown:
         return is_batch
     possible: list[list[bool]] = []
-    meta_block = without_data(block).eval()
+    meta_block = evaluating_(without_data(block))
     for guess in itertools.product((False, True), repeat=len(unknown[:_MAX_UNKNOWN])):
         guessed = list(is_batch)
         for index, of_batch in zip(unknown, guess, strict=False):
@@ -101,7 +101,7 @@ def _samples_by_influence(
     def random_like(tensor: Tensor) -> Tensor:
         return torch.rand(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
 
-    trial = plain_copy(block, random_like, Tensor.clone).eval()
+    trial = evaluating_(plain_copy(block, random_like, Tensor.clone))
     expected = _output(function, trial, inputs)
     decided = list(possible[0])
     for index in undecided:

@@ -1,0 +1,89 @@
+"""How a model was called: small examples, on which what comes out of it after training is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from stochastic_depth.compiling import eager
+from stochastic_depth.retrofit.trace import PLAIN_TYPES
+from stochastic_depth.torch_private import is_exporting
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments of a call, by position and by name."""
+
+_NUM_SAMPLES = 2
+_KEPT_WHOLE = 4 * 2**20  # bytes
+_MOST_KEPT = 64 * 2**20
+
+
+class RememberedCalls:
+    """The arguments of a model's first forward in each mode, copied; large ones cut to two samples.
+
+    They stay in this process: copies and files of the model, which may go to others, hold none.
+    """
+
+    def __init__(self) -> None:
+        self._calls: dict[bool, Call | None] = {}
+        self._is_paused = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_calls": {}, "_is_paused": False}
+
+    @contextmanager
+    def paused(self) -> Generator[None]:
+        """Within, nothing is remembered: the calls are trials."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+
+    @eager
+    def note(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remember a call of the root that has succeeded, if it is the first in its mode."""
+        if root.training in self._calls or self._is_paused or is_exporting() or torch.jit.is_tracing():
+            return
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            return
+        # Neither counters of operations nor inference mode have anything to do with the copies.
+        with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+            self._calls[root.training] = _copied(args, kwargs)
+
+    def evaluation_first(self) -> list[Call]:
+        """The calls: that of evaluation, and that of training."""
+        return [call for mode in (False, True) if (call := self._calls.get(mode)) is not None]
+
+
+def _copied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    """The arguments, cut and copied; None where they are too large or hold more than tensors and plain values."""
+    leaves, structure = tree_flatten((args, kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if not tensors or not all(_is_copyable(leaf) for leaf in leaves):
+        return None
+    num_samples = next((tensor.shape[0] for tensor in tensors if tensor.dim()), 0)
+    is_cut = sum(tensor.nbytes for tensor in tensors) > _KEPT_WHOLE and num_samples > _NUM_SAMPLES
+
+    def cut(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf[:_NUM_SAMPLES] if is_cut and leaf.dim() and leaf.shape[0] == num_samples else leaf
+
+    kept = [cut(leaf) for leaf in leaves]
+    if sum(leaf.nbytes for leaf in kept if isinstance(leaf, Tensor)) > _MOST_KEPT:
+        return None
+    return tree_unflatten([leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in kept], structure)
+
+
+def _is_copyable(leaf: Any) -> bool:
+    if not isinstance(leaf, Tensor):
+        return isinstance(leaf, PLAIN_TYPES)
+    is_own_kind = type(leaf) in (Tensor, nn.Parameter) and leaf.layout is torch.strided and not leaf.is_nested
+    is_transformed = torch._C._functorch.is_functorch_wrapped_tensor(leaf)  # pyright: ignore
+    return is_own_kind and not leaf.is_meta and not is_transformed
