@@ -220,7 +220,7 @@ def _with_gradients(block: nn.Module, leaves: Sequence[Any], run: Callable[[list
     if not ends or not sources:
         return [out.detach() if isinstance(out, Tensor) else out for out in outputs], []
     generator = torch.Generator().manual_seed(1)
-    weights = [torch.rand(end.shape, generator=generator).to(end.device, end.dtype) for end in ends]
+    weights = [torch.randn(end.shape, generator=generator).to(end.device, end.dtype) for end in ends]
     outputs = [out.detach() if isinstance(out, Tensor) else out for out in outputs]
     try:
         return outputs, list(torch.autograd.grad(ends, sources, weights, allow_unused=True))
@@ -248,18 +248,26 @@ def _compare(expected: _Outcome, actual: _Outcome, name: str, *, sides: bool, ze
         return  # The block's own code cannot be trained.
     if actual[1] is None:
         raise ProofError(f"{name} its backward fails")
+    largest = max((float(a.abs().max()) for a in expected[1] if a is not None and a.numel()), default=0.0)
     for a, b in zip(expected[1], actual[1], strict=True):
         if a is None or (b is None and not zero_gradients and not a.any()):
             continue
         if b is None:
             raise ProofError(f"{name} a gradient is missing")
-        difference = deviation(a, b)
+        # What is nothing beside the others is rounding.
+        difference = deviation(a, b, at_least=1e-3 * largest)
         if difference > 10 * tolerance(a):
             raise ProofError(f"{name} a gradient differs by {difference:.2g} of its largest value")
 
 
-def deviation(expected: Tensor, actual: Tensor) -> float:
-    """Largest difference of two tensors, relative to the largest value; infinite where their shapes differ."""
+def deviation(expected: Tensor, actual: Tensor, *, at_least: float = 0.0) -> float:
+    """Largest difference of two tensors, relative to the largest value; infinite where their shapes differ.
+
+    Args:
+        expected: the tensor whose largest value it is.
+        actual: the other.
+        at_least: the least that the largest value counts as.
+    """
     if expected.shape != actual.shape:
         return float("inf")
     if not expected.numel():
@@ -270,8 +278,8 @@ def deviation(expected: Tensor, actual: Tensor) -> float:
     a, b = expected.to(kind), actual.to(kind)
     same = (a == b) | (a.isnan() & b.isnan())
     difference = torch.where(same, torch.zeros_like(a), a - b).abs().nan_to_num(nan=float("inf")).max()
-    scale = a.abs().nan_to_num(nan=0.0, posinf=0.0).max()
-    return float(difference / scale) if scale > 0 else float(difference)
+    scale = max(float(a.abs().nan_to_num(nan=0.0, posinf=0.0).max()), at_least)
+    return float(difference) / scale if scale > 0 else float(difference)
 
 
 def tolerance(tensor: Tensor) -> float:

@@ -135,7 +135,7 @@ def _awake(tensor: Tensor, generator: torch.Generator) -> Tensor:
     if plain and (not tensor.is_floating_point() or (tensor.numel() > _MAX_RANDOM and bool(tensor.any()))):
         return tensor
     device = tensor.device if not _has_no_data(tensor) else torch.device("cpu")
-    random = torch.rand(tensor.shape, generator=generator)
+    random = torch.empty(tensor.shape).uniform_(generator=generator)
     if tensor.numel() == max(tensor.shape, default=1):
         random = random + 0.5  # gains, biases, scales
     else:
@@ -154,7 +154,7 @@ def sample_leaf(value: Any, rows: Tensor | None) -> Any:
         return value
     if _has_no_data(value):
         shape = value.shape if rows is None else (len(rows), *value.shape[1:])
-        data = torch.rand([int(size) for size in shape])
+        data = torch.empty([int(size) for size in shape]).uniform_(generator=torch.Generator().manual_seed(2))
         value_like = data.to(value.dtype)
         return value_like.requires_grad_(value.requires_grad)
     data = value.detach()

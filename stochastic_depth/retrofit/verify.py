@@ -180,7 +180,7 @@ def _outcome(root: nn.Module, inputs: Sequence[Any]) -> _Outcome:
         if not ends or not named:
             return _Outcome([leaf.detach() for leaf in outputs], {}, [])
         generator = torch.Generator().manual_seed(1)
-        weights = [torch.rand(end.shape, generator=generator).to(end.device, end.dtype) for end in ends]
+        weights = [torch.randn(end.shape, generator=generator).to(end.device, end.dtype) for end in ends]
         found = dict(zip(named, torch.autograd.grad(ends, list(named.values()), weights, allow_unused=True), strict=True))
     return _Outcome(
         [leaf.detach() for leaf in outputs],
