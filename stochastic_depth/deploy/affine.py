@@ -24,10 +24,10 @@ from stochastic_depth.deploy.batches import Call
 from stochastic_depth.deploy.branches import TrainedBranch
 from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit import cuts
-from stochastic_depth.retrofit.block import Key, find_sums
 from stochastic_depth.retrofit.cuts import CutError
 from stochastic_depth.retrofit.find import find_branches, recordings
 from stochastic_depth.retrofit.rules import drop_path_rule
+from stochastic_depth.retrofit.sums import Key, known_sums
 from stochastic_depth.retrofit.trace import TraceError, is_size
 
 
@@ -245,7 +245,7 @@ def _branch_end(
     graph: fx.Graph, block: nn.Module, key: Key, drop_paths: Sequence[str]
 ) -> tuple[fx.Node, fx.Node] | None:
     """What a branch gives, and what uses it; None where the recording does not meet the branch."""
-    residual = find_sums(graph, block, drop_paths).get(key)
+    residual = known_sums(graph, block, drop_paths).get(key)
     if residual is None:
         return None
     if isinstance(residual, CutError):

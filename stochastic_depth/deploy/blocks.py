@@ -23,9 +23,9 @@ from stochastic_depth.copies import plain_class
 from stochastic_depth.deploy.affine import drop_path_call
 from stochastic_depth.deploy.batches import Call
 from stochastic_depth.retrofit import cuts
-from stochastic_depth.retrofit.block import Key, find_sums
 from stochastic_depth.retrofit.cuts import CutError
 from stochastic_depth.retrofit.find import recordings
+from stochastic_depth.retrofit.sums import Key, known_sums
 from stochastic_depth.retrofit.trace import (
     OPAQUE,
     PLAIN_TYPES,
@@ -66,7 +66,7 @@ def with_branches_taken_out(
     try:
         parameters, recording = _recorded(block, call)
         graph = recording.graph
-        sums = find_sums(graph, block, drop_paths)
+        sums = known_sums(graph, block, drop_paths)
         writes = [node for node in graph.nodes if _writes(node, block)]
         gone: set[fx.Node] = set()
         replaced: dict[fx.Node, fx.Node] = {}
@@ -243,7 +243,7 @@ def scaled_forward(
     recording = record(block, signature, len(leaves), functools.partial(decide_by, leaves))
     graph = fx.Graph()
     graph.output(graph.graph_copy(recording.graph, {}))
-    for key, residual in find_sums(graph, block, drop_paths).items():
+    for key, residual in known_sums(graph, block, drop_paths).items():
         if key in factors:
             if isinstance(residual, CutError) and not drop_paths:
                 raise residual

@@ -94,9 +94,7 @@ def monte_carlo(
         evaluating_(model)
         watch = _Watch(branches)
         for number in range(num_samples):
-            gates = draw_counts(
-                draws.survival_probs, 1, seed=seed, counter=number, draw=draws.draw, costs=draws.costs
-            )
+            gates = draw_counts(draws.survival_probs, 1, seed=seed, counter=number, draw=draws.draw, costs=draws.costs)
             watch.opened(gates)
             with depth.gates([bool(gate) for gate in gates]), watch.watching():
                 predicted = _tensor(model(*args, **kwargs))

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from stochastic_depth.compiling import eager
 from stochastic_depth.copies import plain_class
 from stochastic_depth.deploy.batches import own_tensors
 from stochastic_depth.deploy.blocks import ScaledForward, scaled_forward
 from stochastic_depth.deploy.undo import without_traces
-from stochastic_depth.compiling import eager
 from stochastic_depth.residual import Residual, compiled_inside
 from stochastic_depth.retrofit.block import Key
 from stochastic_depth.retrofit.cuts import CutError

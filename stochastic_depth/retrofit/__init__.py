@@ -1,12 +1,14 @@
 """Makes an existing model stochastic in place: finds its branches, swaps their classes, and undoes it."""
 
 from stochastic_depth.retrofit.apply import controller, make_stochastic_, restore_
+from stochastic_depth.retrofit.block import MaskedBranchWarning
 from stochastic_depth.retrofit.controller import Controller, Verification
 from stochastic_depth.retrofit.rules import DropPathRule, register_drop_path
 
 __all__ = [
     "Controller",
     "DropPathRule",
+    "MaskedBranchWarning",
     "Verification",
     "controller",
     "make_stochastic_",

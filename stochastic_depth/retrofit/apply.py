@@ -10,7 +10,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from stochastic_depth.gate_draws import GateDraws, Granularity, Ranks
 from stochastic_depth.gates import Draw
-from stochastic_depth.residual import GatedBranch, Rescale, Residual, SkippedGrad, StochasticResidual
+from stochastic_depth.residual import GatedBranch, Rescale, SkippedGrad, StochasticResidual
 from stochastic_depth.retrofit.block import BlockBranches, DropPathUses, KnownForms, StochasticBlock, StochasticDropPath
 from stochastic_depth.retrofit.classes import restore_class_, swap_class_
 from stochastic_depth.retrofit.controller import Controller
@@ -134,9 +134,7 @@ def _make_stochastic(branch: Branch, gated: GatedBranch, found: Found, forms: Kn
     block, path = branch.module, branch.key[0]
     if _BRANCH not in block.__dict__:
         swap_class_(block, StochasticBlock)
-        setattr(
-            block, _BRANCH, BlockBranches(branch.block_name, found.drop_paths[block], found.known[block], forms)
-        )
+        setattr(block, _BRANCH, BlockBranches(branch.block_name, found.drop_paths[block], found.known[block], forms))
     own: BlockBranches = getattr(block, _BRANCH)
     own.put(branch.key, gated, branch.parts)
     if path == FUNCTIONAL and own_rate and branch.rule is not None:

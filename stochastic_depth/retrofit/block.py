@@ -23,13 +23,18 @@ from stochastic_depth.retrofit.recorder import Edit, Run, run_block, run_with_ed
 from stochastic_depth.retrofit.rewrite import Code, GatedUse, generalize, in_training, rewrite, skeleton
 from stochastic_depth.retrofit.rules import drop_path_rule
 from stochastic_depth.retrofit.stand_in import stand_in
-from stochastic_depth.retrofit.sums import BranchParts, Identity, Key, Paths, find_sums
+from stochastic_depth.retrofit.sums import BranchParts, DropPaths, Identity, Key, Paths, find_sums
 from stochastic_depth.retrofit.trace import StoredError, TraceError, flatten, unflatten
 from stochastic_depth.torch_private import is_exporting
 
 __all__ = ["BlockBranches", "BranchParts", "Key", "StochasticBlock", "StochasticDropPath", "Treatment", "find_sums"]
 
 Treatment = Literal["skip", "mask"]
+
+
+class MaskedBranchWarning(UserWarning):
+    """A branch is computed and masked, because it cannot be skipped: right, but nothing is saved."""
+
 
 # How many samples of a call the proof runs on.
 _NUM_SAMPLES = 4
@@ -57,7 +62,7 @@ class Prepared:
 
 
 class KnownForms:
-    """The forms of calls that are known, of all blocks of a model: blocks with the same code and configuration share."""
+    """The forms of calls that are known, of all blocks of a model; equal blocks share what is known."""
 
     def __init__(self) -> None:
         self.prepared: dict[Any, Prepared] = {}
@@ -70,10 +75,10 @@ class KnownForms:
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:  # noqa: ARG002
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> KnownForms:  # noqa: ARG002
+    def __deepcopy__(self, memo: dict[int, Any]) -> KnownForms:
         return KnownForms()
 
     def remember(self, key: Any, prepared: Prepared) -> None:
@@ -98,7 +103,7 @@ class BlockBranches:
     """
 
     name: str
-    drop_paths: tuple[str, ...]
+    drop_paths: DropPaths
     known: dict[Key, Identity]
     forms: KnownForms = field(default_factory=KnownForms)
     rates: dict[Key, float] = field(default_factory=dict[Key, float])
@@ -148,7 +153,9 @@ class BlockBranches:
         )
 
     @eager
-    def prepared_for(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Prepared, list[Any]]:
+    def prepared_for(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Prepared, list[Any]]:
         """What is known of the form of a call, and the call's opaque arguments.
 
         Raises:
@@ -197,11 +204,13 @@ class BlockBranches:
             branch.passes.gate(branch.index, 1, torch.device("cpu"), block.training)  # raises where gates would act
         shapes = [leaf.shape[1:] if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves]
         for (_, of_leaves, _, state), prepared in self._own.items():
-            known = [form[0][1:] if isinstance(form, tuple) and isinstance(form[0], tuple) else form for form in of_leaves]
+            known = [
+                form[0][1:] if isinstance(form, tuple) and isinstance(form[0], tuple) else form for form in of_leaves
+            ]
             if prepared.code is not None and ("training", False) in state[0] and known == shapes:
                 return prepared
         raise RuntimeError(
-            f"The block {self.name} ({plain_class(block).__name__}) has not been proven in evaluation yet, which an "
+            f"{self._described(block)} has not been proven in evaluation yet, which an "
             "export cannot do: run the evaluated model once on the example inputs, or fold_ it first."
         )
 
@@ -221,8 +230,8 @@ class BlockBranches:
     def _prepare(self, block: nn.Module, signature: Any, leaves: list[Any]) -> Prepared:
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                f"The block {self.name} ({plain_class(block).__name__}) is called in this form for the first time, which "
-                "cannot be proven inside a CUDA graph: run a few steps before you capture."
+                f"{self._described(block)} is called in this form for the first time, which cannot be proven inside a "
+                "CUDA graph: run a few steps before you capture."
             )
         try:
             with private():
@@ -235,12 +244,15 @@ class BlockBranches:
             self._warn(block, key, cause)
         return prepared
 
+    def _described(self, block: nn.Module) -> str:
+        return f"The block {self.name or 'the model'} ({plain_class(block).__name__})"
+
     def _refusal(self, block: nn.Module, error: Exception) -> str:
         names = ", ".join(branch.passes.names[branch.index] for branch in self.gated.values())
         sample = any(branch.passes.granularity == "sample" for branch in self.gated.values())
         other = "granularity='batch', " if sample else ""
         return (
-            f"The block {self.name or 'the model'} ({plain_class(block).__name__}) cannot be gated here ({names}): {error}. "
+            f"{self._described(block)} cannot be gated here ({names}): {error}. "
             f"Use {other}layers=[{self.name!r}] for the whole layer, where= to leave it out, or write the sum as "
             "stochastic_depth.Residual."
         )
@@ -252,8 +264,9 @@ class BlockBranches:
             return
         self.forms.warned.add(kind)
         warnings.warn(
-            f"The branch {branch.passes.names[branch.index]} of {self.name or 'the model'} ({plain_class(block).__name__}) is "
-            f"computed and masked, which saves nothing, because {cause}. The same holds for blocks of the same class.",
+            f"The branch {branch.passes.names[branch.index]} is computed and masked, which saves nothing. "
+            f"{self._described(block)}: {cause}. The same may hold for other blocks of this class.",
+            MaskedBranchWarning,
             stacklevel=2,
         )
 

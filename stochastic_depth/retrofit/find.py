@@ -14,11 +14,11 @@ from torch import fx, nn
 from stochastic_depth.copies import plain_class
 from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit import cuts
-from stochastic_depth.retrofit.sums import BranchParts, Identity, Key, find_sums, identity, match, paths_of
 from stochastic_depth.retrofit.cuts import CutError, UnusedError
 from stochastic_depth.retrofit.forms import names_in_code
 from stochastic_depth.retrofit.functional import FUNCTIONAL, put_functional
 from stochastic_depth.retrofit.rules import DropPathRule, drop_path_rule, is_drop_path
+from stochastic_depth.retrofit.sums import BranchParts, DropPaths, Identity, Key, find_sums, identity, match, paths_of
 from stochastic_depth.retrofit.trace import OPAQUE, Recording, StoredError, TraceError, flatten, may_be_size, record
 
 Where = Callable[[str, nn.Module], bool] | str | Sequence[str]
@@ -72,7 +72,7 @@ class Found:
 
     branches: list[Branch] = field(default_factory=list[Branch])
     known: dict[nn.Module, dict[Key, Identity]] = field(default_factory=dict[nn.Module, "dict[Key, Identity]"])
-    drop_paths: dict[nn.Module, tuple[str, ...]] = field(default_factory=dict[nn.Module, "tuple[str, ...]"])
+    drop_paths: dict[nn.Module, DropPaths] = field(default_factory=dict[nn.Module, DropPaths])
     notes: list[str] = field(default_factory=list[str])
 
 
@@ -251,7 +251,7 @@ def _find_in_block(block: nn.Module, name: str, rules: dict[str, DropPathRule], 
             found.notes.append(f"{name or 'the model'} ({type(block).__name__}): {error}")
     if readings:
         found.known[block] = {key: reading.identity for key, reading in readings.items()}
-        found.drop_paths[block] = paths
+        found.drop_paths[block] = DropPaths(paths, found.known[block])
     for key in [key for key in readings if key[0] == FUNCTIONAL]:
         parts = readings[key].parts
         branch_name = f"{name}.drop_path()".removeprefix(".")
@@ -313,7 +313,7 @@ def _find_additions(model: nn.Module, found: Found) -> None:
         for key, reading in readings.items():
             assert isinstance(reading.parts, BranchParts)
             found.known.setdefault(block, {})[key] = reading.identity
-            found.drop_paths[block] = ()
+            found.drop_paths[block] = DropPaths((), found.known[block])
             branch_name = f"{name}#{key[1] + 1}".removeprefix("#")
             found.branches.append(Branch(branch_name, block, name, reading.parts, block, key))
 

@@ -52,7 +52,9 @@ class Reads:
         empty = tuple(
             [name for name, value in (*state["_parameters"].items(), *state["_buffers"].items()) if value is None]
         )
-        nested = tuple([value if _is_plain(value := getattr(owner, name, None)) else None for owner, name in self._nested])
+        nested = tuple(
+            [value if _is_plain(value := getattr(owner, name, None)) else None for owner, name in self._nested]
+        )
         return plain, empty, nested, tuple([space.get(name) for space, name in self._globals])
 
 

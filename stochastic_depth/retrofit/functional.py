@@ -1,8 +1,8 @@
 """Functional drop paths: a branch's output times noise of its samples, in the code of a block instead of a module.
 
-timm's `drop_path`, torchvision's `stochastic_depth`, `drop_connect` of EfficientNets and hand-written versions look the
-same in a recording: a value is multiplied by a tensor (N, 1, ..., 1) that is made of Bernoulli draws, or of the floor of
-a uniform draw plus the survival probability, and of nothing else.
+timm's `drop_path`, torchvision's `stochastic_depth`, `drop_connect` of EfficientNets and hand-written versions look
+the same in a recording: a value is multiplied by a tensor (N, 1, ..., 1) that is made of Bernoulli draws, or of the
+floor of a uniform draw plus the survival probability, and of nothing else.
 """
 
 from __future__ import annotations

@@ -29,6 +29,11 @@ Pattern = Mapping[Key, "bool | Tensor | None"]
 """A gate for each branch: open or closed, (n,) one for each sample, or None for the rule of evaluation."""
 
 
+_Call = Callable[[], "tuple[Sequence[Any], Mapping[str, Any], list[Any]]"]
+_Outcome = tuple[list[Any], "list[Tensor | None] | None"]
+"""What a run has given: outputs, and gradients, None where its backward fails."""
+
+
 class ProofError(Exception):
     """Rewritten code does something else than the block's own."""
 
@@ -111,7 +116,7 @@ def prove(
     uses: Sequence[GatedUse],
     gated: Mapping[Key, GatedBranch],
     fixed: FixedGates,
-    call: Callable[[], tuple[Sequence[Any], Mapping[str, Any], list[Any]]],
+    call: _Call,
     num_samples: int | None,
     *,
     training: bool,
@@ -140,10 +145,7 @@ def prove(
         for key, gate in pattern.items():
             fixed.pattern[gated[key].index] = gate
         edits = {use.call: Edit(use.operand, _weights(pattern[use.key], gated[use.key], use.scale)) for use in uses}
-        args, kwargs, leaves = call()
-        expected = _with_gradients(
-            block, leaves, lambda given: run_block(block, *_replaced(args, kwargs, leaves, given), given, edits).output
-        )
+        expected = _own_outcome(block, call, edits)
         _, _, leaves = call()
         # Where a branch mixes what it is taken to keep apart, it fails or gives something else on some of the samples.
         mixes = ": its first dimension is not one of independent samples" if name == _SOME else ""
@@ -162,6 +164,15 @@ def prove(
 
 
 _SOME = "run on some of the samples"
+
+
+def _own_outcome(block: nn.Module, call: _Call, edits: Mapping[int, Edit]) -> _Outcome:
+    args, kwargs, leaves = call()
+
+    def run(given: list[Any]) -> Any:
+        return run_block(block, *_replaced(args, kwargs, leaves, given), given, edits).output
+
+    return _with_gradients(block, leaves, run)
 
 
 def _patterns(
@@ -203,10 +214,6 @@ def _replaced(args: Any, kwargs: Any, leaves: Sequence[Any], given: Sequence[Any
         return value
 
     return put(tuple(args)), put(dict(kwargs))
-
-
-_Outcome = tuple[list[Any], "list[Tensor | None] | None"]
-"""What a run has given: outputs, and gradients, None where its backward fails."""
 
 
 def _with_gradients(block: nn.Module, leaves: Sequence[Any], run: Callable[[list[Any]], Any]) -> _Outcome:
@@ -291,8 +298,9 @@ def tolerance(tensor: Tensor) -> float:
 
 def arguments_anew(
     signature: Any, leaves: Sequence[Any], rows: Mapping[int, Tensor], unflatten: Callable[[Any, Sequence[Any]], Any]
-) -> Callable[[], tuple[Sequence[Any], Mapping[str, Any], list[Any]]]:
+) -> _Call:
     """Makes private copies of the arguments of a call, with some of the samples of those leaves that have `rows`."""
+
     def call() -> tuple[Sequence[Any], Mapping[str, Any], list[Any]]:
         own = [_private(leaf, rows.get(index)) for index, leaf in enumerate(leaves)]
         args, kwargs = unflatten(signature, own)

@@ -1,4 +1,4 @@
-"""Takes the noise out of what runs: dropout and functional drop paths keep everything, BatchNorm keeps its statistics."""
+"""Takes the noise out of what runs: dropout and drop paths keep everything, BatchNorm keeps its statistics."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -264,7 +264,9 @@ class _Recorder(TorchFunctionMode):
         self._alive: list[Any] = []
         self._versions: dict[int, tuple[Tensor, int]] = {}
         self._held = {id(value): path for path, value in _held_tensors(block)}
-        self._held_objects = {id(value): (name,) for name, value in block.__dict__.items() if hasattr(value, "__dict__")}
+        self._held_objects = {
+            id(value): (name,) for name, value in block.__dict__.items() if hasattr(value, "__dict__")
+        }
         self._device = "cpu"
         for index, leaf in enumerate(leaves):
             node = self.graph.placeholder(f"argument_{index}")
@@ -364,7 +366,9 @@ class _Recorder(TorchFunctionMode):
 
     def _check_hooks(self) -> None:
         if torch._C._autograd._top_saved_tensors_default_hooks(True) != self._state.hooks:  # pyright: ignore
-            raise TraceError("a part of the forward runs inside an activation checkpoint, or keeps what is saved itself")
+            raise TraceError(
+                "a part of the forward runs inside an activation checkpoint, or keeps what is saved itself"
+            )
 
     # Calls.
     @contextmanager
@@ -373,7 +377,7 @@ class _Recorder(TorchFunctionMode):
         handles: list[Any] = []
         for path, module in block.named_modules():
             if path and not isinstance(module, torch.jit.ScriptModule):
-                handles.append(module.register_forward_pre_hook(self._entering(path), with_kwargs=True))
+                handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
                 handles.append(module.register_forward_hook(self._leaving(path), with_kwargs=True))
         try:
             with self:
@@ -386,18 +390,15 @@ class _Recorder(TorchFunctionMode):
             for handle in handles:
                 handle.remove()
 
-    def _entering(self, path: str) -> Callable[..., None]:
-        def enter(_module: nn.Module, args: Any, kwargs: Any) -> Any:
-            self._inside += 1  # What is looked at here is no part of the block's code either.
-            if self._inside > 1:
-                return None
-            self.check_outside()
-            self._check_hooks()
-            args, kwargs = self._edited(self._num_calls, args, kwargs)
-            self._entered = [self._argument(args), self._argument(kwargs), _contents(self._block, ())]
-            return args, kwargs
-
-        return enter
+    def _enter(self, _module: nn.Module, args: Any, kwargs: Any) -> Any:
+        self._inside += 1  # What is looked at here is no part of the block's code either.
+        if self._inside > 1:
+            return None
+        self.check_outside()
+        self._check_hooks()
+        args, kwargs = self._edited(self._num_calls, args, kwargs)
+        self._entered = [self._argument(args), self._argument(kwargs), _contents(self._block, ())]
+        return args, kwargs
 
     def _leaving(self, path: str) -> Callable[..., Any]:
         def leave(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:

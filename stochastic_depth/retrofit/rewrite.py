@@ -15,7 +15,17 @@ from stochastic_depth.residual import GatedBranch, compiled_inside, masked
 from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.cuts import CutError, Sum
 from stochastic_depth.retrofit.functional import FUNCTIONAL, FunctionalDropPath, put_functional
-from stochastic_depth.retrofit.sums import Identity, Key, Paths, calls_of, find_sums, identity, match, paths_of
+from stochastic_depth.retrofit.sums import (
+    Identity,
+    Key,
+    Paths,
+    additions_of,
+    calls_of,
+    find_sums,
+    identity,
+    match,
+    paths_of,
+)
 from stochastic_depth.retrofit.trace import TraceError, is_size
 
 Code = Callable[..., Any]
@@ -218,13 +228,8 @@ def rewrite(graph: fx.Graph, block: nn.Module, gates: BlockGates, granularity: s
     matched = match(identities, gates.known)
     missing = [key for key in gates.gated if key not in matched.values() and _is_met(key, gates, called)]
     if missing and gates.drop_paths:
-        # Drop paths that are called in training only: their sums are found by what the branches use.
-        additions = {("", i): s for i, s in enumerate(cuts.residual_sums(graph, block))}
-        of_additions = {key: identity(_separable(s, block), block) for key, s in additions.items()}
-        found = match(of_additions, {("", i): gates.known[key] for i, key in enumerate(missing)})
-        for key, index in found.items():
-            sums[("", -1 - key[1])] = additions[key]
-            matched[("", -1 - key[1])] = missing[index[1]]
+        for key, (place, residual) in additions_of(graph, block, {key: gates.known[key] for key in missing}).items():
+            sums["", -1 - place[1]], matched["", -1 - place[1]] = residual, key
         missing = [key for key in missing if key not in matched.values()]
     if missing:
         raise CutError(f"the branch of {_names(missing, gates)} is computed, but not added in a way that can be gated")
@@ -264,17 +269,9 @@ def _check_rates(functional: Sequence[FunctionalDropPath], gates: BlockGates) ->
         rate = gates.rates.get((FUNCTIONAL, index))
         if rate is not None and rate != each.rule.drop_rate:
             raise CutError(
-                f"the rate of its drop path function was changed from {rate:g} to {each.rule.drop_rate:g}: set it back, "
-                "and change controller(model).set_survival_probs"
+                f"the rate of its drop path function was changed from {rate:g} to {each.rule.drop_rate:g}: set it "
+                "back, and call controller(model).set_survival_probs"
             )
-
-
-def _separable(residual: Sum, block: nn.Module) -> Sum | CutError:
-    try:
-        cuts.cut(residual, block)
-    except CutError as error:
-        return error
-    return residual
 
 
 def _is_met(key: Key, gates: BlockGates, called: set[str]) -> bool:
@@ -312,9 +309,7 @@ class _Input(NamedTuple):
     carried: bool
 
 
-def _gate(
-    residual: Sum, key: Key, block: nn.Module, gates: BlockGates, granularity: str, paths: Paths
-) -> fx.Node:
+def _gate(residual: Sum, key: Key, block: nn.Module, gates: BlockGates, granularity: str, paths: Paths) -> fx.Node:
     branch = cuts.cut(residual, block)
     graph = residual.add.graph
     inner = _branch_graph(branch, residual)
@@ -369,7 +364,9 @@ def _check_samples(branch: cuts.Branch, shortcut: fx.Node) -> None:
     for node in branch.inputs:
         shape = node.meta.get("shape")
         if node.meta.get("samples") and shape[0] != num_samples:
-            raise CutError(f"an input of the branch has {shape[0]} entries, where the shortcut has {num_samples} samples")
+            raise CutError(
+                f"an input of the branch has {shape[0]} entries, where the shortcut has {num_samples} samples"
+            )
 
 
 def _branch_graph(branch: cuts.Branch, residual: Sum) -> fx.Graph:
@@ -472,9 +469,7 @@ def _gated_sum_and_sides(
                 seen.append(tuple(sides))
             return output
 
-        summed = _gated_sum(key, paths, first, inputs, repeatable=False)(
-            block, shortcut, *values
-        )
+        summed = _gated_sum(key, paths, first, inputs, repeatable=False)(block, shortcut, *values)
         return summed, *(seen[-1] if seen else [None] * num_sides)
 
     gated_sum_and_sides.__name__ = f"gated_sum_and_sides_{key[1]}"
@@ -572,7 +567,9 @@ def compiled(graph: fx.Graph, description: str) -> Code:
         if node.op == "get_attr":
             lines.append(f"{names[node]} = {_reached('block', node.meta.get('path') or str(node.target).split('.'))}")
         elif node.op == "call_module":
-            lines.append(f"{names[node]} = {_reached('block', str(node.target).split('.'))}({arguments(node.args, node.kwargs)})")
+            lines.append(
+                f"{names[node]} = {_reached('block', str(node.target).split('.'))}({arguments(node.args, node.kwargs)})"
+            )
         elif node.op == "call_method":
             receiver, *others = node.args
             given = arguments(others, node.kwargs)

@@ -49,7 +49,10 @@ def stand_in(block: nn.Module, *, own_parameters: bool = False) -> nn.Module:
             tensors[id(parameter)] = (
                 parameter
                 if own_parameters
-                else nn.Parameter(_awake(parameter if _has_no_data(parameter) else parameter.detach(), generator), requires_grad=parameter.requires_grad)
+                else nn.Parameter(
+                    _awake(parameter if _has_no_data(parameter) else parameter.detach(), generator),
+                    requires_grad=parameter.requires_grad,
+                )
             )
         return cast(Tensor, tensors[id(parameter)])
 
@@ -78,18 +81,19 @@ def stand_in(block: nn.Module, *, own_parameters: bool = False) -> nn.Module:
         new.__dict__.pop("_stochastic_depth", None)
         for name in _HOOKS:
             new.__dict__[name] = OrderedDict[Any, Any]()
+        # Those of PyTorch's own that compute a weight before each call: weight_norm, spectral_norm, pruning.
+        for number, hook in module._forward_pre_hooks.items():
+            if type(hook).__module__.startswith("torch.nn.utils"):
+                new.__dict__["_forward_pre_hooks"][number] = hook
         new.__dict__["_compiled_call_impl"] = None
         new.__dict__["_parameters"] = {
-            name: None if value is None else parameter_of(value)
-            for name, value in module._parameters.items()
+            name: None if value is None else parameter_of(value) for name, value in module._parameters.items()
         }
         new.__dict__["_buffers"] = {
-            name: None if value is None else buffer_of(value)
-            for name, value in module._buffers.items()
+            name: None if value is None else buffer_of(value) for name, value in module._buffers.items()
         }
         new.__dict__["_modules"] = {
-            name: None if value is None else module_of(value)
-            for name, value in module._modules.items()
+            name: None if value is None else module_of(value) for name, value in module._modules.items()
         }
         if isinstance(module, _BatchNorm) and module.track_running_stats:
             new.__dict__["training"] = False

@@ -1,4 +1,4 @@
-"""The branches in a recording of a block: which sums they end in, what identifies each, and what holds its parameters."""
+"""The branches in a recording of a block: which sums they end in, what identifies each, where its parameters are."""
 
 from __future__ import annotations
 
@@ -13,10 +13,26 @@ from stochastic_depth.retrofit.cuts import CutError, Sum
 from stochastic_depth.retrofit.functional import FUNCTIONAL, functional_drop_path
 
 Key = tuple[str, int]
-"""A branch of a block: the path of its drop path, `FUNCTIONAL` for a function, "" for a plain addition; and which of its
-uses, from 0."""
+"""A branch of a block: the path of its drop path, `FUNCTIONAL` for a function, "" for a plain addition; and which of
+its uses, from 0."""
 Identity = frozenset[str]
 """What a branch is known by wherever it stands in the code: paths of the children and parameters that it uses."""
+
+
+class DropPaths(tuple[str, ...]):
+    """Paths of a block's drop paths whose calls are branches, none where additions are; and what is known of both.
+
+    Attributes:
+        known: what identifies each branch.
+    """
+
+    known: Mapping[Key, Identity]
+
+    def __new__(cls, paths: Sequence[str] = (), known: Mapping[Key, Identity] | None = None) -> DropPaths:
+        """The paths, with what is known of their branches."""
+        made = super().__new__(cls, paths)
+        made.known = known or {}
+        return made
 
 
 class BranchParts(nn.Module):
@@ -83,6 +99,32 @@ def find_sums(graph: fx.Graph, block: nn.Module, drop_paths: Sequence[str]) -> d
     return found
 
 
+def known_sums(graph: fx.Graph, block: nn.Module, drop_paths: Sequence[str]) -> dict[Key, Sum | CutError]:
+    """The branches in a recording of a block by the keys under which they are known, see `find_sums`."""
+    sums = find_sums(graph, block, drop_paths)
+    known = drop_paths.known if isinstance(drop_paths, DropPaths) else {}
+    if not known:
+        return sums
+    matched = match({key: identity(residual, block) for key, residual in sums.items()}, known)
+    found = {matched[key]: residual for key, residual in sums.items() if key in matched}
+    missing = {key: paths for key, paths in known.items() if key[0] and key not in found}
+    if missing:
+        # Drop paths that are called in training only: their sums are found by what the branches use.
+        found.update({key: residual for key, (_, residual) in additions_of(graph, block, missing).items()})
+    return found
+
+
+def additions_of(
+    graph: fx.Graph, block: nn.Module, missing: Mapping[Key, Identity]
+) -> dict[Key, tuple[Key, Sum | CutError]]:
+    """The residual additions that are known branches whose drop paths are not called, and how each is matched."""
+    additions = {("", index): _separable(each, block) for index, each in enumerate(cuts.residual_sums(graph, block))}
+    identities = {key: identity(each, block) for key, each in additions.items()}
+    found = match(identities, {("", index): paths for index, paths in enumerate(missing.values())})
+    keys = list(missing)
+    return {keys[index]: (key, additions[key]) for key, (_, index) in found.items()}
+
+
 def _separable(residual: Sum, block: nn.Module) -> Sum | CutError:
     try:
         cuts.cut(residual, block)
@@ -108,13 +150,13 @@ def identity(residual: Sum | CutError, block: nn.Module) -> Identity:
         return frozenset()
     nodes = cuts.cut(residual, block).nodes
     return frozenset(
-        cast(str, node.target) for node in nodes if node.op in ("call_module", "get_attr") and node is not residual.drop_path
+        cast(str, node.target)
+        for node in nodes
+        if node.op in ("call_module", "get_attr") and node is not residual.drop_path
     )
 
 
-def match(
-    recorded: Mapping[Key, Identity], known: Mapping[Key, Identity]
-) -> dict[Key, Key]:
+def match(recorded: Mapping[Key, Identity], known: Mapping[Key, Identity]) -> dict[Key, Key]:
     """Which known branch each branch of a recording is.
 
     Branches of one drop path, and plain additions, are told apart by what they use, and only where that is the same by

@@ -194,7 +194,9 @@ def _traced(
     return tracer.graph, conditions
 
 
-def _put_symbols(shadow: nn.Module, module: nn.Module, tracer: _BlockTracer, path: str = "", *, with_buffers: bool) -> None:
+def _put_symbols(
+    shadow: nn.Module, module: nn.Module, tracer: _BlockTracer, path: str = "", *, with_buffers: bool
+) -> None:
     """Symbols in place of the parameters of a block's shadow, and callable stand-ins in place of its children."""
     for name, parameter in module._parameters.items():
         if parameter is not None:

@@ -49,10 +49,10 @@ class Verification:
         share = self.forward_flops_closed / max(self.forward_flops_open, 1)
         masked = f", but {self.num_masked} that are computed and masked" if self.num_masked else ""
         lines = [
-            f"{self.num_branches} branches: each is gated and runs nothing when closed{masked}; evaluation is "
-            f"repeatable. With all gates closed {share:.1%} of the forward FLOPs are left.",
-            "Training and evaluation equal the model's own code under masks: outputs to "
-            f"{self.output_deviation:.1e}, gradients to {self.gradient_deviation:.1e} of their largest value.",
+            f"{self.num_branches} branches: each is gated and runs nothing when closed{masked}.",
+            "Training and evaluation equal the model's own code under masks, and evaluation is repeatable.",
+            f"Largest deviation: outputs {self.output_deviation:.1e}, gradients {self.gradient_deviation:.1e}.",
+            f"With all gates closed {share:.1%} of the forward FLOPs are left.",
         ]
         lines += [f"{name}: masked, {why}" for name, status, why in self.statuses if status == "masked"]
         return "\n".join(lines)
@@ -181,7 +181,9 @@ def _outcome(root: nn.Module, inputs: Sequence[Any]) -> _Outcome:
             return _Outcome([leaf.detach() for leaf in outputs], {}, [])
         generator = torch.Generator().manual_seed(1)
         weights = [torch.randn(end.shape, generator=generator).to(end.device, end.dtype) for end in ends]
-        found = dict(zip(named, torch.autograd.grad(ends, list(named.values()), weights, allow_unused=True), strict=True))
+        found = dict(
+            zip(named, torch.autograd.grad(ends, list(named.values()), weights, allow_unused=True), strict=True)
+        )
     return _Outcome(
         [leaf.detach() for leaf in outputs],
         {name: each for name, each in found.items() if each is not None},

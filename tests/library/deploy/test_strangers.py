@@ -266,7 +266,8 @@ def test_folding_keeps_what_a_stranger_computes_in_every_form_of_call(name: str,
     x, mask, keys = vectors(4), vectors(4, seed=2), list(net.state_dict())
     forms = [(x,), (x, mask)]
     expected = [plain.expected(*form) for form in forms]
-    sd.make_stochastic_(net, sd.uniform(P), where="blocks.?#1")
+    # The branch is one of two in Cross, and what its biases give is added by one of two elsewhere.
+    sd.make_stochastic_(net, sd.uniform(P), where=None if name == "cross" else "blocks.?#1")
     folded(net, inputs=forms[1])
     assert net.training == (mode == "training")
     for form, those in zip(forms, expected, strict=True):

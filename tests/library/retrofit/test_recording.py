@@ -11,6 +11,9 @@ from torch import Tensor, nn
 import stochastic_depth as sd
 
 
+pytestmark = pytest.mark.filterwarnings("ignore::stochastic_depth.MaskedBranchWarning")
+
+
 class Block(nn.Module):
     """A residual block with a drop path, which does something else as well."""
 
