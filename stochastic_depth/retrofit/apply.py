@@ -135,6 +135,7 @@ def _make_stochastic(branch: Branch, gated: GatedBranch, found: Found, forms: Kn
     if _BRANCH not in block.__dict__:
         swap_class_(block, StochasticBlock)
         setattr(block, _BRANCH, BlockBranches(branch.block_name, found.drop_paths[block], found.known[block], forms))
+        getattr(block, _BRANCH).own_forward = block.__dict__.pop("forward", None)
     own: BlockBranches = getattr(block, _BRANCH)
     own.put(branch.key, gated, branch.parts)
     if path == FUNCTIONAL and own_rate and branch.rule is not None:
@@ -203,6 +204,9 @@ def restore_(model: nn.Module) -> None:
         own = module.__dict__.keys() & {_BRANCH, _CONTROLLER}
         if own:
             restore_class_(module)
+            forward = getattr(module.__dict__.get(_BRANCH), "own_forward", None)
+            if forward is not None:
+                module.__dict__["forward"] = forward
         for name in own:
             delattr(module, name)
 

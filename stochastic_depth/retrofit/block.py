@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from stochastic_depth.retrofit.rewrite import Code, GatedUse, generalize, in_tra
 from stochastic_depth.retrofit.rules import drop_path_rule
 from stochastic_depth.retrofit.stand_in import stand_in
 from stochastic_depth.retrofit.sums import BranchParts, DropPaths, Identity, Key, Paths, find_sums
-from stochastic_depth.retrofit.trace import StoredError, TraceError, flatten, unflatten
+from stochastic_depth.retrofit.trace import StoredError, TraceError, flatten, own_forward, unflatten
 from stochastic_depth.torch_private import is_exporting
 
 __all__ = ["BlockBranches", "BranchParts", "Key", "StochasticBlock", "StochasticDropPath", "Treatment", "find_sums"]
@@ -100,6 +101,7 @@ class BlockBranches:
         parts: what holds the parameters of each.
         forms: what is known of the forms of calls.
         rates: of its functional drop paths, where the branches have these rates.
+        own_forward: a forward that somebody has set on the block, in place of its class's.
     """
 
     name: str
@@ -107,6 +109,7 @@ class BlockBranches:
     known: dict[Key, Identity]
     forms: KnownForms = field(default_factory=KnownForms)
     rates: dict[Key, float] = field(default_factory=dict[Key, float])
+    own_forward: Callable[..., Any] | None = None
     gated: dict[Key, GatedBranch] = field(default_factory=dict[Key, GatedBranch])
     parts: dict[Key, nn.Module] = field(default_factory=dict[Key, nn.Module])
     _parts_at: dict[Any, BranchParts] = field(default_factory=dict[Any, BranchParts], repr=False)
@@ -196,7 +199,7 @@ class BlockBranches:
 
         edits = {use.call: Edit(use.operand, weights(use)) for use in prepared.uses}
         with _passing_drop_paths():
-            return run_with_edits(block, args, kwargs, leaves, edits)
+            return run_with_edits(block, own_forward(block, block), args, kwargs, leaves, edits)
 
     def _known_for_export(self, block: nn.Module, leaves: list[Any]) -> Prepared:
         """Code that was proven in evaluation: what an export sees has no values to prove anything with."""
@@ -274,8 +277,12 @@ class BlockBranches:
         """Rewritten code for a call, after it was proven equal to the block's own."""
         trial = stand_in(block)
         whole = self._recorded(trial, signature, leaves, {})
-        if whole.stores and self._recorded(trial, signature, leaves, {}).stores:
-            raise StoredError(f"the forward stores {', '.join(whole.stores)} on the block")
+        if whole.stores or whole.constants:
+            again = self._recorded(trial, signature, leaves, {})
+            if again.stores:
+                raise StoredError(f"the forward stores {', '.join(whole.stores)} on the block")
+            if [id(tensor) for tensor in again.constants] != [id(tensor) for tensor in whole.constants]:
+                raise TraceError("the forward makes a tensor in a way that cannot be followed (autograd.Function?)")
         rows = self._generalize(trial, signature, leaves, whole)
         draws = next(iter(self.gated.values())).passes
         fixed = FixedGates(draws)
@@ -356,17 +363,50 @@ class StochasticBlock(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The block's own forward, with its branches gated."""
         branches = self._stochastic_depth_branch
+        own = super().forward if branches.own_forward is None else branches.own_forward
         if branches.is_plain(self):
-            return super().forward(*args, **kwargs)
+            return own(*args, **kwargs)
         prepared, leaves = branches.prepared_for(self, args, kwargs)
         if prepared.code is None:
             with _own_code():
-                return super().forward(*args, **kwargs)
+                return own(*args, **kwargs)
         if masks_only.get():
             return branches.masked_own_code(self, prepared, args, kwargs, leaves)
         for name, value in prepared.stores.items():
             setattr(self, name, value)
         return prepared.code(self, *leaves)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward" and "_stochastic_depth_branch" in self.__dict__:
+            refuse_bypass(self, value)
+        super().__setattr__(name, value)
+
+
+def refuse_bypass(module: nn.Module, forward: Any) -> None:
+    """Refuse a forward that is set on a stochastic module and does not call the one that it had.
+
+    Raises:
+        RuntimeError: if nothing shows that it does.
+    """
+    pending, seen = [forward], set[int]()
+    while pending and len(seen) < 100:
+        value = pending.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if getattr(value, "__self__", None) is module and getattr(value, "__name__", "") == "forward":
+            if getattr(type(module), "forward", None) is value.__func__:
+                return
+            pending.append(value.__func__)
+        if isinstance(value, functools.partial):
+            pending += [value.func, *value.args, *value.keywords.values()]
+        pending += [each for each in (getattr(value, "__wrapped__", None), getattr(value, "__func__", None)) if each]
+        pending += [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
+        pending += list(getattr(value, "__defaults__", None) or ())
+    raise RuntimeError(
+        f"The forward that is set on a stochastic {plain_class(module).__name__} would bypass its gates. Set it before "
+        "make_stochastic_, or call restore_(model) first; a forward that calls the one before it is all right."
+    )
 
 
 @dataclass

@@ -324,10 +324,25 @@ def _computes(node: fx.Node, block: nn.Module) -> bool:
     """Whether a node is worth skipping: a child with parameters, or a function that multiplies."""
     if node.op == "call_module":
         return next(block.get_submodule(cast(str, node.target)).parameters(), None) is not None
-    return node.op == "call_function" and getattr(node.target, "__name__", "") in _HEAVY
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return node.op in ("call_function", "call_method") and name in _HEAVY
 
 
-_HEAVY = {"linear", "conv1d", "conv2d", "conv3d", "matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"}
+_HEAVY = {
+    "linear",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "matmul",
+    "__matmul__",
+    "__rmatmul__",
+    "bmm",
+    "mm",
+    "addmm",
+    "baddbmm",
+    "einsum",
+    "scaled_dot_product_attention",
+}
 
 
 def residual_sums(graph: fx.Graph, block: nn.Module) -> list[Sum]:

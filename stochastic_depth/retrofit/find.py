@@ -303,7 +303,7 @@ def _find_in_block(block: nn.Module, name: str, rules: dict[str, DropPathRule], 
 
 def _find_additions(model: nn.Module, found: Found) -> None:
     for name, block in model.named_modules():
-        if type(block) in _CONTAINERS or not any(block.children()):
+        if type(block) in _CONTAINERS or not _may_add(block):
             continue
         try:
             readings, _ = _readings(block, ())
@@ -316,6 +316,15 @@ def _find_additions(model: nn.Module, found: Found) -> None:
             found.drop_paths[block] = DropPaths((), found.known[block])
             branch_name = f"{name}#{key[1] + 1}".removeprefix("#")
             found.branches.append(Branch(branch_name, block, name, reading.parts, block, key))
+
+
+def _may_add(block: nn.Module) -> bool:
+    """Whether a module may hold residual additions: it has children, or works with parameters of its own."""
+    if any(block.children()):
+        return True
+    return next(block.parameters(recurse=False), None) is not None and not plain_class(block).__module__.startswith(
+        "torch.nn."
+    )
 
 
 class _Reading(NamedTuple):
@@ -379,7 +388,7 @@ def _all_recordings(block: nn.Module) -> Iterator[Recording]:
     except TraceError as error:
         if "random numbers" in str(error):
             raise
-        yield from recordings(block, guess_sizes=True)
+        yield from _recordings_by_guess(block, error)
     for other_mode, optional in ((True, False), (False, True), (True, True)):
         if optional and not _has_optional(block):
             continue
@@ -390,6 +399,29 @@ def _all_recordings(block: nn.Module) -> Iterator[Recording]:
             raise
         except TraceError:
             pass  # It may never be called so.
+
+
+def _recordings_by_guess(block: nn.Module, error: TraceError) -> Iterator[Recording]:
+    """Recordings of code that wants numbers for sizes, or more arguments than it names.
+
+    Raises:
+        TraceError: the given one, if it cannot be recorded in any of these ways.
+    """
+    parameters = inspect.signature(plain_class(block).forward).parameters.values()
+    more = range(4) if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters) else range(1)
+    for num_more in more:
+        for guess_sizes in (False, True):
+            if (num_more, guess_sizes) == (0, False):
+                continue
+            arguments = (*_default_arguments(block), *[OPAQUE] * num_more)
+            try:
+                yield from list(recordings(block, (arguments, {}), guess_sizes=guess_sizes))
+            except StoredError:
+                raise
+            except TraceError:
+                continue
+            return
+    raise error
 
 
 def _has_optional(block: nn.Module) -> bool:

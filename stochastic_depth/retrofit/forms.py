@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import enum
 import functools
-from collections.abc import Iterator, Sequence
-from types import CodeType, FunctionType
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, cast
 
 import torch
@@ -19,30 +21,103 @@ _PLAIN = (*PLAIN_TYPES, bytes, complex, enum.Enum, torch.memory_format, torch.la
 _MAX_DEPTH = 3
 
 
+class _Same:
+    """Stands in a form for an object that counts as itself, and keeps it alive, so that no other takes its identity."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.value is self.value
+
+
+def form_of(value: Any, depth: int = _MAX_DEPTH) -> Any:
+    """What of a value decides the way of code that is given it or reads it; hashable.
+
+    Of tensors that is all but the values, of structures and of objects that hold data it is their content, and anything
+    else counts as itself.
+    """
+    kind = type(value)
+    if isinstance(value, _PLAIN):
+        return kind, value
+    if isinstance(value, Tensor):
+        return kind, value.shape, value.dtype, value.device, value.requires_grad
+    if isinstance(value, (nn.Module, FunctionType, type, ModuleType)) or depth == 0:
+        return _Same(value)
+    if isinstance(value, MethodType):
+        return _Same(value.__func__), _Same(value.__self__)
+    if isinstance(value, functools.partial):
+        part = cast("functools.partial[Any]", value)
+        return kind, form_of(part.func), form_of(part.args, depth - 1), form_of(part.keywords, depth - 1)
+    if isinstance(value, (slice, range)):
+        return kind, repr(value)
+    if isinstance(value, Mapping):
+        items = cast("Mapping[Any, Any]", value).items()
+        return kind, tuple([(form_of(key, depth - 1), form_of(item, depth - 1)) for key, item in items])
+    if isinstance(value, (tuple, list, deque)):
+        return kind, tuple([form_of(item, depth - 1) for item in cast("list[Any]", value)])
+    if isinstance(value, (set, frozenset)):
+        return kind, frozenset([form_of(item, depth - 1) for item in cast("set[Any]", value)])
+    if hasattr(value, "tobytes") and hasattr(value, "dtype"):  # of numpy
+        return kind, str(value.dtype), getattr(value, "shape", ()), value.tobytes()
+    attributes = dict(getattr(value, "__dict__", {}))
+    for part in kind.__mro__:
+        slots = part.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if hasattr(value, name):
+                attributes[name] = getattr(value, name)
+    if not attributes or callable(value):
+        return _Same(value)
+    return kind, tuple([(name, form_of(item, depth - 1)) for name, item in attributes.items()])
+
+
 class Reads:
     """The values outside of a call's arguments that a block's code may read: few, so that each call can look at them.
 
-    They are plain attributes of the block, of its children and of objects that it holds (a config), and plain global
-    variables, whose names appear in the code of the block's class.
+    They are what has a name that appears in the code of the block's class, or of functions that it calls: attributes of
+    the block and of its class, of its children and of objects that it holds (a config), and global variables.
     """
 
     def __init__(self, block: nn.Module) -> None:
-        names, functions = names_in_code(plain_class(block))
-        held = {**block.__dict__, **block.__dict__["_modules"]}
-        held.pop("_stochastic_depth_branch", None)
-        self._nested = [
-            (owner, name)
-            for root, value in held.items()
-            for owner, name in _plain_parts(value, names, _MAX_DEPTH if root in names else 0)
+        kind = plain_class(block)
+        names, functions = names_in_code(kind)
+        self._own = [
+            name
+            for name, value in block.__dict__.items()
+            if name in names and name not in _NOT_CONFIGURATION and not _is_plain(value)
         ]
-        self._globals = list(
-            {
-                (id(function.__globals__), name): (function.__globals__, name)
-                for function in functions
-                for name in names
-                if isinstance(function.__globals__.get(name), _PLAIN) and not name.startswith("__")
-            }.values()
-        )
+        held = {name: block.__dict__[name] for name in self._own}
+        children = {name: child for name, child in block.__dict__["_modules"].items() if child is not None}
+        self._nested = [
+            pair for value in (*held.values(), *children.values()) for pair in _parts_that_are_read(value, names)
+        ]
+        self._class = [
+            (part, name)
+            for part in kind.__mro__
+            if issubclass(part, nn.Module) and part is not nn.Module
+            for name in vars(part)
+            if name == "forward" or (name in names and not name.startswith("__"))
+        ]
+        found: dict[Any, tuple[Any, str]] = {}
+        for function in functions:
+            for name in names:
+                value = function.__globals__.get(name)
+                if value is None or name.startswith("__") or isinstance(value, (ModuleType, type)):
+                    continue
+                found[id(function.__globals__), name] = function.__globals__, name
+        self._globals = list(found.values())
+        self._of_globals = [
+            pair
+            for space, name in self._globals
+            if not isinstance(space[name], (*_PLAIN, FunctionType, Tensor)) and not callable(space[name])
+            for pair in _parts_that_are_read(space[name], names)
+        ]
+        self._environment = "environ" in names or "getenv" in names
         self.children = tuple(block.__dict__["_modules"].values())
 
     def now(self, block: nn.Module) -> tuple[Any, ...]:
@@ -52,10 +127,27 @@ class Reads:
         empty = tuple(
             [name for name, value in (*state["_parameters"].items(), *state["_buffers"].items()) if value is None]
         )
-        nested = tuple(
-            [value if _is_plain(value := getattr(owner, name, None)) else None for owner, name in self._nested]
+        parameters = [id(value) for value in state["_parameters"].values()]
+        return (
+            plain,
+            empty,
+            len(parameters) - len(set(parameters)),  # how many are tied
+            tuple([_quick(state.get(name)) for name in self._own]),
+            tuple([_quick(getattr(owner, name, None)) for owner, name in self._nested]),
+            tuple([_quick(vars(owner).get(name)) for owner, name in self._class]),
+            tuple([_quick(space.get(name)) for space, name in self._globals]),
+            tuple([_quick(getattr(owner, name, None)) for owner, name in self._of_globals]),
+            tuple(os.environ.items()) if self._environment else (),
         )
-        return plain, empty, nested, tuple([space.get(name) for space, name in self._globals])
+
+
+def _quick(value: Any) -> Any:
+    """`form_of` for what is read with every call: objects count as themselves, what is read of them is looked at."""
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, (list, tuple, dict, set)):
+        return form_of(value, 2)
+    return id(value) if isinstance(value, (Tensor, nn.Module)) else _Same(value)
 
 
 def _is_plain(value: Any) -> bool:
@@ -64,35 +156,74 @@ def _is_plain(value: Any) -> bool:
     )
 
 
-def _plain_parts(value: Any, names: frozenset[str], depth: int) -> Iterator[tuple[Any, str]]:
+def _parts_that_are_read(value: Any, names: frozenset[str], depth: int = _MAX_DEPTH) -> Iterator[tuple[Any, str]]:
     """Owner and name of the attributes within an object that code with these names in it may read."""
-    if depth == 0 or isinstance(value, (Tensor, type, FunctionType, *_PLAIN)):
+    if depth == 0 or isinstance(value, (Tensor, type, FunctionType, MethodType, ModuleType, *_PLAIN)):
+        return
+    if isinstance(value, nn.Module):
+        for name, part in value.__dict__.items():
+            if name in names and name not in _NOT_CONFIGURATION | {"training"} and not isinstance(part, nn.Module):
+                yield value, name
+        if "training" in names:
+            yield value, "training"
+        for child in value.children():
+            yield from _parts_that_are_read(child, names, depth - 1)
+        return
+    if isinstance(value, (list, tuple, dict)):
+        items = cast("dict[Any, Any]", value).values() if isinstance(value, dict) else cast("list[Any]", value)
+        for item in items:
+            yield from _parts_that_are_read(item, names, depth - 1)
         return
     for name, part in getattr(value, "__dict__", {}).items():
         if name in names:
             yield value, name
-            if not isinstance(part, nn.Module):
-                yield from _plain_parts(part, names, depth - 1)
+            yield from _parts_that_are_read(part, names, depth - 1)
 
 
 @functools.cache
 def names_in_code(kind: type[nn.Module]) -> tuple[frozenset[str], tuple[FunctionType, ...]]:
-    """All names in the code of a class, and its functions."""
-    functions = tuple(
+    """All names in the code of a class and of the plain functions that it calls by them, and these functions."""
+    pending = [
         function
         for part in kind.__mro__
         if issubclass(part, nn.Module) and part is not nn.Module
         for value in vars(part).values()
         if isinstance(function := getattr(value, "__wrapped__", getattr(value, "fget", None) or value), FunctionType)
-    )
-    pending: list[Any] = [function.__code__ for function in functions]
+    ]
+    functions: dict[FunctionType, None] = {}
     names: set[str] = set()
-    while pending:
-        code = pending.pop()
-        if isinstance(code, CodeType):
-            names.update(code.co_names)
-            pending += code.co_consts
-    return frozenset(names), functions
+    while pending and len(functions) < _MAX_FUNCTIONS:
+        function = pending.pop()
+        if function in functions:
+            continue
+        functions[function] = None
+        own = _names_of(function.__code__)
+        names |= own
+        cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+        for value in (*(function.__globals__.get(name) for name in own), *cells):
+            called = getattr(value, "__wrapped__", value)
+            if isinstance(called, FunctionType) and not (called.__module__ or "").startswith("torch"):
+                pending.append(called)
+    return frozenset(names), tuple(functions)
+
+
+_MAX_FUNCTIONS = 256
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
+
+
+def _names_of(code: CodeType) -> set[str]:
+    names = {*code.co_names, *code.co_freevars}
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= _names_of(constant)
+    return names
 
 
 def form_of_leaves(leaves: Sequence[Any]) -> tuple[Any, ...]:
@@ -101,24 +232,8 @@ def form_of_leaves(leaves: Sequence[Any]) -> tuple[Any, ...]:
         [
             (leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad, leaf.is_contiguous())
             if type(leaf) is Tensor or type(leaf) is nn.Parameter
-            else _form_of(leaf)
+            else form_of(leaf)
             for leaf in leaves
-        ]
-    )
-
-
-def _form_of(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor):
-        return type(leaf), tuple(leaf.shape), leaf.dtype, leaf.device, leaf.requires_grad
-    if isinstance(leaf, (nn.Module, FunctionType, type)):
-        return id(leaf)
-    parts = getattr(leaf, "__dict__", None)
-    if parts is None:
-        return type(leaf)
-    return type(leaf), tuple(
-        [
-            (name, value if _is_plain(value) else _form_of(value) if isinstance(value, Tensor) else type(value))
-            for name, value in cast("dict[str, Any]", parts).items()
         ]
     )
 

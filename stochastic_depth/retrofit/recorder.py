@@ -25,7 +25,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from stochastic_depth.copies import plain_class
-from stochastic_depth.retrofit.stand_in import copied
+from stochastic_depth.retrofit.forms import names_in_code
+from stochastic_depth.retrofit.stand_in import snapshot
 from stochastic_depth.retrofit.trace import StoredError, TraceError
 
 _CONSTANTS = (
@@ -80,12 +81,14 @@ class Run:
             metadata of a node has the number of its `call`, the `shape` of a tensor, and the nodes that it `writes`.
         called: paths of the children, parameters and buffers that were used.
         stores: plain numbers that the code has set on the block, with what they are now.
+        constants: tensors that were there before and are held by somebody else.
     """
 
     output: Any
     graph: fx.Graph
     called: set[str]
     stores: dict[str, Any]
+    constants: list[Tensor]
 
 
 def run_block(
@@ -110,28 +113,64 @@ def run_block(
     """
     recorder = _Recorder(block, leaves, edits or {})
     before = _contents(block, (args, kwargs))
-    with recorder.watching(block):
+    with _unchanged_globals(block), recorder.watching(block):
         output = block.forward(*args, **kwargs)
     recorder.check_outside()
     recorder.end(output)
     stores = _stores(before, _contents(block, (args, kwargs)), recorder.changed_by_children)
-    return Run(output, recorder.graph, recorder.called, stores)
+    return Run(output, recorder.graph, recorder.called, stores, recorder.constants)
+
+
+@contextmanager
+def _unchanged_globals(block: nn.Module) -> Iterator[None]:
+    """Within, global variables that a block's code names must stay as they are; they are put back if they do not.
+
+    Raises:
+        StoredError: if one changes.
+        TraceError: if one, or an attribute of the block, is an iterator: looking at it would change it.
+    """
+    names, functions = names_in_code(plain_class(block))
+    spaces = {id(function.__globals__): function.__globals__ for function in functions}.values()
+    named = [(space, name) for space in spaces for name in names if name in space]
+    for name, value in [(name, space[name]) for space, name in named] + list(block.__dict__.items()):
+        if name in names and hasattr(value, "__next__"):
+            raise TraceError(f"the forward may advance the iterator {name}")
+    before = [
+        (space, name, space[name], snapshot(space[name]))
+        for space, name in named
+        if isinstance(space[name], (*_CONSTANTS, list, dict, set)) and not isinstance(space[name], type)
+    ]
+    yield
+    changed = [each for each in before if not _same(each[3], snapshot(each[0].get(each[1])))]
+    for space, name, value, contents in changed:
+        space[name] = value
+        if isinstance(value, (list, dict, set)):
+            cast(Any, value).clear()
+            cast(Any, value).extend(contents[1]) if isinstance(value, list) else cast(Any, value).update(contents[1])
+    if changed:
+        raise StoredError(f"the forward changes the global variable {changed[0][1]}")
 
 
 def run_with_edits(
-    block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], leaves: Sequence[Any], edits: Mapping[int, Edit]
+    block: nn.Module,
+    forward: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    leaves: Sequence[Any],
+    edits: Mapping[int, Edit],
 ) -> Any:
     """What a block's own code gives, on the block itself, with some of its calls changed.
 
     Args:
         block: the block.
+        forward: its own code.
         args: arguments of the call.
         kwargs: arguments by name.
         leaves: those of its tensors and objects that the recording treats as arguments, in order.
         edits: calls to change, by their numbers.
     """
     with _Recorder(block, leaves, edits).watching(block):
-        return plain_class(block).forward(block, *args, **kwargs)
+        return forward(*args, **kwargs)
 
 
 def _contents(block: nn.Module, arguments: Any) -> dict[str, Any]:
@@ -140,11 +179,11 @@ def _contents(block: nn.Module, arguments: Any) -> dict[str, Any]:
     for path, module in block.named_modules():
         for name, value in module.__dict__.items():
             if name not in ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"):
-                found[f"{path}.{name}".strip(".")] = value.copy() if type(value) in (dict, list, set) else value
+                found[f"{path}.{name}".strip(".")] = snapshot(value)
         for group in ("_parameters", "_buffers"):
             found.update({f"{path}.{name}".strip("."): value for name, value in module.__dict__[group].items()})
     for index, value in enumerate(_containers(arguments)):
-        found[f"argument {index}"] = copied(vars(value)) if hasattr(value, "__dict__") else value.copy()
+        found[f"argument {index}"] = snapshot(vars(value) if hasattr(value, "__dict__") else value)
     return found
 
 
@@ -222,6 +261,47 @@ def _under(target: Callable[..., Any], context: tuple[Any, ...]) -> Callable[...
     return under
 
 
+class Constant:
+    """Gives a tensor that code takes from somewhere else than its block, such as a table of its module."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self.__name__ = "constant"
+
+    def __call__(self) -> Tensor:
+        """The tensor."""
+        return self._tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Constant) and other._tensor is self._tensor
+
+    def __hash__(self) -> int:
+        return id(self._tensor)
+
+
+def _generators_of(block: nn.Module) -> list[Any]:
+    """Random generators that a block's code may draw from, beside the global ones."""
+    names, functions = names_in_code(plain_class(block))
+    spaces: list[Mapping[str, Any]] = [module.__dict__ for module in block.modules()]
+    spaces += [function.__globals__ for function in functions]
+    values = [value for space in spaces for name, value in space.items() if name in names]
+    values += [part for value in values for _, part in _parts(value)]
+    return [value for value in values if _state_of(value) is not None]
+
+
+def _state_of(generator: Any) -> Any:
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is not None and isinstance(generator, numpy.random.Generator):
+        return repr(generator.bit_generator.state)
+    if numpy is not None and isinstance(generator, numpy.random.RandomState):
+        return repr(generator.get_state(legacy=False))
+    return None
+
+
 @dataclass
 class _Outside:
     """What must not move between the calls that are recorded: random states, and where autograd keeps what it saves."""
@@ -230,8 +310,8 @@ class _Outside:
     hooks: Any
 
 
-def _outside() -> _Outside:
-    states: list[Any] = [torch.get_rng_state(), random.getstate()]
+def _outside(generators: Sequence[Any] = ()) -> _Outside:
+    states: list[Any] = [torch.get_rng_state(), random.getstate(), *map(_state_of, generators)]
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         states += torch.cuda.get_rng_state_all()
     numpy: Any = sys.modules.get("numpy")
@@ -263,7 +343,12 @@ class _Recorder(TorchFunctionMode):
         # Tensors by identity need to stay alive; the version tells of changes in place.
         self._alive: list[Any] = []
         self._versions: dict[int, tuple[Tensor, int]] = {}
-        self._held = {id(value): path for path, value in _held_tensors(block)}
+        self._held: dict[int, tuple[Any, ...]] = {}
+        for path, value in _held_tensors(block):
+            self._held.setdefault(id(value), path)  # One that has several names goes by its first.
+        self._valued: set[int] = set()
+        self.constants: list[Tensor] = []
+        self._generators = _generators_of(block)
         self._held_objects = {
             id(value): (name,) for name, value in block.__dict__.items() if hasattr(value, "__dict__")
         }
@@ -274,7 +359,7 @@ class _Recorder(TorchFunctionMode):
             if isinstance(leaf, Tensor):
                 self._device = leaf.device.type
         self._base = self._context()
-        self._state = _outside()
+        self._state = _outside(self._generators)
 
     # What is known of values.
     def _bind(self, value: Any, node: fx.Node, depth: int = 3) -> None:
@@ -297,9 +382,14 @@ class _Recorder(TorchFunctionMode):
         node = self._nodes.get(id(tensor))
         if node is None:
             path = self._held.get(id(tensor))
-            if path is None:
+            if path is None and (tensor.grad_fn is not None or tensor.requires_grad):
                 raise TraceError("the forward uses a tensor that is neither an argument nor held by the block")
-            node = self._get_attribute(path)
+            if path is None:
+                # One that was there before, such as a table, is the same in the next run; `constants` tells.
+                self.constants.append(tensor)
+                node = self.graph.call_function(Constant(tensor), ())
+            else:
+                node = self._get_attribute(path)
             self._bind(tensor, node)
         return node
 
@@ -360,7 +450,7 @@ class _Recorder(TorchFunctionMode):
 
     def check_outside(self) -> None:
         """Refuse what has moved since the end of the last call that was recorded."""
-        now = _outside()
+        now = _outside(self._generators)
         if _differ(self._state, now):
             raise TraceError("the forward draws random numbers itself, outside of its children")
 
@@ -377,7 +467,7 @@ class _Recorder(TorchFunctionMode):
         handles: list[Any] = []
         for path, module in block.named_modules():
             if path and not isinstance(module, torch.jit.ScriptModule):
-                handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+                handles.append(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
                 handles.append(module.register_forward_hook(self._leaving(path), with_kwargs=True))
         try:
             with self:
@@ -417,7 +507,7 @@ class _Recorder(TorchFunctionMode):
                 name for name in {**before, **after} if not _same(before.get(name), after.get(name))
             )
             output = self._result(node, output)
-            self._state = _outside()
+            self._state = _outside(self._generators)
             self._inside -= 1
             return output
 
@@ -435,7 +525,11 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._inside or _is_structure(func):
+        if self._inside:
+            return func(*args, **kwargs)
+        if _is_structure(func):
+            if args and id(args[0]) in self._valued and _is_size(func):
+                raise TraceError("the forward decides by a size that follows from the values of a tensor")
             return func(*args, **kwargs)
         self._inside += 1
         try:
@@ -446,7 +540,7 @@ class _Recorder(TorchFunctionMode):
             nodes, named = self._argument(tuple(given)), self._argument(dict(kwargs))
             context = self._context()
             output = func(*args, **kwargs)
-            if _is_value(output) or _differ(self._state, _outside()):
+            if _is_value(output) or _differ(self._state, _outside(self._generators)):
                 name = getattr(func, "__name__", str(func))
                 if _is_value(output):
                     raise TraceError(f"the forward decides by the values of a tensor ({name})")
@@ -460,6 +554,10 @@ class _Recorder(TorchFunctionMode):
             if context != self._base:
                 node.meta["settings"] = context
             result = self._result(node, output)
+            if _gives_sizes_of_values(func, args, kwargs) or any(
+                id(leaf) in self._valued for leaf in pytree.tree_leaves((args, kwargs))
+            ):
+                self._valued.update(id(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
         finally:
             self._inside -= 1
         return None if target is _set_item else result
@@ -545,6 +643,29 @@ def _is_structure(func: Any) -> bool:
     if name == "__get__":
         return getattr(getattr(func, "__self__", None), "__name__", "") in _STRUCTURE_ATTRIBUTES
     return name in _STRUCTURE_METHODS
+
+
+def _is_size(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return func.__self__.__name__ in ("shape", "nbytes")
+    return name in ("size", "numel", "nelement", "__len__", "stride", "broadcast_shapes")
+
+
+def _gives_sizes_of_values(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether the sizes of what a function gives follow from values."""
+    name = getattr(func, "__name__", "")
+    if name == "__getitem__":
+        parts = args[1] if isinstance(args[1], tuple) else (args[1],)
+        return any(isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8) for part in parts)
+    if name == "where":
+        return len(args) + len(kwargs) == 1
+    if name == "repeat_interleave":
+        return any(isinstance(part, Tensor) for part in (*args[1:], *kwargs.values()))
+    return name in (
+        "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount", "_unique2", "nonzero_numpy",
+        "histogram", "tensor_split",
+    )  # fmt: skip
 
 
 def _is_value(output: Any) -> bool:

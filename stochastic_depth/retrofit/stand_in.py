@@ -7,11 +7,13 @@ that contributes nothing at initialization (a LayerScale of zero) would hide eve
 
 from __future__ import annotations
 
+import copy
+import enum
 import functools
 import math
 import types
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -22,6 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPriva
 from stochastic_depth.copies import plain_class
 from stochastic_depth.retrofit.classes import Unannounced
 from stochastic_depth.retrofit.rules import is_drop_path
+from stochastic_depth.retrofit.trace import bound_anew, own_forward
 
 _HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_forward_hooks_with_kwargs",
@@ -75,7 +78,8 @@ def stand_in(block: nn.Module, *, own_parameters: bool = False) -> nn.Module:
         kind = _passing(plain) if is_drop_path(module) else plain
         new = made[id(module)] = kind.__new__(kind)
         new.__dict__.update(copied(module.__dict__))
-        if new.__dict__.pop("_stochastic_depth_branch", None) is not None:
+        own = new.__dict__.pop("_stochastic_depth_branch", None)
+        if own is not None:
             # Rewritten code asks for it.
             new.__dict__["_stochastic_depth_branch"] = None
         new.__dict__.pop("_stochastic_depth", None)
@@ -99,25 +103,63 @@ def stand_in(block: nn.Module, *, own_parameters: bool = False) -> nn.Module:
             new.__dict__["training"] = False
         for name, value in new.__dict__.items():
             if isinstance(value, (types.MethodType, functools.partial)):
-                new.__dict__[name] = _bound_anew(value, module, new)
+                new.__dict__[name] = bound_anew(value, module, new)
+        if hasattr(own, "own_forward"):
+            new.__dict__["forward"] = own_forward(module, new)
         return new
 
     return module_of(block)
 
 
 def copied(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Attributes of a module, whose lists, sets and dicts are copies."""
-    return {name: value.copy() if type(value) in (dict, list, set) else value for name, value in attributes.items()}
+    """Attributes of a module, whose structures and plain objects are copies, in which code may count or collect."""
+    memo: dict[int, Any] = {}
+    return {name: _private_copy(value, memo) for name, value in attributes.items()}
 
 
-def _bound_anew(forward: Any, module: nn.Module, new: nn.Module) -> Any:
-    """A method that was set on a module, such as a forward, for its stand-in."""
-    if isinstance(forward, types.MethodType) and forward.__self__ is module:
-        return types.MethodType(forward.__func__, new)
-    if isinstance(forward, functools.partial):
-        args = [new if argument is module else argument for argument in cast("tuple[Any, ...]", forward.args)]
-        return functools.partial(cast("Callable[..., Any]", forward.func), *args, **forward.keywords)
-    return forward
+def _private_copy(value: Any, memo: dict[int, Any], depth: int = 4) -> Any:
+    if id(value) in memo:
+        return memo[id(value)]
+    kind = type(value)
+    made = value
+    if depth and kind in (list, set, dict, deque, OrderedDict, defaultdict):
+        made = memo[id(value)] = copy.copy(value)
+        if isinstance(made, dict):
+            items = cast("dict[Any, Any]", made)
+            items.update({key: _private_copy(item, memo, depth - 1) for key, item in items.items()})
+        elif isinstance(made, list):
+            made[:] = [_private_copy(item, memo, depth - 1) for item in cast("list[Any]", made)]
+    elif depth and is_data(value):
+        made = memo[id(value)] = copy.copy(value)
+        for name, item in vars(value).items():
+            object.__setattr__(made, name, _private_copy(item, memo, depth - 1))
+    return made
+
+
+def is_data(value: Any) -> bool:
+    """Whether an object is one of the user's that holds data, such as a config or a counter."""
+    kind = cast("type[Any]", type(value))
+    return (
+        hasattr(value, "__dict__")
+        and not isinstance(value, (Tensor, nn.Module, type, types.ModuleType, enum.Enum))
+        and not callable(value)
+        and not hasattr(kind, "__copy__")
+        and not kind.__module__.startswith(("torch", "numpy", "random", "stochastic_depth"))
+    )
+
+
+def snapshot(value: Any, depth: int = 4) -> Any:
+    """What a structure or a plain object holds now, to be compared with what it holds later."""
+    kind = type(value)
+    if depth and kind in (list, tuple, deque):
+        return kind, [snapshot(item, depth - 1) for item in value]
+    if depth and isinstance(value, dict):
+        return kind, {key: snapshot(item, depth - 1) for key, item in cast("dict[Any, Any]", value).items()}
+    if depth and kind is set:
+        return kind, set(cast("set[Any]", value))
+    if depth and is_data(value):
+        return kind, id(value), {name: snapshot(item, depth - 1) for name, item in vars(value).items()}
+    return value
 
 
 @functools.cache
@@ -162,7 +204,23 @@ def sample_leaf(value: Any, rows: Tensor | None) -> Any:
         value_like = data.to(value.dtype)
         return value_like.requires_grad_(value.requires_grad)
     data = value.detach()
-    data = data.clone() if rows is None else data.index_select(0, rows.to(data.device))
+    data = data.clone() if rows is None else _different(data.index_select(0, rows.to(data.device)))
     if rows is not None and value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last):
         data = data.contiguous(memory_format=torch.channels_last)
     return data.requires_grad_(value.requires_grad) if data.is_floating_point() or data.is_complex() else data
+
+
+def _different(samples: Tensor) -> Tensor:
+    """Samples of which no two are equal, where they have values that can be changed a little.
+
+    What mixes samples would not be seen on equal ones.
+    """
+    if not samples.is_floating_point() or len(samples) < 2 or samples[0].numel() == 0:
+        return samples
+    flat = samples.reshape(len(samples), -1).double().nan_to_num()
+    if torch.pdist(flat[:, :4096].cpu()).min() > 0:
+        return samples
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.empty(samples.shape).uniform_(-1, 1, generator=generator).to(samples.device, samples.dtype)
+    scale = float(flat.std())
+    return samples + noise * (scale if scale > 0 else 1.0)

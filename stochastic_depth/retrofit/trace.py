@@ -14,7 +14,10 @@ import dataclasses
 import functools
 import math
 import operator
+import os
 import random
+import sys
+import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -233,6 +236,27 @@ def _called_class(plain: type[nn.Module]) -> type[nn.Module]:
     return type(plain.__name__, (Unannounced, plain), {"__call__": call})
 
 
+def own_forward(block: nn.Module, stand_in: nn.Module) -> Callable[..., Any]:
+    """A block's own code, which its class has or somebody has set on it, bound to a stand-in."""
+    gates = block.__dict__.get("_stochastic_depth_branch")
+    # What is set on a stochastic block calls its gated forward, see `block.refuse_bypass`.
+    forward = gates.own_forward if hasattr(gates, "own_forward") else block.__dict__.get("forward")
+    if forward is None:
+        return types.MethodType(plain_class(block).forward, stand_in)
+    return bound_anew(forward, block, stand_in)
+
+
+def bound_anew(forward: Any, module: nn.Module, new: nn.Module) -> Any:
+    """A method that was set on a module, such as a forward, for its stand-in."""
+    if isinstance(forward, types.MethodType) and forward.__self__ is module:
+        return types.MethodType(forward.__func__, new)
+    if isinstance(forward, functools.partial):
+        part = cast("functools.partial[Any]", forward)
+        args = [new if argument is module else argument for argument in part.args]
+        return functools.partial(part.func, *args, **part.keywords)
+    return forward
+
+
 class _Call:
     def __init__(
         self, block: nn.Module, signature: Any, *, other_mode: bool, changed: Mapping[str, int] | None = None
@@ -255,7 +279,7 @@ class _Call:
 
     def __call__(self, *leaves: Any) -> Any:
         args, kwargs = unflatten(self._signature, leaves)
-        return self._plain.forward(self.block, *args, **kwargs)
+        return own_forward(self.original, self.block)(*args, **kwargs)
 
     def stored(self) -> dict[str, Any]:
         """The attributes that the forward has set, changed or deleted on the block, with what they hold then."""
@@ -368,6 +392,12 @@ class _Symbol(fx.Proxy):
 
     @property
     def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # Only where code asks. PyTorch's own C++ would believe it, and take a symbol for a tensor in memory.
+        code = sys._getframe(1).f_code  # pyright: ignore[reportPrivateUsage]
+        if code.co_filename.startswith(_TORCH) and code.co_filename not in _ASKING:
+            return _Symbol
+        if not _ASKS & {*code.co_names}:
+            return _Symbol
         return int if is_size(self.node) and _is_plain_number(self.node) else Tensor
 
     def __int__(self) -> int:
@@ -393,6 +423,11 @@ def _made_tensor() -> None:
 
 def _is_part(node: fx.Node) -> bool:
     return node.target is operator.getitem and isinstance(node.args[1], slice)
+
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_ASKING = {torch.is_tensor.__code__.co_filename}
+_ASKS = {"isinstance", "is_tensor", "Tensor", "type"}
 
 
 def _is_plain_number(node: fx.Node) -> bool:

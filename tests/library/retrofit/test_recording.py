@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 import stochastic_depth as sd
 
-
 pytestmark = pytest.mark.filterwarnings("ignore::stochastic_depth.MaskedBranchWarning")
 
 
