@@ -7,7 +7,7 @@ Compared are outputs and parameter gradients in float64, in training mode, with 
 Plain additions get `uniform(0.5)` (granularity batch, rescale none), drop paths keep their own rates and are compared
 with both granularities. Each entry runs in a process of its own.
 
-    python benchmarks/wild.py [--only NAME ...] [--list] [--out FILE] [--time-limit SECONDS]
+    python benchmarks/wild.py [--only NAME ...] [--list] [--out FILE [--keep]] [--time-limit SECONDS]
 
 Packages: `pip install -e '.[wild]'`. Entries whose packages are missing are skipped and named. `--out results/wild`
 writes results/wild.json and results/wild.md.
@@ -225,9 +225,9 @@ def gradient_deviation(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor])
 # --- One entry -------------------------------------------------------------------------------------------------------
 
 
-def quiet(model: nn.Module, seed: int = 0) -> nn.Module:
+def quiet(model: nn.Module, inputs: Sequence[Any]) -> nn.Module:
     """The model in float64, in training mode, without dropout, BatchNorm in evaluation, and no branch that gives 0."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = model.double().train()
     for parameter in model.parameters():
         if parameter.is_floating_point() and (parameter.dim() <= 1 or not parameter.any()):
@@ -238,6 +238,14 @@ def quiet(model: nn.Module, seed: int = 0) -> nn.Module:
             module.p = 0.0
         elif isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
             module.dropout = 0.0
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0  # Statistics of these inputs: without them activations fade from block to block.
+    if norms:
+        outputs_of(model, inputs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
     return settle(model)
 
 
@@ -300,8 +308,8 @@ def examine(entry: Entry, use: str) -> Report:
 def _examine(entry: Entry, use: str, report: Report) -> None:
     torch.manual_seed(0)
     model, inputs = entry.make(entry.rate if use == "drop paths" else 0.0)
-    model = quiet(model)
     inputs = [value.double() if isinstance(value, Tensor) and value.is_floating_point() else value for value in inputs]
+    model = quiet(model, inputs)
     if use == "additions":
         ends = matching(model, entry.ends)
     else:
@@ -528,7 +536,9 @@ def in_a_process(entry: Entry, use: str, time_limit: float) -> Report:
     process = context.Process(target=_report, args=(entry, use, sender))
     process.start()
     sender.close()
-    lost = Report(entry.name, versions(entry.packages), use, entry.additions if use == "additions" else entry.drop_paths)
+    lost = Report(
+        entry.name, versions(entry.packages), use, entry.additions if use == "additions" else entry.drop_paths
+    )
     try:
         if receiver.poll(time_limit):
             return receiver.recv()
@@ -548,6 +558,9 @@ def in_a_process(entry: Entry, use: str, time_limit: float) -> Report:
 
 def _report(entry: Entry, use: str, sender: Connection) -> None:
     os.dup2(2, 1)  # What packages print is not part of the table.
+    # numba imports a package called coverage, which is not the script beside this one.
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != here]
     sender.send(examine(entry, use))
 
 
@@ -589,7 +602,14 @@ def summary(reports: Sequence[Report]) -> str:
 
 def markdown(reports: Sequence[Report], missing: Mapping[str, Sequence[str]]) -> str:
     """The table, the messages, and where it was measured."""
-    lines = ["## Public model code under the same gates", "", f"`python {shlex.join(sys.argv)}`", "", summary(reports), ""]
+    lines = [
+        "## Public model code under the same gates",
+        "",
+        f"`python {shlex.join(sys.argv)}`",
+        "",
+        summary(reports),
+        "",
+    ]
     lines += ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
     lines += ["| " + " | ".join(row(report)) + " |" for report in reports]
     lines += ["", "What was not skipped, or not equal:", ""]
@@ -616,12 +636,37 @@ def markdown(reports: Sequence[Report], missing: Mapping[str, Sequence[str]]) ->
     return "\n".join(lines) + "\n"
 
 
+def write(out: Path, reports: Sequence[Report], missing: Mapping[str, Sequence[str]]) -> None:
+    """Write the table as OUT.md and all that was found as OUT.json."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".md").write_text(markdown(reports, missing))
+    content = {
+        "command": f"python {shlex.join(sys.argv)}",
+        "processor": processor(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "missing": missing,
+        "reports": [dataclasses.asdict(report) for report in reports],
+    }
+    out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def kept_reports(out: Path) -> dict[tuple[str, str], Report]:
+    """What OUT.json holds, but for entries that were at fault themselves or ran into the time limit."""
+    if not out.with_suffix(".json").exists():
+        return {}
+    reports = [Report(**each) for each in json.loads(out.with_suffix(".json").read_text())["reports"]]
+    return {(each.entry, each.use): each for each in reports if each.outcome not in ("entry", "time limit")}
+
+
 def main() -> None:
     """Run the entries and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="run the entries whose names contain one of these")
     parser.add_argument("--list", action="store_true", help="list the entries")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write FILE.json and FILE.md")
+    parser.add_argument("--keep", action="store_true", help="run only what FILE.json does not hold yet")
     parser.add_argument("--time-limit", type=float, default=300, metavar="SECONDS", help="per entry (300)")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -633,6 +678,8 @@ def main() -> None:
         for entry in chosen
         if set(entry.packages) - set(versions(entry.packages))
     }
+    if options.keep and not options.out:
+        parser.error("--keep needs --out")
     if options.list:
         for entry in chosen:
             state = f"  (needs {', '.join(missing[entry.name])})" if entry.name in missing else ""
@@ -643,27 +690,16 @@ def main() -> None:
     for package, module in SLOW_IMPORTS.items():
         if any(package in entry.packages for entry, _ in work):
             importlib.import_module(module)
+    kept = kept_reports(options.out) if options.keep else {}
     for entry, use in work:
-        report = in_a_process(entry, use, options.time_limit)
+        report = kept.get((entry.name, use)) or in_a_process(entry, use, options.time_limit)
         reports.append(report)
         print(" | ".join(row(report)), file=sys.stderr, flush=True)
         if report.outcome == "entry":
             print("   ", *report.messages, sep="\n    ", file=sys.stderr, flush=True)
-    text = markdown(reports, missing)
-    print(text)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.with_suffix(".md").write_text(text)
-        content = {
-            "command": f"python {shlex.join(sys.argv)}",
-            "processor": processor(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "date": time.strftime("%Y-%m-%d"),
-            "missing": missing,
-            "reports": [dataclasses.asdict(report) for report in reports],
-        }
-        options.out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+        if options.out:
+            write(options.out, reports, missing)
+    print(markdown(reports, missing))
 
 
 if __name__ == "__main__":

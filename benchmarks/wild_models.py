@@ -150,9 +150,7 @@ def timm_convnext(rate: float) -> Made:
 
 
 # Window attention and MLP in each of 4 blocks.
-@code_base(
-    "timm Swin V1", "timm", additions=8, ends=["layers.*.blocks.*.attn", "layers.*.blocks.*.mlp"], drop_paths=6
-)
+@code_base("timm Swin V1", "timm", additions=8, ends=["layers.*.blocks.*.attn", "layers.*.blocks.*.mlp"], drop_paths=6)
 def timm_swin(rate: float) -> Made:
     import timm
 
@@ -253,9 +251,7 @@ def albert(_rate: float) -> Made:
 # Pre-norm: x + attention, x + mlp, 2 layers.
 for _family in ("Llama", "Qwen2", "Qwen3", "Mistral", "Gemma", "Granite"):
 
-    @code_base(
-        f"transformers {_family}", additions=4, ends=["layers.*.self_attn.o_proj", "layers.*.mlp.down_proj"]
-    )
+    @code_base(f"transformers {_family}", additions=4, ends=["layers.*.self_attn.o_proj", "layers.*.mlp.down_proj"])
     def llama_like(_rate: float, family: str = _family) -> Made:
         options = {"residual_multiplier": 0.5} if family == "Granite" else {}
         options |= {"head_dim": 8} if family in ("Gemma", "Qwen3") else {}
@@ -324,9 +320,7 @@ def mamba(_rate: float) -> Made:
 
 
 # Encoder: self-attention, feed-forward. Decoder: self-attention, cross-attention, feed-forward. 2 blocks each.
-@code_base(
-    "transformers T5", additions=10, ends=["encoder.block.*.layer.*.dropout", "decoder.block.*.layer.*.dropout"]
-)
+@code_base("transformers T5", additions=10, ends=["encoder.block.*.layer.*.dropout", "decoder.block.*.layer.*.dropout"])
 def t5(_rate: float) -> Made:
     model = transformers_model(
         "T5", vocab_size=50, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0, use_cache=False,
@@ -429,7 +423,6 @@ def transformers_dinov2(rate: float) -> Made:
     return transformers_model("Dinov2", **options, **QUIET_BERT, drop_path_rate=rate), [images()]
 
 
-
 # --- Diffusion --------------------------------------------------------------------------------------------------------
 
 
@@ -527,14 +520,12 @@ def res_enc_unet(_rate: float) -> Made:
 
 
 # The same blocks with a drop path each.
-@code_base(
-    "dynamic-network-architectures ResNetD", additions=3, ends=["BasicBlockD:conv2"], drop_paths=3
-)
+@code_base("dynamic-network-architectures ResNetD", additions=3, ends=["BasicBlockD:conv2"], drop_paths=3)
 def res_net_d(rate: float) -> Made:
     from dynamic_network_architectures.building_blocks.residual import BasicBlockD, StackedResidualBlocks
 
     model = StackedResidualBlocks(
-        3, nn.Conv2d, 1, [8, 8, 16], 3, [1, 1, 2], conv_bias=True, norm_op=nn.InstanceNorm2d,
+        3, nn.Conv2d, 1, [8, 8, 8], 3, 1, conv_bias=True, norm_op=nn.InstanceNorm2d,
         norm_op_kwargs={"affine": True}, nonlin=nn.LeakyReLU, block=BasicBlockD, stochastic_depth_p=rate,
     )  # fmt: skip
     return model, [images(channels=1)]
@@ -579,12 +570,12 @@ def dinov2(module: Any, block: Any, rate: float) -> nn.Module:
 def kornia_dinov2(rate: float) -> Made:
     from kornia.feature.dedode.transformer import dinov2 as module
 
-    return dinov2(module, module.Block, rate), [images()]
+    return dinov2(module, module.Block, rate).requires_grad_(True), [images()]  # kornia freezes it
 
 
 @code_base("dinov2 ViT", additions=4, ends=["blocks.*.ls1", "blocks.*.ls2"], drop_paths=4, rate=0.0625)
 def official_dinov2(rate: float) -> Made:
-    from dinov2.layers import Block
+    from dinov2.layers.block import Block
     from dinov2.models import vision_transformer as module
 
     return dinov2(module, Block, rate), [images()]
@@ -626,13 +617,13 @@ def sam_decoder(_rate: float) -> Made:
     return model, [images(4, channels=32), images(4, channels=32), features(3)]
 
 
-# 4 blocks with one drop path each, used twice; queries are pooled between stages.
-@code_base("sam2 Hiera", additions=8, ends=["blocks.*.attn", "blocks.*.mlp"], drop_paths=6)
+# 5 blocks with one drop path each, used twice (the first has a rate of 0); queries are pooled between stages.
+@code_base("sam2 Hiera", additions=10, ends=["blocks.*.attn", "blocks.*.mlp"], drop_paths=8)
 def sam2_hiera(rate: float) -> Made:
     from sam2.modeling.backbones.hieradet import Hiera
 
     model = Hiera(
-        embed_dim=16, num_heads=1, stages=(1, 1, 1, 1), window_spec=(4, 4, 4, 2), global_att_blocks=(2,),
+        embed_dim=16, num_heads=1, stages=(1, 1, 2, 1), window_spec=(4, 4, 4, 2), global_att_blocks=(3,),
         drop_path_rate=rate,
     )  # fmt: skip
     return model, [images(64)]
@@ -650,15 +641,11 @@ def yolo(_rate: float) -> Made:
 
 
 # Attention and MLP with layer scale (here the identity) in 2 blocks.
-@code_base(
-    "open-clip-torch vision", additions=4, ends=["transformer.resblocks.*.ls_1", "transformer.resblocks.*.ls_2"]
-)
+@code_base("open-clip-torch vision", additions=4, ends=["transformer.resblocks.*.ls_1", "transformer.resblocks.*.ls_2"])
 def open_clip_vision(_rate: float) -> Made:
     from open_clip.transformer import VisionTransformer
 
-    model = VisionTransformer(
-        image_size=32, patch_size=8, width=32, layers=2, heads=2, mlp_ratio=2.0, output_dim=16
-    )
+    model = VisionTransformer(image_size=32, patch_size=8, width=32, layers=2, heads=2, mlp_ratio=2.0, output_dim=16)
     return model, [images()]
 
 
@@ -667,13 +654,11 @@ def open_clip_vision(_rate: float) -> Made:
 def smp_unet(_rate: float) -> Made:
     import segmentation_models_pytorch as smp
 
-    return smp.Unet("resnet18", encoder_weights=None, decoder_channels=(32, 16, 16, 8, 8)), [images(64, 2)]
+    return smp.Unet("resnet18", encoder_weights=None, decoder_channels=(32, 16, 16, 8, 8)), [images(32, 2)]
 
 
 # SegFormer's encoder: 8 blocks of attention and MLP with one drop path, used twice; rates rise from 0 to 0.1.
-@code_base(
-    "segmentation-models-pytorch MiT", additions=16, ends=["Block:attn", "Block:mlp"], drop_paths=14, rate=0.1
-)
+@code_base("segmentation-models-pytorch MiT", additions=16, ends=["Block:attn", "Block:mlp"], drop_paths=14, rate=0.1)
 def smp_mit(rate: float) -> Made:
     import segmentation_models_pytorch as smp
 
@@ -681,7 +666,7 @@ def smp_mit(rate: float) -> Made:
     for module in model.modules():
         if hasattr(module, "drop_prob"):
             module.drop_prob = min(module.drop_prob, rate)
-    return model, [images(64, 2)]
+    return model, [images(32, 2)]
 
 
 # Attention and MLP in 2 blocks, one drop path each, used twice; the first has a rate of 0.
@@ -697,14 +682,14 @@ def mvit(rate: float) -> Made:
 
 
 # 9 of 16 inverted bottlenecks have a shortcut.
-@code_base(
-    "efficientnet-pytorch B0", additions=9, ends=[f"_blocks.{i}._bn2" for i in (2, 4, 6, 7, 9, 10, 12, 13, 14)]
-)
+@code_base("efficientnet-pytorch B0", additions=9, ends=[f"_blocks.{i}._bn2" for i in (2, 4, 6, 7, 9, 10, 12, 13, 14)])
 def efficientnet(_rate: float) -> Made:
     from efficientnet_pytorch import EfficientNet
 
-    model = EfficientNet.from_name("efficientnet-b0", image_size=64, num_classes=7, drop_connect_rate=0.0)
-    return model, [images(64, 2)]
+    model = EfficientNet.from_name(
+        "efficientnet-b0", image_size=32, num_classes=7, drop_connect_rate=0.0, width_coefficient=0.25
+    )
+    return model, [images(32, 2)]
 
 
 def spandrel_arch(name: str, module: str = "") -> Any:
@@ -725,17 +710,17 @@ def swin_ir(rate: float) -> Made:
 
 
 # 0.2 * RDB + x three times in each of 2 blocks, 0.2 * block + x, and the whole body.
-@code_base(
-    "spandrel ESRGAN", additions=9, ends=["ResidualDenseBlock_5C:conv5.0", "RRDB:RDB3", "model.1.sub.2"]
-)
+@code_base("spandrel ESRGAN", additions=9, ends=["ResidualDenseBlock_5C:conv5.0", "RRDB:RDB3", "model.1.sub.2"])
 def esrgan(_rate: float) -> Made:
-    return spandrel_arch("ESRGAN", "RRDB").RRDBNet(num_filters=8, num_blocks=2), [images(16)]
+    return spandrel_arch("ESRGAN", "RRDB").RRDBNet(num_filters=8, num_blocks=2, scale=1), [images(8, 2)]
 
 
 # Two sums in each of 3 blocks, scaled by learned vectors, and the whole network.
 @code_base("spandrel NAFNet", additions=7, ends=["NAFBlock:conv3", "NAFBlock:conv5", "ending"])
 def nafnet(_rate: float) -> Made:
-    model = spandrel_arch("NAFNet", "NAFNet_arch").NAFNet(3, 8, 1, [1], [1])
+    model = spandrel_arch("NAFNet", "NAFNet_arch").NAFNet(
+        img_channel=3, width=8, middle_blk_num=1, enc_blk_nums=[1], dec_blk_nums=[1]
+    )
     return model, [images(16)]
 
 
@@ -851,9 +836,7 @@ def axial(_rate: float) -> Made:
 def timesformer(_rate: float) -> Made:
     from timesformer_pytorch import TimeSformer
 
-    model = TimeSformer(
-        dim=32, num_frames=2, num_classes=7, image_size=16, patch_size=8, depth=2, heads=2, dim_head=8
-    )
+    model = TimeSformer(dim=32, num_frames=2, num_classes=7, image_size=16, patch_size=8, depth=2, heads=2, dim_head=8)
     return model, [torch.randn(4, 2, 3, 16, 16)]
 
 
@@ -909,7 +892,13 @@ def litgpt(_rate: float) -> Made:
     from litgpt.model import GPT
 
     config = Config(
-        n_layer=2, n_embd=32, n_head=2, block_size=16, padded_vocab_size=50, parallel_residual=True, rotary_percentage=1.0
+        n_layer=2,
+        n_embd=32,
+        n_head=2,
+        block_size=16,
+        padded_vocab_size=50,
+        parallel_residual=True,
+        rotary_percentage=1.0,
     )
     return GPT(config), [tokens()]
 
@@ -1076,15 +1065,7 @@ def openai_whisper(_rate: float) -> Made:
 def seanet(_rate: float) -> Made:
     from encodec.modules import SEANetEncoder
 
-    return SEANetEncoder(dimension=16, n_filters=4, ratios=[4, 2], lstm=1), [torch.randn(4, 1, 128)]
-
-
-# 3 residual units per stride, whose shortcut is cropped where they shrink.
-@code_base("descript-audio-codec encoder", additions=6, ends=["ResidualUnit:block"])
-def dac_encoder(_rate: float) -> Made:
-    from dac.model.dac import Encoder
-
-    return Encoder(8, [2, 4], 16), [torch.randn(4, 1, 128)]
+    return SEANetEncoder(dimension=16, n_filters=4, ratios=[4, 2], lstm=1, norm="none"), [torch.randn(4, 1, 128)]
 
 
 @code_base("vocos backbone", additions=2, ends=["convnext.*.pwconv2"])
