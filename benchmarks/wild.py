@@ -64,10 +64,9 @@ class Report:
         masked: how many it computes and masks.
         missed: how many of the engineer's branches no gate of the library closes.
         others: names of the library's branches that close none of the engineer's, or not it alone.
-        outcome: "equal", "deviates", "crash" (after it was found), "refused" (ValueError or RuntimeError of
-            `make_stochastic_`), "broken" (any other error of `make_stochastic_`), "unclear" (equal where it could be compared, but some of the
-            library's branches are none of the engineer's), "time limit", or "entry" where the
-            entry itself is at fault.
+        outcome: "equal"; "deviates"; "crash" (after it was found); "refused" (ValueError or RuntimeError of
+            `make_stochastic_`); "broken" (any other error of it); "unclear" (equal where it could be compared, but some
+            of the library's branches are none of the engineer's); "time limit"; "entry" (itself at fault).
         output_deviation: largest difference of outputs over the largest output; None where nothing could be compared.
         gradient_deviation: the same of parameter gradients, each over the largest gradient of all parameters.
         evaluation_deviation: the same of outputs in evaluation, where the factor p has to hold.
@@ -141,6 +140,7 @@ class Reference:
         return x if isinstance(gate, float) and gate == 1.0 else x * gate
 
     def __call__(self, *inputs: Any) -> Any:
+        """A forward of the model."""
         self._calls.clear()
         return self.model(*inputs)
 

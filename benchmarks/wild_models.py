@@ -224,16 +224,14 @@ TEXT = {
 QUIET_BERT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
-def bert_like(family: str, rate: float = 0.0, **options: Any) -> Made:
-    return transformers_model(family, **{**TEXT, **QUIET_BERT, **options}), [tokens()]
+def bert_like(family: str) -> Made:
+    return transformers_model(family, **TEXT, **QUIET_BERT), [tokens()]
 
 
 # Post-norm: LayerNorm(x + attention), LayerNorm(x + feed-forward), 2 layers.
 BERT_ENDS = ["encoder.layer.*.attention.output.dense", "encoder.layer.*.output.dense"]
 for _family in ("Bert", "Roberta", "Electra", "DebertaV2"):
-    code_base(f"transformers {_family}", additions=4, ends=BERT_ENDS)(
-        lambda rate, family=_family: bert_like(family, rate)
-    )
+    code_base(f"transformers {_family}", additions=4, ends=BERT_ENDS)(lambda _rate, family=_family: bert_like(family))
 
 
 # One layer, used twice: two sums in its code, called twice each.
