@@ -213,7 +213,7 @@ def transformers_model(family: str, model: str = "Model", **options: Any) -> nn.
     import transformers
 
     config = getattr(transformers, f"{family}Config")(**options)
-    config._attn_implementation = "eager"
+    config._attn_implementation = config._experts_implementation = "eager"
     return getattr(transformers, f"{family}{model}")(config)
 
 
