@@ -376,7 +376,7 @@ def transformers_whisper(_rate: float) -> Made:
 
 
 # A ViT on spectrograms: attention and MLP in 2 layers.
-@code_base("transformers AST", additions=4, ends=["encoder.layer.*.attention.output", "encoder.layer.*.output.dense"])
+@code_base("transformers AST", additions=4, ends=["layers.*.attention.o_proj", "layers.*.mlp.fc2"])
 def ast(_rate: float) -> Made:
     options = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     model = transformers_model("AST", **options, **QUIET_BERT, patch_size=8, max_length=32, num_mel_bins=16)
@@ -387,9 +387,7 @@ def ast(_rate: float) -> Made:
 
 
 # Attention and MLP in 2 layers of the encoder; masks come with the inputs.
-@code_base(
-    "transformers ViTMAE", additions=4, ends=["encoder.layer.*.attention.output", "encoder.layer.*.output.dense"]
-)
+@code_base("transformers ViTMAE", additions=4, ends=["layers.*.attention.o_proj", "layers.*.mlp.fc2"])
 def vit_mae(_rate: float) -> Made:
     options = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     model = transformers_model("ViTMAE", **options, **QUIET_BERT, image_size=32, patch_size=8)
@@ -860,16 +858,16 @@ def mlp_mixer(_rate: float) -> Made:
     return MLPMixer(image_size=32, channels=3, patch_size=8, dim=32, depth=2, num_classes=7), [images()]
 
 
-# A convolution in the stem and in the tower, attention and feed-forward in one layer.
-@code_base("enformer-pytorch Enformer", additions=4, ends=["Residual:fn"])
+# A convolution in the stem, two in the tower, attention and feed-forward in one layer.
+@code_base("enformer-pytorch Enformer", additions=5, ends=["Residual:fn"])
 def enformer(_rate: float) -> Made:
     from enformer_pytorch import Enformer
 
     model = Enformer.from_hparams(
-        dim=24, depth=1, heads=2, num_downsamples=2, dim_divisible_by=4, attn_dim_key=8, target_length=8,
+        dim=24, depth=1, heads=2, num_downsamples=3, dim_divisible_by=4, attn_dim_key=8, target_length=8,
         output_heads={"human": 3}, dropout_rate=0.0, attn_dropout=0.0, pos_dropout=0.0,
     )  # fmt: skip
-    return model, [torch.rand(4, 32, 4)]
+    return model, [torch.rand(4, 64, 4)]
 
 
 @code_base("local-attention LocalTransformer", additions=4, ends=["layers.*.*"])
