@@ -97,11 +97,6 @@ def images(size: int = 32, num: int = 4, channels: int = 3) -> Tensor:
     return torch.randn(num, channels, size, size)
 
 
-def volumes(size: int = 32, num: int = 2, channels: int = 1) -> Tensor:
-    """Volumes (N, C, D, H, W)."""
-    return torch.randn(num, channels, size, size, size)
-
-
 def tokens(length: int = 12, num: int = 4, vocabulary: int = 50) -> Tensor:
     """Token numbers (N, L) from 5 on: the first ones are special in many vocabularies."""
     return torch.randint(5, vocabulary, (num, length))
@@ -409,10 +404,10 @@ def transformers_clip(_rate: float) -> Made:
     return model, [tokens(), images()]
 
 
-# Attention and MLP with a drop path each, 3 layers, of which the first has a rate of 0.
+# Attention and MLP with a drop path each, 3 layers.
 @code_base(
     "transformers Dinov2", additions=6, ends=["encoder.layer.*.layer_scale1", "encoder.layer.*.layer_scale2"],
-    drop_paths=4,
+    drop_paths=6,
 )  # fmt: skip
 def transformers_dinov2(rate: float) -> Made:
     options = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
@@ -1071,7 +1066,7 @@ def vocos(_rate: float) -> Made:
     return VocosBackbone(8, 16, 32, 2), [torch.randn(4, 8, 20)]
 
 
-# DConv in 2 encoder layers (and 2 decoder layers where asked for): two residual units each.
+# DConv in 2 encoder layers: two residual units each.
 @code_base("demucs Demucs", additions=4, ends=["DConv:layers.*"])
 def demucs(_rate: float) -> Made:
     from demucs.demucs import Demucs

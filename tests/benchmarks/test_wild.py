@@ -19,6 +19,7 @@ from wild_models import ENTRIES, Entry, matching  # noqa: E402
 sys.path.pop(0)
 
 
+@pytest.mark.slow
 def test_the_driver_writes_equal_rows_for_timm_and_torchvision(tmp_path: Path) -> None:
     out = tmp_path / "table"
     command = [
