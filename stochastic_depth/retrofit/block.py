@@ -309,24 +309,34 @@ class BlockBranches:
         It is compared with a recording of the same call for another number of samples. Where an argument has as many
         rows as there are samples by chance only, the code fails unless it keeps all of them.
         """
-        tensors = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.dim()]
-        num_samples = int(leaves[tensors[0]].shape[0]) if tensors else 0
-        if num_samples == 0:
+        lengths = {
+            index: int(leaf.shape[0]) for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.dim()
+        }
+        if not lengths or 0 in lengths.values():
             return {}
-        first, *others = tensors
-        num = _NUM_SAMPLES if num_samples != _NUM_SAMPLES else _NUM_SAMPLES + 1
-        unsure = [index for index in others if leaves[index].shape[0] == num_samples][:_MAX_UNSURE]
-        for num_whole in range(len(unsure) + 1):
-            for kept_whole in combinations(reversed(unsure), num_whole):
-                having_rows = [index for index in (first, *unsure) if index not in kept_whole]
-                rows = dict.fromkeys(having_rows, torch.arange(num) % num_samples)
-                try:
-                    few = self._recorded(trial, signature, leaves, rows)
-                except TraceError:
-                    continue
-                if generalize(whole.graph, few.graph):
-                    return dict.fromkeys(having_rows, torch.arange(_NUM_SAMPLES) % num_samples)
+        first = next(iter(lengths))
+        # Where patches are folded into the batch, an argument has several rows for each sample that another has.
+        for num_samples in dict.fromkeys((lengths[first], *lengths.values())):
+            if lengths[first] % num_samples:
+                continue
+            of_samples = [index for index, length in lengths.items() if length % num_samples == 0]
+            unsure = [index for index in of_samples if index != first][:_MAX_UNSURE]
+            num = _NUM_SAMPLES if num_samples != _NUM_SAMPLES else _NUM_SAMPLES + 1
+            for num_whole in range(len(unsure) + 1):
+                for kept_whole in combinations(reversed(unsure), num_whole):
+                    having_rows = {i: lengths[i] // num_samples for i in (first, *unsure) if i not in kept_whole}
+                    try:
+                        few = self._recorded(trial, signature, leaves, _some_rows(having_rows, num, num_samples))
+                    except TraceError:
+                        continue
+                    if generalize(whole.graph, few.graph):
+                        return _some_rows(having_rows, _NUM_SAMPLES, num_samples)
         return {}
+
+
+def _some_rows(rows_per_sample: Mapping[int, int], num: int, num_samples: int) -> dict[int, Tensor]:
+    """The rows of the first samples of each argument, again from the start where there are too few."""
+    return {i: torch.arange(num * each) % (num_samples * each) for i, each in rows_per_sample.items()}
 
 
 # How many times the drop paths of the block whose own code is running have been called.
@@ -439,6 +449,8 @@ class StochasticDropPath(nn.Module):
         if uses is not None:
             uses[id(self)] = number + 1
         elif len(gated) > 1:
+            if not self.training and not gated[0].passes.forced and gated[0].rescale != "eval":
+                return x
             raise RuntimeError(
                 f"The drop path of {gated[0].passes.names[gated[0].index]} serves several branches, but is called "
                 "outside of its block, where it cannot be told which one."

@@ -477,6 +477,8 @@ def _call_children(call: fx.Node, sequential: nn.Sequential) -> None:
     with call.graph.inserting_before(call):
         for name, _ in sequential.named_children():
             value = call.graph.call_module(f"{call.target}.{name}", (value,))
+            # Of the shape only the number of samples is asked for.
+            value.meta.update({key: call.meta[key] for key in ("shape", "samples") if key in call.meta})
     call.replace_all_uses_with(value)
     call.graph.erase_node(call)
 

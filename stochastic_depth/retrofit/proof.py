@@ -51,6 +51,7 @@ class FixedGates:
         self.granularity: str = like.granularity
         self.dry_run: Callable[[], Any] = like.dry_run
         self.pattern: dict[int, bool | Tensor | None] = {}
+        self._outer: Tensor | None = None
 
     def gate(self, index: int, num_samples: int, device: torch.device, _training: bool) -> Gate | None:
         """The gate of branch `index`, for as many samples as it sees."""
@@ -60,9 +61,20 @@ class FixedGates:
             return None
         if isinstance(gate, bool):
             return Gate(num_samples, None, survival_prob) if gate else CLOSED
-        of_samples = gate.repeat_interleave(num_samples // len(gate))
+        if num_samples < len(gate):
+            # A branch inside of another sees the samples for which that one is open.
+            if self._outer is None or len(self._outer) != num_samples:
+                raise RuntimeError(f"{self.names[index]} sees {num_samples} samples of {len(gate)}")
+            of_samples = gate[self._outer]
+        else:
+            of_samples = gate.repeat_interleave(num_samples // len(gate))
+        if not of_samples.any():
+            return CLOSED
         order = of_samples.int().argsort(descending=True, stable=True)
-        return Gate(int(of_samples.sum()), order.to(device), survival_prob)
+        num_open = int(of_samples.sum())
+        if num_samples == len(gate):
+            self._outer = order[:num_open]
+        return Gate(num_open, order.to(device), survival_prob)
 
 
 @contextmanager
@@ -145,16 +157,17 @@ def prove(
         for key, gate in pattern.items():
             fixed.pattern[gated[key].index] = gate
         edits = {use.call: Edit(use.operand, _weights(pattern[use.key], gated[use.key], use.scale)) for use in uses}
-        expected = _own_outcome(block, call, edits)
+        # An attention map of a branch that did not run is None.
+        some_closed = any(gate is not True and gate is not None for gate in pattern.values())
+        expected = _own_outcome(block, call, edits, of_first=some_closed)
         _, _, leaves = call()
         # Where a branch mixes what it is taken to keep apart, it fails or gives something else on some of the samples.
         mixes = ": its first dimension is not one of independent samples" if name == _SOME else ""
         try:
-            actual = _with_gradients(block, leaves, lambda given: code(block, *given))
+            actual = _with_gradients(block, leaves, lambda given: code(block, *given), of_first=some_closed)
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
             first = (str(error).splitlines() or [""])[0]
             raise ProofError(f"{name} it fails ({type(error).__name__}: {first}){mixes}") from error
-        some_closed = any(gate is not True and gate is not None for gate in pattern.values())
         zero = all(branch.skipped_grad == "zero" for branch in gated.values())
         try:
             _compare(expected, actual, name, sides=some_closed, zero_gradients=zero)
@@ -166,13 +179,13 @@ def prove(
 _SOME = "run on some of the samples"
 
 
-def _own_outcome(block: nn.Module, call: _Call, edits: Mapping[int, Edit]) -> _Outcome:
+def _own_outcome(block: nn.Module, call: _Call, edits: Mapping[int, Edit], *, of_first: bool) -> _Outcome:
     args, kwargs, leaves = call()
 
     def run(given: list[Any]) -> Any:
         return run_block(block, *_replaced(args, kwargs, leaves, given), given, edits).output
 
-    return _with_gradients(block, leaves, run)
+    return _with_gradients(block, leaves, run, of_first=of_first)
 
 
 def _patterns(
@@ -216,14 +229,16 @@ def _replaced(args: Any, kwargs: Any, leaves: Sequence[Any], given: Sequence[Any
     return put(tuple(args)), put(dict(kwargs))
 
 
-def _with_gradients(block: nn.Module, leaves: Sequence[Any], run: Callable[[list[Any]], Any]) -> _Outcome:
-    """Outputs of a run, and gradients of its inputs and of the block's parameters."""
+def _with_gradients(
+    block: nn.Module, leaves: Sequence[Any], run: Callable[[list[Any]], Any], *, of_first: bool
+) -> _Outcome:
+    """Outputs of a run, and gradients of its inputs and of the block's parameters: of all outputs, or of the first."""
     # Not the leaves themselves, which code in place could not change.
     given = [leaf.clone() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf for leaf in leaves]
     outputs = pytree.tree_leaves(run(given))
     sources = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
     sources += [parameter for parameter in block.parameters() if parameter.requires_grad]
-    ends = [out for out in outputs if isinstance(out, Tensor) and out.requires_grad]
+    ends = [out for out in outputs if isinstance(out, Tensor) and out.requires_grad][: 1 if of_first else None]
     if not ends or not sources:
         return [out.detach() if isinstance(out, Tensor) else out for out in outputs], []
     generator = torch.Generator().manual_seed(1)

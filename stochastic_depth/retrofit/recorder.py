@@ -133,7 +133,7 @@ def _unchanged_globals(block: nn.Module) -> Iterator[None]:
     spaces = {id(function.__globals__): function.__globals__ for function in functions}.values()
     named = [(space, name) for space in spaces for name in names if name in space]
     for name, value in [(name, space[name]) for space, name in named] + list(block.__dict__.items()):
-        if name in names and hasattr(value, "__next__"):
+        if name in names and hasattr(value, "__next__") and not isinstance(value, type):
             raise TraceError(f"the forward may advance the iterator {name}")
     before = [
         (space, name, space[name], snapshot(space[name]))

@@ -126,7 +126,7 @@ def _compare_with_masks(
         ("every second gate closed", tuple(index % 2 == 0 for index in every)),
     ]
     # A branch inside of another draws for the samples that it sees, which are all of them under masks.
-    if passes.granularity == "batch" or not _is_nested(branches):
+    if passes.granularity == "batch" or not _is_nested(root, passes, inputs):
         patterns.append(("gates that are drawn", None))
     counter = passes.counter
     worst_output, worst_gradient = 0.0, 0.0
@@ -150,9 +150,23 @@ def _compare_with_masks(
     return worst_output, worst_gradient
 
 
-def _is_nested(branches: Sequence[Branch]) -> bool:
-    names = {branch.block_name for branch in branches}
-    return any(name.startswith(f"{other}.") for name in names for other in names if other) or "" in names
+def _is_nested(root: nn.Module, passes: GateDraws, inputs: Sequence[Any]) -> bool:
+    """Whether a branch lies inside of another."""
+    depths: list[int] = []
+    running: list[int] = []
+
+    def run(index: int, branch: Callable[[Any], Any], x: Any) -> Any:
+        running.append(index)
+        depths.append(len(running))
+        try:
+            return branch(x)
+        finally:
+            running.pop()
+
+    with torch.no_grad(), observed(passes, run):
+        passes.forced = (True,) * len(passes.names)
+        root(*inputs)
+    return max(depths, default=0) > 1
 
 
 def _set_mode(root: nn.Module, *, training: bool) -> None:
