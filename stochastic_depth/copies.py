@@ -38,6 +38,17 @@ def evaluating_(module: Module) -> Module:
     return module
 
 
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module without stochastic depth, and without what FSDP2 has put on top."""
+    kind = plain_class(module)
+    if "torch.distributed.fsdp" in sys.modules:  # who has sharded something has imported it
+        from torch.distributed.fsdp import FSDPModule
+
+        while issubclass(kind, FSDPModule):
+            kind = getattr(kind.__mro__[2], "_plain_class", kind.__mro__[2])
+    return kind
+
+
 def without_data(module: nn.Module) -> nn.Module:
     """A copy on the meta device: it computes shapes."""
     return plain_copy(module, tensor_without_data, tensor_without_data)

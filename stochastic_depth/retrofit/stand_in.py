@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
-from stochastic_depth.copies import plain_class
+from stochastic_depth.copies import own_class
 from stochastic_depth.retrofit.classes import Unannounced
 from stochastic_depth.retrofit.rules import is_drop_path
 from stochastic_depth.retrofit.trace import bound_anew, own_forward
@@ -74,9 +74,9 @@ def stand_in(block: nn.Module, *, own_parameters: bool = False) -> nn.Module:
         inner = module._modules.get("_orig_mod")
         if inner is not None and type(module).__name__ == "OptimizedModule":
             return module_of(inner)
-        plain = plain_class(module)
+        plain = own_class(module)
         kind = _passing(plain) if is_drop_path(module) else plain
-        new = made[id(module)] = kind.__new__(kind)
+        new = made[id(module)] = object.__new__(kind)
         new.__dict__.update(copied(module.__dict__))
         own = new.__dict__.pop("_stochastic_depth_branch", None)
         if own is not None:

@@ -28,7 +28,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stochastic_depth.copies import plain_class
+from stochastic_depth.copies import own_class
 from stochastic_depth.retrofit.classes import Unannounced
 
 PLAIN_TYPES = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -215,9 +215,9 @@ def _put_symbols(
         if child in tracer.stand_ins:
             shadow._modules[name] = tracer.stand_ins[child]
             continue
-        plain = nn.Module if isinstance(child, torch.jit.ScriptModule) else plain_class(child)
+        plain = nn.Module if isinstance(child, torch.jit.ScriptModule) else own_class(child)
         kind = _called_class(plain)
-        stand_in = tracer.stand_ins[child] = kind.__new__(kind)
+        stand_in = tracer.stand_ins[child] = object.__new__(kind)
         stand_in.__dict__.update(_copied(child.__dict__))
         stand_in.__dict__.pop("forward", None)
         stand_in.__dict__["_symbolic_call"] = (tracer, f"{path}{name}")
@@ -242,7 +242,7 @@ def own_forward(block: nn.Module, stand_in: nn.Module) -> Callable[..., Any]:
     # What is set on a stochastic block calls its gated forward, see `block.refuse_bypass`.
     forward = gates.own_forward if hasattr(gates, "own_forward") else block.__dict__.get("forward")
     if forward is None:
-        return types.MethodType(plain_class(block).forward, stand_in)
+        return types.MethodType(own_class(block).forward, stand_in)
     return bound_anew(forward, block, stand_in)
 
 
@@ -261,9 +261,9 @@ class _Call:
     def __init__(
         self, block: nn.Module, signature: Any, *, other_mode: bool, changed: Mapping[str, int] | None = None
     ) -> None:
-        plain: type[nn.Module] = plain_class(block)
+        plain: type[nn.Module] = own_class(block)
         # A shallow copy: what the forward assigns to `self`, or puts into a cache of its own, does not stay.
-        shadow = plain.__new__(plain)
+        shadow = object.__new__(plain)
         shadow.__dict__.update(_copied(block.__dict__))
         for name in _GROUPS:
             shadow.__dict__[name] = dict(block.__dict__[name])
