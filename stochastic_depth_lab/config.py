@@ -34,6 +34,11 @@ class Data:
     """Images held out of the training part for validation. None: as many as in the paper."""
     split_seed: int = 0
     """Which ones these are."""
+    images_per_class: int | None = None
+    """Training images of each class, drawn at random by the run's seed. None: all. digits tests on what is left over,
+    as no test images of it are published."""
+    num_test: int | None = None
+    """Test images, the first ones. None: all."""
     limit: int | None = None
     """Use only the first so many images of each part: for trials."""
     image_size: int | None = None
@@ -101,7 +106,10 @@ class Recipe:
     """How the network is trained: SGD with Nesterov momentum, weight decay on every parameter."""
 
     epochs: int
-    """Passes over the training images."""
+    """Epochs; each ends with an evaluation."""
+    epoch_passes: int = 1
+    """Passes over the training images that make an epoch. With few images, evaluation after every pass would take
+    longer than training."""
     batch_size: int = 128
     """Images in a step, over all processes together, so that the learning rate does not depend on how many there are.
     The last batch of an epoch may be shorter; it is used."""
@@ -168,6 +176,31 @@ class Experiment:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """Two experiments, the first of which is claimed to have less of something, seed by seed."""
+
+    less: str
+    """Name of the one."""
+    more: str
+    """Name of the other."""
+    measure: Literal["test_error", "process_s", "late_gradient"] = "test_error"
+    """Of what: test error; process time of training; gradient of the first convolution after the rate's first drop."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence that experiments can confirm or contradict: all of its comparisons together."""
+
+    text: str
+    """The sentence; who says so first."""
+    comparisons: tuple[Comparison, ...]
+    """What it says of the runs. Those of the other scale are passed over."""
+
+
+FigureName = Literal["gap", "curves", "gradient", "survival_curve", "heat_map", "depth_curve", "rates", "crossing"]
+
+
+@dataclass(frozen=True)
 class Study:
     """A table or a figure: the runs behind it, and how they are shown. `reproduce NAME` makes it."""
 
@@ -181,8 +214,16 @@ class Study:
     """The runs, in the order of the table's rows."""
     small_experiments: tuple[Experiment, ...]
     """Their forms for two cores; `small-NAME` is that of NAME."""
-    figures: tuple[Literal["curves", "gradient", "survival_curve", "heat_map"], ...] = ()
+    figures: tuple[FigureName, ...] = ()
     """What is drawn beside the table."""
+    claims: tuple[Claim, ...] = ()
+    """What the paper says, for a verdict from the data."""
+    seeds: int = 1
+    """Runs of each experiment, unless --seeds says otherwise."""
+    first_seed: int = 0
+    """Tuning takes other seeds than those that are reported."""
+    jobs: int = 1
+    """Concurrent runs, unless --jobs says otherwise."""
 
     def published(self, experiment_name: str) -> Published | None:
         """The published result for one of the experiments, or for the one that a small form stands for."""
@@ -262,11 +303,14 @@ def check(experiment: Experiment) -> None:
         )
     for name, value, least in (
         ("recipe.epochs", recipe.epochs, 1),
+        ("recipe.epoch_passes", recipe.epoch_passes, 1),
         ("recipe.batch_size", recipe.batch_size, 1),
         ("recipe.warmup_epochs", recipe.warmup_epochs, 0),
         ("recipe.validate_every", recipe.validate_every, 1),
         ("recipe.num_threads", recipe.num_threads, 1),
         ("recipe.checkpoint_every", recipe.checkpoint_every, 1),
+        ("data.images_per_class", data.images_per_class, 1),
+        ("data.num_test", data.num_test, 1),
         ("data.limit", data.limit, 1),
         ("data.num_validation", data.num_validation, 1),
         ("data.image_size", data.image_size, 32),
@@ -315,6 +359,8 @@ def _check_family(experiment: Experiment) -> None:
     data, model = experiment.data, experiment.model
     if data.dataset == "imagenet" and data.normalisation != "channel":
         raise ValueError("data.normalisation must be channel for imagenet: its pictures are not read for a mean image.")
+    if data.dataset == "imagenet" and (data.images_per_class, data.num_test) != (None, None):
+        raise ValueError("data.images_per_class and data.num_test are for images in memory, not for imagenet.")
     if data.dataset in ("digits", "cifar10", "cifar100", "svhn") and data.image_size is not None:
         raise ValueError(f"data.image_size is for imagenet: images of {data.dataset} have a size of their own.")
     if model.family == "cifar":
