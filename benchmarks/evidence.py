@@ -1,0 +1,161 @@
+"""The runs behind RESULTS.md and docs/results, in order of value, one after the other, over as many sessions as it takes.
+
+    python benchmarks/evidence.py plan     # what is done, what is left, and about how long that takes
+    python benchmarks/evidence.py run      # goes on; --jobs 2 for two at a time; --until 05:10 stops and saves
+    python benchmarks/evidence.py report   # draws every study from the runs that are done
+
+Runs lie in `runs/evidence`. A finished one is copied, without its weights, into `results/STUDY/runs.jsonl`: commit
+that, and where the folder is lost `run` restores it from there and repeats nothing but what was unfinished. Ctrl-C and
+SIGTERM save; `kill -9` loses at most 200 steps.
+
+Each run is a new process that imports the code anew. To go on working on the code meanwhile, start `run` in a clone of
+the repository, with EVIDENCE_ROOT set to where runs and results are to lie.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from stochastic_depth_lab import records, sweep
+from stochastic_depth_lab.atomic import write_whole
+from stochastic_depth_lab.config import Experiment
+from stochastic_depth_lab.experiments import STUDIES
+
+ROOT = Path(os.environ.get("EVIDENCE_ROOT") or Path(__file__).parent.parent)
+RUNS = ROOT / "runs" / "evidence"
+RESULTS = ROOT / "results"
+PLAN: tuple[tuple[str, int], ...] = (("learning-rates", 2),)
+"""Studies, and seeds of each, most valuable first. A study may stand here several times, with more seeds later."""
+FILES = ("config.json", "environment.json", "branches.json", "result.json")
+
+
+def experiments(study: str, num_seeds: int) -> list[Experiment]:
+    """All experiments with the first seed, then with the next: what is stopped early has whole pairs."""
+    first = STUDIES[study].first_seed
+    return [
+        replace(each, seed=seed)
+        for seed in range(first, first + num_seeds)
+        for each in STUDIES[study].small_experiments
+    ]
+
+
+def archived() -> Iterator[dict[str, Any]]:
+    for path in sorted(RESULTS.glob("*/runs.jsonl")):
+        for line in path.read_text().splitlines():
+            yield json.loads(line)
+
+
+def restore() -> None:
+    """Put finished runs back into their folders."""
+    for run in archived():
+        folder = RUNS / run["folder"]
+        if not (folder / "result.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            rows = "".join(json.dumps(row) + "\n" for row in run["metrics"])
+            write_whole(folder / "metrics.jsonl", rows.encode())
+            for name in FILES:
+                write_whole(folder / name, json.dumps(run[name], indent=2).encode())
+
+
+def archive(study: str, folder: Path) -> None:
+    """Keep a finished run, once."""
+    if any(run["folder"] == folder.name for run in archived()):
+        return
+    run: dict[str, Any] = {"folder": folder.name, **{name: json.loads((folder / name).read_text()) for name in FILES}}
+    run["metrics"] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    path = RESULTS / study / "runs.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = path.read_bytes() if path.exists() else b""
+    write_whole(path, before + json.dumps(run).encode() + b"\n")
+
+
+def jobs() -> list[tuple[str, sweep.Job]]:
+    """Every run of the plan, once."""
+    found: dict[Path, tuple[str, sweep.Job]] = {}
+    for study, num_seeds in PLAN:
+        for job in sweep.jobs_for(experiments(study, num_seeds), RUNS):
+            found.setdefault(job.folder, (study, job))
+    return list(found.values())
+
+
+def run(num_processes: int, until: datetime.datetime | None) -> None:
+    restore()
+    planned = jobs()
+    stopped = False
+
+    def note(*_: object) -> None:
+        nonlocal stopped
+        stopped = True
+
+    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGINT, note)
+
+    class Archive:
+        def on_change(self, _: Sequence[sweep.Job]) -> None:
+            for study, job in planned:
+                if job.state == "done" and job.folder not in kept:
+                    kept.add(job.folder)
+                    archive(study, job.folder)
+                    result = records.read_json(job.folder / "result.json")
+                    done = sum(job.state == "done" for _, job in planned)
+                    print(
+                        f"{datetime.datetime.now():%H:%M} {done}/{len(planned)} {job.folder.name}: "
+                        f"{result['final_test_error']:.2f} % {result['process_s']:.0f} s",
+                        flush=True,
+                    )
+
+    kept: set[Path] = set()
+    sweep.run(
+        [job for _, job in planned],
+        Archive(),
+        num_processes=num_processes,
+        device="cpu",
+        data_root=None,
+        stop_requested=lambda: stopped or (until is not None and datetime.datetime.now() >= until),
+    )
+    for _, job in planned:
+        if job.state == "failed":
+            print(f"{job.folder.name}: {job.reason}", flush=True)
+
+
+def plan() -> None:
+    restore()
+    planned = jobs()
+    for study, _ in PLAN:
+        own = [job for name, job in planned if name == study]
+        done = [job for job in own if job.state == "done"]
+        spent = [records.read_json(job.folder / "result.json")["process_s"] for job in done]
+        hours = f"{sum(spent) / 3600:.1f} h of training so far" if spent else "none yet"
+        print(f"{study:<20} {len(done):>4} of {len(own):>4} runs, {hours}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["plan", "run", "report"])
+    parser.add_argument("--jobs", type=int, default=1, help="concurrent runs (default: 1)")
+    parser.add_argument("--until", help="stop and save at this time of day, HH:MM")
+    options = parser.parse_args()
+    os.chdir(ROOT)
+    if options.command == "plan":
+        plan()
+    elif options.command == "run":
+        until = None
+        if options.until:
+            clock = datetime.time.fromisoformat(options.until)
+            until = datetime.datetime.combine(datetime.date.today(), clock)
+            if until < datetime.datetime.now():
+                until += datetime.timedelta(days=1)
+        run(options.jobs, until)
+    else:
+        sys.exit("not written yet")
+
+
+if __name__ == "__main__":
+    main()
