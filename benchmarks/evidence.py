@@ -1,4 +1,4 @@
-"""The runs behind RESULTS.md and docs/results, in order of value, one after the other, over as many sessions as it takes.
+"""The runs behind RESULTS.md and docs/results, most valuable first, over as many sessions as it takes.
 
     python benchmarks/evidence.py plan     # what is done, what is left, and about how long that takes
     python benchmarks/evidence.py run      # goes on; --jobs 2 for two at a time; --until 05:10 stops and saves
@@ -16,8 +16,8 @@ import argparse
 import datetime
 import json
 import os
+import shutil
 import signal
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,12 +27,34 @@ from stochastic_depth_lab import records, sweep
 from stochastic_depth_lab.atomic import write_whole
 from stochastic_depth_lab.config import Experiment
 from stochastic_depth_lab.experiments import STUDIES
+from stochastic_depth_lab.report import write_study
 
 ROOT = Path(os.environ.get("EVIDENCE_ROOT") or Path(__file__).parent.parent)
 RUNS = ROOT / "runs" / "evidence"
 RESULTS = ROOT / "results"
-PLAN: tuple[tuple[str, int], ...] = (("learning-rates", 2),)
-"""Studies, and seeds of each, most valuable first. A study may stand here several times, with more seeds later."""
+PLAN: tuple[tuple[str, int], ...] = (
+    ("learning-rates", 2),
+    ("digits", 3),
+    ("survival", 2),
+    ("digits", 5),
+    ("survival", 5),
+    ("gradients", 5),
+    ("regularisers", 3),
+    ("over-time", 5),
+    ("table1", 3),
+    ("payoff", 1),
+    ("deeper", 1),
+    ("regularisers", 5),
+    ("depth-survival", 3),
+    ("deeper", 3),
+    ("curves", 5),
+    ("payoff", 3),
+    ("table1", 5),
+)
+"""Studies, and seeds of each, most valuable first. A study may stand here several times, with more seeds later. The two
+parts of `payoff` are a fifth (digits) and four fifths (CIFAR-10) of its hours; `plan` says how many these are."""
+S_PER_STEP = {"digits": 0.1 / 56, "cifar10": 0.48 / 32}
+"""Process time of a step and layer at constant depth, one thread of an AMD EPYC that other work shares."""
 FILES = ("config.json", "environment.json", "branches.json", "result.json")
 
 
@@ -47,6 +69,7 @@ def experiments(study: str, num_seeds: int) -> list[Experiment]:
 
 
 def archived() -> Iterator[dict[str, Any]]:
+    """Every run that `results` holds."""
     for path in sorted(RESULTS.glob("*/runs.jsonl")):
         for line in path.read_text().splitlines():
             yield json.loads(line)
@@ -86,6 +109,7 @@ def jobs() -> list[tuple[str, sweep.Job]]:
 
 
 def run(num_processes: int, until: datetime.datetime | None) -> None:
+    """Work through the plan until it is done, a signal comes, or the time is over."""
     restore()
     planned = jobs()
     stopped = False
@@ -126,17 +150,47 @@ def run(num_processes: int, until: datetime.datetime | None) -> None:
 
 
 def plan() -> None:
+    """Print how far each study is."""
     restore()
-    planned = jobs()
-    for study, _ in PLAN:
-        own = [job for name, job in planned if name == study]
-        done = [job for job in own if job.state == "done"]
-        spent = [records.read_json(job.folder / "result.json")["process_s"] for job in done]
-        hours = f"{sum(spent) / 3600:.1f} h of training so far" if spent else "none yet"
-        print(f"{study:<20} {len(done):>4} of {len(own):>4} runs, {hours}")
+    known: set[Path] = set()
+    total = 0.0
+    for study, num_seeds in PLAN:
+        own = [job for job in sweep.jobs_for(experiments(study, num_seeds), RUNS) if job.folder not in known]
+        known |= {job.folder for job in own}
+        left = sum(expected_s(job.experiment) for job in own if job.state != "done") / 3600
+        total += left
+        done = sum(job.state == "done" for job in own)
+        print(
+            f"{study:<15} {num_seeds} seeds: {done:>3} of {len(own):>3} done, {left:5.1f} h left, {total:5.1f} h in all"
+        )
+
+
+def expected_s(experiment: Experiment) -> float:
+    """Process time of a run's training."""
+    recipe, data = experiment.recipe, experiment.data
+    num_steps = recipe.epochs * recipe.epoch_passes * 10 * (data.images_per_class or 0) / recipe.batch_size
+    share = 1.0 if experiment.depth is None else 0.75
+    return share * num_steps * experiment.model.num_layers * S_PER_STEP[data.dataset]
+
+
+def report() -> None:
+    """Draw every study of the plan that has a finished run into `results`."""
+    restore()
+    for study, num_seeds in dict(PLAN).items():  # the last mention has the most seeds
+        runs = [(job.experiment, job.folder) for job in sweep.jobs_for(experiments(study, num_seeds), RUNS)]
+        if any((folder / "result.json").exists() for _, folder in runs):
+            written = write_study(STUDIES[study], runs, RUNS.parent / "report")
+            folder = RESULTS / study
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "table.txt").write_text(f"{written.text}\n")
+            made = written.page.with_suffix("")
+            for path in (*(made / "data").glob("*.csv"), *(made / "figures").glob("*.svg")):
+                shutil.copy(path, folder)
+            print(f"{written.text}\n")
 
 
 def main() -> None:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["plan", "run", "report"])
     parser.add_argument("--jobs", type=int, default=1, help="concurrent runs (default: 1)")
@@ -154,7 +208,7 @@ def main() -> None:
                 until += datetime.timedelta(days=1)
         run(options.jobs, until)
     else:
-        sys.exit("not written yet")
+        report()
 
 
 if __name__ == "__main__":

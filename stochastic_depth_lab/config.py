@@ -229,7 +229,6 @@ class Study:
     """Whether nearest neighbor and SVM learn from the same images, for comparison."""
 
 
-
 def quick(experiment: Experiment) -> Experiment:
     """The same network and recipe on few images for five epochs: shows that everything works, not what it gives.
 
@@ -243,6 +242,7 @@ def quick(experiment: Experiment) -> Experiment:
     recipe = replace(
         recipe,
         epochs=5,
+        epoch_passes=1,
         batch_size=batch_size,
         learning_rate=recipe.learning_rate * batch_size / recipe.batch_size,
         warmup_learning_rate=recipe.warmup_learning_rate * batch_size / recipe.batch_size,
@@ -250,6 +250,8 @@ def quick(experiment: Experiment) -> Experiment:
         validate_every=recipe.validate_every and 3,
     )
     data = replace(_small_pictures(experiment.data, num_workers=0), limit=limit)
+    if data.images_per_class is not None:
+        data = replace(data, images_per_class=min(data.images_per_class, 2), num_validation=None)
     return replace(experiment, data=data, recipe=recipe, published=None)
 
 

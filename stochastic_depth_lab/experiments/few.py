@@ -49,8 +49,8 @@ def few(
     if rest or not passes:
         raise ValueError(f"{name}: {steps} steps in {epochs} epochs are no whole passes over {num_images} images.")
     # One thread: on images this small two are slower than one.
-    common = {"epoch_passes": passes, "batch_size": BATCH_SIZE, "lr_schedule": "one_cycle", "num_threads": 1}
-    constant, stochastic = (Recipe(epochs, **{**common, "learning_rate": rate, **recipe}) for rate in rates)
+    common = Recipe(epochs, epoch_passes=passes, batch_size=BATCH_SIZE, lr_schedule="one_cycle", num_threads=1)
+    constant, stochastic = (replace(common, learning_rate=rate, **recipe) for rate in rates)
     title = f"{'Digits' if data.dataset == 'digits' else 'CIFAR-10'}, {num_layers} layers"
     return pair(name, title, data, constant, model=Model(num_layers), stochastic_recipe=stochastic)
 
@@ -75,9 +75,7 @@ def titled(experiments: Pair, words: str) -> Pair:
 
 # Not of the paper: 110 layers on 200 digits.
 # stochastic-depth reproduce digits-110 --out runs/digits-110
-DIGITS_110_CONSTANT, DIGITS_110_STOCHASTIC = few(
-    "digits-110", digits(), 110, steps=300, epochs=5, rates=DIGITS_RATES
-)
+DIGITS_110_CONSTANT, DIGITS_110_STOCHASTIC = few("digits-110", digits(), 110, steps=300, epochs=5, rates=DIGITS_RATES)
 
 # Not of the paper: 1,000 images of CIFAR-10, 3,000 steps.
 # stochastic-depth reproduce cifar10-few-32 --out runs/cifar10-few-32

@@ -221,9 +221,7 @@ DEPTH_SURVIVAL = Study(
     "Test error over depth and survival probability",
     "The paper has a heat map of this; its numbers are not known here.",
     experiments=tuple(_with_survival(pair, "linear", p) for pair in _DEPTHS for p in (0.2, 0.4, 0.6, 0.8, 1.0)),
-    small_experiments=tuple(
-        _with_survival(pair, "linear", p) for pair in _DIGITS_DEPTHS for p in (0.2, 0.5, 0.8, 1.0)
-    ),
+    small_experiments=tuple(_with_survival(pair, "linear", p) for pair in _DIGITS_DEPTHS for p in (0.2, 0.5, 0.8, 1.0)),
     figures=("heat_map",),
     claims=(
         Claim(

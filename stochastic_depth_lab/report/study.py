@@ -1,6 +1,5 @@
 """A table or figure of the paper with ours beside it: several seeds of each run, and a verdict on each claim."""
 
-import os
 import statistics
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -239,14 +238,14 @@ _COLUMNS = (
         lambda row: f"{statistics.mean(row.time_shares):.3f}" if row.time_shares else NOTHING,
     ),
     _Column(
-        "share of the training FLOPs", ("", "FLOPs"), lambda row: f"{statistics.mean(r.realised_cost for r in row.runs):.3f}"
+        "share of the training FLOPs",
+        ("", "FLOPs"),
+        lambda row: f"{statistics.mean(r.realised_cost for r in row.runs):.3f}",
     ),
     _Column(
         "expected depth / realized depth, blocks",
         ("depth, exp.", "/ realized"),
-        lambda row: (
-            f"{row.runs[0].expected_depth:.2f} / {statistics.mean(run.realised_depth for run in row.runs):.2f}"
-        ),
+        lambda row: f"{row.runs[0].expected_depth:.2f} / {statistics.mean(run.realised_depth for run in row.runs):.2f}",
     ),
 )
 _VALIDATION = _Column(
@@ -314,9 +313,12 @@ def _text(study: Study, rows: Sequence[Seeds], others: Mapping[str, tuple[float,
 def _short_titles(rows: Sequence[Seeds]) -> dict[str, str]:
     """Titles without what they all begin with."""
     titles = [row.experiment.title for row in rows]
-    common = os.path.commonprefix(titles).rpartition(", ")
-    start = len(common[0]) + len(common[1]) if len(titles) > 1 else 0
-    return {row.experiment.name: row.experiment.title[start:] for row in rows}
+    parts = [title.split(", ") for title in titles]
+    shared = 0
+    while all(len(each) > shared + 1 and each[shared] == parts[0][shared] for each in parts):
+        shared += 1
+    start = shared if len(parts) > 1 else 0
+    return {row.experiment.name: ", ".join(each[start:]) for row, each in zip(rows, parts, strict=True)}
 
 
 _UNITS = {"test_error": " points", "train_loss": "", "process_s": " s", "late_gradient": ""}
