@@ -33,10 +33,12 @@ ROOT = Path(os.environ.get("EVIDENCE_ROOT") or Path(__file__).parent.parent)
 RUNS = ROOT / "runs" / "evidence"
 RESULTS = ROOT / "results"
 PLAN: tuple[tuple[str, int], ...] = (
-    ("learning-rates", 2),
+    ("learning-rates", 1),
     ("digits", 3),
-    ("survival", 2),
+    ("learning-rates", 2),
     ("digits", 5),
+    ("survival", 2),
+    ("learning-rates", 3),
     ("survival", 5),
     ("gradients", 5),
     ("regularisers", 3),

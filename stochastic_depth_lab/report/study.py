@@ -346,7 +346,11 @@ def _sentence(paired: Paired, rows: Sequence[Seeds]) -> str:
     if n > 1:
         low, high = paired.mean - paired.half_width, paired.mean + paired.half_width
         interval = f" (95 % interval {low:+{form}} to {high:+{form}})"
-    p = f"p = {_p(paired.p)} (paired t), {_p(paired.exact_p)} (exact sign flips)" if n > 1 else "one seed: no test"
+    p = (
+        f"p = {_p(paired.p)} (paired t), {_p(paired.exact_p)} (exact sign flips)"
+        if n > 2
+        else "too few seeds for a test"
+    )
     return (
         f"{_MEASURES[comparison.measure]}, {short[comparison.less]} minus {short[comparison.more]}: "
         f"{paired.mean:+{form}}{_UNITS[comparison.measure]}{interval}; lower in {paired.num_wins} of {n} seeds; {p}"

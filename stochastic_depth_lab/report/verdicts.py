@@ -19,8 +19,9 @@ from stochastic_depth_lab.config import Claim, Comparison
 Verdict = Literal["confirmed", "contradicted", "undecided"]
 LEVEL = 0.05
 RULE = (
-    "Confirmed: every comparison of the claim has its sign, each with p < 0.05 (paired t-test over seeds, two-sided). "
-    "Contradicted: one has the other sign, with p < 0.05 divided by the number of comparisons. Else undecided."
+    "Confirmed: every comparison of the claim has its sign, each with p < 0.05 (paired t-test over at least three "
+    "seeds, two-sided). Contradicted: one has the other sign, with p < 0.05 divided by the number of comparisons. Else "
+    "undecided."
 )
 
 
@@ -52,9 +53,9 @@ class Paired:
 
     @property
     def p(self) -> float:
-        """Of the paired t-test, two-sided."""
+        """Of the paired t-test, two-sided; 1 for fewer than three seeds, which settle nothing."""
         n = len(self.differences)
-        if n < 2:
+        if n < 3:
             return 1.0
         deviation = statistics.stdev(self.differences)
         if deviation == 0:
