@@ -27,21 +27,21 @@ from stochastic_depth_lab import records, sweep
 from stochastic_depth_lab.atomic import write_whole
 from stochastic_depth_lab.config import Experiment
 from stochastic_depth_lab.experiments import STUDIES
-from stochastic_depth_lab.report import write_study
 
 ROOT = Path(os.environ.get("EVIDENCE_ROOT") or Path(__file__).parent.parent)
 RUNS = ROOT / "runs" / "evidence"
 RESULTS = ROOT / "results"
 PLAN: tuple[tuple[str, int], ...] = (
-    ("learning-rates", 1),
     ("digits", 3),
     ("learning-rates", 2),
     ("digits", 5),
-    ("survival", 2),
+    ("survival", 3),
     ("learning-rates", 3),
+    ("gradients", 3),
+    ("over-time", 3),
     ("survival", 5),
-    ("gradients", 5),
     ("regularisers", 3),
+    ("gradients", 5),
     ("over-time", 5),
     ("table1", 3),
     ("payoff", 1),
@@ -177,6 +177,8 @@ def expected_s(experiment: Experiment) -> float:
 
 def report() -> None:
     """Draw every study of the plan that has a finished run into `results`."""
+    from stochastic_depth_lab.report import write_study  # every run imports this file: matplotlib takes seconds
+
     restore()
     for study, num_seeds in dict(PLAN).items():  # the last mention has the most seeds
         runs = [(job.experiment, job.folder) for job in sweep.jobs_for(experiments(study, num_seeds), RUNS)]

@@ -12,6 +12,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter
 
 from stochastic_depth_lab.report.figures import Drawing, legend
 from stochastic_depth_lab.report.theme import INK, MUTED, SERIES
@@ -321,6 +322,7 @@ def threshold(dataset: str, cells: Sequence[Cell]) -> Drawing:
     axes.axhline(0, color=MUTED, linestyle=":")
     axes.axvline(split_by_loss(cells), color=INK, linestyle="--", linewidth=1.2)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("training loss at which constant depth ends")
     axes.set_title(f"{dataset}: test error of stochastic minus constant depth, points")
     legend(figure, entries)

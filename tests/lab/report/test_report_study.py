@@ -51,10 +51,10 @@ def test_the_table_is_the_papers_with_ours_beside_it(folders, tmp_path):
     report = write_study(STUDY, folders, tmp_path / "out")
     lines = [re.split(r"\s{2,}", line) for line in report.text.splitlines()]
     std = statistics.stdev([10.0, 12.0])
-    assert lines[3][1:4] == ["%", "%", "n"]
-    assert lines[4][:4] == ["Constant", "6.41", f"11.00 ± {std:.2f}", "2"]
+    assert lines[3][1:5] == ["%", "%", "loss", "n"]
+    assert lines[4][:5] == ["Constant", "6.41", f"11.00 ± {std:.2f}", "0.5000", "2"]
     assert "20:42:00" in lines[4]
-    assert lines[5][:4] == ["Linear <0.5>", "5.23", "9.25 ± 0.35", "2"]
+    assert lines[5][:5] == ["Linear <0.5>", "5.23", "9.25 ± 0.35", "0.5000", "2"]
     assert "0.700" in lines[5]  # of the constant runs' seconds, by the made-up epochs
     page = report.page.read_text()
     assert page == (tmp_path / "out" / "table.html").read_text()
@@ -90,7 +90,8 @@ def test_what_is_missing_is_said(folders, tmp_path):
 
 def test_few_images_are_judged_after_the_last_step(folders, tmp_path):
     study = replace(STUDY, figures=("gap",), claims=CLAIMS)
-    few = [(replace(each, data=Data("digits", images_per_class=20)), folder) for each, folder in folders]
+    data = Data("digits", images_per_class=20)
+    few = [(replace(each, data=data, published=None), folder) for each, folder in folders]
     report = write_study(study, few, tmp_path / "out", {"nearest neighbor": [4.0, 6.0]})
     assert "4.50 ± 0.00" in report.text  # of the last epoch, not that of the lowest validation error
     assert "nearest neighbor" in report.text
