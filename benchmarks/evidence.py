@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -176,21 +176,71 @@ def expected_s(experiment: Experiment) -> float:
 
 
 def report() -> None:
-    """Draw every study of the plan that has a finished run into `results`."""
+    """Draw every study of the plan that has a finished run into `results`, and write `docs/results/few-images.md`."""
     from stochastic_depth_lab.report import write_study  # every run imports this file: matplotlib takes seconds
+    from stochastic_depth_lab.report.verdicts import RULE
+    from stochastic_depth_lab.yardsticks import yardsticks
 
     restore()
-    for study, num_seeds in dict(PLAN).items():  # the last mention has the most seeds
+    sections: list[str] = []
+    machines: set[str] = set()
+    for study, num_seeds in sorted(dict(PLAN).items(), key=lambda item: list(STUDIES).index(item[0])):
         runs = [(job.experiment, job.folder) for job in sweep.jobs_for(experiments(study, num_seeds), RUNS)]
-        if any((folder / "result.json").exists() for _, folder in runs):
-            written = write_study(STUDIES[study], runs, RUNS.parent / "report")
-            folder = RESULTS / study
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "table.txt").write_text(f"{written.text}\n")
-            made = written.page.with_suffix("")
-            for path in (*(made / "data").glob("*.csv"), *(made / "figures").glob("*.svg")):
-                shutil.copy(path, folder)
-            print(f"{written.text}\n")
+        finished = [(experiment, folder) for experiment, folder in runs if (folder / "result.json").exists()]
+        if not finished:
+            sections.append(
+                f"## {STUDIES[study].title}\n\n{STUDIES[study].claim}\n\nNot run yet.\n\n{command(study)}\n"
+            )
+            continue
+        written = write_study(
+            STUDIES[study],
+            runs,
+            RUNS.parent / "report",
+            yardsticks(experiment for experiment, _ in finished) if STUDIES[study].yardsticks else None,
+        )
+        folder = RESULTS / study
+        folder.mkdir(parents=True, exist_ok=True)
+        made = written.page.with_suffix("")
+        figures = sorted((made / "figures").glob("*.svg"))
+        for path in (*(made / "data").glob("*.csv"), *figures):
+            shutil.copy(path, folder)
+        machines |= {machine(records.read_json(folder / "environment.json")) for _, folder in finished}
+        images = "\n".join(f"![{path.stem}](../../results/{study}/{path.name})" for path in figures)
+        _, table = written.text.split("\n", 1)  # the title is the heading
+        sections.append(
+            f"## {STUDIES[study].title}\n\n{STUDIES[study].claim}\n\n{command(study)}, "
+            f"{len(finished)} of {len(runs)} runs done.\n\n```text\n{table.strip()}\n```\n\n{images}\n"
+        )
+    head = PAGE.format(rule=RULE, machines="; ".join(sorted(machines)))
+    (ROOT / "docs" / "results" / "few-images.md").write_text("\n".join([head, *sections]))
+
+
+PAGE = """\
+# Few images: does stochastic depth help, and when?
+
+Written by `python benchmarks/evidence.py report` from the runs in `results/*/runs.jsonl`; do not edit.
+
+The regime: few training images, no augmentation, enough steps for a deep network to memorize them. What the small forms
+are, how their learning rates are chosen and which error is reported: [here](../reproduce.md#the-small-forms).
+A verdict is computed from runs paired by seed. {rule}
+
+Machines: {machines}. Other work ran beside, so times are process times.
+"""
+
+
+def command(study: str) -> str:
+    """How anybody repeats it."""
+    scale = "" if study == "digits" else " --scale small"
+    return f"`stochastic-depth reproduce {study}{scale} --seeds {dict(PLAN)[study]} --jobs 2 --out runs/{study}`"
+
+
+def machine(environment: Mapping[str, Any]) -> str:
+    """Processor, threads and versions of a run."""
+    versions = environment["versions"]
+    return (
+        f"{environment['cpu']}, {environment['num_threads']} thread, Python {versions['python']}, "
+        f"PyTorch {versions['torch']}"
+    )
 
 
 def main() -> None:

@@ -123,22 +123,20 @@ def _reproduce_study(study: Study, options: Reproduce, arguments: Sequence[str])
     jobs = sweep.jobs_for(runs, run.out / "runs")
     code = _run_jobs(jobs, run, many, ["reproduce", *arguments])
     if _is_first() and any(job.state == "done" for job in jobs):
-        report = write_study(study, [(job.experiment, job.folder) for job in jobs], run.out, _yardsticks(study, runs))
+        report = write_study(
+            study, [(job.experiment, job.folder) for job in jobs], run.out, _yardsticks(study, runs, run.data_root)
+        )
         _print(f"{report.text}\n\nreport: {report.page}")
     return code
 
 
-def _yardsticks(study: Study, runs: Sequence[Experiment]) -> dict[str, list[float]]:
+def _yardsticks(study: Study, runs: Sequence[Experiment], data_root: Path | None) -> dict[str, list[float]] | None:
     """Test errors of other methods on the images of each seed, where the study shows them."""
     if not study.yardsticks:
-        return {}
+        return None
     from stochastic_depth_lab.yardsticks import yardsticks
 
-    errors: dict[str, list[float]] = {}
-    for each in {experiment.seed: experiment for experiment in runs}.values():
-        for name, error in yardsticks(each).items():
-            errors.setdefault(name, []).append(error)
-    return errors
+    return yardsticks(runs, data_root)
 
 
 def _sweep(arguments: Sequence[str]) -> int:

@@ -10,7 +10,7 @@ import pytest
 
 from stochastic_depth_lab.cli import main
 from stochastic_depth_lab.config import Experiment, as_json, check, differences, from_json, quick, small
-from stochastic_depth_lab.experiments import EXPERIMENTS, STUDIES, find, find_pair, find_study
+from stochastic_depth_lab.experiments import EXPERIMENTS, STUDIES, few, find, find_pair, find_study
 
 PUBLISHED = {  # PAPER.md
     "cifar10-110": (6.41, 5.23),
@@ -261,3 +261,24 @@ def test_a_small_form_has_few_images_and_fewer_layers():
     assert small(find("cifar10-1202-stochastic")).model.num_layers == 110
     assert small(find("imagenet-152-stochastic")).model.num_layers == 18
     assert small(find("digits-constant")) is find("digits-constant")
+
+
+def test_the_rates_are_those_that_validation_chooses():
+    path = Path(__file__).parents[2] / "results" / "learning-rates" / "runs.jsonl"
+    found = {}
+    for line in path.read_text().splitlines():
+        run = json.loads(line)
+        config = from_json(run["config.json"])
+        errors = found.setdefault((config.depth is not None, config.recipe.learning_rate), {})
+        errors[config.seed] = run["metrics"][-1]["validation_error"]
+    whole = set.intersection(*(set(errors) for errors in found.values()))  # the seeds that have the whole grid
+    assert len(found) == len(STUDIES["learning-rates"].experiments)
+    assert whole
+    assert min(whole) >= STUDIES["learning-rates"].first_seed > max(study.seeds for study in STUDIES.values())
+    for stochastic, rate in enumerate(few.DIGITS_RATES):
+        means = {
+            each: sum(errors[seed] for seed in whole) / len(whole)
+            for (kind, each), errors in found.items()
+            if kind == bool(stochastic)
+        }
+        assert rate == min(means, key=means.__getitem__)
