@@ -1,6 +1,7 @@
 """A study's page: means, deviations and published numbers as worked out by hand; what is missing is said."""
 
 import csv
+import html
 import json
 import re
 import statistics
@@ -15,6 +16,7 @@ from stochastic_depth_lab.report import ReportError, write_study
 from stochastic_depth_lab.report.figures import rendered
 from stochastic_depth_lab.report.study_figures import heat_map, survival_curve
 from stochastic_depth_lab.report.theme import figure_style
+from stochastic_depth_lab.report.verdicts import RULE
 
 DIGITS = replace(find("digits-constant"), data=Data("digits"), model=Model(110))
 CONSTANT = replace(DIGITS, name="constant", title="Constant", published=Published(6.41, "x", 20.7))
@@ -60,7 +62,6 @@ def test_the_table_is_the_papers_with_ours_beside_it(folders, tmp_path):
     assert page == (tmp_path / "out" / "table.html").read_text()
     assert "Linear &lt;0.5&gt;" in page
     assert "<0.5>" not in page
-    assert "Verdicts" in page
     assert page.count("<script>") == 1  # sorts the table
     assert "The paper says so. Ours: mean and standard deviation over 2 seeds of each." in page
     for link in re.findall(r'href="([^"#]+)"', page):
@@ -103,7 +104,10 @@ def test_few_images_are_judged_after_the_last_step(folders, tmp_path):
 
 
 def test_verdicts_pair_the_seeds(folders, tmp_path):
-    text = write_study(replace(STUDY, claims=CLAIMS), folders, tmp_path / "out").text
+    report = write_study(replace(STUDY, claims=CLAIMS), folders, tmp_path / "out")
+    text, page = report.text, report.page.read_text()
+    assert "<strong>undecided</strong>: Less error." in page
+    assert RULE in html.unescape(page)
     # 9.0 - 10.0 and 9.5 - 12.0: the mean is -1.75, and two seeds settle nothing.
     assert "UNDECIDED: Less error." in text
     assert "-1.75 points" in text
