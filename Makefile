@@ -9,12 +9,7 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[lab,tensorboard,test,dev]'
 	touch $@
 
-.venv/demo: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[lab]'
-	touch $@
-
-demo: .venv/demo  ## train a deep network on few images with constant and with stochastic depth, and compare
+demo: .venv/installed  ## train the same network with constant and with stochastic depth, and compare
 	$(BIN)/stochastic-depth reproduce digits --out runs/digits
 
 # Two workers of one thread each: threads that wait for each other would take the time of both.
