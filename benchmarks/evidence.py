@@ -197,6 +197,7 @@ def report() -> None:
             runs,
             RUNS.parent / "report",
             yardsticks(experiment for experiment, _ in finished) if STUDIES[study].yardsticks else None,
+            run_pages=False,
         )
         folder = RESULTS / study
         folder.mkdir(parents=True, exist_ok=True)

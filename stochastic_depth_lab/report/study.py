@@ -76,6 +76,8 @@ def write_study(
     folders: Sequence[tuple[Experiment, Path]],
     out: Path,
     yardsticks: Mapping[str, Sequence[float]] | None = None,
+    *,
+    run_pages: bool = True,
 ) -> StudyReport:
     """Write `NAME.html`, which leads to a page of each run, and under `NAME/` its figures and data.
 
@@ -85,6 +87,7 @@ def write_study(
             missing or unfinished is left out, and the page says so.
         out: where to write.
         yardsticks: test errors in percent, one a seed, of other methods on the same images.
+        run_pages: whether the runs have pages; of hundreds of runs they take many minutes.
 
     Raises:
         ReportError: if there is no finished run at all.
@@ -108,7 +111,9 @@ def write_study(
         write_whole(inner / "data" / "verdicts.csv", _verdicts_csv(judged).encode())
         page = out / f"{study.name}.html"
         lead = " ".join(part for part in (study.claim, _said(rows), *found) if part)
-        links = [{f"seed {run.config['seed']}": link_to_page(run.folder, out) for run in row.runs} for row in rows]
+        links: list[dict[str, str]] = [{} for _ in rows]
+        if run_pages:
+            links = [{f"seed {run.config['seed']}": link_to_page(run.folder, out) for run in row.runs} for row in rows]
         cells = _cells(study, rows, others, lambda column: column.name)
         table = sortable_table(cells, links + [{} for _ in others]) + _verdicts_html(judged, rows)
         write_whole(page, html_page(study.title, lead, table, remarks, figures, runs, f"{study.name}/").encode())

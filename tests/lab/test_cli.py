@@ -110,7 +110,7 @@ MISTAKES = {
     "train digits-stochastic --out OUT --recipe.lr-drops 250": "shares of the epochs in (0, 1)",
     "train digits-stochastic --out OUT --recipe.momentum 0": "recipe.momentum must be in (0, 1), but is 0",
     "train digits-stochastic --out OUT --data.num-validation 5000": "validation must be",
-    "train digits-constant --out OUT --data.images-per-class 200": "images_per_class must be 1..122, the training im",
+    "train digits-constant --out OUT --data.images-per-class 200": "images_per_class must be 1..121, the training im",
     "train digits-constant --out OUT --data.images-per-class 0": "data.images_per_class must be at least 1, but is 0",
     "train digits-constant --out OUT --recipe.epoch-passes 0": "recipe.epoch_passes must be at least 1, but is 0",
     "train imagenet-152-constant --out OUT --data.images-per-class 9": "for images in memory, not for imagenet",
