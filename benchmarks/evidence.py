@@ -202,7 +202,8 @@ def report() -> None:
         folder = RESULTS / study
         folder.mkdir(parents=True, exist_ok=True)
         made = written.page.with_suffix("")
-        figures = sorted((made / "figures").glob("*.svg"))
+        # In the study's order: heat_map is heat_map.svg, curves may be curves-digits-56.svg and others.
+        figures = [path for name in STUDIES[study].figures for path in sorted((made / "figures").glob(f"{name}*.svg"))]
         for path in (*(made / "data").glob("*.csv"), *figures):
             shutil.copy(path, folder)
         machines |= {machine(records.read_json(folder / "environment.json")) for _, folder in finished}
