@@ -124,7 +124,11 @@ def _reproduce_study(study: Study, options: Reproduce, arguments: Sequence[str])
     code = _run_jobs(jobs, run, many, ["reproduce", *arguments])
     if _is_first() and any(job.state == "done" for job in jobs):
         report = write_study(
-            study, [(job.experiment, job.folder) for job in jobs], run.out, _yardsticks(study, runs, run.data_root)
+            study,
+            [(job.experiment, job.folder) for job in jobs],
+            run.out,
+            _yardsticks(study, runs, run.data_root),
+            run_pages=not run.quick,
         )
         _print(f"{report.text}\n\nreport: {report.page}")
     return code

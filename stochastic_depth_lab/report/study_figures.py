@@ -303,6 +303,10 @@ def split_by_loss(cells: Sequence[Cell]) -> float:
     return min(bounds, key=lambda bound: sum((cell.train_loss < bound) != (cell.mean < 0) for cell in cells))
 
 
+def _short(value: float, _position: int) -> str:
+    return f"{value:g}"
+
+
 def threshold(dataset: str, cells: Sequence[Cell]) -> Drawing:
     """The gain over the training loss at which constant depth ends: the rule of thumb."""
     figure = Figure(figsize=(8, 3.6), layout="constrained")
@@ -322,7 +326,7 @@ def threshold(dataset: str, cells: Sequence[Cell]) -> Drawing:
     axes.axhline(0, color=MUTED, linestyle=":")
     axes.axvline(split_by_loss(cells), color=INK, linestyle="--", linewidth=1.2)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(_short))
     axes.set_xlabel("training loss at which constant depth ends")
     axes.set_title(f"{dataset}: test error of stochastic minus constant depth, points")
     legend(figure, entries)
