@@ -14,7 +14,7 @@ from stochastic_depth_lab.experiments.pairs import pair
 
 Pair = tuple[Experiment, Experiment]
 BATCH_SIZE = 50
-DIGITS_RATES = (0.05, 0.05)
+DIGITS_RATES = (0.1, 0.05)
 """Constant and stochastic depth, 56 layers, 300 steps: see `learning-rates`."""
 CIFAR10_RATES = (0.1, 0.1)
 """Constant and stochastic depth: the paper's, not tuned yet."""

@@ -532,9 +532,15 @@ def _chosen(study: Study, rows: Sequence[Seeds]) -> list[str]:
     best: list[str] = []
     for stochastic, name in ((False, "constant depth"), (True, "stochastic depth")):
         own = [row for row in rows if (row.experiment.depth is not None) == stochastic]
-        if own:
-            lowest = min(own, key=lambda row: statistics.mean(run.epochs[-1].validation_error for run in row.runs))
-            best.append(f"{name} {lowest.experiment.recipe.learning_rate}")
+        common = set[object].intersection(*({run.config["seed"] for run in row.runs} for row in own)) if own else set()
+        if common:
+            means = {
+                row.experiment.recipe.learning_rate: statistics.mean(
+                    run.epochs[-1].validation_error for run in row.runs if run.config["seed"] in common
+                )
+                for row in own
+            }
+            best.append(f"{name} {min(means, key=means.__getitem__)} (n = {len(common)})")
     return [f"Chosen by the mean validation error: {', '.join(best)}."]
 
 
