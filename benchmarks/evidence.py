@@ -65,7 +65,7 @@ PLAN: tuple[tuple[str, int, str], ...] = (
 SEEDS = {study: max(seeds for name, seeds, _ in PLAN if name == study) for study, *_ in PLAN}
 """The most seeds of each study."""
 S_PER_STEP = {"digits": 0.1 / 56, "cifar10": 0.48 / 32}
-"""Process time of a step of 50 images and a layer at constant depth, one thread of an AMD EPYC that other work shares."""
+"""Process time of a step of 50 images and a layer at constant depth, one thread of a shared AMD EPYC."""
 FILES = ("config.json", "environment.json", "branches.json", "result.json")
 
 
@@ -173,7 +173,7 @@ def plan() -> None:
         total += left
         done = sum(job.state == "done" for job in own)
         print(
-            f"{study:<15} {pattern:<24} {num_seeds} seeds: {done:>3} of {len(own):>3} done, {left:5.1f} h left, {total:5.1f} h in all"
+            f"{study:<15} {pattern:<24} {num_seeds} seeds: {done:>3} of {len(own):>3} done, {left:.1f} h left, {total:.1f} so far"
         )
 
 
