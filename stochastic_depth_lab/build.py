@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -63,6 +63,10 @@ def load_images(
         image_size=settings.image_size,
         num_workers=settings.num_workers,
     )
+    if settings.images_per_class is not None:
+        images = images.few(settings.images_per_class, experiment.seed)
+    if settings.num_test is not None:
+        images = replace(images, test=images.test.first(settings.num_test))
     images = (images if settings.limit is None else images.limited(settings.limit)).to(device)
     augmentation = None
     if settings.translation or settings.flip:

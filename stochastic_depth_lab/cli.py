@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -118,36 +118,67 @@ def _reproduce_study(study: Study, options: Reproduce, arguments: Sequence[str])
     from stochastic_depth_lab import sweep
     from stochastic_depth_lab.report import write_study
 
-    experiments = _of_study(study, options.run, options.many)
-    jobs = sweep.jobs_for(with_seeds(experiments, options.run, options.many), options.run.out / "runs")
-    code = _run_jobs(jobs, options.run, options.many, ["reproduce", *arguments])
+    run, many = _with_defaults(study, options.run, options.many)
+    runs = with_seeds(_of_study(study, run, many), run, many)
+    jobs = sweep.jobs_for(runs, run.out / "runs")
+    code = _run_jobs(jobs, run, many, ["reproduce", *arguments])
     if _is_first() and any(job.state == "done" for job in jobs):
-        report = write_study(study, [(job.experiment, job.folder) for job in jobs], options.run.out)
+        report = write_study(
+            study,
+            [(job.experiment, job.folder) for job in jobs],
+            run.out,
+            _yardsticks(study, runs, run.data_root),
+            run_pages=not run.quick,
+        )
         _print(f"{report.text}\n\nreport: {report.page}")
     return code
+
+
+def _yardsticks(study: Study, runs: Sequence[Experiment], data_root: Path | None) -> dict[str, list[float]] | None:
+    """Test errors of other methods on the images of each seed, where the study shows them."""
+    if not study.yardsticks:
+        return None
+    from stochastic_depth_lab.yardsticks import yardsticks
+
+    return yardsticks(runs, data_root)
 
 
 def _sweep(arguments: Sequence[str]) -> int:
     options = parse(Sweep, "sweep", arguments)
     options.many.check()
+    run, many = options.run, options.many
     if options.name in EXPERIMENTS:
         base = small(find(options.name)) if options.many.scale == "small" else find(options.name)
         experiments = grid(quick(base) if options.run.quick else base, options.grid)
     else:
-        experiments = _of_study(find_study(options.name), options.run, options.many)
+        study = find_study(options.name)
+        run, many = _with_defaults(study, run, many)
+        experiments = _of_study(study, run, many)
         if options.grid:
             raise ValueError(f"--grid changes one experiment, but {options.name} is a table of several.")
     from stochastic_depth_lab import sweep
 
-    runs = with_seeds(experiments, options.run, options.many)
+    runs = with_seeds(experiments, run, many)
     if options.shard is not None:
         runs = sweep.shard(runs, options.shard)
     jobs = sweep.jobs_for(runs, options.run.out)
-    code = _run_jobs(jobs, options.run, options.many, ["sweep", *arguments])
+    code = _run_jobs(jobs, run, many, ["sweep", *arguments])
     done = [job.folder for job in jobs if job.state == "done"]
     if _is_first() and done:
         _print_report(done, options.run.out)
     return code
+
+
+def _with_defaults(study: Study, run: RunOptions, many: ManyOptions) -> tuple[RunOptions, ManyOptions]:
+    """The study's own seeds and number of concurrent runs where none are requested; two seeds are quick."""
+    return (
+        replace(run, seed=study.first_seed if run.seed is None else run.seed),
+        replace(
+            many,
+            seeds=many.seeds or (min(study.seeds, 2) if run.quick else study.seeds),
+            jobs=many.jobs or study.jobs,
+        ),
+    )
 
 
 def _of_study(study: Study, run: RunOptions, many: ManyOptions) -> list[Experiment]:
@@ -176,7 +207,7 @@ def _run_jobs(jobs: "Sequence[Job]", options: RunOptions, many: ManyOptions, arg
         sweep.run(
             jobs[rank::num_processes],
             observer,
-            num_processes=many.jobs,
+            num_processes=many.jobs or 1,
             device=options.device,
             data_root=options.data_root,
             stop_requested=lambda: stop.signal is not None,

@@ -34,6 +34,11 @@ class Data:
     """Images held out of the training part for validation. None: as many as in the paper."""
     split_seed: int = 0
     """Which ones these are."""
+    images_per_class: int | None = None
+    """Training images of each class, drawn at random by the run's seed. None: all. digits tests on what is left over,
+    as no test images of it are published."""
+    num_test: int | None = None
+    """Test images, the first ones. None: all."""
     limit: int | None = None
     """Use only the first so many images of each part: for trials."""
     image_size: int | None = None
@@ -101,7 +106,10 @@ class Recipe:
     """How the network is trained: SGD with Nesterov momentum, weight decay on every parameter."""
 
     epochs: int
-    """Passes over the training images."""
+    """Epochs; each ends with an evaluation."""
+    epoch_passes: int = 1
+    """Passes over the training images that make an epoch. With few images, evaluation after every pass would take
+    longer than training."""
     batch_size: int = 128
     """Images in a step, over all processes together, so that the learning rate does not depend on how many there are.
     The last batch of an epoch may be shorter; it is used."""
@@ -168,6 +176,32 @@ class Experiment:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """Two experiments, the first of which is claimed to have less of something, seed by seed."""
+
+    less: str
+    """Name of the one."""
+    more: str
+    """Name of the other."""
+    measure: Literal["test_error", "train_loss", "process_s", "late_gradient"] = "test_error"
+    """Of what: test error; training loss of the last epoch; process time of training; gradient of the first
+    convolution after the rate's first drop."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence that experiments can confirm or contradict: all of its comparisons together."""
+
+    text: str
+    """The sentence; who says so first."""
+    comparisons: tuple[Comparison, ...]
+    """What it says of the runs. Those of the other scale are passed over."""
+
+
+FigureName = Literal["gap", "curves", "gradient", "survival_curve", "heat_map", "depth_curve", "rates", "crossing"]
+
+
+@dataclass(frozen=True)
 class Study:
     """A table or a figure: the runs behind it, and how they are shown. `reproduce NAME` makes it."""
 
@@ -180,14 +214,19 @@ class Study:
     experiments: tuple[Experiment, ...]
     """The runs, in the order of the table's rows."""
     small_experiments: tuple[Experiment, ...]
-    """Their forms for two cores; `small-NAME` is that of NAME."""
-    figures: tuple[Literal["curves", "gradient", "survival_curve", "heat_map"], ...] = ()
+    """What `--scale small` trains in their place: the same question, asked of few images."""
+    figures: tuple[FigureName, ...] = ()
     """What is drawn beside the table."""
-
-    def published(self, experiment_name: str) -> Published | None:
-        """The published result for one of the experiments, or for the one that a small form stands for."""
-        full_name = experiment_name.removeprefix("small-")
-        return next((each.published for each in self.experiments if each.name == full_name), None)
+    claims: tuple[Claim, ...] = ()
+    """What the paper says, for a verdict from the data."""
+    seeds: int = 1
+    """Runs of each experiment, unless --seeds says otherwise."""
+    first_seed: int = 0
+    """Tuning takes other seeds than those that are reported."""
+    jobs: int = 1
+    """Concurrent runs, unless --jobs says otherwise."""
+    yardsticks: bool = False
+    """Whether nearest neighbor and SVM learn from the same images, for comparison."""
 
 
 def quick(experiment: Experiment) -> Experiment:
@@ -203,6 +242,7 @@ def quick(experiment: Experiment) -> Experiment:
     recipe = replace(
         recipe,
         epochs=5,
+        epoch_passes=1,
         batch_size=batch_size,
         learning_rate=recipe.learning_rate * batch_size / recipe.batch_size,
         warmup_learning_rate=recipe.warmup_learning_rate * batch_size / recipe.batch_size,
@@ -210,6 +250,8 @@ def quick(experiment: Experiment) -> Experiment:
         validate_every=recipe.validate_every and 3,
     )
     data = replace(_small_pictures(experiment.data, num_workers=0), limit=limit)
+    if data.images_per_class is not None:
+        data = replace(data, images_per_class=min(data.images_per_class, 2), num_validation=None)
     return replace(experiment, data=data, recipe=recipe, published=None)
 
 
@@ -218,31 +260,44 @@ def _small_pictures(data: Data, *, num_workers: int) -> Data:
     return replace(data, image_size=64, num_workers=num_workers) if data.dataset == "imagenet" else data
 
 
-def small(experiment: Experiment, num_layers: int | None = None) -> Experiment:
-    """A form of the same shape for two cores: fewer layers, epochs and images, bf16; the recipe's proportions stay.
+def small(experiment: Experiment) -> Experiment:
+    """Its form on few images without augmentation, for a CPU: 1,000 images, 3,000 steps of 50, one-cycle rate.
 
-    5,000 images to learn from, 990 for validation (SVHN wants a multiple of 30), 5,000 to test on, for 12 epochs.
-    ImageNet's pictures at 64 pixels.
-
-    Args:
-        experiment: the full one.
-        num_layers: None: 20, but 32 for 1202 and 18 for ImageNet.
+    32 layers, 110 for 1202; digits as they are. ImageNet's pictures at 64 pixels, 5,000 of each part, 12 epochs of 18
+    layers: shows that its recipe works.
     """
-    recipe, model = experiment.recipe, experiment.model
-    if num_layers is None:
-        num_layers = 18 if model.family == "imagenet" else 32 if model.num_layers == 1202 else 20
-    data = replace(_small_pictures(experiment.data, num_workers=1), limit=5000, num_validation=990)
+    recipe, model, data = experiment.recipe, experiment.model, experiment.data
+    if data.images_per_class is not None:
+        return experiment
+    if model.family == "imagenet":
+        num_layers = 18
+        data = replace(_small_pictures(data, num_workers=1), limit=5000, num_validation=990)
+        recipe = replace(recipe, epochs=12, num_threads=1)
+    else:
+        num_layers = 110 if model.num_layers == 1202 else 32
+        data = replace(
+            data,
+            translation=0,
+            flip=False,
+            images_per_class=10 if data.dataset == "cifar100" else 100,
+            num_validation=990 if data.dataset == "svhn" else 1000,  # SVHN wants a multiple of 30
+            num_test=5000,
+        )
+        recipe = Recipe(
+            epochs=10,
+            epoch_passes=15,
+            batch_size=50,
+            learning_rate=recipe.learning_rate,
+            lr_schedule="one_cycle",
+            num_threads=1,
+        )
     return replace(
         experiment,
         name=f"small-{experiment.name}",
-        title=experiment.title.replace(
-            f"{experiment.model.num_layers} layers", f"{num_layers} layers for {experiment.model.num_layers}"
-        ),
+        title=experiment.title.replace(f"{model.num_layers} layers", f"{num_layers} layers for {model.num_layers}"),
         data=data,
-        model=replace(experiment.model, num_layers=num_layers),
-        # One thread: runs side by side, one on each core, take less time than two threads on one.
-        recipe=replace(recipe, epochs=12, warmup_epochs=min(recipe.warmup_epochs, 1), num_threads=1),
-        precision="bf16",
+        model=replace(model, num_layers=num_layers),
+        recipe=recipe,
         published=None,
     )
 
@@ -262,11 +317,14 @@ def check(experiment: Experiment) -> None:
         )
     for name, value, least in (
         ("recipe.epochs", recipe.epochs, 1),
+        ("recipe.epoch_passes", recipe.epoch_passes, 1),
         ("recipe.batch_size", recipe.batch_size, 1),
         ("recipe.warmup_epochs", recipe.warmup_epochs, 0),
         ("recipe.validate_every", recipe.validate_every, 1),
         ("recipe.num_threads", recipe.num_threads, 1),
         ("recipe.checkpoint_every", recipe.checkpoint_every, 1),
+        ("data.images_per_class", data.images_per_class, 1),
+        ("data.num_test", data.num_test, 1),
         ("data.limit", data.limit, 1),
         ("data.num_validation", data.num_validation, 1),
         ("data.image_size", data.image_size, 32),
@@ -315,6 +373,8 @@ def _check_family(experiment: Experiment) -> None:
     data, model = experiment.data, experiment.model
     if data.dataset == "imagenet" and data.normalisation != "channel":
         raise ValueError("data.normalisation must be channel for imagenet: its pictures are not read for a mean image.")
+    if data.dataset == "imagenet" and (data.images_per_class, data.num_test) != (None, None):
+        raise ValueError("data.images_per_class and data.num_test are for images in memory, not for imagenet.")
     if data.dataset in ("digits", "cifar10", "cifar100", "svhn") and data.image_size is not None:
         raise ValueError(f"data.image_size is for imagenet: images of {data.dataset} have a size of their own.")
     if model.family == "cifar":

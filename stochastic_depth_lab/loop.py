@@ -189,6 +189,7 @@ def _train_epochs(run: "_Run", folder: records.RunFolder, observers: Sequence[Ob
             augmentation=run.images.augmentation,
             seed=run.experiment.seed,
             epoch=run.epoch,
+            passes=recipe.epoch_passes,
             start=run.tally.step,
             rank=run.processes.rank,
             num_ranks=run.processes.size,
@@ -222,7 +223,9 @@ def _totals(rows: list[dict[str, Any]]) -> dict[str, float]:
         name: math.fsum(row[name] * row["num_steps"] for row in rows) / num_steps
         for name in ("realised_depth", "realised_cost")
     }
-    return {"train_s": math.fsum(row["train_s"] for row in rows), "final_test_error": rows[-1]["test_error"], **means}
+    # The rows of an older version, which a resumed run may begin with, lack the time of the processor.
+    times = {name: math.fsum(row[name] for row in rows) for name in ("train_s", "process_s") if name in rows[0]}
+    return {**times, "final_test_error": rows[-1]["test_error"], **means}
 
 
 class _StopRequested(Exception):  # noqa: N818 -- nothing went wrong
@@ -230,7 +233,7 @@ class _StopRequested(Exception):  # noqa: N818 -- nothing went wrong
 
 
 class _Stopwatch:
-    """Seconds of training, without evaluation and saving; waits for the device where it is read.
+    """Seconds of training, without evaluation and saving, by the clock and of the processor; waits for the device.
 
     Args:
         device: whose work is timed.
@@ -238,15 +241,19 @@ class _Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._started: float | None = None
+        self._started: tuple[float, float] | None = None
         self.seconds = 0.0
+        self.process_s = 0.0
+        """Of this process, over all its threads: what a machine with other work still tells."""
 
     def start(self) -> None:
         self._started = self._now()
 
     def stop(self) -> None:
         if self._started is not None:
-            self.seconds += self._now() - self._started
+            (seconds, process_s), (then, process_then) = self._now(), self._started
+            self.seconds += seconds - then
+            self.process_s += process_s - process_then
             self._started = None
 
     @contextmanager
@@ -255,10 +262,10 @@ class _Stopwatch:
         yield
         self.start()
 
-    def _now(self) -> float:
+    def _now(self) -> tuple[float, float]:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        return time.perf_counter()
+        return time.perf_counter(), time.process_time()
 
 
 @dataclass
@@ -334,7 +341,9 @@ class _Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=experiment.precision == "fp16")
         self.first_conv = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
         self.num_branches = num_branches
-        self.num_steps = num_batches(len(images.data.train), experiment.recipe.batch_size)
+        self.epoch_images = len(images.data.train) * experiment.recipe.epoch_passes
+        """Images of an epoch, each pass over the training part counted."""
+        self.num_steps = num_batches(self.epoch_images, experiment.recipe.batch_size)
         self.watch = _Stopwatch(self.device)
         self.epoch = 1
         self.best = _Best()
@@ -387,7 +396,7 @@ class _Run:
         if self.processes.size == 1:
             return 1.0
         batch_size = self.experiment.recipe.batch_size
-        num_images = min(batch_size, len(self.images.data.train) - self.tally.step * batch_size)
+        num_images = min(batch_size, self.epoch_images - self.tally.step * batch_size)
         part = part_of_batch(num_images, self.processes.rank, self.processes.size)
         return len(part) * self.processes.size / num_images
 
@@ -433,6 +442,7 @@ class _Run:
             "test_error": test.error,
             "test_loss": test.loss,
             "train_s": self.watch.seconds,
+            "process_s": self.watch.process_s,
             "realised_depth": math.fsum(tally.open_counts) / num_steps,
             "realised_cost": tally.cost / num_steps,
             "first_conv_grad": tally.mean(tally.first_conv_grads),
@@ -444,7 +454,7 @@ class _Run:
         }
         self.epoch += 1
         self.tally = self._new_tally()
-        self.watch.seconds = 0.0
+        self.watch.seconds = self.watch.process_s = 0.0
         return row
 
     def _evaluate(self, split: Split | PictureSplit) -> Evaluation:
@@ -491,6 +501,7 @@ class _Run:
             "best": asdict(self.best),
             "validated_step": self.validated_step,
             "train_s": self.watch.seconds,
+            "process_s": self.watch.process_s,
             "model": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "gates": None if self.depth is None else self.depth.state_dict(),
@@ -515,6 +526,7 @@ class _Run:
         self.best = _Best(**state["best"])
         self.validated_step = state["validated_step"]
         self.watch.seconds = state["train_s"]
+        self.watch.process_s = state.get("process_s", 0.0)  # an older version did not measure it
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         if self.depth is not None:

@@ -53,11 +53,12 @@ class ManyOptions:
     """How many runs, and where each of them runs."""
 
     scale: str = "full"
-    """full, or small: fewer layers, epochs and images, minutes for each run."""
+    """full, or small: the same question, asked of few images: seconds to minutes for each run."""
     seeds: int | None = None
-    """So many runs of each experiment, with the seeds from --seed on; the table has mean and standard deviation."""
-    jobs: int = 1
-    """So many runs at a time, each in a process of its own."""
+    """Number of runs of each experiment, with the seeds from --seed on; the table has mean and standard deviation.
+    None: 5 for digits, else 1 for most tables and figures."""
+    jobs: int | None = None
+    """Number of concurrent runs, each a process. None: 2 for digits, else 1."""
 
     def check(self) -> None:
         """Refuse what does not exist.

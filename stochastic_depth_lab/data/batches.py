@@ -31,6 +31,7 @@ def batches(
     augmentation: Augmentation | None = None,
     seed: int | None = None,
     epoch: int = 0,
+    passes: int = 1,
     start: int = 0,
     drop_last: bool = False,
     rank: int = 0,
@@ -49,6 +50,8 @@ def batches(
         augmentation: for training; needs a seed. Pictures in files are cropped at random with it.
         seed: of the run. None: all images in their own order, for evaluation.
         epoch: number of the epoch: each has its own order and augmentation.
+        passes: over the images, each in an order of its own, that make the epoch; more than one need a seed. A batch
+            may begin in one and end in the next.
         start: batches to skip.
         drop_last: leave out a last batch that is shorter. (The authors keep it.)
         rank: which part of each batch to yield, where several processes share it.
@@ -56,17 +59,20 @@ def batches(
             yield its first image, to be counted with weight 0, since every process must make the step.
 
     Raises:
-        ValueError: if the batch size is not positive, `start` is negative or beyond the epoch, or augmentation is asked
-            for without a seed.
+        ValueError: if the batch size is not positive, `start` is negative or beyond the epoch, or augmentation or
+            several passes are asked for without a seed.
     """
-    end = num_batches(len(split), max(batch_size, 1), drop_last=drop_last)
+    end = num_batches(len(split) * passes, max(batch_size, 1), drop_last=drop_last)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, but is {batch_size}.")
     if not 0 <= start <= end:
         raise ValueError(f"start must be in 0..{end}, the batches of this epoch, but is {start}: another batch size?")
     if augmentation is not None and seed is None:
         raise ValueError("augmentation is random and needs a seed: give both, or neither for evaluation.")
-    return _batches(split, batch_size, normalisation, augmentation, seed, epoch, range(start, end), (rank, num_ranks))
+    if passes != 1 and seed is None:
+        raise ValueError(f"passes must be 1 without a seed, for evaluation, but is {passes}.")
+    indices, part = range(start, end), (rank, num_ranks)
+    return _batches(split, batch_size, normalisation, augmentation, seed, epoch, passes, indices, part)
 
 
 def part_of_batch(num_images: int, rank: int, num_ranks: int) -> range:
@@ -86,6 +92,7 @@ def _batches(
     augmentation: Augmentation | None,
     seed: int | None,
     epoch: int,
+    passes: int,
     indices: range,
     part: tuple[int, int],
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -94,11 +101,12 @@ def _batches(
     order = torch.arange(len(split))
     draws = crop_seeds = None
     if seed is not None:  # drawn on the CPU: every device sees the same epoch
-        order = torch.randperm(len(split), generator=generator("order", seed, epoch))
+        draw = generator("order", seed, epoch)
+        order = torch.cat([torch.randperm(len(split), generator=draw) for _ in range(passes)])
         if augmentation is not None:
-            draws = augmentation.draw(len(split), generator("augmentation", seed, epoch)).to(device)
-            crop_seeds = torch.randint(1 << 32, (len(split),), generator=generator("crop", seed, epoch))
-    places = [_own_places(len(split), batch_size, index, part, random=seed is not None) for index in indices]
+            draws = augmentation.draw(len(order), generator("augmentation", seed, epoch)).to(device)
+            crop_seeds = torch.randint(1 << 32, (len(order),), generator=generator("crop", seed, epoch))
+    places = [_own_places(len(order), batch_size, index, part, random=seed is not None) for index in indices]
     if isinstance(split, PictureSplit):
         seeds = None if crop_seeds is None else [crop_seeds[each] for each in places]
         images = split.read([order[each] for each in places], seeds)

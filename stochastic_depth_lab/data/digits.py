@@ -49,4 +49,12 @@ def load(validation: int | None, split_seed: int) -> ImageData:
         labels[rest], proportional(labels[rest], num_validation), generator("digits", "validation", split_seed)
     )
     names = tuple(str(digit) for digit in range(10))
-    return ImageData("digits", 10, names, everything[rest[kept]], everything[rest[drawn]], everything[test])
+    return ImageData(
+        "digits",
+        10,
+        names,
+        everything[rest[kept]],
+        everything[rest[drawn]],
+        everything[test],
+        tests_on_the_rest=True,
+    )

@@ -12,7 +12,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from stochastic_depth_lab.data.errors import DataError
 from stochastic_depth_lab.data.normalisation import Normalisation
+from stochastic_depth_lab.data.partition import draw_per_class
 from stochastic_depth_lab.data.pictures import PictureSplit
+from stochastic_depth_lab.data.seeding import generator
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +129,8 @@ class ImageData:
         validation: what chooses the epoch whose test error is reported.
         test: what is reported.
         normalisation: if it is given with the data set. None: it is fitted on the training part.
+        tests_on_the_rest: whether `few` adds the training images that are left over to the test part: for data sets
+            without published test images.
 
     Raises:
         DataError: if names, labels or image sizes disagree.
@@ -139,6 +143,7 @@ class ImageData:
     validation: Split | PictureSplit
     test: Split | PictureSplit
     normalisation: Normalisation | None = None
+    tests_on_the_rest: bool = False
 
     def __post_init__(self) -> None:
         if len(self.class_names) != self.num_classes:
@@ -159,6 +164,36 @@ class ImageData:
         train, validation, test = (part.to(device) for part in (self.train, self.validation, self.test))
         normalisation = self.normalisation and self.normalisation.to(device)
         return replace(self, train=train, validation=validation, test=test, normalisation=normalisation)
+
+    def few(self, images_per_class: int, seed: int) -> "ImageData":
+        """The same with few training images, drawn at random: others for another seed.
+
+        Validation and test images stay; nothing that was held out is ever trained on.
+
+        Args:
+            images_per_class: training images of each class.
+            seed: which ones.
+
+        Raises:
+            DataError: if a class has fewer.
+        """
+        train, test = self.train, self.test
+        if not isinstance(train, Split) or not isinstance(test, Split):
+            raise DataError(f"{self.name}: images_per_class is for images in memory.")
+        class_sizes: list[int] = train.labels.bincount(minlength=self.num_classes).tolist()
+        if min(class_sizes) < images_per_class:
+            smallest = class_sizes.index(min(class_sizes))
+            raise DataError(
+                f"{self.name}: images_per_class must be 1..{min(class_sizes)}, the training images of class "
+                f"{self.class_names[smallest]!r}, but is {images_per_class}."
+            )
+        drawn, rest = draw_per_class(
+            train.labels.cpu(), [images_per_class] * self.num_classes, generator("few", self.name, seed)
+        )
+        if self.tests_on_the_rest:
+            left = train[rest.to(train.device)]
+            test = Split(torch.cat([test.images, left.images]), torch.cat([test.labels, left.labels]))
+        return replace(self, train=train[drawn.to(train.device)], test=test)
 
     def limited(self, num_images: int) -> "ImageData":
         """The same with the first so many images of each part."""

@@ -3,11 +3,11 @@
 import difflib
 
 from stochastic_depth_lab.config import Experiment, Study, small
-from stochastic_depth_lab.experiments import cifar, digits, imagenet, studies, svhn
+from stochastic_depth_lab.experiments import cifar, digits, few, imagenet, studies, svhn
 
 EXPERIMENTS: dict[str, Experiment] = {
     constant.name: constant
-    for module in (digits, cifar, svhn, imagenet)
+    for module in (digits, few, cifar, svhn, imagenet)
     for constant in vars(module).values()
     if isinstance(constant, Experiment)
 }

@@ -1,22 +1,25 @@
 """The paper's tables and figures, and its readers' questions: the runs behind each, and how they are shown.
 
 `stochastic-depth reproduce NAME --out FOLDER` trains what is missing and draws it. Runs with the same configuration are
-the same run: in one folder, `table2` finds all of its runs done after `table1`. `--scale small` takes the small forms:
-minutes are for one run on one core of an AMD EPYC, bf16.
+the same run: in one folder, `table2` finds all of its runs done after `table1`. `--scale small` asks the same question
+of few images (`few.py`), in seconds to minutes for each run on one core.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import product
+from typing import Any
 
-from stochastic_depth_lab.config import Depth, Experiment, OverTime, Regularisers, Study, small
-from stochastic_depth_lab.experiments import cifar, imagenet, svhn
+from stochastic_depth_lab.config import Claim, Comparison, Depth, Experiment, OverTime, Regularisers, Study
+from stochastic_depth_lab.experiments import cifar, digits, few, imagenet, svhn
+from stochastic_depth_lab.experiments.few import Pair
 
 _SURVIVAL_PROBS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-_FEW_SURVIVAL_PROBS = (0.2, 0.5, 0.7, 0.9)
+_FEW_SURVIVAL_PROBS = (0.1, 0.2, 0.4, 0.5, 0.6, 0.8, 0.9)
 
 
-def _with_survival(pair: tuple[Experiment, Experiment], schedule: str, final_survival_prob: float) -> Experiment:
-    """A pair's stochastic experiment with another schedule; the pair's own where that is what is asked for."""
+def _with_survival(pair: Pair, schedule: str, final_survival_prob: float) -> Experiment:
+    """A pair's stochastic experiment with another schedule; the pair's own where that is what is requested."""
     constant, stochastic = pair
     if final_survival_prob == 1:
         return constant
@@ -26,14 +29,15 @@ def _with_survival(pair: tuple[Experiment, Experiment], schedule: str, final_sur
     return replace(
         stochastic,
         name=f"{stochastic.name.removesuffix('-stochastic')}-{schedule}-{final_survival_prob}",
-        title=f"{stochastic.title}, {schedule}, p_L = {final_survival_prob}",
+        title=f"{stochastic.title.removesuffix(', stochastic depth')}, {schedule}, p_L = {final_survival_prob}",
         depth=depth,
         published=None,
     )
 
 
-def _small(experiments: Sequence[Experiment]) -> tuple[Experiment, ...]:
-    return tuple(map(small, experiments))
+def _less(pairs: Iterable[tuple[Experiment, Experiment]], measure: Any = "test_error") -> tuple[Comparison, ...]:
+    """Of each pair (more, less), such as (constant, stochastic), the second is claimed to have less."""
+    return tuple(Comparison(less.name, more.name, measure) for more, less in pairs)
 
 
 _CIFAR10_110 = (cifar.CIFAR10_110_CONSTANT, cifar.CIFAR10_110_STOCHASTIC)
@@ -41,111 +45,234 @@ _CIFAR10_1202 = (cifar.CIFAR10_1202_CONSTANT, cifar.CIFAR10_1202_STOCHASTIC)
 _CIFAR100_110 = (cifar.CIFAR100_110_CONSTANT, cifar.CIFAR100_110_STOCHASTIC)
 _SVHN_152 = (svhn.SVHN_152_CONSTANT, svhn.SVHN_152_STOCHASTIC)
 _IMAGENET_152 = (imagenet.IMAGENET_152_CONSTANT, imagenet.IMAGENET_152_STOCHASTIC)
-_CURVES = (*_CIFAR10_110, *_CIFAR10_1202, *_CIFAR100_110, *_SVHN_152)
-_TABLE2 = (*_CIFAR10_110, *_CIFAR100_110, *_SVHN_152)
+_CURVES = (_CIFAR10_110, _CIFAR10_1202, _CIFAR100_110, _SVHN_152)
+_TABLE2 = (_CIFAR10_110, _CIFAR100_110, _SVHN_152)
+_DIGITS = (digits.DIGITS_CONSTANT, digits.DIGITS_STOCHASTIC)
+_DIGITS_110 = (few.DIGITS_110_CONSTANT, few.DIGITS_110_STOCHASTIC)
+_CIFAR10_FEW = (few.CIFAR10_FEW_32_CONSTANT, few.CIFAR10_FEW_32_STOCHASTIC)
+_SMALL = (_DIGITS, _DIGITS_110, _CIFAR10_FEW)
+
+
+def _runs(pairs: Iterable[Sequence[Experiment]]) -> tuple[Experiment, ...]:
+    return tuple(experiment for pair in pairs for experiment in pair)
+
+
+# The demo: `make demo`, stochastic-depth reproduce digits --out runs/digits
+DIGITS = Study(
+    "digits",
+    "200 digits to learn from, a network of 56 layers",
+    "A deep network memorizes its few training images. With stochastic depth it still recognizes others.",
+    experiments=_DIGITS,
+    small_experiments=_DIGITS,
+    figures=("gap", "curves"),
+    claims=(Claim("Stochastic depth lowers the test error (Huang et al. 2016).", _less([_DIGITS])),),
+    seeds=5,
+    jobs=2,
+    yardsticks=True,
+)
 
 # Huang et al. 2016, table of results: 6.41 / 5.23, 6.72 / 4.91, 27.22 / 24.58, 2.01 / 1.75, 21.78 / 21.98 %.
 # (constant / stochastic).
 # stochastic-depth reproduce table1 --out runs/paper --seeds 3
-# About 1,900 h on one core for one seed, ImageNet 43,000 h; not run. Small: 10 runs of 2 to 4 minutes.
+# About 1,900 h on one core for one seed, ImageNet 43,000 h; not run.
 TABLE1 = Study(
     "table1",
     "Test error of constant and of stochastic depth",
     "The paper: stochastic depth lowers the test error on every data set but ImageNet (as good with a third more "
     "epochs), and lets 1202 layers learn better than 110.",
-    experiments=(*_CURVES, *_IMAGENET_152),
-    small_experiments=_small((*_CURVES, *_IMAGENET_152)),
+    experiments=_runs((*_CURVES, _IMAGENET_152)),
+    small_experiments=_runs(_SMALL),
     figures=("curves",),
+    claims=(
+        Claim("The paper: stochastic depth lowers the test error on every data set.", _less((*_CURVES, *_SMALL))),
+        Claim(
+            "The paper: with stochastic depth 1202 layers learn better than 110.",
+            _less([(_CIFAR10_110[1], _CIFAR10_1202[1])]),
+        ),
+    ),
+    seeds=1,
 )
 
 # Huang et al. 2016, training time on one Titan X: 20 h 42 / 15 h 7, 20 h 51 / 15 h 20, 33 h 43 / 25 h 33.
 # stochastic-depth reproduce table2 --out runs/paper
-# About 470 h on one core; not run. Small: 6 runs of about 2 minutes.
+# About 470 h on one core; not run.
 TABLE2 = Study(
     "table2",
     "Training time of constant and of stochastic depth",
     "The paper: stochastic depth saves about a quarter of the training time, as expected from p_L = 0.5.",
-    experiments=_TABLE2,
-    small_experiments=_small(_TABLE2),
+    experiments=_runs(_TABLE2),
+    small_experiments=_runs(_SMALL),
+    claims=(Claim("The paper: training takes less time.", _less((*_TABLE2, *_SMALL), "process_s")),),
+)
+
+# The paper's schedule of the learning rate, in 1,000 steps on 200 digits: 0.1, a tenth of it after a half and three
+# quarters. The paper's rate, not tuned.
+_DIGITS_STEP = few.titled(
+    few.few("digits-56-step", few.digits(), 56, steps=1000, epochs=25, rates=(0.1, 0.1), lr_schedule="step_text"),
+    "step schedule",
 )
 
 # Huang et al. 2016, training loss and test error over the epochs for the runs of the first table.
 # stochastic-depth reproduce curves --out runs/paper
-# About 1,900 h on one core; not run. Small: 8 runs of about 2 minutes.
-CURVES = replace(
-    TABLE1,
-    name="curves",
-    title="Training loss and test error over epochs",
-    claim="The paper: with stochastic depth the test error ends lower on each of the data sets.",
-    experiments=_CURVES,
-    small_experiments=_small(_CURVES),
+# About 1,900 h on one core; not run.
+CURVES = Study(
+    "curves",
+    "Training loss and test error over epochs",
+    "The paper: the training loss is higher with stochastic depth, and the test error ends lower.",
+    experiments=_runs(_CURVES),
+    small_experiments=_runs((_DIGITS_STEP, _CIFAR10_FEW)),
+    figures=("curves", "gradient"),
+    claims=(
+        Claim(
+            "The paper: the test error ends lower with stochastic depth.",
+            _less((*_CURVES, _DIGITS_STEP, _CIFAR10_FEW)),
+        ),
+        Claim(
+            "The paper: the training loss ends higher with stochastic depth.",
+            _less([(s, c) for c, s in (*_CURVES, _DIGITS_STEP, _CIFAR10_FEW)], "train_loss"),
+        ),
+    ),
 )
 
 # Huang et al. 2016, mean gradient magnitude of the first convolution, CIFAR-10, 110 layers.
 # stochastic-depth reproduce gradients --out runs/paper
-# About 120 h on one core; not run. Small: 2 runs of about 2 minutes.
+# About 120 h on one core; not run.
 GRADIENTS = Study(
     "gradients",
     "Gradient of the first convolution over epochs",
     "The paper: the gradient is larger with stochastic depth, most of all after the learning rate drops.",
     experiments=_CIFAR10_110,
-    small_experiments=_small(_CIFAR10_110),
+    small_experiments=_DIGITS_STEP,
     figures=("gradient", "curves"),
+    claims=(
+        Claim(
+            "The paper: after the learning rate drops the gradient is larger with stochastic depth.",
+            _less([(s, c) for c, s in (_CIFAR10_110, _DIGITS_STEP)], "late_gradient"),
+        ),
+    ),
 )
 
 # Huang et al. 2016, test error over p_L, CIFAR-10, 110 layers, linear decay and uniform, with constant depth as a line.
 # stochastic-depth reproduce survival --out runs/paper
-# About 900 h on one core; not run. Small: 9 runs of about 2 minutes.
+# About 900 h on one core; not run.
+_DIGITS_56 = few.few("digits-56", few.digits(), 56, steps=300, epochs=5, rates=few.DIGITS_RATES)
+
+
+def _survival_runs(pair: Pair, probs: Sequence[float]) -> tuple[Experiment, ...]:
+    return (pair[0], *(_with_survival(pair, kind, p) for p in probs for kind in ("linear", "uniform")))
+
+
+def _survival_claims(pairs: Sequence[Pair]) -> tuple[Claim, ...]:
+    def runs(kind: str, probs: Sequence[float]) -> list[tuple[Pair, Experiment]]:
+        return [(pair, _with_survival(pair, kind, p)) for pair in pairs for p in probs]
+
+    return (
+        Claim(
+            "The paper: linear decay is better than uniform survival throughout.",
+            _less(
+                (uniform, linear)
+                for (_, uniform), (_, linear) in zip(
+                    runs("uniform", (0.2, 0.4, 0.6, 0.8)), runs("linear", (0.2, 0.4, 0.6, 0.8)), strict=True
+                )
+            ),
+        ),
+        Claim(
+            "The paper: linear decay from 0.4 to 0.8 is better than constant depth.",
+            _less((pair[0], linear) for pair, linear in runs("linear", (0.4, 0.6, 0.8))),
+        ),
+        Claim(
+            "The paper: linear decay to 0.2 is better than constant depth.",
+            _less((pair[0], linear) for pair, linear in runs("linear", (0.2,))),
+        ),
+        Claim(
+            "The paper: uniform survival is good only near 0.8.",
+            _less((low, _with_survival(pair, "uniform", 0.8)) for pair, low in runs("uniform", (0.2, 0.4))),
+        ),
+    )
+
+
 SURVIVAL = Study(
     "survival",
     "Test error over the survival probability of the last block",
     "The paper: linear decay is better than uniform survival throughout, and good from 0.4 to 0.8; uniform survival is "
     "good only near 0.8; linear decay to 0.2 still beats constant depth.",
-    experiments=(
-        _CIFAR10_110[0],
-        *(_with_survival(_CIFAR10_110, kind, p) for kind in ("linear", "uniform") for p in _SURVIVAL_PROBS),
-    ),
-    small_experiments=_small(
-        (
-            _CIFAR10_110[0],
-            *(_with_survival(_CIFAR10_110, kind, p) for kind in ("linear", "uniform") for p in _FEW_SURVIVAL_PROBS),
-        )
-    ),
+    experiments=_survival_runs(_CIFAR10_110, _SURVIVAL_PROBS),
+    small_experiments=_survival_runs(_DIGITS_56, _FEW_SURVIVAL_PROBS),
     figures=("survival_curve",),
+    claims=_survival_claims((_CIFAR10_110, _DIGITS_56)),
 )
 
 # Huang et al. 2016, heat map of the test error over depth and p_L, CIFAR-10, linear decay.
 # stochastic-depth reproduce depth-survival --out runs/paper
-# About 800 h on one core; not run. Small: 15 runs of 1 to 2 minutes.
+# About 800 h on one core; not run.
+_DEPTHS = (
+    (cifar.CIFAR10_20_CONSTANT, cifar.CIFAR10_20_STOCHASTIC),
+    (cifar.CIFAR10_32_CONSTANT, cifar.CIFAR10_32_STOCHASTIC),
+    (cifar.CIFAR10_44_CONSTANT, cifar.CIFAR10_44_STOCHASTIC),
+    (cifar.CIFAR10_56_CONSTANT, cifar.CIFAR10_56_STOCHASTIC),
+    _CIFAR10_110,
+)
+_DIGITS_DEPTHS = tuple(
+    few.few(f"digits-{layers}-1000", few.digits(), layers, steps=1000, epochs=5, rates=few.DIGITS_RATES)
+    for layers in (20, 56, 110)
+)
 DEPTH_SURVIVAL = Study(
     "depth-survival",
     "Test error over depth and survival probability",
     "The paper has a heat map of this; its numbers are not known here.",
-    experiments=tuple(
-        _with_survival(pair, "linear", p)
-        for pair in (
-            (cifar.CIFAR10_20_CONSTANT, cifar.CIFAR10_20_STOCHASTIC),
-            (cifar.CIFAR10_32_CONSTANT, cifar.CIFAR10_32_STOCHASTIC),
-            (cifar.CIFAR10_44_CONSTANT, cifar.CIFAR10_44_STOCHASTIC),
-            (cifar.CIFAR10_56_CONSTANT, cifar.CIFAR10_56_STOCHASTIC),
-            _CIFAR10_110,
-        )
-        for p in (0.2, 0.4, 0.6, 0.8, 1.0)
-    ),
-    small_experiments=tuple(
-        small(_with_survival(pair, "linear", p), num_layers)
-        for pair, num_layers in (
-            ((cifar.CIFAR10_20_CONSTANT, cifar.CIFAR10_20_STOCHASTIC), 8),
-            ((cifar.CIFAR10_56_CONSTANT, cifar.CIFAR10_56_STOCHASTIC), 14),
-            (_CIFAR10_110, 20),
-        )
-        for p in (*_FEW_SURVIVAL_PROBS, 1.0)
-    ),
+    experiments=tuple(_with_survival(pair, "linear", p) for pair in _DEPTHS for p in (0.2, 0.4, 0.6, 0.8, 1.0)),
+    small_experiments=tuple(_with_survival(pair, "linear", p) for pair in _DIGITS_DEPTHS for p in (0.2, 0.5, 0.8, 1.0)),
     figures=("heat_map",),
+    claims=(
+        Claim(
+            "The paper: stochastic depth is better at every depth.",
+            (
+                *_less((pair[0], _with_survival(pair, "linear", 0.4)) for pair in _DEPTHS),
+                *_less(_DIGITS_DEPTHS),
+            ),
+        ),
+    ),
+)
+
+# Huang et al. 2016: 1202 layers have 4.91 % with stochastic depth, 110 have 5.23 %; at constant depth 6.72 and 6.41 %.
+# The paper's schedule with its warm-up at a tenth of the rate, here for the first tenth of 2,000 steps; not tuned.
+# stochastic-depth reproduce deeper --scale small --out runs/deeper
+_DEEPER = (_DEPTHS[0], _DEPTHS[3], _CIFAR10_110, _CIFAR10_1202)
+_DIGITS_DEEPER = tuple(
+    few.few(
+        f"digits-{layers}-deeper",
+        few.digits(),
+        layers,
+        steps=2000,
+        epochs=10,
+        rates=(0.1, 0.1),
+        lr_schedule="step_text",
+        warmup_epochs=1,
+    )
+    for layers in (20, 56, 110, 302, 1202)
+)
+DEEPER = Study(
+    "deeper",
+    "Test error over depth, up to 1202 layers",
+    "The paper: with stochastic depth more layers still help, up to 1202; at constant depth they do not.",
+    experiments=_runs(_DEEPER),
+    small_experiments=_runs(_DIGITS_DEEPER),
+    figures=("depth_curve",),
+    claims=(
+        Claim("The paper: stochastic depth is better at every depth.", _less((*_DEEPER, *_DIGITS_DEEPER))),
+        Claim(
+            "The paper: with stochastic depth 1202 layers learn better than 110.",
+            _less([(_CIFAR10_110[1], _CIFAR10_1202[1]), (_DIGITS_DEEPER[2][1], _DIGITS_DEEPER[4][1])]),
+        ),
+        Claim(
+            "The paper: at constant depth 1202 layers learn worse than 110.",
+            _less([(_CIFAR10_1202[0], _CIFAR10_110[0]), (_DIGITS_DEEPER[4][0], _DIGITS_DEEPER[2][0])]),
+        ),
+    ),
 )
 
 
-def _over_time(pair: tuple[Experiment, Experiment], over_time: OverTime, turn: float) -> Experiment:
+def _over_time(pair: Pair, over_time: OverTime, turn: float) -> Experiment:
     _, stochastic = pair
     return replace(
         stochastic,
@@ -156,7 +283,7 @@ def _over_time(pair: tuple[Experiment, Experiment], over_time: OverTime, turn: f
     )
 
 
-def _regularised(pair: tuple[Experiment, Experiment], name: str, regularisers: Regularisers) -> Experiment:
+def _regularised(pair: Pair, name: str, regularisers: Regularisers) -> Experiment:
     constant, _ = pair
     return replace(
         constant,
@@ -167,23 +294,47 @@ def _regularised(pair: tuple[Experiment, Experiment], name: str, regularisers: R
     )
 
 
+def _decayed(pair: Pair, weight_decay: float) -> Experiment:
+    constant, _ = pair
+    return replace(
+        constant,
+        name=f"{constant.name.removesuffix('-constant')}-decay-{weight_decay}",
+        title=constant.title.replace("constant depth", f"weight decay {weight_decay}"),
+        recipe=replace(constant.recipe, weight_decay=weight_decay),
+        published=None,
+    )
+
+
 # Not of the paper. Liu et al. 2023, "Dropout Reduces Underfitting": dropping only early (the first 50 of 300 epochs,
 # falling to 0) helps models that under-fit, dropping only late those that over-fit.
 # stochastic-depth reproduce over-time --out runs/paper
-# About 240 h on one core; not run. Small: 4 runs of about 2 minutes.
+# About 240 h on one core; not run.
 _OVER_TIME = (*_CIFAR10_110, _over_time(_CIFAR10_110, "early", 0.25), _over_time(_CIFAR10_110, "late", 0.25))
+_DIGITS_OVER_TIME = (*_DIGITS, _over_time(_DIGITS, "early", 0.4), _over_time(_DIGITS, "late", 0.4))
 OVER_TIME = Study(
     "over-time",
     "Stochastic depth early, late, and throughout",
-    "Dropping early only helps what under-fits, dropping late only what over-fits (Liu et al. 2023, other networks).",
+    "Dropping early only helps what under-fits, dropping late only what over-fits (Liu et al. 2023, other networks). "
+    "Early: the drop rates fall to 0 until the turn; late: they are 0 until the turn.",
     experiments=_OVER_TIME,
-    small_experiments=_small(_OVER_TIME),
+    small_experiments=_DIGITS_OVER_TIME,
     figures=("curves", "gradient"),
+    claims=(
+        Claim(
+            "Liu et al. 2023: a network that over-fits gains from dropping late.",
+            _less([(_DIGITS_OVER_TIME[0], _DIGITS_OVER_TIME[3])]),
+        ),
+        Claim(
+            "Dropping throughout is better than early or late only.",
+            _less((only, _DIGITS_OVER_TIME[1]) for only in _DIGITS_OVER_TIME[2:]),
+        ),
+    ),
 )
 
-# Huang et al. 2016 say that dropout gains little next to BatchNorm; no numbers are known.
+# Huang et al. 2016 say that dropout gains little next to BatchNorm; no numbers are known. On few images every strength
+# is shown, none chosen.
 # stochastic-depth reproduce regularisers --out runs/paper
-# About 400 h on one core; not run. Small: 6 runs of about 2 minutes.
+# About 400 h on one core; not run.
 _REGULARISERS = (
     *_CIFAR10_110,
     _regularised(_CIFAR10_110, "dropout", Regularisers(activation_survival_prob=0.8)),
@@ -193,12 +344,94 @@ _REGULARISERS = (
         _CIFAR10_110, "dropped-filters-and-penalty", Regularisers(filter_survival_prob=0.8, filter_penalty=0.3)
     ),
 )
+_STRENGTHS = (0.9, 0.7, 0.5)
+_DIGITS_OTHERS = (
+    *(_regularised(_DIGITS_56, f"dropout-{p}", Regularisers(activation_survival_prob=p)) for p in _STRENGTHS),
+    *(_regularised(_DIGITS_56, f"dropped-filters-{p}", Regularisers(filter_survival_prob=p)) for p in _STRENGTHS),
+    *(_decayed(_DIGITS_56, weight_decay) for weight_decay in (1e-3, 5e-3, 2e-2)),
+)
 REGULARISERS = Study(
     "regularisers",
-    "Stochastic depth beside other regularisers",
+    "Stochastic depth beside other regularizers",
     "The paper: dropout gains little next to BatchNorm. Dropped filters and the penalty on filters are what a public "
-    "explainer takes for stochastic depth.",
+    "explainer takes for stochastic depth. Dropout and dropped filters: the number is the chance to survive.",
     experiments=_REGULARISERS,
-    small_experiments=_small(_REGULARISERS),
-    figures=("curves",),
+    small_experiments=(*_DIGITS_56, *_DIGITS_OTHERS),
+    claims=(
+        Claim(
+            "Stochastic depth is better than dropout, dropped filters and weight decay, whatever their strength.",
+            _less((other, _DIGITS_56[1]) for other in _DIGITS_OTHERS),
+        ),
+    ),
+)
+
+# Not of the paper: from how many steps on, and up to how many images, is stochastic depth the better one?
+# stochastic-depth reproduce payoff --out runs/payoff --jobs 2
+_STEPS = (100, 300, 1000, 3000)
+
+
+def _payoff(
+    name: str, data: Any, num_layers: int, images: Sequence[int], steps: Sequence[int], rates: tuple[float, float]
+) -> tuple[Pair, ...]:
+    return tuple(
+        few.titled(
+            few.few(
+                f"{name}-{count}-images-{number}-steps", data(count), num_layers, steps=number, epochs=5, rates=rates
+            ),
+            f"{10 * count:,} images, {number:,} steps",
+        )
+        for count, number in product(images, steps)
+    )
+
+
+_DIGITS_PAYOFF = _payoff("digits", few.digits, 56, (2, 5, 10, 20, 50, 100), _STEPS, few.DIGITS_RATES)
+_CIFAR10_PAYOFF = _payoff("cifar10", few.cifar10, 32, (10, 100, 500), (1000, 3000, 9000), few.CIFAR10_RATES)
+PAYOFF = Study(
+    "payoff",
+    "When stochastic depth starts to pay: length of training and number of images",
+    "No paper has drawn it: test error of both over the number of steps and of training images, and where they cross.",
+    experiments=_runs((*_DIGITS_PAYOFF, *_CIFAR10_PAYOFF)),
+    small_experiments=_runs((*_DIGITS_PAYOFF, *_CIFAR10_PAYOFF)),
+    figures=("crossing",),
+    seeds=3,
+)
+
+# Not of the paper: the largest pair on CIFAR-10 that one core finishes in a night. The paper's rate, not tuned.
+# stochastic-depth reproduce cifar10-all --out runs/cifar10-all
+_CIFAR10_ALL = (cifar.CIFAR10_UNAUGMENTED_32_CONSTANT, cifar.CIFAR10_UNAUGMENTED_32_STOCHASTIC)
+CIFAR10_ALL = Study(
+    "cifar10-all",
+    "All of CIFAR-10 on a CPU",
+    "The paper: stochastic depth lowers the test error. Here with 32 layers, 30 epochs and no augmentation.",
+    experiments=_CIFAR10_ALL,
+    small_experiments=_CIFAR10_ALL,
+    figures=("curves", "gradient"),
+    claims=(Claim("The paper: stochastic depth lowers the test error.", _less([_CIFAR10_ALL])),),
+)
+
+_RATES = (0.02, 0.05, 0.1, 0.2)
+
+
+def _rate_grid(name: str, data: Any, num_layers: int, **settings: Any) -> tuple[Experiment, ...]:
+    """A pair with every learning rate of the grid."""
+    pairs = [
+        few.titled(few.few(f"{name}-rate-{rate}", data, num_layers, rates=(rate, rate), **settings), f"rate {rate}")
+        for rate in _RATES
+    ]
+    return (*(constant for constant, _ in pairs), *(stochastic for _, stochastic in pairs))
+
+
+# Not of the paper: what few.DIGITS_RATES and few.CIFAR10_RATES are chosen by.
+# stochastic-depth reproduce learning-rates --out runs/learning-rates
+_RATE_GRID = _rate_grid("digits-56", few.digits(), 56, steps=300, epochs=5)
+LEARNING_RATES = Study(
+    "learning-rates",
+    "Learning rates, chosen on validation images",
+    "Which learning rate has the lowest validation error after the last step, for each method on its own? These seeds "
+    "are not reported elsewhere.",
+    experiments=_RATE_GRID,
+    small_experiments=_RATE_GRID,
+    figures=("rates",),
+    seeds=2,
+    first_seed=100,
 )

@@ -31,6 +31,8 @@ class Epoch:
     open_counts: tuple[float, ...]
     depth_counts: tuple[float, ...]
     """How many steps ran 0, 1, ..., all branches; empty in runs of older versions, which did not count."""
+    process_s: float | None = None
+    """Process time of training; None in runs of older versions, which did not measure it."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,23 @@ class Run:
     def train_s(self) -> float:
         """Seconds of training, evaluation not included."""
         return math.fsum(e.train_s for e in self.epochs)
+
+    @property
+    def process_s(self) -> float | None:
+        """Process time of training; None if an epoch lacks it."""
+        times = [e.process_s for e in self.epochs if e.process_s is not None]
+        return math.fsum(times) if len(times) == len(self.epochs) else None
+
+    @property
+    def late_gradient(self) -> float:
+        """Mean |gradient| of the first convolution's weights since the learning rate first fell to half or less.
+
+        Over all epochs if it never did.
+        """
+        rates = [e.learning_rate for e in self.epochs]
+        dropped = [i for i in range(1, len(rates)) if rates[i] <= rates[i - 1] / 2]
+        late = self.epochs[dropped[0] if dropped else 0 :]
+        return math.fsum(e.first_conv_grad * e.num_steps for e in late) / sum(e.num_steps for e in late)
 
     @property
     def num_steps(self) -> int:
@@ -350,6 +369,7 @@ def _epoch(fields: _Reader, num_branches: int) -> Epoch:
         depth_counts=(
             fields.numbers("depth_counts", length=num_branches + 1) if "depth_counts" in fields.fields else ()
         ),
+        process_s=fields.number("process_s") if "process_s" in fields.fields else None,
     )
 
 

@@ -31,7 +31,7 @@ from small_runs import assert_same, outcome  # noqa: E402
 
 EXPERIMENT = shlex.split(
     "train digits-stochastic --model.num-layers 14 --data.limit 100 --recipe.batch-size 16 --recipe.checkpoint-every 1 "
-    "--recipe.learning-rate 0.02 --recipe.num-threads 1"
+    "--recipe.epoch-passes 1 --recipe.learning-rate 0.02 --recipe.num-threads 1"
 )
 DEADLINE_S = 30
 """What a cluster gives a process between SIGTERM and SIGKILL."""

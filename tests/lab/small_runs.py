@@ -12,7 +12,7 @@ from stochastic_depth_lab.config import Depth, Experiment
 from stochastic_depth_lab.experiments import find
 
 CPU = torch.device("cpu")
-TIMES = ("train_s", "steps_per_s")
+TIMES = ("train_s", "process_s", "steps_per_s")
 
 
 class Silent:
@@ -45,9 +45,11 @@ def small(depth: Depth | None = STOCHASTIC, **recipe: Any) -> Experiment:
         digits,
         name="small",
         depth=depth,
-        data=replace(digits.data, limit=100),
+        data=replace(digits.data, images_per_class=None, limit=100),
         model=replace(digits.model, num_layers=14),
-        recipe=replace(digits.recipe, **{"epochs": 4, "batch_size": 16, "learning_rate": 0.02, **recipe}),
+        recipe=replace(
+            digits.recipe, **{"epochs": 4, "epoch_passes": 1, "batch_size": 16, "learning_rate": 0.02, **recipe}
+        ),
     )
 
 

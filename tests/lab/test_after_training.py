@@ -300,7 +300,7 @@ def test_wrong_input_exits_with_2_and_writes_nothing(
         (["evaluate", "RUN", "--subnetworks", "--finetune-epochs", "0"], "--finetune-epochs must be at least 1"),
         (["evaluate", "RUN", "--subnetworks", "--points", "0"], "at least one point, but 0"),
         (["evaluate", "RUN", "--finetune-epochs", "2"], "are for --subnetworks"),
-        (["train", "digits-constant", "--out", "NEW", "--model.keep", "0", "60"], "indices in 0..53, but holds 60"),
+        (["train", "digits-constant", "--out", "NEW", "--model.keep", "0", "60"], "indices in 0..26, but holds 60"),
         (["train", "digits-constant", "--out", "NEW", "--weights", "BROKEN"], "broken.safetensors is damaged"),
     ],
     ids=["no-epochs", "no-points", "finetune-alone", "keep", "weights"],

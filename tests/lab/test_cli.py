@@ -20,7 +20,9 @@ from stochastic_depth_lab.cli import main
 from stochastic_depth_lab.observers import Lines
 from stochastic_depth_lab.options import parse_train
 
-SMALL = shlex.split("--model.num-layers 14 --data.limit 100 --recipe.batch-size 16 --recipe.epochs 6")
+SMALL = shlex.split(
+    "--model.num-layers 14 --data.limit 100 --recipe.batch-size 16 --recipe.epochs 6 --recipe.epoch-passes 1"
+)
 
 
 def command(*arguments: object) -> list[str]:
@@ -108,6 +110,10 @@ MISTAKES = {
     "train digits-stochastic --out OUT --recipe.lr-drops 250": "shares of the epochs in (0, 1)",
     "train digits-stochastic --out OUT --recipe.momentum 0": "recipe.momentum must be in (0, 1), but is 0",
     "train digits-stochastic --out OUT --data.num-validation 5000": "validation must be",
+    "train digits-constant --out OUT --data.images-per-class 200": "images_per_class must be 1..121, the training im",
+    "train digits-constant --out OUT --data.images-per-class 0": "data.images_per_class must be at least 1, but is 0",
+    "train digits-constant --out OUT --recipe.epoch-passes 0": "recipe.epoch_passes must be at least 1, but is 0",
+    "train imagenet-152-constant --out OUT --data.images-per-class 9": "for images in memory, not for imagenet",
     "train cifar10-20-constant --out OUT --data-root FILE": "FILE",
     "train digits-constant --out OUT --weights NOWHERE": "NOWHERE cannot be read: No such file",
     "train digits-constant --out OUT --weights FILE": "FILE is damaged",
@@ -201,22 +207,22 @@ def test_train_reports_and_evaluates(tmp_path, capsys):
 
 
 def test_reproduce_trains_both_and_reports(tmp_path, capsys, monkeypatch):
-    for name in ("digits-constant", "digits-stochastic"):
+    for name in ("digits-110-constant", "digits-110-stochastic"):
         experiment, _ = parse_train([name, "--out", "x", *SMALL])
         monkeypatch.setitem(cli.EXPERIMENTS, name, experiment)
-    assert main(["reproduce", "digits", "--out", str(tmp_path / "runs"), "--seed", "2"]) == 0
+    assert main(["reproduce", "digits-110", "--out", str(tmp_path / "runs"), "--seed", "2"]) == 0
     shown = capsys.readouterr()
-    assert "digits-constant" in shown.out
-    assert "digits-stochastic" in shown.out
+    assert "digits-110-constant" in shown.out
+    assert "digits-110-stochastic" in shown.out
     assert (tmp_path / "runs" / "report.html").exists()
     assert len(list((tmp_path / "runs" / "figures").glob("*.png"))) >= 3
     rows = [
         json.loads((tmp_path / "runs" / name / "config.json").read_text())["seed"]
-        for name in ("digits-constant", "digits-stochastic")
+        for name in ("digits-110-constant", "digits-110-stochastic")
     ]
     assert rows == [2, 2]
-    assert main(["reproduce", "digits", "--out", str(tmp_path / "runs"), "--seed", "2"]) == 2
-    assert main(["reproduce", "digits", "--out", str(tmp_path / "runs"), "--seed", "2", "--resume"]) == 0
+    assert main(["reproduce", "digits-110", "--out", str(tmp_path / "runs"), "--seed", "2"]) == 2
+    assert main(["reproduce", "digits-110", "--out", str(tmp_path / "runs"), "--seed", "2", "--resume"]) == 0
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from stochastic_depth_lab.cli import main
-from stochastic_depth_lab.config import Experiment, as_json, check, differences, from_json, quick
-from stochastic_depth_lab.experiments import EXPERIMENTS, STUDIES, find, find_pair, find_study
+from stochastic_depth_lab.config import Experiment, as_json, check, differences, from_json, quick, small
+from stochastic_depth_lab.experiments import EXPERIMENTS, STUDIES, few, find, find_pair, find_study
 
 PUBLISHED = {  # PAPER.md
     "cifar10-110": (6.41, 5.23),
@@ -37,6 +37,8 @@ def test_a_pair_differs_in_nothing_but_depth(name):
     assert fields
     if name == "imagenet-152":  # 30 more epochs with stochastic depth, as in the paper
         fields = [field for field in fields if field not in ("recipe.epochs", "recipe.lr_drops")]
+    if constant.data.images_per_class is not None:  # each has the rate that is best for it
+        fields = [field for field in fields if field != "recipe.learning_rate"]
     assert all(field.startswith("depth") for field in fields)
     results = [each.published.test_error for each in (constant, stochastic) if each.published]
     assert results == list(PUBLISHED.get(name, ()))
@@ -58,7 +60,7 @@ def test_an_experiment_survives_its_file(experiment: Experiment):
 
 
 def test_differences_are_named_once_and_what_an_older_version_did_not_know_is_its_default():
-    constant, stochastic = map(as_json, find_pair("digits"))
+    constant, stochastic = map(as_json, find_pair("cifar10-20"))
     assert differences(constant, stochastic) == [
         "depth: linear_decay 0.5 batch eval zero bernoulli constant 0.5, not none"
     ]
@@ -67,7 +69,8 @@ def test_differences_are_named_once_and_what_an_older_version_did_not_know_is_it
     ]
     older = {name: value for name, value in constant.items() if name != "initial_weights"}
     older["recipe"] = {name: value for name, value in constant["recipe"].items() if name != "num_threads"}
-    assert differences({**constant, "initial_weights": "ab"}, older) == [
+    newer = {**constant, "recipe": {**constant["recipe"], "num_threads": 1}}
+    assert differences({**newer, "initial_weights": "ab"}, older) == [
         "recipe.num_threads: none, not 1",
         "initial_weights: none, not ab",
     ]
@@ -88,6 +91,8 @@ def test_the_recipe_is_the_papers():
             "flip": True,
             "num_validation": None,
             "split_seed": 0,
+            "images_per_class": None,
+            "num_test": None,
             "limit": None,
             "image_size": None,
             "num_workers": 8,
@@ -105,6 +110,7 @@ def test_the_recipe_is_the_papers():
         },
         "recipe": {
             "epochs": 500,
+            "epoch_passes": 1,
             "batch_size": 128,
             "learning_rate": 0.1,
             "lr_schedule": "step_text",
@@ -169,9 +175,9 @@ def test_every_experiment_trains_quickly(name, made_up_data_root, tmp_path: Path
 
 
 def test_the_papers_tables_and_figures_are_there():
-    assert list(STUDIES)[:6] == ["table1", "table2", "curves", "gradients", "survival", "depth-survival"]
+    assert list(STUDIES)[:7] == ["digits", "table1", "table2", "curves", "gradients", "survival", "depth-survival"]
     table2 = STUDIES["table2"]
-    hours = [published.train_h for each in table2.experiments if (published := table2.published(each.name))]
+    hours = [each.published.train_h for each in table2.experiments if each.published]
     assert [f"{int(h)} h {round(h % 1 * 60)}" for h in hours if h] == [
         "20 h 42", "15 h 7", "20 h 51", "15 h 20", "33 h 43", "25 h 33",
     ]  # fmt: skip
@@ -194,8 +200,35 @@ def test_a_study_has_small_forms_and_no_run_twice(study):
             check(each)
             assert from_json(as_json(each)) == each
     for each in study.small_experiments:
-        assert each.recipe.epochs == 12
-        assert each.model.num_layers <= 32
+        assert (each.data.images_per_class is None) == (study.name == "cifar10-all")
+
+
+@pytest.mark.parametrize("study", STUDIES.values(), ids=lambda study: study.name)
+def test_claims_name_experiments_of_their_study(study):
+    names = {each.name for each in (*study.experiments, *study.small_experiments)}
+    for claim in study.claims:
+        assert claim.comparisons
+        assert {name for each in claim.comparisons for name in (each.less, each.more)} <= names
+        assert all(each.less != each.more for each in claim.comparisons)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted({*STUDIES} - {"table1", "table2", "curves", "payoff", "deeper", "cifar10-all"}))
+def test_a_study_runs_in_its_quick_form(name, tmp_path: Path, capsys):
+    """Those of digits alone; the others train the same way on made-up files of other tests."""
+    assert main(["reproduce", name, "--scale", "small", "--quick", "--jobs", "2", "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert STUDIES[name].title in shown
+    verdicts = ("CONFIRMED", "CONTRADICTED", "UNDECIDED")
+    assert sum(shown.count(f"{verdict}: ") for verdict in verdicts) == len(
+        [claim for claim in STUDIES[name].claims if _is_small(STUDIES[name], claim)]
+    )
+    assert list((tmp_path / name / "figures").glob("*.png")) or not STUDIES[name].figures
+
+
+def _is_small(study, claim) -> bool:
+    names = {each.name for each in study.small_experiments}
+    return any({each.less, each.more} <= names for each in claim.comparisons)
 
 
 def test_the_survival_curve_has_both_schedules_and_shares_the_tables_runs():
@@ -210,12 +243,39 @@ def test_the_survival_curve_has_both_schedules_and_shares_the_tables_runs():
     assert find("cifar10-110-constant") in STUDIES["depth-survival"].experiments
 
 
-def test_a_small_form_is_the_same_in_every_table():
+def test_the_same_name_is_the_same_run_in_every_study():
     forms = {}
-    for study in [*STUDIES.values(), find_study("cifar10-1202"), find_study("imagenet-152")]:
-        for each in study.small_experiments:
-            if study.name != "depth-survival":
-                assert forms.setdefault(each.name, each) == each
-            check(each)
-    depths = {name: forms[f"small-{name}-stochastic"].model.num_layers for name in ("cifar10-1202", "imagenet-152")}
-    assert depths == {"cifar10-1202": 32, "imagenet-152": 18}
+    for study in STUDIES.values():
+        for each in (*study.experiments, *study.small_experiments):
+            assert forms.setdefault(each.name, each) == each
+
+
+def test_a_small_form_has_few_images_and_fewer_layers():
+    for name in ("cifar10-110", "cifar10-1202", "cifar100-110", "svhn-152"):
+        constant, stochastic = find_study(name).small_experiments
+        assert (stochastic.data.images_per_class, stochastic.data.flip, stochastic.data.translation) == (
+            10 if name == "cifar100-110" else 100, False, 0,
+        )  # fmt: skip
+        assert stochastic.recipe.epochs * stochastic.recipe.epoch_passes * 1000 / stochastic.recipe.batch_size == 3000
+        assert [line.partition(":")[0] for line in differences(as_json(constant), as_json(stochastic))] == ["depth"]
+    assert small(find("cifar10-1202-stochastic")).model.num_layers == 110
+    assert small(find("imagenet-152-stochastic")).model.num_layers == 18
+    assert small(find("digits-constant")) is find("digits-constant")
+
+
+def test_the_rates_are_those_that_validation_chooses():
+    path = Path(__file__).parents[2] / "results" / "learning-rates" / "runs.jsonl"
+    found = {}
+    for line in path.read_text().splitlines():
+        run = json.loads(line)
+        config = from_json(run["config.json"])
+        errors = found.setdefault((config.depth is not None, config.recipe.learning_rate), {})
+        errors[config.seed] = run["metrics"][-1]["validation_error"]
+    assert len(found) == len(STUDIES["learning-rates"].experiments)
+    for stochastic, rate in enumerate(few.DIGITS_RATES):
+        own = {each: errors for (kind, each), errors in found.items() if kind == bool(stochastic)}
+        seeds = set.intersection(*map(set, own.values()))  # those that have the whole grid
+        assert seeds
+        assert min(seeds) >= STUDIES["learning-rates"].first_seed > max(study.seeds for study in STUDIES.values())
+        means = {each: sum(errors[seed] for seed in seeds) / len(seeds) for each, errors in own.items()}
+        assert rate == min(means, key=means.__getitem__)

@@ -19,7 +19,7 @@ PAIR = ("imagenet-152-constant", "imagenet-152-stochastic")
 
 def small(name: str, num_workers: int = 0) -> Experiment:
     """The small form, on pictures that are smaller still, for two epochs of three steps."""
-    experiment = small_form(find(name), num_layers=18)
+    experiment = small_form(find(name))
     data = replace(experiment.data, image_size=32, num_validation=6, limit=12, num_workers=num_workers)
     recipe = replace(experiment.recipe, epochs=2, batch_size=5, learning_rate=0.01)
     return replace(experiment, data=data, recipe=recipe, precision="fp32")

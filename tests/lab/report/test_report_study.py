@@ -1,6 +1,7 @@
 """A study's page: means, deviations and published numbers as worked out by hand; what is missing is said."""
 
 import csv
+import html
 import json
 import re
 import statistics
@@ -9,16 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from stochastic_depth_lab.config import Depth, Experiment, Published, Study
+from stochastic_depth_lab.config import Claim, Comparison, Data, Depth, Experiment, Model, Published, Study
 from stochastic_depth_lab.experiments import find
 from stochastic_depth_lab.report import ReportError, write_study
 from stochastic_depth_lab.report.figures import rendered
 from stochastic_depth_lab.report.study_figures import heat_map, survival_curve
-from stochastic_depth_lab.report.table import NOTHING
 from stochastic_depth_lab.report.theme import figure_style
+from stochastic_depth_lab.report.verdicts import RULE
 
-CONSTANT = replace(find("digits-constant"), name="constant", title="Constant", published=Published(6.41, "x", 20.7))
-STOCHASTIC = replace(find("digits-stochastic"), name="linear-0.5", title="Linear <0.5>", published=Published(5.23, "x"))
+DIGITS = replace(find("digits-constant"), data=Data("digits"), model=Model(110))
+CONSTANT = replace(DIGITS, name="constant", title="Constant", published=Published(6.41, "x", 20.7))
+STOCHASTIC = replace(DIGITS, name="linear-0.5", title="Linear <0.5>", depth=Depth(), published=Published(5.23, "x"))
 ERRORS = {("constant", 0): 10.0, ("constant", 1): 12.0, ("linear-0.5", 0): 9.0, ("linear-0.5", 1): 9.5}
 
 
@@ -43,6 +45,7 @@ def folders(write_run) -> list[tuple[Experiment, Path]]:
     ]
 
 
+CLAIMS = (Claim("Less error.", (Comparison("linear-0.5", "constant"), Comparison("not", "there"))),)
 STUDY = Study("table", "A table", "The paper says so.", (CONSTANT, STOCHASTIC), (), ("curves", "survival_curve"))
 
 
@@ -50,10 +53,11 @@ def test_the_table_is_the_papers_with_ours_beside_it(folders, tmp_path):
     report = write_study(STUDY, folders, tmp_path / "out")
     lines = [re.split(r"\s{2,}", line) for line in report.text.splitlines()]
     std = statistics.stdev([10.0, 12.0])
-    assert lines[2][:4] == ["run", "paper, test error, %", "ours, test error, %", "seeds"]
-    assert lines[3][:5] == ["Constant", "6.41", f"11.00 ± {std:.2f}", "2", "20:42:00"]
-    assert lines[4][:5] == ["Linear <0.5>", "5.23", "9.25 ± 0.35", "2", NOTHING]
-    assert "0.700 ± 0.000" in lines[4]  # of the constant runs' seconds, by the made-up epochs
+    assert lines[3][1:5] == ["%", "%", "loss", "n"]
+    assert lines[4][:5] == ["Constant", "6.41", f"11.00 ± {std:.2f}", "0.5000", "2"]
+    assert "20:42:00" in lines[4]
+    assert lines[5][:5] == ["Linear <0.5>", "5.23", "9.25 ± 0.35", "0.5000", "2"]
+    assert "0.700" in lines[5]  # of the constant runs' seconds, by the made-up epochs
     page = report.page.read_text()
     assert page == (tmp_path / "out" / "table.html").read_text()
     assert "Linear &lt;0.5&gt;" in page
@@ -85,11 +89,31 @@ def test_what_is_missing_is_said(folders, tmp_path):
         write_study(STUDY, folders, tmp_path / "out")
 
 
-def test_small_forms_stand_beside_the_full_results_and_the_page_says_so(folders, tmp_path):
-    shrunk = [(replace(each, name=f"small-{each.name}", published=None), folder) for each, folder in folders]
-    text = write_study(STUDY, shrunk, tmp_path / "out").text
-    assert "6.41" in text
-    assert "The paper's numbers are those of the full networks and recipes, ours of the small forms." in text
+def test_few_images_are_judged_after_the_last_step(folders, tmp_path):
+    study = replace(STUDY, figures=("gap",), claims=CLAIMS)
+    data = Data("digits", images_per_class=20)
+    few = [(replace(each, data=data, published=None), folder) for each, folder in folders]
+    report = write_study(study, few, tmp_path / "out", {"nearest neighbor": [4.0, 6.0]})
+    assert "4.50 ± 0.00" in report.text  # of the last epoch, not that of the lowest validation error
+    assert "nearest neighbor" in report.text
+    assert "5.00 ± 1.41" in report.text
+    assert max(map(len, report.text.splitlines())) <= 80
+    rows = list(csv.DictReader((tmp_path / "out" / "table" / "data" / "runs.csv").read_text().splitlines()))
+    assert [row["experiment"] for row in rows[-2:]] == ["nearest neighbor"] * 2
+    assert [float(row["test_error"]) for row in rows[-2:]] == [4.0, 6.0]
+
+
+def test_verdicts_pair_the_seeds(folders, tmp_path):
+    report = write_study(replace(STUDY, claims=CLAIMS), folders, tmp_path / "out")
+    text, page = report.text, report.page.read_text()
+    assert "<strong>undecided</strong>: Less error." in page
+    assert RULE in html.unescape(page)
+    # 9.0 - 10.0 and 9.5 - 12.0: the mean is -1.75, and two seeds settle nothing.
+    assert "UNDECIDED: Less error." in text
+    assert "-1.75 points" in text
+    assert "lower in 2 of 2 seeds" in " ".join(text.split())
+    (row,) = csv.DictReader((tmp_path / "out" / "table" / "data" / "verdicts.csv").read_text().splitlines())
+    assert (row["verdict"], float(row["mean_difference"]), row["num_lower"]) == ("undecided", -1.75, "2")
 
 
 def test_the_survival_curve_goes_through_the_means():

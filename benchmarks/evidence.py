@@ -1,0 +1,283 @@
+"""The runs behind RESULTS.md and docs/results, most valuable first, over as many sessions as it takes.
+
+    python benchmarks/evidence.py plan     # what is done, what is left, and about how long that takes
+    python benchmarks/evidence.py run      # goes on; --jobs 2 for two at a time; --until 05:10 stops and saves
+    python benchmarks/evidence.py report   # draws every study from the runs that are done
+
+Runs lie in `runs/evidence`. A finished one is copied, without its weights, into `results/STUDY/runs.jsonl`: commit
+that, and where the folder is lost `run` restores it from there and repeats nothing but what was unfinished. Ctrl-C and
+SIGTERM save; `kill -9` loses at most 200 steps.
+
+Each run is a new process that imports the code anew. To go on working on the code meanwhile, start `run` in a clone of
+the repository, with EVIDENCE_ROOT set to where runs and results are to lie.
+"""
+
+import argparse
+import datetime
+import fnmatch
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from stochastic_depth_lab import records, sweep
+from stochastic_depth_lab.atomic import write_whole
+from stochastic_depth_lab.config import Experiment
+from stochastic_depth_lab.experiments import STUDIES, few
+
+ROOT = Path(os.environ.get("EVIDENCE_ROOT") or Path(__file__).parent.parent)
+RUNS = ROOT / "runs" / "evidence"
+RESULTS = ROOT / "results"
+PLAN: tuple[tuple[str, int, str], ...] = (
+    ("digits", 3, "*"),
+    ("learning-rates", 2, "*"),
+    ("digits", 5, "*"),
+    # Is there a recipe for the demo with a wider margin?
+    ("payoff", 2, "digits-10-images-300-*"),
+    ("payoff", 2, "digits-20-images-1000-*"),
+    ("survival", 3, "*"),
+    ("learning-rates", 3, "*"),
+    ("gradients", 3, "*"),
+    ("over-time", 3, "*"),
+    ("survival", 5, "*"),
+    ("regularisers", 3, "*"),
+    ("gradients", 5, "*"),
+    ("over-time", 5, "*"),
+    ("table1", 3, "*"),
+    ("payoff", 1, "digits-*"),
+    ("deeper", 1, "*"),
+    ("regularisers", 5, "*"),
+    ("depth-survival", 3, "*"),
+    ("payoff", 3, "digits-*"),
+    ("deeper", 3, "*"),
+    ("curves", 5, "*"),
+    ("cifar10-all", 1, "*"),
+    ("payoff", 1, "*"),
+    ("cifar10-all", 2, "*"),
+    ("payoff", 3, "*"),
+    ("table1", 5, "*"),
+)
+"""Studies, seeds of each, and which of their experiments; most valuable first. `plan` says how many hours they take."""
+SEEDS = {study: max(seeds for name, seeds, _ in PLAN if name == study) for study, *_ in PLAN}
+"""The most seeds of each study."""
+S_PER_STEP = {"digits": 0.1 / 56, "cifar10": 0.48 / 32}
+"""Process time of a step of 50 images and a layer at constant depth, one thread of a shared AMD EPYC."""
+FILES = ("config.json", "environment.json", "branches.json", "result.json")
+
+
+def experiments(study: str, num_seeds: int, pattern: str = "*") -> list[Experiment]:
+    """All experiments with the first seed, then with the next: what is stopped early has whole pairs."""
+    first = STUDIES[study].first_seed
+    return [
+        replace(each, seed=seed)
+        for seed in range(first, first + num_seeds)
+        for each in STUDIES[study].small_experiments
+        if fnmatch.fnmatchcase(each.name, pattern)
+    ]
+
+
+def archived() -> Iterator[dict[str, Any]]:
+    """Every run that `results` holds."""
+    for path in sorted(RESULTS.glob("*/runs.jsonl")):
+        for line in path.read_text().splitlines():
+            yield json.loads(line)
+
+
+def restore() -> None:
+    """Put finished runs back into their folders."""
+    for run in archived():
+        folder = RUNS / run["folder"]
+        if not (folder / "result.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            rows = "".join(json.dumps(row) + "\n" for row in run["metrics"])
+            write_whole(folder / "metrics.jsonl", rows.encode())
+            for name in FILES:
+                write_whole(folder / name, json.dumps(run[name], indent=2).encode())
+
+
+def archive(study: str, folder: Path) -> None:
+    """Keep a finished run, once."""
+    if any(run["folder"] == folder.name for run in archived()):
+        return
+    run: dict[str, Any] = {"folder": folder.name, **{name: json.loads((folder / name).read_text()) for name in FILES}}
+    run["metrics"] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    path = RESULTS / study / "runs.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = path.read_bytes() if path.exists() else b""
+    write_whole(path, before + json.dumps(run).encode() + b"\n")
+
+
+def jobs() -> list[tuple[str, sweep.Job]]:
+    """Every run of the plan, once."""
+    found: dict[Path, tuple[str, sweep.Job]] = {}
+    for study, num_seeds, pattern in PLAN:
+        for job in sweep.jobs_for(experiments(study, num_seeds, pattern), RUNS):
+            found.setdefault(job.folder, (study, job))
+    return list(found.values())
+
+
+def run(num_processes: int, until: datetime.datetime | None) -> None:
+    """Work through the plan until it is done, a signal comes, or the time is over."""
+    restore()
+    planned = jobs()
+    stopped = False
+
+    def note(*_: object) -> None:
+        nonlocal stopped
+        stopped = True
+
+    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGINT, note)
+
+    class Archive:
+        def on_change(self, _: Sequence[sweep.Job]) -> None:
+            for study, job in planned:
+                if job.state == "done" and job.folder not in kept:
+                    kept.add(job.folder)
+                    archive(study, job.folder)
+                    result = records.read_json(job.folder / "result.json")
+                    done = sum(job.state == "done" for _, job in planned)
+                    print(
+                        f"{datetime.datetime.now():%H:%M} {done}/{len(planned)} {job.folder.name}: "
+                        f"{result['final_test_error']:.2f} % {result['process_s']:.0f} s",
+                        flush=True,
+                    )
+
+    kept: set[Path] = set()
+    sweep.run(
+        [job for _, job in planned],
+        Archive(),
+        num_processes=num_processes,
+        device="cpu",
+        data_root=None,
+        stop_requested=lambda: stopped or (until is not None and datetime.datetime.now() >= until),
+    )
+    for _, job in planned:
+        if job.state == "failed":
+            print(f"{job.folder.name}: {job.reason}", flush=True)
+
+
+def plan() -> None:
+    """Print how far each study is."""
+    restore()
+    known: set[Path] = set()
+    total = 0.0
+    for study, num_seeds, pattern in PLAN:
+        own = [job for job in sweep.jobs_for(experiments(study, num_seeds, pattern), RUNS) if job.folder not in known]
+        known |= {job.folder for job in own}
+        left = sum(expected_s(job.experiment) for job in own if job.state != "done") / 3600
+        total += left
+        done = sum(job.state == "done" for job in own)
+        print(
+            f"{study:<15} {pattern:<24} {num_seeds} seeds: {done:>3} of {len(own):>3} done, "
+            f"{left:.1f} h left, {total:.1f} h so far"
+        )
+
+
+def expected_s(experiment: Experiment) -> float:
+    """Process time of a run's training."""
+    recipe, data = experiment.recipe, experiment.data
+    num_images = 45_000 if data.images_per_class is None else 10 * data.images_per_class
+    share = 1.0 if experiment.depth is None else 0.75
+    num_shown = recipe.epochs * recipe.epoch_passes * num_images
+    return share * num_shown / few.BATCH_SIZE * experiment.model.num_layers * S_PER_STEP[data.dataset]
+
+
+def report() -> None:
+    """Draw every study of the plan that has a finished run into `results`, and write `docs/results/few-images.md`."""
+    from stochastic_depth_lab.report import write_study  # every run imports this file: matplotlib takes seconds
+    from stochastic_depth_lab.report.verdicts import RULE
+    from stochastic_depth_lab.yardsticks import yardsticks
+
+    restore()
+    sections: list[str] = []
+    machines: set[str] = set()
+    for study, num_seeds in sorted(SEEDS.items(), key=lambda item: list(STUDIES).index(item[0])):
+        runs = [(job.experiment, job.folder) for job in sweep.jobs_for(experiments(study, num_seeds), RUNS)]
+        finished = [(experiment, folder) for experiment, folder in runs if (folder / "result.json").exists()]
+        if not finished:
+            sections.append(
+                f"## {STUDIES[study].title}\n\n{STUDIES[study].claim}\n\nNot run yet.\n\n{command(study)}\n"
+            )
+            continue
+        written = write_study(
+            STUDIES[study],
+            runs,
+            RUNS.parent / "report",
+            yardsticks(experiment for experiment, _ in finished) if STUDIES[study].yardsticks else None,
+            run_pages=False,
+        )
+        folder = RESULTS / study
+        folder.mkdir(parents=True, exist_ok=True)
+        made = written.page.with_suffix("")
+        # In the study's order: heat_map is heat_map.svg, curves may be curves-digits-56.svg and others.
+        figures = [path for name in STUDIES[study].figures for path in sorted((made / "figures").glob(f"{name}*.svg"))]
+        for path in (*(made / "data").glob("*.csv"), *figures):
+            shutil.copy(path, folder)
+        machines |= {machine(records.read_json(folder / "environment.json")) for _, folder in finished}
+        images = "\n".join(f"![{path.stem}](../../results/{study}/{path.name})" for path in figures)
+        _, table = written.text.split("\n", 1)  # the title is the heading
+        sections.append(
+            f"## {STUDIES[study].title}\n\n{STUDIES[study].claim}\n\n{command(study)}, "
+            f"{len(finished)} of {len(runs)} runs done.\n\n```text\n{table.strip()}\n```\n\n{images}\n"
+        )
+    head = PAGE.format(rule=RULE, machines="; ".join(sorted(machines)))
+    (ROOT / "docs" / "results" / "few-images.md").write_text("\n".join([head, *sections]))
+
+
+PAGE = """\
+# Few images: does stochastic depth help, and when?
+
+Written by `python benchmarks/evidence.py report` from the runs in `results/*/runs.jsonl`; do not edit.
+
+The regime: few training images, no augmentation, enough steps for a deep network to memorize them. What the small forms
+are, how their learning rates are chosen and which error is reported: [here](../reproduce.md#the-small-forms).
+A verdict is computed from runs paired by seed. {rule}
+
+Machines: {machines}. Other work ran beside, so times are process times.
+"""
+
+
+def command(study: str) -> str:
+    """How anybody repeats it."""
+    scale = "" if study == "digits" else " --scale small"
+    return f"`stochastic-depth reproduce {study}{scale} --seeds {SEEDS[study]} --jobs 2 --out runs/{study}`"
+
+
+def machine(environment: Mapping[str, Any]) -> str:
+    """Processor, threads and versions of a run."""
+    versions = environment["versions"]
+    return (
+        f"{environment['cpu']}, {environment['num_threads']} thread, Python {versions['python']}, "
+        f"PyTorch {versions['torch']}"
+    )
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["plan", "run", "report"])
+    parser.add_argument("--jobs", type=int, default=1, help="concurrent runs (default: 1)")
+    parser.add_argument("--until", help="stop and save at this time of day, HH:MM")
+    options = parser.parse_args()
+    os.chdir(ROOT)
+    if options.command == "plan":
+        plan()
+    elif options.command == "run":
+        until = None
+        if options.until:
+            clock = datetime.time.fromisoformat(options.until)
+            until = datetime.datetime.combine(datetime.date.today(), clock)
+            if until < datetime.datetime.now():
+                until += datetime.timedelta(days=1)
+        run(options.jobs, until)
+    else:
+        report()
+
+
+if __name__ == "__main__":
+    main()
