@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import warnings
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from small_runs import CPU, small, train
+from small_runs import CPU, float64, small, train
 from torch import nn
 
 import stochastic_depth as sd
@@ -92,6 +93,18 @@ def test_each_sub_network_is_trained_on_as_a_run_of_its_own(
     assert "3 blocks" in capsys.readouterr().out
 
 
+def assert_same_outputs(given: torch.Tensor, expected: torch.Tensor) -> None:
+    """A single forward in float32 by two programs: the tolerance is a share of the largest output."""
+    torch.testing.assert_close(given, expected, atol=1e-4 * expected.abs().max().item(), rtol=0)
+
+
+@pytest.fixture
+def _float64() -> Generator[None]:
+    with float64():
+        yield
+
+
+@pytest.mark.usefixtures("_float64")
 def test_training_on_is_plain_training_from_the_weights_that_were_left(runs: Path, tmp_path: Path) -> None:
     run = load_trained(runs / "small-stochastic", device=CPU)
     keep = [0, 1, 4]
@@ -110,7 +123,7 @@ def test_training_on_is_plain_training_from_the_weights_that_were_left(runs: Pat
         optimiser.step()
     assert last.keys() == network.state_dict().keys()
     for name, value in network.state_dict().items():
-        torch.testing.assert_close(last[name], value, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(last[name], value, atol=1e-12, rtol=1e-9)
     assert error == 100 - 100 * accuracy(trained)
 
 
@@ -217,7 +230,7 @@ def test_a_file_gives_what_the_run_gives(
         given = fresh.eval()(inputs)
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata()
-    torch.testing.assert_close(given, expected, atol=1e-5, rtol=1e-5)
+    assert_same_outputs(given, expected)
     assert json.loads(metadata["classes"]) == [str(digit) for digit in range(10)]
     assert json.loads(metadata["mean"]) == run.images.normalisation.mean.tolist()
 
@@ -234,7 +247,7 @@ def test_a_smaller_file_takes_images_as_they_are_stored(
     sd.recalibrate_batchnorm_(small_one, run.training_batches(1000))
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     given = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-    torch.testing.assert_close(given, small_one(run.images.normalisation(images)), atol=1e-5, rtol=1e-5)
+    assert_same_outputs(given, small_one(run.images.normalisation(images)))
     metadata = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
     residuals = [name for name, module in run.model.named_modules() if isinstance(module, sd.Residual)]
     left = [name for name, module in small_one.named_modules() if isinstance(module, sd.Residual)]
