@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stochastic_depth_lab import checkpoint, records
 from stochastic_depth_lab.build import build_network, load_images, reproducible, set_epoch
-from stochastic_depth_lab.config import Precision, as_json, from_json
+from stochastic_depth_lab.config import Precision, as_json
 from stochastic_depth_lab.data import ImageData, batches
 
 BATCH_SIZE = 500
@@ -92,7 +92,7 @@ def evaluate_run(
     Raises:
         ValueError: in one line, if the folder holds no run, no weights yet, or damaged ones.
     """
-    experiment = from_json(records.read_json(path / "config.json"))
+    experiment = records.read_experiment(path)
     state, _ = checkpoint.load(path / "checkpoints", as_json(experiment))
     if state is None:
         raise records.RunError(f"{path} holds no weights yet: its run has not come to a checkpoint.")

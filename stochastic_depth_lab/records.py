@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 
 from stochastic_depth_lab.atomic import write_json, write_whole
-from stochastic_depth_lab.config import Experiment, as_json, check, differences
+from stochastic_depth_lab.config import Experiment, as_json, check, differences, from_json, quick
 
 _LOCK = ".lock"
 
@@ -100,11 +100,14 @@ def look(path: Path, experiment: Experiment, *, resume: bool) -> dict[str, Any] 
     if not path.exists() or all(entry.name == _LOCK for entry in path.iterdir()):
         return None
     if not resume:
-        raise RunError(f"{path} exists and is not empty: give another folder, or --resume to go on with its run.")
+        raise RunError(f"{path} exists and is not empty: give another folder, or resume its run with --resume.")
     config = path / "config.json"
     if not config.exists():
         return None
-    if others := differences(as_json(experiment), read_json(config)):
+    found = read_experiment(path)
+    if others := differences(as_json(experiment), as_json(found)):
+        if not differences(as_json(quick(experiment)), as_json(found)):
+            raise RunError(f"{path} holds a --quick run of this experiment: add --quick, or give another folder.")
         raise RunError(f"{path} holds another run: {'; '.join(others)} (there, not here). Give another folder.")
     result = path / "result.json"
     return read_json(result) if result.exists() else None
@@ -171,6 +174,19 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise RunError(f"{path} is damaged: not an object.")
     return cast("dict[str, Any]", fields)
+
+
+def read_experiment(path: Path) -> Experiment:
+    """The experiment of a run folder.
+
+    Raises:
+        RunError: if it is missing, damaged or of another version; it names the file.
+    """
+    fields = read_json(path / "config.json")
+    try:
+        return from_json(fields)
+    except ValueError as error:
+        raise RunError(f"{path / 'config.json'} is damaged, or of another version: {error}") from None
 
 
 def data_root_of(path: Path) -> Path | None:

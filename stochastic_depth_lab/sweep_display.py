@@ -47,13 +47,13 @@ class SweepTable:
     def on_change(self, jobs: Sequence[Job]) -> None:
         """Draw it again; what waits and what is done beyond a screen is only counted."""
         done = sum(job.state == "done" for job in jobs)
-        table = Table("run", "state", "epoch", title=f"{done} of {len(jobs)} done", title_justify="left")
+        table = Table("run", "state", "epoch", title=f"{done} of {len(jobs)} runs done", title_justify="left")
         shown = [job for job in jobs if job.state in ("running", "failed", "stopped")]
         shown += [job for job in jobs if job.state == "waiting"]
         for job in shown[:20]:
             epochs = f"{epochs_done(job)}/{job.experiment.recipe.epochs}"
             table.add_row(job.folder.name, job.reason or job.state, epochs)
-        self._live.update(table)
+        self._live.update(table if shown else f"{done} of {len(jobs)} runs done")
 
 
 @contextmanager

@@ -155,11 +155,12 @@ def read_run(folder: Path) -> Run:
         ReportError: if `folder` is no run folder, has no finished epoch yet, or is damaged.
     """
     if not (folder / "config.json").is_file():
-        inner = sorted(path.parent for path in folder.glob("*/config.json"))
-        hint = f" Did you mean {' '.join(map(str, inner))}?" if inner else ""
-        raise ReportError(f"{folder} is not a run folder: it has no config.json.{hint}")
+        raise ReportError(f"{folder} is not a run folder: it has no config.json.")
     config = _Reader.of_file(folder / "config.json")
     config.text("name")
+    for part in ("data", "model", "recipe"):
+        if config.inner(part) is None:
+            raise ReportError(f"{config.where} is damaged: it has no {part}")
     branches = _Reader.of_file(folder / "branches.json")
     names = branches.texts("names")
     survival_probs = branches.numbers("survival_probs", length=len(names))
@@ -201,6 +202,30 @@ def read_runs(folders: Sequence[Path]) -> tuple[Run, ...]:
         if places.count(place) > 1:
             raise ReportError(f"{folder} was given twice")
     return tuple(read_run(folder) for folder in folders)
+
+
+def run_folders(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """The run folders among some paths: a folder of runs, such as that of a sweep or a table, stands for all of them.
+
+    Returns:
+        Those to report on, and those found in a folder of runs that have no finished epoch yet.
+    """
+    folders: list[Path] = []
+    left_out: list[Path] = []
+    for path in paths:
+        inner = (
+            []
+            if (path / "config.json").is_file()
+            else sorted([*path.glob("*/config.json"), *path.glob("runs/*/config.json")])
+        )
+        if not inner:
+            folders.append(path)
+        for config in inner:
+            metrics = config.with_name("metrics.jsonl")
+            (folders if metrics.is_file() and metrics.stat().st_size else left_out).append(config.parent)
+    if left_out and not folders:
+        raise ReportError(f"no run in {' '.join(map(str, paths))} has finished an epoch yet")
+    return folders, left_out
 
 
 def labels(runs: Sequence[Run]) -> tuple[str, ...]:

@@ -66,7 +66,7 @@ def test_one_killed_run_loses_itself_alone_and_goes_on_the_next_time(tmp_path):
     assert watcher.states["small-seed-1"] == ["done"]
     assert [job.state for job in again] == ["stopped", "done", "done"]
     assert not (again[0].folder / "failed.json").exists()
-    assert "going on in epoch" in (again[0].folder / "log.txt").read_text()
+    assert "resuming in epoch" in (again[0].folder / "log.txt").read_text()
 
 
 def test_a_run_that_cannot_begin_is_marked_with_its_reason(tmp_path):
@@ -166,12 +166,12 @@ def test_a_sweep_is_every_combination(tmp_path, capsys):
 
 
 MISTAKES = {
-    "reproduce survival --scale tiny --out OUT": "there is no scale 'tiny', but full and small",
+    "reproduce survival --scale tiny --out OUT": "--scale must be full or small, but is 'tiny'",
     "reproduce survival --seeds 0 --out OUT": "--seeds must be at least 1, but is 0",
     "reproduce survival --jobs 0 --out OUT": "--jobs must be at least 1, but is 0",
-    "reproduce surviva --out OUT": "Nearest: survival",
+    "reproduce surviva --out OUT": "Did you mean 'survival'?",
     "sweep digits-stochastic --out OUT --grid recipe.epochs": "--grid takes FIELD=VALUE,VALUE",
-    "sweep digits-stochastic --out OUT --grid recipe.epoch=3": "Unrecognized options: --recipe.epoch",
+    "sweep digits-stochastic --out OUT --grid recipe.epoch=3": "Unknown option '--recipe.epoch'. Did you mean '--recipe.epochs'?",
     "sweep digits-stochastic --out OUT --grid recipe.epochs=0": "recipe.epochs must be at least 1, but is 0",
     "sweep digits --out OUT --grid recipe.epochs=3": "--grid changes one experiment, but digits is a table",
     "sweep digits --out OUT --shard 2/2": "--shard must be i/n",
@@ -242,6 +242,6 @@ def test_a_sweep_on_a_terminal_shows_a_table(tmp_path, capsys):
     with Live(console=Console(file=sys.stdout, force_terminal=True, width=80)) as live:
         SweepTable(live).on_change(jobs)
     shown = capsys.readouterr().out
-    assert "0 of 2 done" in shown
+    assert "0 of 2 runs done" in shown
     assert "small-seed-1" in shown
     assert "killed by SIGKILL" in shown
