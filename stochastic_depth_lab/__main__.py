@@ -2,12 +2,12 @@
 
 import sys
 
-from stochastic_depth_lab.interrupts import ending_at_once
+from stochastic_depth_lab.interrupts import EndingAtOnce
 
 
 def main() -> int:
     """Run the command; from the first import on, Ctrl-C leaves no traceback."""
-    with ending_at_once():
+    with EndingAtOnce():
         from stochastic_depth_lab import cli
     return cli.main()
 

@@ -24,7 +24,7 @@ from stochastic_depth_lab.arguments import did_you_mean, options_of, summary
 from stochastic_depth_lab.completion import completion
 from stochastic_depth_lab.config import Experiment, Study, check, quick, small
 from stochastic_depth_lab.experiments import EXPERIMENTS, STUDIES, find, find_pair, find_study
-from stochastic_depth_lab.interrupts import Stop, ending_at_once, stopping
+from stochastic_depth_lab.interrupts import EndingAtOnce, Stop, stopping
 from stochastic_depth_lab.options import (
     PROGRAM,
     Bench,
@@ -108,7 +108,7 @@ def _load(*modules: str) -> None:
     waiting = "Loading PyTorch ..." if sys.stderr.isatty() and "torch" not in sys.modules else ""
     sys.stderr.write(waiting)
     sys.stderr.flush()
-    with ending_at_once():
+    with EndingAtOnce():
         for module in modules:
             importlib.import_module(f"stochastic_depth_lab.{module}")
     if waiting:
@@ -496,7 +496,7 @@ def _overview() -> str:
             *lines,
             "",
             "Options:",
-            f"  -h, --help  Show this help. `{PROGRAM} COMMAND --help` explains a command.",
+            "  -h, --help  Show this help; COMMAND --help explains a command.",
             "  --version   Show the version.",
             "",
             "Examples:",

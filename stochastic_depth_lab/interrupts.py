@@ -1,32 +1,33 @@
-"""What Ctrl-C and SIGTERM do: end the process while nothing is at stake, ask a run to save itself while it trains."""
+"""What Ctrl-C and SIGTERM do: end the process while nothing is at stake, ask a run to save itself while it trains.
+
+The command imports this file first: it imports next to nothing itself.
+"""
 
 import os
 import signal
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import FrameType
 
 
-@contextmanager
-def ending_at_once() -> Generator[None]:
+class EndingAtOnce:
     """Within, Ctrl-C ends the process on the spot.
 
     For imports: a KeyboardInterrupt in the middle of one surfaces as any error, a RecursionError or an AttributeError.
     """
 
-    def end(_number: int, _frame: FrameType | None) -> None:
-        os.write(2, b"\nInterrupted.\n")
-        os._exit(128 + signal.SIGINT)
+    def __enter__(self) -> None:
+        self._before = signal.signal(signal.SIGINT, _end)
 
-    before = signal.signal(signal.SIGINT, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
 
 
-@dataclass
+def _end(_number: int, _frame: FrameType | None) -> None:
+    os.write(2, b"\nInterrupted.\n")
+    os._exit(128 + signal.SIGINT)
+
+
 class Stop:
     """Whether the process was told to end, and by which signal."""
 

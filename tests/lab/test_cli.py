@@ -131,7 +131,7 @@ MISTAKES = {
     "train digits-constant --out OUT --seed 99999999999999999999999": "seed must be at least 0 and below 2**63, but is",
     "train digits-constant --out OUT --seed -1": "seed must be at least 0",
     "train digits-constant --out OUT --recipe.epochs two": "--recipe.epochs must be a whole number, but is 'two'",
-    "train digits-constant --out OUT --recipe.learning-rate nan": "--recipe.learning-rate must be a number, but is 'nan'",
+    "train digits-constant --out OUT --recipe.learning-rate nan": "learning-rate must be a number, but is 'nan'",
     "train digits-constant --out OUT --precision fp8": "--precision must be fp32, bf16 or fp16, but is 'fp8'",
     "train digits-constant --out OUT --data.translation 100": "smaller than the images, 8x8 pixels, but is 100",
     "train digits-constant --out OUT --recipe.warmup-epochs 99": "must be less than recipe.epochs, 20, but is 99",
@@ -140,7 +140,7 @@ MISTAKES = {
     "train digits-constant --out OUT --device cuda:99": "There is no device 'cuda:99'",
     "train digits-constant --out OUT --cuda-graphs --device cpu": "--cuda-graphs needs a GPU, but the device is cpu",
     "reproduce curves --scale small --out OUT --cuda-graphs": "--cuda-graphs are for train, and for reproduce of one",
-    "train digits-constant --out OUT --depth.schedule uniform": "digits-constant has constant depth. Use digits-stochastic",
+    "train digits-constant --out OUT --depth.schedule uniform": "has constant depth. Use digits-stochastic",
     "train digits-stochastic --out OUT --depth.final-survival-prob 0": "must be in (0, 1], but is 0",
     "train digits-stochastic --out OUT --depth.final-survival-prob 1.5": "must be in (0, 1], but is 1.5",
     "train digits-stochastic --out OUT --model.num-layers 21": "6n + 2",
@@ -185,7 +185,7 @@ MISTAKES = {
     "export FULL --out FILE/x.onnx": "--out must be a folder, but FILE is a file",
     "schedule --num-layers 21": "6n + 2",
     "schedule --final-survival-prob 0": "must be in (0, 1]",
-    "schedule exponential": "SCHEDULE must be linear_decay, uniform, timm, efficientnet or convnext, but is 'exponential'",
+    "schedule exponential": "uniform, timm, efficientnet or convnext, but is 'exponential'",
     "schedule --out figure.pdf": ".png or .svg",
 }
 

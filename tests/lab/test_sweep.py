@@ -171,7 +171,7 @@ MISTAKES = {
     "reproduce survival --jobs 0 --out OUT": "--jobs must be at least 1, but is 0",
     "reproduce surviva --out OUT": "Did you mean 'survival'?",
     "sweep digits-stochastic --out OUT --grid recipe.epochs": "--grid takes FIELD=VALUE,VALUE",
-    "sweep digits-stochastic --out OUT --grid recipe.epoch=3": "Unknown option '--recipe.epoch'. Did you mean '--recipe.epochs'?",
+    "sweep digits-stochastic --out OUT --grid recipe.epoch=3": "'--recipe.epoch'. Did you mean '--recipe.epochs'?",
     "sweep digits-stochastic --out OUT --grid recipe.epochs=0": "recipe.epochs must be at least 1, but is 0",
     "sweep digits --out OUT --grid recipe.epochs=3": "--grid changes one experiment, but digits is a table",
     "sweep digits --out OUT --shard 2/2": "--shard must be i/n",
