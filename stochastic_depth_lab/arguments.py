@@ -327,9 +327,9 @@ def _converter(option: Option) -> Callable[[str], Any]:
         if option.kind is Path and not word:
             raise argparse.ArgumentTypeError("must not be empty.")
         try:
-            value = option.kind(word)
+            value: Any = option.kind(word)
         except ValueError:
-            kind = {int: "a whole number", float: "a number"}[option.kind]
+            kind = "a whole number" if option.kind is int else "a number"
             raise argparse.ArgumentTypeError(f"must be {kind}, but is {word!r}.") from None
         if option.kind is float and math.isnan(value):
             raise argparse.ArgumentTypeError(f"must be a number, but is {word!r}.")

@@ -198,8 +198,10 @@ def capture_branches(experiment: Experiment, model: nn.Module, depth: sd.Control
     (depth or sd.make_stochastic_(model, sd.uniform(1.0))).capture()
 
 
-def build_optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
+def build_optimiser(model: nn.Module, experiment: Experiment) -> torch.optim.SGD:
     """SGD with Nesterov momentum; decay on every parameter, BatchNorm and biases too (Huang et al. 2016)."""
+    recipe = experiment.recipe
+    some_without_gradients = experiment.depth is not None and experiment.depth.skipped_grad == "none"
     return torch.optim.SGD(
         model.parameters(),
         lr=recipe.learning_rate,
@@ -207,7 +209,8 @@ def build_optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
         dampening=0,
         nesterov=True,
         weight_decay=recipe.weight_decay,
-        fused=True,  # one kernel for all parameters
+        # One kernel for all parameters; PyTorch's raises where some have had no gradient yet.
+        fused=not some_without_gradients,
     )
 
 

@@ -99,6 +99,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{PROGRAM} {command} needs the package {error.name}: run pip install '.[lab]' in a clone of the project.",
             code=1,
         )
+    except ImportError as error:
+        if error.name != "stochastic_depth":  # the library says which PyTorch it needs
+            raise
+        return _complain(str(error), code=1)
     except (ValueError, ArithmeticError) as error:
         return _complain(str(error))
 

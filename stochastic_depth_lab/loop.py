@@ -329,7 +329,7 @@ class _Run:
         self.processes = processes
         synchronised = experiment.recipe.batch_norm == "synchronised"
         self.wrapped = processes.wrapped(model, self.device, synchronise_batch_norm=synchronised)
-        self.optimiser = build_optimiser(model, experiment.recipe)
+        self.optimiser = build_optimiser(model, experiment)
         # A scaler that is not enabled passes everything through.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=experiment.precision == "fp16")
         self.first_conv = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
