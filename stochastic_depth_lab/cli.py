@@ -623,7 +623,8 @@ def _print_report(folders: Sequence[Path], out: Path | None) -> None:
     from stochastic_depth_lab.report import read_run, text_table, write_report
 
     page = write_report(folders, out)
-    _print(text_table([read_run(folder) for folder in folders]))
+    width = shutil.get_terminal_size().columns
+    _print(text_table([read_run(folder) for folder in folders], width))
     _print(f"\nreport: {page}, figures: {page.parent / 'figures'}")
 
 
