@@ -82,12 +82,9 @@ def options_of(kind: type, default: Any = MISSING) -> list[Option]:
         default: an object of it, or of anything that has some of its fields: defaults that the help shows.
 
     Example:
-        >>> @dataclass
-        ... class Copy:
-        ...     file: Annotated[Path, Positional("FILE")]
-        ...     times: int = 1
-        >>> [option.flag for option in options_of(Copy)]
-        ['FILE', '--times']
+        >>> from stochastic_depth_lab.config import Regularisers
+        >>> [option.flag for option in options_of(Regularisers)]
+        ['--activation-survival-prob', '--filter-survival-prob', '--filter-penalty']
     """
     return list(_options(kind, default, ""))
 

@@ -189,7 +189,7 @@ def _gradient_figure(series: Sequence[_Series], *, narrow: bool) -> Figure:
     for place, _, after in _drops(series):
         # Curves fall at a drop: the corner above, right of it, is free.
         axes.annotate(
-            f"→ {float(f'{after:.3g}'):g}",
+            f"→ {_plain(float(f'{after:.3g}'))}",
             (place, 1),
             xycoords=axes.get_xaxis_transform(),
             xytext=(4, -2),
