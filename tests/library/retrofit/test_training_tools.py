@@ -108,7 +108,10 @@ def _fresh_dynamo() -> Iterator[None]:
 def of_dynamo(test):
     """PyTorch's compiler warns about what it does itself."""
     ignored = pytest.mark.filterwarnings(
-        "ignore:The .grad attribute of a Tensor that is not a leaf", "ignore::DeprecationWarning"
+        "ignore:The .grad attribute of a Tensor that is not a leaf",
+        "ignore:Dynamo detected a call to a `functools.lru_cache`-wrapped function",  # up to PyTorch 2.11
+        "ignore:Dynamo does not know how to trace the builtin",  # PyTorch 2.11, of its own dispatch modes
+        "ignore::DeprecationWarning",
     )
     return pytest.mark.usefixtures("_fresh_dynamo")(ignored(test))
 
