@@ -59,7 +59,12 @@ def inspect_model(
     model = model.to(device)
     original = copy.deepcopy(model) if measure else None
     images = torch.randn(batch_size, 3, size, size, device=device)
-    depth = sd.make_stochastic_(model, schedule)
+    try:
+        depth = sd.make_stochastic_(model, schedule)
+    except ValueError as error:
+        if schedule is not None or "No residual branch" not in str(error):
+            raise
+        raise ValueError(f"{spec} has no drop paths with a rate. Give it one: --schedule linear_decay.") from error
     try:
         lines = [str(depth), "", str(depth.cost(images[:2]))]
     except (AssertionError, RuntimeError) as error:

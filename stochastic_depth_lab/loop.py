@@ -258,6 +258,8 @@ class _Stopwatch:
     def _now(self) -> float:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+        elif self._device.type == "mps":
+            torch.mps.synchronize()
         return time.perf_counter()
 
 
@@ -280,7 +282,7 @@ class _Tally:
 
     def mean(self, values: Tensor) -> float:
         """Mean over the steps done, of those that are finite: steps in which fp16 overflows are not made."""
-        done = values[: self.step].double()
+        done = values[: self.step].cpu().double()
         return done[done.isfinite()].mean().item()
 
 
