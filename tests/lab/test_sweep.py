@@ -1,5 +1,6 @@
 """Many runs in processes of their own: one that dies loses itself alone, what is done is passed over."""
 
+import io
 import json
 import os
 import shlex
@@ -245,3 +246,30 @@ def test_a_sweep_on_a_terminal_shows_a_table(tmp_path, capsys):
     assert "0 of 2 runs done" in shown
     assert "small-seed-1" in shown
     assert "killed by SIGKILL" in shown
+
+
+def test_a_sweep_of_long_names_keeps_a_line_for_each_run_and_ends_in_one(tmp_path):
+    from rich.console import Console
+    from rich.live import Live
+
+    from stochastic_depth_lab.sweep_display import SweepTable
+
+    name = "digits-stochastic-final-survival-prob-0.3-weight-decay-1e-4-draw"
+    runs = [replace(small(), name=f"{name}-{draw}") for draw in ("bernoulli", "equal_cost")]
+    jobs = sweep.jobs_for(runs, tmp_path)
+    jobs[0].state, jobs[1].state = "running", "failed"
+    jobs[1].reason = "the loss is nan in epoch 1, step 3 of 7: nothing was saved since the last checkpoint"
+    shown = io.StringIO()
+    with Live(console=Console(file=shown, force_terminal=True, width=80)) as live:
+        table = SweepTable(live)
+        table.on_change(jobs)
+        *_, first, second, _bottom = live.console.render_lines(live.renderable, pad=False)
+        lines = ["".join(segment.text for segment in line) for line in (first, second)]
+        for job in jobs:
+            job.state = "done"
+        table.on_change(jobs)
+        (last,) = live.console.render_lines(live.renderable, pad=False)
+    assert "".join(segment.text for segment in last) == "2 of 2 runs done"
+    assert "-bernoulli-seed-0" in lines[0]
+    assert "-equal_cost-seed-0" in lines[1]
+    assert all(len(line) <= 80 for line in lines)
