@@ -49,8 +49,9 @@ class SweepTable:
         """Draw it again; what waits and what is done beyond a screen is only counted."""
         done = sum(job.state == "done" for job in jobs)
         table = Table(title=f"{done} of {len(jobs)} runs done", title_justify="left")
-        for column in ("run", "state", "epoch"):  # a line each: of what is too long the end is left out
-            table.add_column(column, no_wrap=True, overflow="ellipsis")
+        # A line each, whatever they hold: of what is too long the end is left out.
+        for column, widest in (("run", 36), ("state", 28), ("epoch", 9)):
+            table.add_column(column, no_wrap=True, overflow="ellipsis", max_width=widest)
         names = _told_apart([job.folder.name for job in jobs])
         shown = [job for job in jobs if job.state in ("running", "failed", "stopped")]
         shown += [job for job in jobs if job.state == "waiting"]
