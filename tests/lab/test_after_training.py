@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -75,7 +76,9 @@ def test_each_sub_network_is_trained_on_as_a_run_of_its_own(
     command = ["evaluate", run, "--subnetworks", "--points", "2", "--finetune-epochs", "1", "--out", str(tmp_path)]
     assert main(command) == 0
     printed = capsys.readouterr()
-    assert "fine-tuned, small-constant" in printed.out
+    for name in ("small-constant", "small-stochastic"):
+        (head,) = re.findall(rf"^{name}\n(.*)$", printed.out, flags=re.M)
+        assert head.split() == ["blocks", "parameters", "FLOPs", "ms", "error", "recalibrated", "fine-tuned"]
     rows = list(csv.DictReader((tmp_path / "subnetworks.csv").read_text().splitlines()))
     folders = [tmp_path / "finetuned" / f"{row['run']}-{row['num_blocks']}-blocks-seed-0" for row in rows]
     assert len(folders) == 4
@@ -184,8 +187,8 @@ def test_calibration_of_sub_networks_against_one_forward(
 ) -> None:
     assert main(["evaluate", str(runs / "small-stochastic"), "--monte-carlo", "4", "--out", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2].startswith("| one forward |")
-    assert lines[3].startswith("| 4 sub-networks |")
+    assert lines[1].startswith("one forward ")
+    assert lines[2].startswith("4 sub-networks ")
     rows = list(csv.DictReader((tmp_path / "reliability.csv").read_text().splitlines()))
     assert sum(int(row["count"]) for row in rows if row["prediction"] == "one forward") == 100
     assert (tmp_path / "reliability.png").stat().st_size > 1000
@@ -290,7 +293,7 @@ def test_an_operator_that_onnx_lacks_is_named_in_one_line() -> None:
         (["--keep", "9"], "keep must hold indices in 0..5, but holds 9"),
         (["--cost", "0.01"], "below the smallest possible network"),
         (["--keep", "0", "--cost", "0.5"], "--keep and --cost are two ways"),
-        (["--order", "lesion"], "--order says which blocks go first to meet --cost"),
+        (["--order", "lesion"], "--order needs --cost: it says which blocks are removed first"),
         (["--format", "safetensors", "--normalise"], "safetensors holds weights only"),
         (["--format", "tensorflow"], "tensorflow"),
     ],

@@ -155,6 +155,27 @@ def test_ctrl_c_leaves_no_traceback_at_any_moment(tmp_path):
             assert ("Stopped and saved. Resume with: " in shown) == saved, last
 
 
+def test_an_interrupted_import_ends_at_once():
+    """What an import makes of a KeyboardInterrupt, it is not seen."""
+    code = """
+import os, signal, sys
+from stochastic_depth_lab import cli
+
+def importing(name):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.sigtimedwait([], 1)
+    except KeyboardInterrupt:
+        raise RecursionError
+
+cli.importlib.import_module = importing
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever this process has inherited
+sys.exit(cli.main(["schedule"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\nInterrupted.\n")
+
+
 @pytest.mark.parametrize(
     ("module", "name", "saved"), [(build, "find_device", False), (loop, "load_images", True)], ids=["before", "within"]
 )
