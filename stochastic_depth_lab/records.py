@@ -100,7 +100,7 @@ def look(path: Path, experiment: Experiment, *, resume: bool) -> dict[str, Any] 
     if not path.exists() or all(entry.name == _LOCK for entry in path.iterdir()):
         return None
     if not resume:
-        raise RunError(f"{path} exists and is not empty: give another folder, or resume its run with --resume.")
+        raise RunError(f"{path} exists and is not empty: give another folder, or --resume to resume its run.")
     config = path / "config.json"
     if not config.exists():
         return None
