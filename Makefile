@@ -1,20 +1,38 @@
 # The whole interface: make demo, make test, make check. Everything is installed into .venv on first use.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := pip install --quiet --disable-pip-version-check
+# The oldest versions that are supported; the newest are in constraints.txt.
+OLDEST := torch==2.8.0 torchvision==0.23.0
 
-.PHONY: demo test check faults format clean
+.PHONY: demo test test-oldest check faults format clean
 
-.venv/installed: pyproject.toml constraints.txt
+# What the demo needs, installed in a minute.
+.venv/lab: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[lab,tensorboard,test,dev]'
+	$(BIN)/$(PIP) --constraint constraints.txt --editable '.[lab]'
 	touch $@
 
-demo: .venv/installed  ## train the same network with constant and with stochastic depth, and compare
+.venv/installed: .venv/lab
+	$(BIN)/$(PIP) --constraint constraints.txt --editable '.[lab,tensorboard,test,dev]'
+	touch $@
+
+demo: .venv/lab  ## train the same network with constant and with stochastic depth, and compare
 	$(BIN)/stochastic-depth reproduce digits --out runs/digits
 
 # Two workers of one thread each: threads that wait for each other would take the time of both.
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+
+.venv-oldest/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-oldest
+	grep --invert-match --extended-regexp '^(torch|torchvision)==' constraints.txt > .venv-oldest/constraints.txt
+	printf '%s\n' $(OLDEST) >> .venv-oldest/constraints.txt
+	.venv-oldest/bin/$(PIP) --constraint .venv-oldest/constraints.txt --editable '.[lab,tensorboard,test,dev]'
+	touch $@
+
+test-oldest: .venv-oldest/installed  ## the tests with the oldest PyTorch; it downloads 3 to 4 GB
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest --numprocesses 2
 
 check: .venv/installed
 	$(BIN)/ruff format --check .
@@ -31,4 +49,4 @@ format: .venv/installed
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-oldest build dist *.egg-info

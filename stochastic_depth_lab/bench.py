@@ -17,7 +17,7 @@ from torch import nn
 
 import stochastic_depth as sd
 
-_WIDTH = 40
+_WIDTH = 20
 
 
 @dataclass(frozen=True)
@@ -84,14 +84,12 @@ def bench_text(measured: list[Measured], device: torch.device, rounds: int) -> s
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     longest = max(1.0, *(one.ratio for one in measured))
     lines = [
-        f"{one.name:<20} {'█' * round(_WIDTH * one.ratio / longest):<{_WIDTH}} {one.ratio:.3f} of the time, "
-        f"{one.expected_flops:.3f} of the FLOPs expected"
+        f"{one.name:<18} {'█' * round(_WIDTH * one.ratio / longest):<{_WIDTH}} {one.ratio:.3f} of the time, "
+        f"{one.expected_flops:.3f} of the FLOPs"
         for one in measured
     ]
-    lines.append(
-        f"medians of {rounds} interleaved rounds; {processor}, {torch.get_num_threads()} threads, "
-        f"PyTorch {torch.__version__}"
-    )
+    threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    lines.append(f"medians of {rounds} interleaved rounds; {processor}, {threads}, PyTorch {torch.__version__}")
     return "\n".join(lines)
 
 

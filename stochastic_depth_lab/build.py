@@ -69,6 +69,11 @@ def load_images(
         images = replace(images, test=images.test.first(settings.num_test))
     images = (images if settings.limit is None else images.limited(settings.limit)).to(device)
     augmentation = None
+    if settings.translation >= min(images.train.image_shape[1:]):
+        height, width = images.train.image_shape[1:]
+        raise ValueError(
+            f"data.translation must be smaller than the images, {height}x{width} pixels, but is {settings.translation}."
+        )
     if settings.translation or settings.flip:
         augmentation = Augmentation(translation=settings.translation, flip=settings.flip)
     normalisation = images.normalisation or Normalisation.fit(images.train.images, settings.normalisation)
@@ -197,8 +202,10 @@ def capture_branches(experiment: Experiment, model: nn.Module, depth: sd.Control
     (depth or sd.make_stochastic_(model, sd.uniform(1.0))).capture()
 
 
-def build_optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
+def build_optimiser(model: nn.Module, experiment: Experiment) -> torch.optim.SGD:
     """SGD with Nesterov momentum; decay on every parameter, BatchNorm and biases too (Huang et al. 2016)."""
+    recipe = experiment.recipe
+    some_without_gradients = experiment.depth is not None and experiment.depth.skipped_grad == "none"
     return torch.optim.SGD(
         model.parameters(),
         lr=recipe.learning_rate,
@@ -206,7 +213,8 @@ def build_optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
         dampening=0,
         nesterov=True,
         weight_decay=recipe.weight_decay,
-        fused=True,  # one kernel for all parameters
+        # One kernel for all parameters; PyTorch's raises where some have had no gradient yet.
+        fused=not some_without_gradients,
     )
 
 
@@ -244,15 +252,19 @@ def find_device(name: str | None, precision: Precision, local_rank: int | None =
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or not (index.isdecimal() or name == kind):
-        raise ValueError(f"--device must be cpu, cuda or cuda:NUMBER, but is {name!r}.")
+    if kind not in ("cpu", "cuda", "mps") or not (index.isdecimal() or name == kind):
+        raise ValueError(f"--device must be cpu, cuda, cuda:N or mps, but is {name!r}.")
     if kind == "cpu":
         return torch.device("cpu")
+    if kind == "mps":
+        if not torch.backends.mps.is_available():
+            raise ValueError(f"There is no device {name!r}: this PyTorch has no Metal (MPS).")
+        return torch.device("mps")
     if local_rank is not None and not index:
         name, index = f"cuda:{local_rank}", str(local_rank)
     if int(index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"there is no device {name!r}: {torch.cuda.device_count()} CUDA devices are visible to PyTorch."
+            f"There is no device {name!r}: {torch.cuda.device_count()} CUDA devices are visible to PyTorch."
         )
     device = torch.device("cuda", int(index or 0))
     if precision == "bf16" and torch.cuda.get_device_capability(device) < (8, 0):

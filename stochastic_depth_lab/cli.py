@@ -5,44 +5,47 @@ PyTorch takes seconds to import: whatever needs it is imported where it is used,
 
 import errno
 import functools
+import importlib
 import os
 import shlex
+import shutil
 import signal
 import sys
+import tempfile
+import textwrap
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
+from stochastic_depth_lab.arguments import did_you_mean, options_of, summary
+from stochastic_depth_lab.completion import completion
 from stochastic_depth_lab.config import Experiment, Study, check, quick, small
 from stochastic_depth_lab.experiments import EXPERIMENTS, STUDIES, find, find_pair, find_study
-
-try:
-    from stochastic_depth_lab.options import (
-        PROGRAM,
-        Bench,
-        Evaluate,
-        Export,
-        Inspect,
-        ManyOptions,
-        Report,
-        Reproduce,
-        RunOptions,
-        Schedule,
-        Sweep,
-        Train,
-        grid,
-        parse,
-        parse_train,
-        with_options,
-        with_seeds,
-    )
-except ModuleNotFoundError:
-    sys.exit("The stochastic-depth command needs the laboratory: pip install 'stochastic-depth[lab]'")
+from stochastic_depth_lab.interrupts import EndingAtOnce, Stop, stopping
+from stochastic_depth_lab.options import (
+    PROGRAM,
+    Bench,
+    Completion,
+    Evaluate,
+    Export,
+    Inspect,
+    ManyOptions,
+    Report,
+    Reproduce,
+    RunOptions,
+    Schedule,
+    Sweep,
+    Train,
+    grid,
+    parse,
+    parse_train,
+    with_options,
+    with_seeds,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +55,8 @@ if TYPE_CHECKING:
     from stochastic_depth_lab.processes import Processes
     from stochastic_depth_lab.sweep import Job
 
+_QUICK = "--quick: five epochs on a few images. The numbers mean nothing."
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
@@ -60,44 +65,70 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: those of the command line if None.
 
     Returns:
-        The exit code: 0; 1 if some of many runs failed; 2 for wrong input; 130 and 143 for what was stopped and saved.
+        The exit code: 0; 1 if some of many runs failed or a package is missing; 2 for wrong input; 130 and 143 for what
+        was stopped.
     """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        _print(_overview())
-        return 0
-    if arguments[0] == "--version":
-        from importlib.metadata import version
-
-        _print(version("stochastic-depth"))
-        return 0
-    if arguments[0] not in _COMMANDS:
-        return _complain(f"there is no command {arguments[0]!r}, but {', '.join(_COMMANDS)}.")
+    command, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     try:
+        if command in ("-h", "--help"):
+            _print(_overview())
+            return 0
+        if command == "--version":
+            from importlib.metadata import version
+
+            _print(version("stochastic-depth"))
+            return 0
+        if command not in _COMMANDS:
+            kind = "option" if command.startswith("-") else "command"
+            hint = did_you_mean(command, [*_COMMANDS, "--help", "--version"])
+            return _complain(f"Unknown {kind} {command!r}.{hint} See {PROGRAM} --help.")
         with _warnings_in_one_line():
-            return _COMMANDS[arguments[0]][1](arguments[1:])
+            return _COMMANDS[command][1](rest)
     except KeyboardInterrupt:
-        return _complain("stopped before there was anything to save.", code=128 + signal.SIGINT)
+        return _complain("Interrupted.", code=128 + signal.SIGINT)
     except BrokenPipeError:  # whoever read what we print has seen enough; Python would complain again when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:  # a full disk, a folder that may not be written
         reason = ": ".join(str(part) for part in (error.strerror or error, error.filename) if part)
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        return _complain(f"{reason}. Make room, then resume the run with --resume." if full else f"{reason}.")
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.partition(".")[0] in ("stochastic_depth", "stochastic_depth_lab"):
+            raise
         return _complain(
-            f"{reason}. Make room; a run goes on from its last checkpoint with --resume." if full else reason
+            f"{PROGRAM} {command} needs the package {error.name}: run pip install '.[lab]' in a clone of the project.",
+            code=1,
         )
+    except ImportError as error:
+        if error.name != "stochastic_depth":  # the library says which PyTorch it needs
+            raise
+        return _complain(str(error), code=1)
     except (ValueError, ArithmeticError) as error:
         return _complain(str(error))
 
 
+def _load(*modules: str) -> None:
+    """Import modules that need PyTorch, which takes seconds: say so on a terminal."""
+    waiting = "Loading PyTorch ..." if sys.stderr.isatty() and "torch" not in sys.modules else ""
+    sys.stderr.write(waiting)
+    sys.stderr.flush()
+    with EndingAtOnce():
+        for module in modules:
+            importlib.import_module(f"stochastic_depth_lab.{module}")
+    if waiting:
+        sys.stderr.write(f"\r{' ' * len(waiting)}\r")
+
+
 def _train(arguments: Sequence[str]) -> int:
     experiment, options = parse_train(arguments)
-    with _stopping() as stop, _observing() as observer:
+    check(experiment)
+    _load("loop", "observers")
+    with stopping() as stop, _observing() as observer:
         _train_all([(experiment, options.out)], options, observer, stop)
     if stop.signal is None and _is_first():
         _print_result(options.out)
-    return _exit_code(stop, ["train", *arguments])
+    return _exit_code(stop, [options.out], ["train", *arguments])
 
 
 def _reproduce(arguments: Sequence[str]) -> int:
@@ -107,14 +138,18 @@ def _reproduce(arguments: Sequence[str]) -> int:
         return _reproduce_study(find_study(options.name), options, arguments)
     pair = [with_options(quick(each) if options.run.quick else each, options.run) for each in find_pair(options.name)]
     folders = [options.run.out / experiment.name for experiment in pair]
-    with _stopping() as stop, _observing() as observer:
+    for experiment in pair:
+        check(experiment)
+    _load("loop", "observers", "report")
+    with stopping() as stop, _observing() as observer:
         _train_all(list(zip(pair, folders, strict=True)), options.run, observer, stop)
     if stop.signal is None and _is_first():
         _print_report(folders, options.run.out)
-    return _exit_code(stop, ["reproduce", *arguments])
+    return _exit_code(stop, folders, ["reproduce", *arguments])
 
 
 def _reproduce_study(study: Study, options: Reproduce, arguments: Sequence[str]) -> int:
+    _load("sweep", "report")
     from stochastic_depth_lab import sweep
     from stochastic_depth_lab.report import write_study
 
@@ -156,6 +191,7 @@ def _sweep(arguments: Sequence[str]) -> int:
         experiments = _of_study(study, run, many)
         if options.grid:
             raise ValueError(f"--grid changes one experiment, but {options.name} is a table of several.")
+    _load("sweep", "report")
     from stochastic_depth_lab import sweep
 
     runs = with_seeds(experiments, run, many)
@@ -182,7 +218,7 @@ def _with_defaults(study: Study, run: RunOptions, many: ManyOptions) -> tuple[Ru
 
 
 def _of_study(study: Study, run: RunOptions, many: ManyOptions) -> list[Experiment]:
-    """A study's experiments, at the scale that was asked for."""
+    """A study's experiments, at the requested scale."""
     experiments = study.small_experiments if many.scale == "small" else study.experiments
     return [quick(each) if run.quick else each for each in experiments]
 
@@ -199,11 +235,16 @@ def _run_jobs(jobs: "Sequence[Job]", options: RunOptions, many: ManyOptions, arg
         raise ValueError("--weights, --tensorboard and --cuda-graphs are for train, and for reproduce of one pair.")
     _refuse_file(options.out)
     if not jobs:
-        _print("no run falls to this share: there are fewer runs than shares.")
+        _print("This share has no run: there are fewer runs than shares.")
     for job in jobs:
         check(job.experiment)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=options.out):  # refuse a folder that cannot be written before processes start
+        pass
+    if options.quick and _is_first():
+        _note(_QUICK)
     rank, num_processes = processes.place()
-    with _stopping() as stop, watching_sweep(alone=num_processes == 1) as observer:
+    with stopping() as stop, watching_sweep(alone=num_processes == 1) as observer:
         sweep.run(
             jobs[rank::num_processes],
             observer,
@@ -215,7 +256,7 @@ def _run_jobs(jobs: "Sequence[Job]", options: RunOptions, many: ManyOptions, arg
         # torchrun ends them all when one ends with an error: the first one tells, when all have come to their ends.
         processes.wait_for_all(lambda: stop.signal is not None)
     if stop.signal is not None:
-        again = f"stopped and saved. Go on with: {shlex.join([PROGRAM, *arguments])}"
+        again = f"Stopped; the runs that had begun are saved. Resume with: {shlex.join([PROGRAM, *arguments])}"
         return _complain(again, code=128 + stop.signal) if _is_first() else 128 + stop.signal
     if not _is_first():
         return 0
@@ -234,10 +275,15 @@ def _evaluate(arguments: Sequence[str]) -> int:
         return _complain("--against, --order, --points and --finetune-epochs are for --subnetworks.")
     if options.monte_carlo is not None:
         return _evaluate_monte_carlo(options, options.monte_carlo)
+    if options.out is not None:
+        return _complain("--out is for --subnetworks and --monte-carlo.")
+    _load("evaluation")
     from stochastic_depth_lab.build import find_device
     from stochastic_depth_lab.evaluation import evaluate_run
 
     evaluations = evaluate_run(options.folder, device=find_device(options.device, "fp32"), data_root=options.data_root)
+    if "best" not in evaluations:
+        _note(f"{options.folder / 'checkpoints' / 'best.pt'} is missing: only the last weights were evaluated.")
     for weights, parts in evaluations.items():
         for part, evaluation in parts.items():
             _print(f"{weights} weights  {part:<10}  error {evaluation.error:.2f} %  loss {evaluation.loss:.4f}")
@@ -251,12 +297,15 @@ def _refuse_file(folder: Path | None) -> None:
 
 
 def _analyse(options: Evaluate) -> int:
+    if options.subnetworks or options.monte_carlo is not None:
+        return _complain("--analyse, --subnetworks and --monte-carlo exclude each other.")
+    if options.out is not None:
+        return _complain("--out is for --subnetworks and --monte-carlo: --analyse writes to the run folder.")
+    _load("analysis")
     from stochastic_depth_lab.analysis import analyse
     from stochastic_depth_lab.build import find_device
     from stochastic_depth_lab.report.analysis import analysis_text
 
-    if options.subnetworks or options.monte_carlo is not None:
-        return _complain("--analyse, --subnetworks and --monte-carlo are evaluations: ask for one at a time.")
     analysis = analyse(
         options.folder,
         device=find_device(options.device, "fp32"),
@@ -268,16 +317,17 @@ def _analyse(options: Evaluate) -> int:
 
 
 def _evaluate_subnetworks(options: Evaluate) -> int:
+    if options.monte_carlo is not None:
+        return _complain("--subnetworks and --monte-carlo exclude each other.")
+    if options.finetune_epochs is not None and options.finetune_epochs < 1:
+        return _complain(f"--finetune-epochs must be at least 1, but is {options.finetune_epochs}.")
+    _refuse_file(options.out)
+    _load("finetuning", "subnetworks", "observers")
     from stochastic_depth_lab.build import find_device
     from stochastic_depth_lab.finetuning import finetune
     from stochastic_depth_lab.report.subnetwork_curve import curve_text, write_curve
     from stochastic_depth_lab.subnetworks import subnetwork_curve
 
-    if options.monte_carlo is not None:
-        return _complain("--subnetworks and --monte-carlo are two evaluations: ask for one at a time.")
-    if options.finetune_epochs is not None and options.finetune_epochs < 1:
-        return _complain(f"--finetune-epochs must be at least 1, but is {options.finetune_epochs}.")
-    _refuse_file(options.out)
     name = options.folder.resolve().name
     twin = options.folder.resolve().with_name(name.removesuffix("-stochastic") + "-constant")
     against = options.against or (twin if twin.name != name and (twin / "config.json").exists() else None)
@@ -302,8 +352,12 @@ def _evaluate_subnetworks(options: Evaluate) -> int:
                 progress=observer.on_remark,
             )
         except KeyboardInterrupt:
-            kept = "" if options.finetune_epochs is None else " What was trained is kept: the same command goes on."
-            return _complain(f"stopped.{kept}", code=128 + signal.SIGINT)
+            kept = (
+                ""
+                if options.finetune_epochs is None
+                else " Trained sub-networks are kept: repeat the command to resume."
+            )
+            return _complain(f"Stopped.{kept}", code=128 + signal.SIGINT)
     _print(curve_text(points))
     paths = write_curve(points, out)
     _print(f"\n{' '.join(map(str, paths))}")
@@ -311,11 +365,12 @@ def _evaluate_subnetworks(options: Evaluate) -> int:
 
 
 def _evaluate_monte_carlo(options: Evaluate, num_samples: int) -> int:
+    _refuse_file(options.out)
+    _load("uncertainty")
     from stochastic_depth_lab.build import find_device
     from stochastic_depth_lab.report.reliability import reliability_text, write_reliability
     from stochastic_depth_lab.uncertainty import uncertainty
 
-    _refuse_file(options.out)
     device = find_device(options.device, "fp32")
     measured = uncertainty(options.folder, num_samples, device=device, data_root=options.data_root)
     _print(reliability_text(measured))
@@ -327,11 +382,12 @@ def _evaluate_monte_carlo(options: Evaluate, num_samples: int) -> int:
 def _export(arguments: Sequence[str]) -> int:
     options = parse(Export, "export", arguments)
     if options.order != "last" and options.cost is None:
-        return _complain("--order says which blocks go first to meet --cost: give that too.")
+        return _complain("--order needs --cost: it says which blocks are removed first.")
     if options.out is not None:
         _refuse_file(options.out.parent)
         if options.out.is_dir():
             return _complain(f"--out must be a file, but {options.out} is a folder.")
+    _load("export")
     from stochastic_depth_lab.export import default_path, export_run
 
     made = export_run(
@@ -354,12 +410,19 @@ def _export(arguments: Sequence[str]) -> int:
 
 def _report(arguments: Sequence[str]) -> int:
     options = parse(Report, "report", arguments)
-    _print_report(options.folders, options.out)
+    from stochastic_depth_lab.report import run_folders
+
+    folders, left_out = run_folders(options.folders)
+    if left_out:
+        _note(f"Left out {len(left_out)} runs without a finished epoch: {' '.join(map(str, left_out))}.")
+    own = options.folders[0] if len(options.folders) == 1 else None
+    _print_report(folders, options.out or own)
     return 0
 
 
 def _schedule(arguments: Sequence[str]) -> int:
     options = parse(Schedule, "schedule", arguments)
+    _load("build", "report")
     import torch
 
     import stochastic_depth as sd
@@ -382,13 +445,12 @@ def _schedule(arguments: Sequence[str]) -> int:
 def _named_schedule(name: str, final_survival_prob: float) -> "sd.Schedule":
     from stochastic_depth import SCHEDULES
 
-    if name not in SCHEDULES:
-        raise ValueError(f"there is no schedule {name!r}, but {', '.join(SCHEDULES)}.")
     return SCHEDULES[name](final_survival_prob)
 
 
 def _inspect(arguments: Sequence[str]) -> int:
     options = parse(Inspect, "inspect", arguments)
+    _load("inspect", "build")
     from stochastic_depth_lab.build import find_device
     from stochastic_depth_lab.inspect import inspect_model
 
@@ -409,6 +471,7 @@ def _inspect(arguments: Sequence[str]) -> int:
 
 def _bench(arguments: Sequence[str]) -> int:
     options = parse(Bench, "bench", arguments)
+    _load("bench", "build")
     from stochastic_depth_lab.bench import bench, bench_text
     from stochastic_depth_lab.build import find_device
 
@@ -424,6 +487,21 @@ def _bench(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _complete(arguments: Sequence[str]) -> int:
+    options = parse(Completion, "completion", arguments)
+    names = {
+        "train": [*EXPERIMENTS],
+        "reproduce": [*STUDIES, *dict.fromkeys(name.rpartition("-")[0] for name in EXPERIMENTS)],
+        "sweep": [*EXPERIMENTS, *STUDIES],
+    }
+    words = {
+        command: [*names.get(command, ()), *(each.flag for each in options_of(kind) if not each.positional), "--help"]
+        for command, (kind, _) in _COMMANDS.items()
+    }
+    _print(completion(options.shell, PROGRAM, words))
+    return 0
+
+
 _COMMANDS: dict[str, tuple[type, Callable[[Sequence[str]], int]]] = {
     "train": (Train, _train),
     "reproduce": (Reproduce, _reproduce),
@@ -434,40 +512,35 @@ _COMMANDS: dict[str, tuple[type, Callable[[Sequence[str]], int]]] = {
     "schedule": (Schedule, _schedule),
     "inspect": (Inspect, _inspect),
     "bench": (Bench, _bench),
+    "completion": (Completion, _complete),
 }
 
 
 def _overview() -> str:
-    commands = "\n".join(f"  {name:<10} {options.__doc__}" for name, (options, _) in _COMMANDS.items())
-    return f"usage: {PROGRAM} COMMAND ...; each explains itself with --help\n\n{commands}"
-
-
-@dataclass
-class _Stop:
-    """Whether the process was told to end, and by which signal."""
-
-    signal: int | None = None
-
-
-@contextmanager
-def _stopping() -> Generator[_Stop]:
-    """Within, Ctrl-C and SIGTERM ask the run to save and stop; a second one ends the process as usual."""
-    stop = _Stop()
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in signals}
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        stop.signal = number
-        for each in signals:
-            signal.signal(each, before[each])
-
-    for each in signals:
-        signal.signal(each, note)
-    try:
-        yield stop
-    finally:
-        for each in signals:
-            signal.signal(each, before[each])
+    width = min(shutil.get_terminal_size().columns, 100) - 1
+    lines = [
+        textwrap.fill(f"  {name:<12}{summary(kind)}", width, subsequent_indent=" " * 14)
+        for name, (kind, _) in _COMMANDS.items()
+    ]
+    return "\n".join(
+        [
+            f"Usage: {PROGRAM} COMMAND ...",
+            "",
+            "Train networks with stochastic depth, and compare them with constant depth.",
+            "",
+            "Commands:",
+            *lines,
+            "",
+            "Options:",
+            "  -h, --help  Show this help; COMMAND --help explains a command.",
+            "  --version   Show the version.",
+            "",
+            "Examples:",
+            f"  {PROGRAM} reproduce digits --out runs/digits",
+            f"  {PROGRAM} train digits-stochastic --out runs/one",
+            f"  {PROGRAM} report runs/one",
+        ]
+    )
 
 
 @contextmanager
@@ -497,8 +570,8 @@ def _observing() -> "Generator[Observer]":
         yield Lines(sys.stderr)
 
 
-def _train_all(runs: Sequence[tuple[Experiment, Path]], options: RunOptions, observer: "Observer", stop: _Stop) -> None:
-    """Train one after the other, each with all the processes that torchrun has started, until a stop is asked for."""
+def _train_all(runs: Sequence[tuple[Experiment, Path]], options: RunOptions, observer: "Observer", stop: Stop) -> None:
+    """Train one after the other, each with all the processes that torchrun has started, until a stop is requested."""
     from stochastic_depth_lab import processes, records
     from stochastic_depth_lab.build import find_device
 
@@ -507,6 +580,9 @@ def _train_all(runs: Sequence[tuple[Experiment, Path]], options: RunOptions, obs
         # Refuse before hours of work, not after.
         look = {folder: partial(records.look, folder, each, resume=options.resume) for each, folder in runs}
         finished = {folder: together.from_first(result) is not None for folder, result in look.items()}
+        if together.is_first:
+            for remark in _remarks(runs, options, devices[0]):
+                observer.on_remark(remark)
         for experiment, folder in runs:
             if together.any(stop.signal is not None):  # of several processes another one may have been told
                 stop.signal = stop.signal or signal.SIGTERM
@@ -516,13 +592,25 @@ def _train_all(runs: Sequence[tuple[Experiment, Path]], options: RunOptions, obs
                 observer.on_remark(f"{folder} is finished already.")
 
 
+def _remarks(
+    runs: Sequence[tuple[Experiment, Path]], options: RunOptions, device: "torch.device"
+) -> Generator[str, None, None]:
+    """What may surprise later."""
+    if options.quick:
+        yield _QUICK
+    if device.type == "cpu" and any(experiment.precision == "fp16" for experiment, _ in runs):
+        yield "fp16 is very slow on a CPU, up to 50 times as slow as fp32. Use --precision bf16."
+    if options.resume and not any((folder / "config.json").exists() for _, folder in runs):
+        yield f"There is nothing to resume in {options.out}: starting from the beginning."
+
+
 def _train_one(
     experiment: Experiment,
     folder: Path,
     options: RunOptions,
     device: "torch.device",
     observer: "Observer",
-    stop: _Stop,
+    stop: Stop,
     together: "Processes",
 ) -> None:
     from stochastic_depth_lab import loop
@@ -548,7 +636,7 @@ def _train_one(
             cuda_graphs=options.cuda_graphs,
         )
     except loop.Interrupted:
-        # It has saved itself; the command says how to go on once the progress bar is gone.
+        # It has saved itself; the command says how to resume once the progress bar is gone.
         stop.signal = stop.signal or signal.SIGTERM
 
 
@@ -567,17 +655,20 @@ def _print_report(folders: Sequence[Path], out: Path | None) -> None:
     from stochastic_depth_lab.report import read_run, text_table, write_report
 
     page = write_report(folders, out)
-    _print(text_table([read_run(folder) for folder in folders]))
+    width = shutil.get_terminal_size().columns
+    _print(text_table([read_run(folder) for folder in folders], width))
     _print(f"\nreport: {page}, figures: {page.parent / 'figures'}")
 
 
-def _exit_code(stop: _Stop, arguments: Sequence[str]) -> int:
+def _exit_code(stop: Stop, folders: Sequence[Path], arguments: Sequence[str]) -> int:
     if stop.signal is None:
         return 0
     if not _is_first():
         return 128 + stop.signal
+    if not any((folder / "checkpoints" / "last.pt").exists() for folder in folders):
+        return _complain("Stopped before there was anything to save.", code=128 + stop.signal)
     again = shlex.join([PROGRAM, *arguments, *([] if "--resume" in arguments else ["--resume"])])
-    return _complain(f"stopped and saved. Go on with: {again}", code=128 + stop.signal)
+    return _complain(f"Stopped and saved. Resume with: {again}", code=128 + stop.signal)
 
 
 def _is_first() -> bool:
@@ -586,8 +677,12 @@ def _is_first() -> bool:
 
 
 def _complain(message: str, code: int = 2) -> int:
-    print(" ".join(message.split()), file=sys.stderr)  # noqa: T201 -- one line, whatever it holds
+    _note(message)
     return code
+
+
+def _note(message: str) -> None:
+    print(" ".join(message.split()), file=sys.stderr, flush=True)  # noqa: T201 -- one line, whatever it holds
 
 
 def _print(text: str) -> None:

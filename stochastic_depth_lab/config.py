@@ -1,6 +1,6 @@
 """What a training run is made of: frozen dataclasses of plain values.
 
-The docstring under a field is its help text on the command line. Nothing here imports torch, so that `--help` is
+The docstring below a field is its help text on the command line. Nothing here imports torch, so that `--help` is
 instant: schedules, shortcuts and the like are named by strings.
 """
 
@@ -21,30 +21,30 @@ class Data:
     """The images and what happens to them before the network sees them."""
 
     dataset: str
-    """digits, cifar10, cifar100, svhn or imagenet. Images that a program gives to `loop.train` may be called as it
-    likes."""
+    """digits, cifar10, cifar100, svhn or imagenet. Images that a program passes to `loop.train` can have any name."""
     normalisation: Literal["channel", "pixel"] = "channel"
     """Mean and standard deviation per channel (the paper's text), or the mean image and one standard deviation (the
     authors' code)."""
     translation: int = 0
-    """Training images are moved by up to that many pixels, zeros come in from the border."""
+    """Shift training images by up to N pixels, filled with zeros at the border."""
     flip: bool = False
-    """Training images are mirrored left to right with probability 1/2."""
+    """Flip training images horizontally with probability 1/2."""
     num_validation: int | None = None
-    """Images held out of the training part for validation. None: as many as in the paper."""
+    """Number of training images held out for validation; none: as many as in the paper."""
     split_seed: int = 0
-    """Which ones these are."""
+    """Seed that picks the images held out for validation."""
     images_per_class: int | None = None
-    """Training images of each class, drawn at random by the run's seed. None: all. digits tests on what is left over,
-    as no test images of it are published."""
+    """Number of training images of each class, drawn by the run's seed; none: all. digits tests on all others, as it
+    has no published test images."""
     num_test: int | None = None
-    """Test images, the first ones. None: all."""
+    """Use only the first N test images; none: all."""
     limit: int | None = None
-    """Use only the first so many images of each part: for trials."""
+    """Use only the first N images of each part; none: all."""
     image_size: int | None = None
-    """Width and height that imagenet's pictures are cropped and scaled to. None: 224."""
+    """Width and height that imagenet's pictures are cropped and scaled to; none: 224."""
     num_workers: int = 8
-    """Processes that read imagenet's pictures; 0: none beside the training itself. The numbers do not depend on it."""
+    """Number of processes that read imagenet's pictures; 0: the training process reads them itself. Results do not
+    depend on it."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +52,17 @@ class Model:
     """The residual network."""
 
     num_layers: int
-    """The paper's for small images, 6n + 2: 20, 32, 44, 56, 110, 152, 1202. ImageNet's: 18, 34, 50, 101, 152."""
+    """Number of layers: 6n + 2 for small images (the paper: 20 to 1202), or 18, 34, 50, 101, 152 for imagenet."""
     family: Literal["cifar", "imagenet"] = "cifar"
     """The paper's networks for small images, or He et al.'s for ImageNet, as torchvision has them."""
     shortcut: Literal["pad", "subsample", "projection", "projection_all"] = "pad"
-    """What carries the image past a block that halves it: average pooling and channels of zeros (the paper's text),
-    every second pixel and channels of zeros, or a 1x1 convolution, there (imagenet: always) or in every block."""
+    """Shortcut of blocks that halve the image: average pooling and zero channels (the paper's text), every second pixel
+    and zero channels, or a 1x1 convolution, there (imagenet: always) or in every block."""
     init: Literal["he", "authors"] = "he"
     """Initial weights: He et al.'s, or those of the authors' code (BatchNorm gains from U(0, 1))."""
     keep: tuple[int, ...] | None = None
-    """Only these blocks, by their index from 0; the others are their shortcuts alone. None: all. A sub-network that
-    `export` has written as safetensors learns on with `--weights`."""
+    """Keep only these blocks, by their index from 0, and replace the others by their shortcuts; none: all. With
+    --weights, continue training a sub-network that `export` wrote as safetensors."""
 
 
 @dataclass(frozen=True)
@@ -74,19 +74,20 @@ class Depth:
     final_survival_prob: float = 0.5
     """Survival probability of the last block, p_L, in (0, 1]."""
     granularity: Literal["batch", "sample"] = "batch"
-    """One gate for a whole mini-batch (the paper), or one for each sample."""
+    """One gate per mini-batch (the paper), or one per sample."""
     rescale: Literal["eval", "train", "none"] = "eval"
-    """Branches count with p in evaluation (the paper), with 1/p in training, or neither."""
+    """Multiply branches by p in evaluation (the paper), by 1/p in training, or neither."""
     skipped_grad: Literal["zero", "none"] = "zero"
-    """Momentum and weight decay still move the parameters of a dropped branch (the authors' code), or pass them by."""
+    """Give parameters of a dropped branch zero gradients, so that momentum and weight decay still move them (the
+    authors' code), or no gradients."""
     draw: Literal["bernoulli", "equal_cost"] = "bernoulli"
-    """Independent gates (the paper), or nearly the same work in every step."""
+    """Draw gates independently (the paper), or so that every step does nearly the same work."""
     over_time: OverTime = "constant"
-    """How the drop rates change over the epochs. constant (the paper); warm_up: they rise from 0; early: they fall
-    to 0; late: they are 0 at first; exponential: they approach their values ever more slowly ("progressive"); plateau:
-    they stay, then fall to 0 and recover."""
+    """How drop rates change over the epochs: constant (the paper); warm_up: rise from 0; early: fall to 0; late: 0 at
+    first; exponential: approach their values ever more slowly ("progressive"); plateau: stay, then fall to 0 and
+    recover."""
     turn: float = 0.5
-    """The share of the epochs after which that is over; with plateau, after which it begins. In (0, 1)."""
+    """Share of the epochs, in (0, 1), after which that change ends, or with plateau begins."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,11 @@ class Regularisers:
     """What stochastic depth is compared with; none of it is the paper's method, and all of it is off by default."""
 
     activation_survival_prob: float = 1.0
-    """Dropout between the convolutions of each branch: the chance of an activation to survive, in (0, 1]."""
+    """Dropout between the convolutions of each branch: probability that an activation survives, in (0, 1]."""
     filter_survival_prob: float = 1.0
-    """The same for whole filters: the chance of a channel of a sample to survive, in (0, 1]."""
+    """The same for whole filters: probability that a channel of a sample survives, in (0, 1]."""
     filter_penalty: float = 0.0
-    """lambda of the penalty lambda * sum(W^2) / (sum_i sigma_i(W_i)^2 + lambda) on every convolution. 0: none."""
+    """lambda of the penalty lambda * sum(W^2) / (sum_i sigma_i(W_i)^2 + lambda) on every convolution; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -106,38 +107,36 @@ class Recipe:
     """How the network is trained: SGD with Nesterov momentum, weight decay on every parameter."""
 
     epochs: int
-    """Epochs; each ends with an evaluation."""
+    """Number of epochs; each ends with an evaluation."""
     epoch_passes: int = 1
-    """Passes over the training images that make an epoch. With few images, evaluation after every pass would take
+    """Number of passes over the training images per epoch. With few images, evaluation after every pass would take
     longer than training."""
     batch_size: int = 128
-    """Images in a step, over all processes together, so that the learning rate does not depend on how many there are.
-    The last batch of an epoch may be shorter; it is used."""
+    """Images per step, over all processes together. The last batch of an epoch may be smaller."""
     learning_rate: float = 0.1
-    """The highest learning rate."""
+    """Highest learning rate."""
     lr_schedule: LrSchedule = "step_text"
-    """`step_text`: divided by 10 after each of lr_drops, as the paper writes; `step_code`: one epoch earlier, as the
-    authors' code does; `one_cycle`: up along a cosine in the first three tenths of the steps, then down to nothing."""
+    """step_text: divide by 10 after each of --recipe.lr-drops, as the paper says; step_code: one epoch earlier, as the
+    authors' code does; one_cycle: rise along a cosine for the first 30 % of the steps, then fall to zero."""
     lr_drops: tuple[float, ...] = (0.5, 0.75)
-    """When a step schedule drops the rate, in shares of the epochs: 0.5 and 0.75 of 500 are the paper's 250 and 375."""
+    """When a step schedule drops the rate, in shares of the epochs: 0.5 and 0.75 are the paper's 250 and 375 of 500."""
     warmup_epochs: int = 0
-    """So many epochs come first at warmup_learning_rate. The paper's 1202 layers need 10."""
+    """Train the first N epochs at --recipe.warmup-learning-rate. The paper's 1202 layers need 10."""
     warmup_learning_rate: float = 0.01
-    """The learning rate of these epochs."""
+    """Learning rate of the warm-up epochs."""
     momentum: float = 0.9
     """Nesterov momentum, without dampening."""
     weight_decay: float = 1e-4
-    """On every parameter, BatchNorm and biases too."""
+    """Weight decay on every parameter, BatchNorm and biases included."""
     validate_every: int | None = None
-    """Look for the lowest validation error every so many steps too, counted over all epochs (SVHN: 200). None: at the
-    end of each epoch only."""
+    """Validate every N steps too, counted over all epochs (SVHN: 200); none: at the end of each epoch only."""
     num_threads: int | None = None
-    """CPU threads, which decide the order of sums and with it the last bits. None: PyTorch's choice."""
+    """Number of CPU threads, which decides the order of sums and with it the last bits; none: PyTorch's choice."""
     batch_norm: Literal["local", "synchronised"] = "local"
-    """Where several processes train together: each normalises by its own part of a batch, and the running statistics
-    are the first one's; or all by the whole batch (on GPUs)."""
+    """With several processes: normalise each part of a batch by itself and keep the first process's running statistics,
+    or normalise by the whole batch (GPUs only)."""
     checkpoint_every: int = 200
-    """A checkpoint is written at the end of each epoch, and every so many steps within it."""
+    """Write a checkpoint every N steps, and at the end of each epoch."""
 
 
 @dataclass(frozen=True)
@@ -333,6 +332,12 @@ def check(experiment: Experiment) -> None:
     ):
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, but is {value}.")
+    if not 0 <= experiment.seed < 2**63:
+        raise ValueError(f"seed must be at least 0 and below 2**63, but is {experiment.seed}.")
+    if recipe.warmup_epochs >= recipe.epochs:
+        raise ValueError(
+            f"recipe.warmup_epochs must be less than recipe.epochs, {recipe.epochs}, but is {recipe.warmup_epochs}."
+        )
     _check_family(experiment)
     for name, rate in (
         ("recipe.learning_rate", recipe.learning_rate),
@@ -366,6 +371,8 @@ def check(experiment: Experiment) -> None:
             f"recipe.lr_drops must be shares of the epochs in (0, 1), but are {recipe.lr_drops}: "
             "250 of 500 epochs is 0.5."
         )
+    if any(later <= earlier for earlier, later in zip(recipe.lr_drops, recipe.lr_drops[1:], strict=False)):
+        raise ValueError(f"recipe.lr_drops must increase, but are {' '.join(map(str, recipe.lr_drops))}.")
 
 
 def _check_family(experiment: Experiment) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stochastic_depth_lab import checkpoint, records
 from stochastic_depth_lab.build import build_network, load_images, reproducible, set_epoch
-from stochastic_depth_lab.config import Precision, as_json, from_json
+from stochastic_depth_lab.config import Precision, as_json
 from stochastic_depth_lab.data import ImageData, batches
 
 BATCH_SIZE = 500
@@ -62,17 +62,22 @@ def evaluate(
                 logits = model(inputs).float()
             # Kept on the device: reading a number would wait for it in every batch.
             wrong.append((logits.argmax(1) != labels).sum())
-            loss.append(F.cross_entropy(logits, labels, reduction="sum").double())
+            loss.append(F.cross_entropy(logits, labels, reduction="sum").to(_sum_dtype(logits.device)))
             num_samples += len(labels)
     finally:
         model.train(was_training)
-    sums = torch.zeros(3, dtype=torch.float64, device=wrong[0].device if wrong else None)
+    device = wrong[0].device if wrong else torch.device("cpu")
+    sums = torch.zeros(3, dtype=_sum_dtype(device), device=device)
     if wrong:
-        sums = torch.stack([torch.stack(wrong).sum().double(), torch.stack(loss).sum(), sums[2] + num_samples])
+        sums = torch.stack([torch.stack(wrong).sum().to(sums.dtype), torch.stack(loss).sum(), sums[2] + num_samples])
     num_wrong, total_loss, num_samples = sum_over_processes(sums).tolist()
     if not num_samples:
         raise ValueError("there is no batch to evaluate on.")
     return Evaluation(error=100 * num_wrong / num_samples, loss=total_loss / num_samples)
+
+
+def _sum_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # which Metal does not have
 
 
 def evaluate_run(
@@ -92,7 +97,7 @@ def evaluate_run(
     Raises:
         ValueError: in one line, if the folder holds no run, no weights yet, or damaged ones.
     """
-    experiment = from_json(records.read_json(path / "config.json"))
+    experiment = records.read_experiment(path)
     state, _ = checkpoint.load(path / "checkpoints", as_json(experiment))
     if state is None:
         raise records.RunError(f"{path} holds no weights yet: its run has not come to a checkpoint.")

@@ -59,7 +59,12 @@ def inspect_model(
     model = model.to(device)
     original = copy.deepcopy(model) if measure else None
     images = torch.randn(batch_size, 3, size, size, device=device)
-    depth = sd.make_stochastic_(model, schedule)
+    try:
+        depth = sd.make_stochastic_(model, schedule)
+    except ValueError as error:
+        if schedule is not None or "No residual branch" not in str(error):
+            raise
+        raise ValueError(f"{spec} has no drop paths with a rate. Give it one: --schedule linear_decay.") from error
     try:
         lines = [str(depth), "", str(depth.cost(images[:2]))]
     except (AssertionError, RuntimeError) as error:
@@ -95,7 +100,7 @@ def _timm(name: str, rate: float) -> tuple[nn.Module, int]:
     import timm
 
     if not timm.is_model(name):
-        similar = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
+        similar = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=3))
         raise ValueError(f"timm has no model {name!r}. Similar names: {similar or 'none; see timm.list_models()'}.")
     try:
         model = timm.create_model(name, drop_path_rate=rate)
@@ -109,7 +114,8 @@ def _torchvision(name: str, rate: float) -> tuple[nn.Module, int]:
     from torchvision import models
 
     if name not in models.list_models():
-        raise ValueError(f"torchvision has no model {name!r}. There are {', '.join(models.list_models()[:5])}, ...")
+        similar = ", ".join(difflib.get_close_matches(name, models.list_models(), n=3))
+        raise ValueError(f"torchvision has no model {name!r}. Similar names: {similar or 'none'}.")
     try:
         return models.get_model(name, stochastic_depth_prob=rate), 224
     except TypeError:
@@ -122,7 +128,7 @@ def _transformers(name: str, rate: float) -> tuple[nn.Module, int]:
     known = transformers.models.auto.configuration_auto.CONFIG_MAPPING
     if name not in known:
         similar = difflib.get_close_matches(name, known, n=5)
-        raise ValueError(f"transformers has no model type {name!r}. Similar: {', '.join(similar) or 'none'}.")
+        raise ValueError(f"transformers has no model type {name!r}. Similar names: {', '.join(similar) or 'none'}.")
     config = transformers.AutoConfig.for_model(name, drop_path_rate=rate)
     size: Any = getattr(config, "image_size", None) or 224
     return transformers.AutoModel.from_config(config), int(size if isinstance(size, int) else size[0])

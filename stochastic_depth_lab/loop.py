@@ -265,6 +265,8 @@ class _Stopwatch:
     def _now(self) -> tuple[float, float]:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+        elif self._device.type == "mps":
+            torch.mps.synchronize()
         return time.perf_counter(), time.process_time()
 
 
@@ -287,7 +289,7 @@ class _Tally:
 
     def mean(self, values: Tensor) -> float:
         """Mean over the steps done, of those that are finite: steps in which fp16 overflows are not made."""
-        done = values[: self.step].double()
+        done = values[: self.step].cpu().double()
         return done[done.isfinite()].mean().item()
 
 
@@ -336,7 +338,7 @@ class _Run:
         self.processes = processes
         synchronised = experiment.recipe.batch_norm == "synchronised"
         self.wrapped = processes.wrapped(model, self.device, synchronise_batch_norm=synchronised)
-        self.optimiser = build_optimiser(model, experiment.recipe)
+        self.optimiser = build_optimiser(model, experiment)
         # A scaler that is not enabled passes everything through.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=experiment.precision == "fp16")
         self.first_conv = next(module for module in model.modules() if isinstance(module, nn.Conv2d))

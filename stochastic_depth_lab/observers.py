@@ -24,7 +24,7 @@ class Lines:
     def on_start(self, experiment: Experiment, num_steps: int, epoch: int, step: int) -> None:
         """Say what begins, and where."""
         self._epochs = experiment.recipe.epochs
-        from_where = f", going on in epoch {epoch} after step {step}" if (epoch, step) != (1, 0) else ""
+        from_where = f", resuming in epoch {epoch} after step {step}" if (epoch, step) != (1, 0) else ""
         self._print(f"{experiment.name}: {self._epochs} epochs of {num_steps} steps{from_where}")
 
     def on_steps(self, epoch: int, step: int, train_loss: float) -> None:

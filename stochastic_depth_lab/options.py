@@ -1,64 +1,64 @@
-"""What each command takes, and the experiments that come of it. Only this file knows tyro; no torch is needed.
+"""What each command takes, and the experiments that come of it. No torch is needed.
 
 The docstring of a class is its command's help, that under a field the field's.
 """
 
-import contextlib
-import io
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import tyro
-
+from stochastic_depth_lab.arguments import Inline, Positional, UsageError, build, help_text, read
 from stochastic_depth_lab.config import Data, Depth, Experiment, Model, Precision, Recipe, Regularisers, quick
 from stochastic_depth_lab.experiments import EXPERIMENTS, find
 
 PROGRAM = "stochastic-depth"
 
 Options = TypeVar("Options")
-Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+Folder = Annotated[Path, "FOLDER"]
+Run = Annotated[Path, Positional("RUN")]
+Device = Annotated[str, "DEVICE"]
+Order = Literal["last", "survival", "lesion"]
+ScheduleName = Literal["linear_decay", "uniform", "timm", "efficientnet", "convnext"]
 
 
 @dataclass(frozen=True)
 class RunOptions:
     """Where and how to run."""
 
-    out: Path
-    """The folder for everything that comes of it."""
-    resume: Flag = False
-    """Go on with what is in the folder, from its last checkpoint."""
-    quick: Flag = False
-    """Few images and five epochs: shows that everything works."""
-    weights: Path | None = None
-    """A file with a state_dict of this network to begin with. None: random weights."""
-    seed: int | None = None
-    """Of weights, order of the images, augmentation and gates. None: the experiment's, which is 0."""
-    data_root: Path | None = None
-    """Where the data lie, and are downloaded to. None: $STOCHASTIC_DEPTH_DATA, else a folder in the user's cache."""
-    device: str | None = None
-    """cpu, cuda or cuda:NUMBER. None: the GPU if there is one."""
+    out: Folder
+    """Output folder."""
+    resume: bool = False
+    """Resume the run in the output folder from its last checkpoint."""
+    quick: bool = False
+    """Train for five epochs on a few images, to see that everything works. The numbers mean nothing."""
+    weights: Annotated[Path, "FILE"] | None = None
+    """Start from the state_dict of this network in FILE, instead of random weights."""
+    seed: Annotated[int, "N"] | None = None
+    """Seed of the weights, the order of the images, their augmentation and the gates (default: the experiment's, 0)."""
+    data_root: Folder | None = None
+    """Folder of the data sets, and where to download them (default: $STOCHASTIC_DEPTH_DATA, else your cache)."""
+    device: Device | None = None
+    """cpu, cuda, cuda:N or mps (default: the GPU if there is one)."""
     precision: Precision | None = None
-    """fp32, or mixed precision with bf16 or fp16. None: the experiment's, fp32; bf16 for small forms."""
-    tensorboard: Flag = False
+    """fp32, or mixed precision with bf16 or fp16 (default: the experiment's, fp32; bf16 for small forms)."""
+    tensorboard: bool = False
     """Write TensorBoard events too."""
-    cuda_graphs: Flag = False
-    """Replay each branch as a CUDA graph: the same numbers, in less time on a GPU."""
+    cuda_graphs: bool = False
+    """Replay each branch as a CUDA graph: same numbers, less time on a GPU."""
 
 
 @dataclass(frozen=True)
 class ManyOptions:
     """How many runs, and where each of them runs."""
 
-    scale: str = "full"
-    """full, or small: the same question, asked of few images: seconds to minutes for each run."""
-    seeds: int | None = None
-    """Number of runs of each experiment, with the seeds from --seed on; the table has mean and standard deviation.
-    None: 5 for digits, else 1 for most tables and figures."""
-    jobs: int | None = None
-    """Number of concurrent runs, each a process. None: 2 for digits, else 1."""
+    scale: Literal["full", "small"] = "full"
+    """Train the full networks, or ask the same question of few images: seconds to minutes per run."""
+    seeds: Annotated[int, "N"] | None = None
+    """Run each experiment with N seeds, from --seed up; none: 5 for digits, else 1 for most tables and figures."""
+    jobs: Annotated[int, "N"] | None = None
+    """Number of concurrent runs, each in its own process; none: 2 for digits, else 1."""
 
     def check(self) -> None:
         """Refuse what does not exist.
@@ -66,8 +66,6 @@ class ManyOptions:
         Raises:
             ValueError: in one line.
         """
-        if self.scale not in ("full", "small"):
-            raise ValueError(f"there is no scale {self.scale!r}, but full and small.")
         for name, value in (("--seeds", self.seeds), ("--jobs", self.jobs)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, but is {value}.")
@@ -75,223 +73,303 @@ class ManyOptions:
 
 @dataclass(frozen=True)
 class Train:
-    """Train one experiment; what is given beside its name and the folder changes it."""
+    """Train one experiment. Other options override its settings.
 
-    experiment: Annotated[tyro.conf.Positional[str], tyro.conf.arg(help=f"One of {', '.join(EXPERIMENTS)}.")]
-    run: tyro.conf.OmitArgPrefixes[RunOptions]
+    Examples:
+      stochastic-depth train digits-stochastic --out runs/one
+      stochastic-depth train digits-stochastic --out runs/one --resume
+      stochastic-depth train digits-stochastic --out runs/two --depth.schedule uniform
+      stochastic-depth train digits-stochastic --help    # settings of the experiment
+    """
+
+    experiment: Annotated[str, Positional("EXPERIMENT")]
+    run: Annotated[RunOptions, Inline()]
     data: Data
     model: Model
-    depth: tyro.conf.AvoidSubcommands[Depth | None]
+    depth: Depth | None
     recipe: Recipe
     regularisers: Regularisers
 
 
 @dataclass(frozen=True)
 class Reproduce:
-    """Train a pair with constant and with stochastic depth, or all of a table or figure of the paper, and report."""
+    """Train a pair with constant and stochastic depth, or a whole table or figure of the paper, and write the report.
 
-    name: tyro.conf.Positional[str]
-    """What two experiments have in common, such as digits, cifar10-110, svhn-152; or a table or figure, which trains
-    what is missing and goes on with what is unfinished: table1, table2, curves, gradients, survival, depth-survival,
-    over-time, regularisers."""
-    run: tyro.conf.OmitArgPrefixes[RunOptions]
-    many: tyro.conf.OmitArgPrefixes[ManyOptions]
+    Examples:
+      stochastic-depth reproduce digits --out runs/digits
+      stochastic-depth reproduce table1 --out runs/table1 --scale small --jobs 2
+    """
+
+    name: Annotated[str, Positional("NAME")]
+    """What two experiments have in common, such as digits, cifar10-110 or svhn-152; or a table or figure: table1,
+    table2, curves, gradients, survival, depth-survival, over-time, regularisers. Finished runs are not repeated, and
+    unfinished runs of a table are resumed."""
+    run: Annotated[RunOptions, Inline()]
+    many: Annotated[ManyOptions, Inline()]
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Evaluate a run's weights again; how far it can be cut, and whether it knows when it is wrong."""
+    """Evaluate a run's weights again, its sub-networks, or its calibration.
 
-    folder: tyro.conf.Positional[Path]
-    """The run folder."""
-    analyse: Flag = False
-    """What each block adds to its shortcut, the error without it, and calibration; in the run's next report too."""
-    subnetworks: Flag = False
-    """Error against parameters, FLOPs and latency of its sub-networks, with and without new BatchNorm statistics, as
-    table and figure; beside it those of --against, or of the run of constant depth that it was reproduced with."""
-    against: Path | None = None
-    """Another run folder, for --subnetworks."""
-    order: Literal["last", "survival", "lesion"] = "last"
-    """Which blocks go first: the last, those that survive least, or those whose lesion changes the outputs least."""
+    Examples:
+      stochastic-depth evaluate runs/one
+      stochastic-depth evaluate runs/one --subnetworks --order lesion
+      stochastic-depth evaluate runs/one --monte-carlo 16
+    """
+
+    folder: Run
+    """Run folder."""
+    analyse: bool = False
+    """Measure what each block adds to its shortcut, the error without it, and calibration; the next report shows it."""
+    subnetworks: bool = False
+    """Plot error against parameters, FLOPs and latency of sub-networks, with and without new BatchNorm statistics,
+    next to those of --against, or of the constant-depth run that it was reproduced with."""
+    against: Annotated[Path, "RUN"] | None = None
+    """Compare the sub-networks with those of another run folder."""
+    order: Order = "last"
+    """Remove first the last blocks, those that survive least, or those whose removal changes the outputs least."""
     points: int = 9
-    """How many sub-networks of each run, the whole network included."""
-    finetune_epochs: int | None = None
-    """Train each sub-network on for so many epochs, as a run of its own in finetuned, in the folder for the tables: by
-    the run's recipe, at a tenth of its learning rate. A run that is there already is not repeated."""
-    monte_carlo: int | None = None
-    """Calibration of so many random sub-networks together, against the single forward, as table and figure."""
-    out: Path | None = None
-    """The folder for tables and figures. None: evaluation, in the run folder."""
-    data_root: Path | None = None
-    """Where the data lie."""
-    device: str | None = None
-    """cpu, cuda or cuda:NUMBER. None: the GPU if there is one."""
+    """Number of sub-networks per run, the whole network included."""
+    finetune_epochs: Annotated[int, "N"] | None = None
+    """Continue training each sub-network for N epochs at a tenth of the recipe's learning rate, as a run in the folder
+    finetuned of the output folder. Finished runs are not repeated."""
+    monte_carlo: Annotated[int, "N"] | None = None
+    """Compare the calibration of N random sub-networks together with that of a single forward."""
+    out: Folder | None = None
+    """Output folder for tables and figures (default: evaluation, in the run folder)."""
+    data_root: Folder | None = None
+    """Folder of the data sets (default: where the run found them)."""
+    device: Device | None = None
+    """cpu, cuda, cuda:N or mps (default: the GPU if there is one)."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """Write a run's network as a file that needs nothing of this project, checked on real images."""
+    """Export a run's network to a file that works without this project, checked on real images.
 
-    folder: tyro.conf.Positional[Path]
-    """The run folder."""
+    Examples:
+      stochastic-depth export runs/one
+      stochastic-depth export runs/one --cost 0.6 --normalise --out small.onnx
+    """
+
+    folder: Run
+    """Run folder."""
     format: Literal["onnx", "torch-export", "safetensors"] = "onnx"
-    """onnx, torch-export (a program for PyTorch), or safetensors (weights only)."""
+    """ONNX, a torch.export program, or safetensors (weights only)."""
     keep: tuple[int, ...] | None = None
-    """Blocks to keep, by their index from 0. None: all."""
+    """Keep only these blocks, by their index from 0."""
     cost: float | None = None
-    """Keep so many blocks that this share of the FLOPs is left. None: all."""
-    order: Literal["last", "survival", "lesion"] = "last"
-    """Which blocks go first: the last, those that survive least, or those whose lesion changes the outputs least."""
-    normalise: Flag = False
-    """Put the normalisation into the file: it takes images as they are stored, uint8."""
-    out: Path | None = None
-    """The file. None: the experiment's name, with -smaller unless it is whole, in the run folder."""
-    data_root: Path | None = None
-    """Where the data lie."""
+    """Remove blocks until this share of the FLOPs is left."""
+    order: Order = "last"
+    """Remove first the last blocks, those that survive least, or those whose removal changes the outputs least."""
+    normalise: bool = False
+    """Include the normalisation: the file takes images as they are stored, uint8."""
+    out: Annotated[Path, "FILE"] | None = None
+    """Output file (default: named after the experiment, in the run folder)."""
+    data_root: Folder | None = None
+    """Folder of the data sets (default: where the run found them)."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Compare runs: a table here, and a page with figures."""
+    """Compare runs: print a table, and write a page with figures.
 
-    folders: tyro.conf.Positional[tuple[Path, ...]]
-    """The run folders."""
-    out: Path | None = None
-    """The folder for the page. None: the run's own, or the one that holds all the runs."""
+    Examples:
+      stochastic-depth report runs/one
+      stochastic-depth report runs/digits    # all runs in the folder
+      stochastic-depth report runs/one runs/two --out runs/comparison
+    """
+
+    folders: Annotated[tuple[Path, ...], Positional("RUN")]
+    """Run folders, or folders of runs, such as those of a sweep or of a table."""
+    out: Folder | None = None
+    """Output folder (default: the run's own, or the folder that holds all the runs)."""
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Train many runs, several at a time, over several machines; one that crashes loses itself alone."""
+    """Train many runs, several at a time or over several machines. A crash does not affect the other runs.
 
-    name: tyro.conf.Positional[str]
-    """An experiment, or a table or figure: what `reproduce` would train."""
-    run: tyro.conf.OmitArgPrefixes[RunOptions]
-    many: tyro.conf.OmitArgPrefixes[ManyOptions]
-    grid: tuple[str, ...] = ()
-    """Options of `train` with their values: recipe.learning-rate=0.1,0.05 depth.schedule=uniform,linear_decay. Every
-    combination is a run."""
-    shard: str | None = None
-    """i/n: this machine's share of n, i from 0, for the job array of a cluster."""
+    Examples:
+      stochastic-depth sweep digits-stochastic --out runs/sweep --grid recipe.epochs=5,20
+      stochastic-depth sweep table1 --out runs/table1 --shard 0/4
+    """
+
+    name: Annotated[str, Positional("NAME")]
+    """An experiment; or a pair, a table or a figure, as for `reproduce`."""
+    run: Annotated[RunOptions, Inline()]
+    many: Annotated[ManyOptions, Inline()]
+    grid: Annotated[tuple[str, ...], "FIELD=VALUE,VALUE"] = ()
+    """Options of `train` with their values, such as recipe.learning-rate=0.1,0.05 depth.schedule=uniform,linear_decay.
+    Every combination is a run."""
+    shard: Annotated[str, "I/N"] | None = None
+    """Train share I of N, from 0, for the job array of a cluster."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Show survival probabilities over depth, expected depth and what is saved, for the paper's network."""
+    """Show survival probabilities over depth, expected depth and expected cost for the paper's network.
 
+    Examples:
+      stochastic-depth schedule
+      stochastic-depth schedule uniform --final-survival-prob 0.8 --out survival.svg
+    """
+
+    schedule: Annotated[ScheduleName, Positional("SCHEDULE")] = "linear_decay"
+    """linear_decay (the paper's) or uniform; timm, efficientnet or convnext count as those projects do."""
     num_layers: int = 110
-    """6n + 2."""
-    schedule: tyro.conf.Positional[str] = "linear_decay"
-    """linear_decay or uniform, or as others count: timm, efficientnet, convnext."""
+    """Number of layers, 6n + 2."""
     final_survival_prob: float = 0.5
     """Survival probability of the last block, in (0, 1]."""
-    out: Path | None = None
-    """A PNG or SVG file for the figure."""
+    out: Annotated[Path, "FILE"] | None = None
+    """Write the figure to a .png or .svg file."""
 
 
 @dataclass(frozen=True)
 class Inspect:
-    """Show the branches of a published model, how each is treated, and what skipping them saves."""
+    """Show the branches of a published model, how each is treated, and what skipping them saves.
 
-    model: tyro.conf.Positional[str]
-    """timm:NAME, torchvision:NAME or transformers:NAME; the weights are random."""
+    Examples:
+      stochastic-depth inspect timm:vit_small_patch16_224 --drop-path-rate 0.4
+      stochastic-depth inspect torchvision:resnet50 --schedule linear_decay
+    """
+
+    model: Annotated[str, Positional("MODEL")]
+    """timm:NAME, torchvision:NAME or transformers:TYPE; the weights are random."""
     drop_path_rate: float = 0.1
-    """The rate that the model is made with, if it has drop paths."""
-    schedule: str | None = None
-    """Survival over depth in place of the model's own rates, and for models without drop paths: linear_decay, uniform,
-    timm, efficientnet, convnext."""
+    """Rate that a model with drop paths is created with."""
+    schedule: ScheduleName | None = None
+    """Replace the model's own rates by a schedule, or give one to a model without drop paths."""
     final_survival_prob: float = 0.5
-    """With a schedule: survival probability of the last branch, in (0, 1]."""
-    measure: Flag = False
+    """With --schedule: survival probability of the last branch, in (0, 1]."""
+    measure: bool = False
     """Measure time and memory of a step too, against the original model, on this machine."""
     batch_size: int = 8
-    """Images in a measured step."""
-    image_size: int | None = None
-    """Their width and height. None: the model's own."""
-    device: str | None = None
-    """Where to measure: cpu, cuda or cuda:NUMBER. None: the GPU if there is one."""
+    """Number of images in a measured step."""
+    image_size: Annotated[int, "N"] | None = None
+    """Width and height of the images (default: the model's own)."""
+    device: Device | None = None
+    """Where to measure: cpu, cuda, cuda:N or mps (default: the GPU if there is one)."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure what skipping is worth on this machine: a training step of the paper's network, in ratios."""
+    """Measure what skipping saves on this machine: a training step of the paper's network, in ratios.
+
+    Examples:
+      stochastic-depth bench
+      stochastic-depth bench --num-layers 110 --device cuda
+    """
 
     num_layers: int = 56
-    """6n + 2."""
+    """Number of layers, 6n + 2."""
     batch_size: int = 64
-    """Images in a step, 32x32, made up."""
+    """Number of images in a step, 32x32, made up."""
     final_survival_prob: float = 0.5
-    """Survival probability of the last block, in (0, 1]; linear decay."""
+    """Survival probability of the last block, in (0, 1], with linear decay."""
     rounds: int = 8
-    """Each takes every way of training once."""
-    device: str | None = None
-    """cpu, cuda or cuda:NUMBER. None: the GPU if there is one."""
+    """Number of rounds; each takes every way of training once."""
+    device: Device | None = None
+    """cpu, cuda, cuda:N or mps (default: the GPU if there is one)."""
 
 
-def parse(kind: type[Options], command: str, arguments: Sequence[str], default: Any = tyro.MISSING) -> Options:
+@dataclass(frozen=True)
+class Completion:
+    """Print a completion script for a shell.
+
+    Examples:
+      eval "$(stochastic-depth completion bash)"
+      stochastic-depth completion fish > ~/.config/fish/completions/stochastic-depth.fish
+    """
+
+    shell: Annotated[Literal["bash", "zsh", "fish"], Positional("SHELL")]
+    """bash, zsh or fish."""
+
+
+def parse(kind: type[Options], command: str, words: Sequence[str]) -> Options:
     """The options of a command, from its words.
 
     Args:
         kind: the command's class.
         command: what it is called.
-        arguments: its words.
-        default: options to begin with.
+        words: after it.
 
     Raises:
-        ValueError: for a mistake, in one line in place of tyro's box.
+        ValueError: for a mistake, in one line.
+        SystemExit: after the help was printed.
     """
-    box = io.StringIO()
+    _help_if_asked(kind, command, words)
     try:
-        with contextlib.redirect_stderr(box):
-            defaults = {} if default is tyro.MISSING else {"default": default}
-            return tyro.cli(kind, prog=f"{PROGRAM} {command}", args=arguments, **defaults)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        _, *lines = box.getvalue().splitlines()
-        inside = [line.strip("│╭╮╰╯─ ") for line in lines]
-        message = " ".join(inside[: inside.index("")] if "" in inside else inside)
-        raise ValueError(f"{message.rstrip('.')}. See {PROGRAM} {command} --help.") from None
+        return build(kind, read(kind, f"{PROGRAM} {command}", words))
+    except UsageError as error:
+        raise _see_help(error, command) from None
 
 
-def parse_train(arguments: Sequence[str]) -> tuple[Experiment, RunOptions]:
+def parse_train(words: Sequence[str]) -> tuple[Experiment, RunOptions]:
     """The experiment that the words of `train` name, changed as they say, and where to run it.
 
     Raises:
         ValueError: for a mistake, in one line.
+        SystemExit: after the help was printed.
     """
-    name = next((argument for argument in arguments if argument in EXPERIMENTS), None)
-    if name is None and not {"-h", "--help"} & {*arguments}:
-        meant = next((argument for argument in arguments if not argument.startswith("-")), None)
-        if meant is None:
-            raise ValueError("name the experiment to train, such as digits-stochastic; --help lists them all.")
-        find(meant)
-    changed, run, named = _parse_changes(_begun(name or "cifar10-110-stochastic", arguments), arguments)
-    if named != name:  # the first such word was the value of an option
-        changed, run, _ = _parse_changes(_begun(find(named).name, arguments), arguments)
-    return changed, run
+    _help_if_asked(Train, "train", words)
+    try:
+        given = read(Train, f"{PROGRAM} train", words)
+        if "experiment" not in given:
+            raise UsageError("Missing EXPERIMENT, such as digits-stochastic.")
+        base = find(given["experiment"])
+        return changed(quick(base) if given.get("quick") else base, given)
+    except UsageError as error:
+        raise _see_help(error, "train") from None
 
 
-def _begun(name: str, arguments: Sequence[str]) -> Experiment:
-    base = EXPERIMENTS[name]
-    return quick(base) if "--quick" in arguments else base
+def changed(base: Experiment, given: Mapping[str, Any]) -> tuple[Experiment, RunOptions]:
+    """An experiment with the settings that were given, and where to run it.
 
+    Args:
+        base: the experiment to change.
+        given: fields of `Train` by their paths.
 
-def _parse_changes(base: Experiment, arguments: Sequence[str]) -> tuple[Experiment, RunOptions, str]:
-    """An experiment, changed as options of `train` say, where to run it, and the name that was given."""
-    default = Train(
-        base.name, RunOptions(tyro.MISSING), base.data, base.model, base.depth, base.recipe, base.regularisers
+    Raises:
+        UsageError: for a setting of stochastic depth where depth is constant, or if a field is missing.
+    """
+    if base.depth is None and (setting := next((name for name in given if name.startswith("depth.")), None)):
+        twin = base.name.removesuffix("-constant") + "-stochastic"
+        hint = f" Use {twin}." if twin in EXPERIMENTS else ""
+        raise UsageError(
+            f"--{setting.replace('_', '-')} needs stochastic depth, but {base.name} has constant depth.{hint}"
+        )
+    run = build(RunOptions, given)
+    experiment = replace(
+        base,
+        data=build(Data, given, base.data, "data."),
+        model=build(Model, given, base.model, "model."),
+        depth=base.depth and build(Depth, given, base.depth, "depth."),
+        recipe=build(Recipe, given, base.recipe, "recipe."),
+        regularisers=build(Regularisers, given, base.regularisers, "regularisers."),
     )
-    options = parse(Train, "train", arguments, default)
-    parts = {name: getattr(options, name) for name in ("data", "model", "depth", "recipe", "regularisers")}
-    changed = replace(base, **parts)
-    if changed != base:
-        changed = replace(changed, published=None)  # it is no longer the published experiment
-    return with_options(changed, options.run), options.run, options.experiment
+    if experiment != base:
+        experiment = replace(experiment, published=None)  # it is no longer the published experiment
+    return with_options(experiment, run), run
+
+
+def _help_if_asked(kind: type, command: str, words: Sequence[str]) -> None:
+    if {"-h", "--help"} & {*words}:
+        named = next((EXPERIMENTS[word] for word in words if kind is Train and word in EXPERIMENTS), MISSING)
+        names = {"experiment": f"Name of an experiment: {', '.join(EXPERIMENTS)}."}
+        # Without an experiment there is nothing that the defaults of its settings could be.
+        known = kind is not Train or named is not MISSING
+        print(help_text(kind, f"{PROGRAM} {command}", named, names, prefixed_defaults=known), end="", flush=True)  # noqa: T201
+        raise SystemExit(0)
+
+
+def _see_help(error: UsageError, command: str) -> UsageError:
+    return UsageError(f"{error} See {PROGRAM} {command} --help.")
 
 
 def with_options(experiment: Experiment, options: RunOptions) -> Experiment:
-    """The experiment with the seed and the precision that were asked for."""
+    """The experiment with the requested seed and precision."""
     return replace(
         experiment,
         seed=experiment.seed if options.seed is None else options.seed,
@@ -328,9 +406,12 @@ def grid(base: Experiment, fields: Sequence[str]) -> list[Experiment]:
     experiments: list[Experiment] = []
     for combination in itertools.product(*choices):
         words = [word for field, value in combination for word in (f"--{field}", value)]
-        changed, *_ = _parse_changes(base, [base.name, "--out", ".", *words])
+        try:
+            experiment, _ = changed(base, read(Train, f"{PROGRAM} train", ["--out", ".", *words]))
+        except UsageError as error:
+            raise _see_help(error, "train") from None
         suffix = "".join(f"-{field.rpartition('.')[2]}-{value}" for field, value in combination)
-        experiments.append(replace(changed, name=f"{base.name}{suffix}", title=f"{base.title}{suffix}"))
+        experiments.append(replace(experiment, name=f"{base.name}{suffix}", title=f"{base.title}{suffix}"))
     return experiments
 
 

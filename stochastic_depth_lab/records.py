@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 
 from stochastic_depth_lab.atomic import write_json, write_whole
-from stochastic_depth_lab.config import Experiment, as_json, check, differences
+from stochastic_depth_lab.config import Experiment, as_json, check, differences, from_json, quick
 
 _LOCK = ".lock"
 
@@ -100,11 +100,14 @@ def look(path: Path, experiment: Experiment, *, resume: bool) -> dict[str, Any] 
     if not path.exists() or all(entry.name == _LOCK for entry in path.iterdir()):
         return None
     if not resume:
-        raise RunError(f"{path} exists and is not empty: give another folder, or --resume to go on with its run.")
+        raise RunError(f"{path} exists and is not empty: give another folder, or --resume to resume its run.")
     config = path / "config.json"
     if not config.exists():
         return None
-    if others := differences(as_json(experiment), read_json(config)):
+    found = read_experiment(path)
+    if others := differences(as_json(experiment), as_json(found)):
+        if not differences(as_json(quick(experiment)), as_json(found)):
+            raise RunError(f"{path} holds a --quick run of this experiment: add --quick, or give another folder.")
         raise RunError(f"{path} holds another run: {'; '.join(others)} (there, not here). Give another folder.")
     result = path / "result.json"
     return read_json(result) if result.exists() else None
@@ -176,6 +179,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", fields)
 
 
+def read_experiment(path: Path) -> Experiment:
+    """The experiment of a run folder.
+
+    Raises:
+        RunError: if it is missing, damaged or of another version; it names the file.
+    """
+    fields = read_json(path / "config.json")
+    try:
+        return from_json(fields)
+    except ValueError as error:
+        raise RunError(f"{path / 'config.json'} is damaged, or of another version: {error}") from None
+
+
 def data_root_of(path: Path) -> Path | None:
     """Where a run found its data; None: where data lie by default.
 
@@ -200,7 +216,7 @@ def environment(device: torch.device, data_root: Path | None) -> dict[str, Any]:
         "data_root": data_root and str(data_root.absolute()),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": _commit(),
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 

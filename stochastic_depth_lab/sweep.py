@@ -129,7 +129,13 @@ def run(
 def _begin(job: Job, device: str | None, data_root: Path | None) -> BaseProcess:
     job.state = "running"
     process = _PROCESSES.Process(target=_train, args=(job.experiment, job.folder, device, data_root))
-    process.start()
+    # Ctrl-C reaches every process of a terminal: the new one must not hear it while it imports, which would leave a
+    # traceback. It inherits that from us.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, before)
     return process
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import stochastic_depth as sd
 from stochastic_depth_lab import checkpoint, records
 from stochastic_depth_lab.build import Images, branch_names, build_network, load_images, set_epoch
-from stochastic_depth_lab.config import Experiment, as_json, from_json
+from stochastic_depth_lab.config import Experiment, as_json
 from stochastic_depth_lab.data import PictureSplit, Split, batches
 
 NUM_RECALIBRATION = 1000
@@ -57,7 +57,7 @@ def load_trained(path: Path, *, device: torch.device, data_root: Path | None = N
     Raises:
         ValueError: in one line, if the folder holds no run, no weights, or damaged ones.
     """
-    experiment = from_json(records.read_json(path / "config.json"))
+    experiment = records.read_experiment(path)
     best, epoch = path / "checkpoints" / checkpoint.BEST, experiment.recipe.epochs
     over_time = experiment.depth is not None and experiment.depth.over_time != "constant"
     weights: dict[str, Any] = checkpoint.read(best) if best.exists() else {}

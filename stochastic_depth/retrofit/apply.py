@@ -55,7 +55,10 @@ def make_stochastic_(
         rescale: "eval": a branch counts with factor p in evaluation (the paper). "train": with 1/p in training.
             "none": neither. None: "eval" with a schedule, else what the model's drop paths do.
         skipped_grad: "zero": parameters of a branch that did not run get gradients of zero, so that momentum and
-            weight decay still act on them (the authors' code, and what masks give). "none": `.grad` is left alone.
+            weight decay still act on them (the authors' code, and what masks give). "none": `.grad` is left alone, and
+            optimizers pass over them. Not with `torch.optim.SGD(..., fused=True)` and momentum: once some parameters
+            have had a gradient and others have not, PyTorch raises "expected Tensor as element ..., but got NoneType".
+            Use `foreach=True` there.
         draw: "bernoulli": independent gates (the paper). "equal_cost": floor or ceil of the expected number of
             branches in every step, each p_l kept; after `depth.set_costs(depth.cost(x))` nearly the same FLOPs.
         ranks: "agree": the same gates on every rank. "decorrelate": each rank its own.

@@ -30,10 +30,10 @@ def find(name: str) -> Experiment:
         500
         >>> find("digit-constant")
         Traceback (most recent call last):
-        ValueError: there is no experiment 'digit-constant'. Nearest: digits-constant, ...
+        ValueError: Unknown experiment 'digit-constant'. Did you mean 'digits-constant'?
     """
     if name not in EXPERIMENTS:
-        raise ValueError(f"there is no experiment {name!r}. {_nearest(name, list(EXPERIMENTS))}")
+        raise ValueError(f"Unknown experiment {name!r}. {_nearest(name, list(EXPERIMENTS))}")
     return EXPERIMENTS[name]
 
 
@@ -45,7 +45,7 @@ def find_pair(name: str) -> tuple[Experiment, Experiment]:
     """
     if name not in _pairs():
         raise ValueError(
-            f"there is no pair of experiments, table or figure {name!r}. {_nearest(name, [*_pairs(), *STUDIES])}"
+            f"Unknown pair of experiments, table or figure {name!r}. {_nearest(name, [*_pairs(), *STUDIES])}"
         )
     return EXPERIMENTS[f"{name}-constant"], EXPERIMENTS[f"{name}-stochastic"]
 
@@ -74,5 +74,5 @@ def _pairs() -> list[str]:
 
 
 def _nearest(name: str, names: list[str]) -> str:
-    nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-    return f"Nearest: {', '.join(nearest)}." if nearest else f"There are: {', '.join(names)}."
+    nearest = difflib.get_close_matches(name, names, n=1)
+    return f"Did you mean {nearest[0]!r}?" if nearest else f"There are: {', '.join(names)}."

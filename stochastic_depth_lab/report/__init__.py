@@ -1,7 +1,7 @@
 """Reports: run folders in; table, figures and one self-contained page out. Reads nothing else and needs no torch."""
 
 from stochastic_depth_lab.report.page import write_report
-from stochastic_depth_lab.report.runs import ReportError, Run, read_run
+from stochastic_depth_lab.report.runs import ReportError, Run, read_run, run_folders
 from stochastic_depth_lab.report.schedule import schedule_figure, schedule_text
 from stochastic_depth_lab.report.study import StudyReport, write_study
 from stochastic_depth_lab.report.table import text_table
@@ -11,6 +11,7 @@ __all__ = [
     "Run",
     "StudyReport",
     "read_run",
+    "run_folders",
     "schedule_figure",
     "schedule_text",
     "text_table",

@@ -1,8 +1,9 @@
 """The figures of a report, drawn with matplotlib's objects: no pyplot, no display, nothing global left behind."""
 
 import io
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,6 +20,9 @@ from stochastic_depth_lab.report.runs import Epoch, Run, labels
 from stochastic_depth_lab.report.table import csv_text, is_index, time_share
 from stochastic_depth_lab.report.theme import INK, MUTED, SERIES
 
+_WIDE, _NARROW = 8.0, 4.2
+"""Inches: of a figure on a page, and of its form for a phone."""
+
 
 @dataclass(frozen=True)
 class Drawing:
@@ -29,6 +33,8 @@ class Drawing:
     title: str
     caption: str
     figure: Figure
+    narrow: Figure | None = None
+    """The same for a phone: its panels below one another. None: the figure itself, made smaller."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ def gradient(runs: Sequence[Run], names: Sequence[str]) -> Drawing:
 
 
 def _series(runs: Sequence[Run], names: Sequence[str]) -> list[_Series]:
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    numbers = _colour_numbers({name: run.stochastic for run, name in zip(runs, names, strict=True)})
     return [
         _Series(
             run,
@@ -80,6 +86,14 @@ def _series(runs: Sequence[Run], names: Sequence[str]) -> list[_Series]:
         )
         for run, name in zip(runs, names, strict=True)
     ]
+
+
+def _colour_numbers(stochastic: Mapping[str, bool]) -> dict[str, int]:
+    """Each name's number of a color: the first of constant depth has 0, the first of stochastic depth 1, always."""
+    first = {False: 0, True: 1}
+    numbers = {name: first.pop(kind) for name, kind in stochastic.items() if kind in first}
+    later = itertools.count(2)
+    return {name: numbers[name] if name in numbers else next(later) for name in stochastic}
 
 
 def save(figure: Figure, folder: Path, name: str) -> tuple[Path, ...]:
@@ -133,8 +147,13 @@ def survival_csv(runs: Sequence[Run]) -> str:
 
 
 def _curves(series: Sequence[_Series]) -> Drawing:
-    figure = Figure(figsize=(8, 3.3), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    (figure, note), (narrow, _) = (_curves_figure(series, narrow=narrow) for narrow in (False, True))
+    return Drawing("curves", "epochs", "Training loss and test error", note, figure, narrow)
+
+
+def _curves_figure(series: Sequence[_Series], *, narrow: bool) -> tuple[Figure, str]:
+    figure = Figure(figsize=(_NARROW, 5.4) if narrow else (_WIDE, 3.3), layout="constrained")
+    left, right = figure.subplots(2, 1) if narrow else figure.subplots(1, 2)
     _plot_epochs(left, series, lambda e: e.train_loss, log=True)
     left.set_title("training loss")
     _plot_epochs(right, series, lambda e: e.test_error)
@@ -147,24 +166,30 @@ def _curves(series: Sequence[_Series]) -> Drawing:
     right.set_ylim(0, top or 1)
     right.set_title("test error, %" + (f" (above {top:.0f} not shown)" if top < highest else ""))
     _runs_legend(figure, series)
-    return Drawing(
-        "curves",
-        "epochs",
-        "Training loss and test error",
-        "Dot: the epoch of the lowest validation error, whose test error the table gives."
-        + (" Dotted: the learning rate drops." if _drops(series) else ""),
-        figure,
-    )
+    note = "Dot: the epoch of the lowest validation error, whose test error the table gives."
+    return figure, note + (" Dotted: the learning rate drops." if _drops(series) else "")
 
 
 def _gradient(series: Sequence[_Series]) -> Drawing:
-    figure = Figure(figsize=(8, 3.3), layout="constrained")
+    return Drawing(
+        "gradient",
+        "epochs",
+        "Gradient of the first convolution",
+        "Mean magnitude over the weights and the steps of an epoch."
+        + (" Dotted: the learning rate drops to the value shown." if _drops(series) else ""),
+        _gradient_figure(series, narrow=False),
+        _gradient_figure(series, narrow=True),
+    )
+
+
+def _gradient_figure(series: Sequence[_Series], *, narrow: bool) -> Figure:
+    figure = Figure(figsize=(_NARROW if narrow else _WIDE, 3.3), layout="constrained")
     axes = figure.subplots()
     _plot_epochs(axes, series, lambda e: e.first_conv_grad, log=True)
     for place, _, after in _drops(series):
         # Curves fall at a drop: the corner above, right of it, is free.
         axes.annotate(
-            f"→ {_plain(after)}",
+            f"→ {_plain(float(f'{after:.3g}'))}",
             (place, 1),
             xycoords=axes.get_xaxis_transform(),
             xytext=(4, -2),
@@ -174,19 +199,30 @@ def _gradient(series: Sequence[_Series]) -> Drawing:
         )
     axes.set_title("mean |gradient| of the first convolution's weights")
     _runs_legend(figure, series)
-    return Drawing(
-        "gradient",
-        "epochs",
-        "Gradient of the first convolution",
-        "Mean magnitude over the weights and the steps of an epoch."
-        + (" Dotted: the learning rate drops to the value shown." if _drops(series) else ""),
-        figure,
-    )
+    return figure
 
 
 def _survival(series: Sequence[_Series]) -> Drawing:
-    figure = Figure(figsize=(8, 0.9 + 2.2 * len(series)), layout="constrained")
-    panels = figure.subplots(len(series), 2, squeeze=False)
+    (figure, counts), (narrow, _) = (_survival_figure(series, narrow=narrow) for narrow in (False, True))
+    return Drawing(
+        "survival",
+        "survival",
+        "Survival probabilities and realised frequencies",
+        "How often each block was open, and how far that is from its survival probability. "
+        + ("Band: 95 % of fair draws (exact binomial), so that one block in twenty may lie outside. " if counts else "")
+        + " ".join(counts),
+        figure,
+        narrow,
+    )
+
+
+def _survival_figure(series: Sequence[_Series], *, narrow: bool) -> tuple[Figure, list[str]]:
+    figure = Figure(
+        figsize=(_NARROW if narrow else _WIDE, 0.9 + (4.4 if narrow else 2.2) * len(series)), layout="constrained"
+    )
+    # A row of two panels for each run, or on a phone two rows of one.
+    shape = (2 * len(series), 1) if narrow else (len(series), 2)
+    panels = figure.subplots(*shape, squeeze=False).reshape(-1, 2)
     counts: list[str] = []
     for (left, right), s in zip(panels, series, strict=True):
         probs, frequencies, bands = s.run.survival_probs, s.run.open_frequencies, _bands(s.run)
@@ -210,7 +246,7 @@ def _survival(series: Sequence[_Series]) -> Drawing:
         right.yaxis.set_major_formatter(FuncFormatter(_plain))
         for axes in (left, right):
             axes.xaxis.set_major_locator(whole_numbers())
-    for axes in panels[-1]:
+    for axes in panels[-1][-1:] if narrow else panels[-1]:
         axes.set_xlabel("block, from the input")
     entries: list[tuple[Line2D | Patch, str]] = [
         (Line2D([], [], color=MUTED), "survival probability"),
@@ -219,19 +255,22 @@ def _survival(series: Sequence[_Series]) -> Drawing:
     if counts:
         entries.append((Patch(color=MUTED, alpha=0.25, linewidth=0), "95 % band"))
     legend(figure, entries)
-    return Drawing(
-        "survival",
-        "survival",
-        "Survival probabilities and realised frequencies",
-        "How often each block was open, and how far that is from its survival probability. "
-        + ("Band: 95 % of fair draws (exact binomial), so that one block in twenty may lie outside. " if counts else "")
-        + " ".join(counts),
-        figure,
-    )
+    return figure, counts
 
 
 def _depth(series: Sequence[_Series]) -> Drawing:
-    figure = Figure(figsize=(8, 0.9 + 1.7 * len(series)), layout="constrained")
+    return Drawing(
+        "depth",
+        "epochs",
+        "Realised depth",
+        "How many blocks the steps ran: each is a network of another depth.",
+        _depth_figure(series, narrow=False),
+        _depth_figure(series, narrow=True),
+    )
+
+
+def _depth_figure(series: Sequence[_Series], *, narrow: bool) -> Figure:
+    figure = Figure(figsize=(_NARROW if narrow else _WIDE, 0.9 + 1.7 * len(series)), layout="constrained")
     panels = figure.subplots(len(series), 1, squeeze=False)
     for (axes,), s in zip(panels, series, strict=True):
         frequencies = s.run.depth_frequencies
@@ -243,17 +282,24 @@ def _depth(series: Sequence[_Series]) -> Drawing:
         axes.set_title(f"{s.label}: share of {s.run.num_steps:,} steps")
     panels[-1][0].set_xlabel("blocks run in a step")
     legend(figure, [(Line2D([], [], color=INK), "expected depth")])
-    return Drawing(
-        "depth",
-        "epochs",
-        "Realised depth",
-        "How many blocks the steps ran: each is a network of another depth.",
-        figure,
-    )
+    return figure
 
 
 def _expectation(series: Sequence[_Series]) -> Drawing:
-    figure = Figure(figsize=(8, 1.1 + 3 * (0.2 + 0.27 * len(series))), layout="constrained")
+    return Drawing(
+        "expectation",
+        "runs",
+        "Depth, cost and time against expectation",
+        "Only the FLOPs of closed blocks are saved, so the expected time is the expected cost. Time is training per "
+        "epoch, evaluation not included.",
+        _expectation_figure(series, narrow=False),
+        _expectation_figure(series, narrow=True),
+    )
+
+
+def _expectation_figure(series: Sequence[_Series], *, narrow: bool) -> Figure:
+    height = 1.1 + 3 * (0.2 + 0.27 * len(series))
+    figure = Figure(figsize=(_NARROW if narrow else _WIDE, height), layout="constrained")
     axes = figure.subplots()
     measures: list[tuple[str, Callable[[_Series], float | None], Callable[[_Series], float]]] = [
         ("depth", lambda s: s.run.realised_depth / len(s.run.names), lambda s: s.run.expected_depth / len(s.run.names)),
@@ -265,29 +311,23 @@ def _expectation(series: Sequence[_Series]) -> Drawing:
     for number, (_, realised_of, expected_of) in enumerate(measures):
         for row, s in enumerate(series):
             y, realised, expected = number * pitch + row, realised_of(s), expected_of(s)
-            text = "no constant-depth run"
+            text = "no constant depth" if narrow else "no constant-depth run"
             if realised is not None:
                 axes.barh(y, realised, height=0.74, color=s.colour)
                 axes.plot([expected, expected], [y - 0.46, y + 0.46], color=INK, linewidth=2)
-                text = f"{realised:.3f} (expected {expected:.3f})"
+                text = f"{realised:.3f} ({expected:.3f})" if narrow else f"{realised:.3f} (expected {expected:.3f})"
             axes.text(longest + 0.03, y, text, va="center")
     axes.axvline(1, color=MUTED, linewidth=1.2, linestyle="--", zorder=0.5)
-    axes.set_xlim(0, 1.35 * longest)
+    axes.set_xlim(0, (1.7 if narrow else 1.35) * longest)
     axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     axes.set_xlabel("share of constant depth (dashed)", loc="left")
     axes.set_ylim(2 * pitch + len(series) - 0.4, -0.6)
-    axes.set_yticks([number * pitch + (len(series) - 1) / 2 for number in range(3)], [name for name, *_ in measures])
+    names = [name.replace(" ", "\n") if narrow else name for name, *_ in measures]
+    axes.set_yticks([number * pitch + (len(series) - 1) / 2 for number in range(3)], names)
     axes.tick_params(axis="y", length=0)
     axes.grid(False, axis="y")
     legend(figure, [(Patch(color=s.colour), s.label) for s in series] + [(Line2D([], [], color=INK), "expected")])
-    return Drawing(
-        "expectation",
-        "runs",
-        "Depth, cost and time against expectation",
-        "Only the FLOPs of closed blocks are saved, so the expected time is the expected cost. Time is training per "
-        "epoch, evaluation not included.",
-        figure,
-    )
+    return figure
 
 
 def _bands(run: Run) -> list[tuple[float, float]]:
@@ -357,7 +397,7 @@ def _runs_legend(figure: Figure, series: Sequence[_Series]) -> None:
 def legend(figure: Figure, entries: Sequence[tuple[Line2D | Patch, str]]) -> None:
     """A legend above the panels, in as many columns as fit."""
     longest = max(len(name) for _, name in entries)
-    num_rows = math.ceil(len(entries) / max(1, 110 // (longest + 8)))
+    num_rows = math.ceil(len(entries) / max(1, int(14 * figure.get_figwidth()) // (longest + 8)))
     handles = [handle for handle, _ in entries]
     drawn = figure.legend(
         handles, ["-"] * len(handles), loc="outside upper left", ncols=math.ceil(len(entries) / num_rows)

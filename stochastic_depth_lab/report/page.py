@@ -1,7 +1,8 @@
 """The report: one self-contained page, the figures and the data beside it."""
 
+import base64
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -11,6 +12,7 @@ from urllib.parse import quote
 
 from stochastic_depth_lab.atomic import write_whole
 from stochastic_depth_lab.report.analysis import FILE_NAME, analysis_csv, analysis_drawings
+from stochastic_depth_lab.report.evaluations import evaluation_drawings, evaluation_tables
 from stochastic_depth_lab.report.figures import (
     Drawing,
     drawings,
@@ -32,6 +34,9 @@ from stochastic_depth_lab.report.table import (
 )
 from stochastic_depth_lab.report.theme import CSS_NAMES, DARK, figure_style
 
+_PAPER = "https://arxiv.org/abs/1603.09382"
+_PAPER_TITLE = "Huang et al. 2016, Deep Networks with Stochastic Depth"
+
 
 def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     """Write `report.html`, `figures/` and `data/` into `out` and return the page's path.
@@ -52,17 +57,20 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
         with figure_style():
             index = is_index(runs)
             links = [link_to_page(folder, out) for folder in folders] if index else []
-            figures = (*drawings(runs), *(() if index else analysis_drawings(runs)))
+            figures = (*drawings(runs), *(() if index else (*analysis_drawings(runs), *evaluation_drawings(runs))))
             for figure in figures:
                 save(figure.figure, out / "figures", figure.name)
             (out / "data").mkdir(exist_ok=True)
             tables = {"runs": summary_csv, "epochs": epochs_csv, "survival": survival_csv}
             if any(run.folder.joinpath(FILE_NAME).exists() for run in runs):
                 tables["analysis"] = analysis_csv
-            for name, text in tables.items():
-                write_whole(out / "data" / f"{name}.csv", text(runs).encode("utf-8", "replace"))
+            contents = {name: text(runs) for name, text in tables.items()}
+            for table in evaluation_tables(runs):
+                contents[table.stem] = table.read_text()
+            for name, text in contents.items():
+                write_whole(out / "data" / f"{name}.csv", text.encode("utf-8", "replace"))
             page = out / "report.html"
-            write_whole(page, _page(runs, figures, links).encode("utf-8", "replace"))
+            write_whole(page, _page(runs, figures, links, contents).encode("utf-8", "replace"))
             return page
     except OSError as error:
         raise ReportError(f"the report cannot be written to {out}: {error.strerror}") from None
@@ -87,8 +95,8 @@ def link_to_page(folder: Path, index: Path) -> str:
     return quote(Path(os.path.relpath(page, index)).as_posix())
 
 
-def _page(runs: Sequence[Run], figures: Sequence[Drawing], links: Sequence[str]) -> str:
-    return html_page(_title(runs), _lead(runs), html_table(runs, links), remarks(runs), figures, runs)
+def _page(runs: Sequence[Run], figures: Sequence[Drawing], links: Sequence[str], tables: Mapping[str, str]) -> str:
+    return html_page(_title(runs), _lead(runs), html_table(runs, links), remarks(runs), figures, runs, tables=tables)
 
 
 def html_page(
@@ -99,6 +107,7 @@ def html_page(
     figures: Sequence[Drawing],
     runs: Sequence[Run],
     files: str = "",
+    tables: Mapping[str, str] | None = None,
 ) -> str:
     """A self-contained page; call it inside `figure_style`.
 
@@ -109,7 +118,8 @@ def html_page(
         remarks: what a reader must know beside it.
         figures: below the table.
         runs: whose configurations and environments are listed at the end.
-        files: in front of the paths of `figures` and `data`, seen from the page: `"NAME/"`.
+        files: in front of the path of `data`, seen from the page: `"NAME/"`.
+        tables: content of CSV files by name, to be part of the page; others are links to files.
     """
     template = Template(
         resources.files("stochastic_depth_lab.report").joinpath("page.html").read_text(encoding="utf-8")
@@ -119,9 +129,10 @@ def html_page(
         light=_variables({name: colour for colour, name in CSS_NAMES.items()}),
         dark=_variables(DARK),
         lead=escape(lead),
+        about=_about(runs),
         table=table,
         remarks="".join(f"<li>{escape(remark)}</li>" for remark in remarks),
-        figures="\n".join(_figure(figure, files) for figure in figures),
+        figures="\n".join(_figure(figure, files, tables or {}) for figure in figures),
         configuration=_settings(runs, [_flat(run.config) for run in runs], leave_out=("name", "title", "published")),
         environment=_settings(runs, [_flat(run.environment) for run in runs]),
     )
@@ -153,14 +164,65 @@ def _lead(runs: Sequence[Run]) -> str:
     return f"{len(runs)} runs, {len(stochastic)} of them with stochastic depth.{pages}"
 
 
-def _figure(drawing: Drawing, files: str) -> str:
-    svg = inline_svg(rendered(drawing.figure, "svg", transparent=True), drawing.name, drawing.title)
-    names = [f"figures/{drawing.name}.svg", f"figures/{drawing.name}.png", f"data/{drawing.data}.csv"]
-    links = " · ".join(f'<a href="{files}{name}">{name.rpartition(".")[2].upper()}</a>' for name in names)
+def _about(runs: Sequence[Run]) -> str:
+    """Data, network, length, method and date, as HTML: what a reader must know who was sent the page alone."""
+
+    def different(words: Iterable[object]) -> str:
+        return ", ".join(dict.fromkeys(escape(printable(str(word))) for word in words if word is not None))
+
+    def setting(run: Run, part: str, name: str) -> object:
+        fields = run.config.get(part)
+        return cast("Mapping[str, object]", fields).get(name) if isinstance(fields, Mapping) else None
+
+    facts = {
+        "Data": different(setting(run, "data", "dataset") for run in runs),
+        "Network": different(f"ResNet, {setting(run, 'model', 'num_layers')} layers" for run in runs),
+        "Epochs": different(setting(run, "recipe", "epochs") for run in runs),
+        "Method": different(_method(run) for run in runs),
+        "Trained": different(str(run.environment["started"])[:10] for run in runs if "started" in run.environment),
+    }
+    rows = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in facts.items() if text)
+    return f'<dl class="about">{rows}<dt>Paper</dt><dd><a href="{_PAPER}">{_PAPER_TITLE}</a></dd></dl>'
+
+
+def _method(run: Run) -> str:
+    depth = run.config.get("depth")
+    if not isinstance(depth, Mapping):
+        return "constant depth"
+    fields = cast("Mapping[str, object]", depth)
+    schedule = str(fields.get("schedule", "")).replace("_", " ")
+    return f"stochastic depth ({schedule} to {fields.get('final_survival_prob')}, one gate per {run.granularity})"
+
+
+def _figure(drawing: Drawing, files: str, tables: Mapping[str, str]) -> str:
+    wide = inline_svg(rendered(drawing.figure, "svg", transparent=True), drawing.name, drawing.title)
+    if drawing.narrow is None:
+        shown = f'<div class="wide">{wide}</div>'
+    else:
+        narrow = rendered(drawing.narrow, "svg", transparent=True)
+        narrow = inline_svg(narrow, f"{drawing.name}-narrow", drawing.title)
+        shown = f'<div class="wide wide-only">{wide}</div><div class="narrow-only">{narrow}</div>'
+    contents: dict[str, bytes] = {
+        f"{drawing.name}.svg": rendered(drawing.figure, "svg"),
+        f"{drawing.name}.png": rendered(drawing.figure, "png"),
+    }
+    if drawing.data in tables:
+        contents[f"{drawing.data}.csv"] = tables[drawing.data].encode("utf-8", "replace")
+    links = [_download(name, content) for name, content in contents.items()]
+    if drawing.data not in tables:
+        links.append(f'<a href="{files}data/{drawing.data}.csv">CSV</a>')
     return (
-        f'<figure>\n<h2>{escape(drawing.title)}</h2>\n<div class="wide">{svg}</div>\n'
-        f'<figcaption>{escape(drawing.caption)} <span class="files">{links}</span></figcaption>\n</figure>'
+        f"<figure>\n<h2>{escape(drawing.title)}</h2>\n{shown}\n"
+        f'<figcaption>{escape(drawing.caption)} <span class="files">{" · ".join(links)}</span></figcaption>\n</figure>'
     )
+
+
+def _download(name: str, content: bytes) -> str:
+    """A link that holds its file: it works when the page was sent to somebody."""
+    ending = name.rpartition(".")[2]
+    kind = {"svg": "image/svg+xml", "png": "image/png", "csv": "text/csv"}[ending]
+    data = base64.b64encode(content).decode()
+    return f'<a download="{escape(name)}" href="data:{kind};base64,{data}">{ending.upper()}</a>'
 
 
 def _settings(runs: Sequence[Run], settings: Sequence[Mapping[str, str]], leave_out: Sequence[str] = ()) -> str:

@@ -1,14 +1,14 @@
 """Table and figure of calibration: how often an answer is right, against how sure the network is."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from stochastic_depth_lab.atomic import write_whole
-from stochastic_depth_lab.report.figures import save
-from stochastic_depth_lab.report.table import csv_text
+from stochastic_depth_lab.report.figures import legend, save
+from stochastic_depth_lab.report.table import NOTHING, aligned, csv_text
 from stochastic_depth_lab.report.theme import MUTED, SERIES, figure_style
 
 
@@ -40,21 +40,18 @@ class Reliability:
 
 
 def reliability_text(measured: Sequence[Reliability]) -> str:
-    """A table in Markdown.
+    """An aligned table.
 
     Example:
-        >>> print(reliability_text([Reliability("one forward", 10.0, 0.5, 0.031, None, ())]))
-        | prediction | error, % | loss | ECE, % | mistakes found |
-        |---|---|---|---|---|
-        | one forward | 10.00 | 0.5000 | 3.10 | - |
+        >>> print(reliability_text([Reliability("one forward", 10.0, 0.5, 0.031, 0.75, ())]))
+        prediction   error, %    loss  ECE, %  mistakes found
+        one forward     10.00  0.5000    3.10           0.750
     """
-    lines = ["| prediction | error, % | loss | ECE, % | mistakes found |", "|---|---|---|---|---|"]
+    cells = [["prediction", "error, %", "loss", "ECE, %", "mistakes found"]]
     for each in measured:
-        found = "-" if each.mistakes_found is None else f"{each.mistakes_found:.3f}"
-        lines.append(
-            f"| {each.name} | {each.error:.2f} | {each.loss:.4f} | {100 * each.calibration_error:.2f} | {found} |"
-        )
-    return "\n".join(lines)
+        found = NOTHING if each.mistakes_found is None else f"{each.mistakes_found:.3f}"
+        cells.append([each.name, f"{each.error:.2f}", f"{each.loss:.4f}", f"{100 * each.calibration_error:.2f}", found])
+    return aligned(cells, left=1)
 
 
 def write_reliability(measured: Sequence[Reliability], folder: Path) -> tuple[Path, ...]:
@@ -78,10 +75,33 @@ def write_reliability(measured: Sequence[Reliability], folder: Path) -> tuple[Pa
     header = ["prediction", "error", "loss", "calibration_error", "mistakes_found", "count", "confidence", "accuracy"]
     write_whole(table, csv_text(header, rows).encode())
     with figure_style():
-        return (table, *save(_figure(measured), folder, "reliability"))
+        return (table, *save(reliability_figure(measured), folder, "reliability"))
 
 
-def _figure(measured: Sequence[Reliability]) -> Figure:
+def read_reliability(rows: Sequence[Mapping[str, str]]) -> list[Reliability]:
+    """The predictions of a `reliability.csv`, from its rows.
+
+    Raises:
+        KeyError, ValueError: if a column is missing, or is no number.
+    """
+    measured: list[Reliability] = []
+    for name in dict.fromkeys(row["prediction"] for row in rows):
+        own = [row for row in rows if row["prediction"] == name]
+        measured.append(
+            Reliability(
+                name=name,
+                error=float(own[0]["error"]),
+                loss=float(own[0]["loss"]),
+                calibration_error=float(own[0]["calibration_error"]),
+                mistakes_found=float(own[0]["mistakes_found"]) if own[0]["mistakes_found"] else None,
+                bins=tuple(Bin(int(row["count"]), float(row["confidence"]), float(row["accuracy"])) for row in own),
+            )
+        )
+    return measured
+
+
+def reliability_figure(measured: Sequence[Reliability]) -> Figure:
+    """Accuracy against confidence; inside `figure_style`."""
     figure = Figure(figsize=(4.5, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle="--", label="calibrated")
@@ -98,5 +118,5 @@ def _figure(measured: Sequence[Reliability]) -> Figure:
         drawn.append(each.bins)
     axes.set_xlabel("confidence (larger dots: more images)")
     axes.set_ylabel("share of right answers")
-    axes.legend(fontsize=8)
+    legend(figure, [(line, str(line.get_label())) for line in axes.get_lines()])
     return figure

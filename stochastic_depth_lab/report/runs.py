@@ -174,11 +174,12 @@ def read_run(folder: Path) -> Run:
         ReportError: if `folder` is no run folder, has no finished epoch yet, or is damaged.
     """
     if not (folder / "config.json").is_file():
-        inner = sorted(path.parent for path in folder.glob("*/config.json"))
-        hint = f" Did you mean {' '.join(map(str, inner))}?" if inner else ""
-        raise ReportError(f"{folder} is not a run folder: it has no config.json.{hint}")
+        raise ReportError(f"{folder} is not a run folder: it has no config.json.")
     config = _Reader.of_file(folder / "config.json")
     config.text("name")
+    for part in ("data", "model", "recipe"):
+        if config.inner(part) is None:
+            raise ReportError(f"{config.where} is damaged: it has no {part}")
     branches = _Reader.of_file(folder / "branches.json")
     names = branches.texts("names")
     survival_probs = branches.numbers("survival_probs", length=len(names))
@@ -222,29 +223,119 @@ def read_runs(folders: Sequence[Path]) -> tuple[Run, ...]:
     return tuple(read_run(folder) for folder in folders)
 
 
+def run_folders(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """The run folders among some paths: a folder of runs, such as that of a sweep or a table, stands for all of them.
+
+    Returns:
+        Those to report on, and those found in a folder of runs that have no finished epoch yet.
+    """
+    folders: list[Path] = []
+    left_out: list[Path] = []
+    for path in paths:
+        inner = (
+            []
+            if (path / "config.json").is_file()
+            else sorted([*path.glob("*/config.json"), *path.glob("runs/*/config.json")])
+        )
+        if not inner:
+            folders.append(path)
+        for config in inner:
+            metrics = config.with_name("metrics.jsonl")
+            (folders if metrics.is_file() and metrics.stat().st_size else left_out).append(config.parent)
+    if left_out and not folders:
+        raise ReportError(f"no run in {' '.join(map(str, paths))} has finished an epoch yet")
+    return folders, left_out
+
+
 def labels(runs: Sequence[Run]) -> tuple[str, ...]:
-    """A short name for each run, none of them twice: the experiment's, with the seed or the folder where it must be.
+    """A short name for each run, none of them twice.
+
+    The experiment's, with the seed where it must be; where names are too long, or the same, what the runs differ in:
+    `p_L 0.3 · wd 1e-4 · equal cost`; at last their folders.
 
     Names come from outside: characters that cannot be shown (a line feed would break a table) are replaced.
     """
     candidates = (
         [run.name for run in runs],
         [f"{run.name}, seed {run.config.get('seed')}" for run in runs],
+        _differences(runs),
         [f"{run.name}, {run.folder.name}" for run in runs],
-        [str(run.folder) for run in runs],
+        [run.folder.name for run in runs],
     )
-    shown = [[_shown(name) for name in names] for names in candidates]
-    return tuple(next((names for names in shown if len(set(names)) == len(names)), shown[-1]))
+    for names in candidates:
+        shown = [printable(name) for name in names]
+        if len(set(shown)) == len(shown) and max(map(len, shown)) <= _LONGEST:
+            return tuple(shown)
+    # Numbers at the front make them different whatever they are called.
+    return tuple(f"{number}: {_shortened(printable(run.name))}" for number, run in enumerate(runs, start=1))
+
+
+_LONGEST = 48
+"""Characters of a label, with its seed."""
+_SHORT = {
+    "depth.final_survival_prob": "p_L",
+    "recipe.weight_decay": "wd",
+    "recipe.learning_rate": "lr",
+    "recipe.batch_size": "batch",
+    "model.num_layers": "layers",
+    "data.dataset": "",
+    "depth.schedule": "",
+    "depth.granularity": "per",
+    "depth.draw": "",
+    "depth.over_time": "",
+    "precision": "",
+}
+"""What fields are called in a label; nothing where the value says it all."""
+
+
+def _differences(runs: Sequence[Run]) -> list[str]:
+    """What each run's configuration differs in from those of the others."""
+    flat = [
+        _flat({key: run.config[key] for key in run.config if key not in ("name", "title", "published")}) for run in runs
+    ]
+    differing = [
+        key
+        for key in dict.fromkeys(key for each in flat for key in each)
+        if len({str(each.get(key)) for each in flat}) > 1
+    ]
+    return [
+        " · ".join(_said(key, each[key]) for key in differing if key in each) or run.name
+        for run, each in zip(runs, flat, strict=True)
+    ]
+
+
+def _flat(fields: Mapping[str, object], above: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in fields.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(cast("Mapping[str, object]", value), f"{above}{key}.")
+        elif value is None and key == "depth":
+            flat["depth"] = "constant"
+        else:
+            flat[above + key] = value
+    return flat
+
+
+def _said(key: str, value: object) -> str:
+    name = _SHORT.get(key, key.rpartition(".")[2].replace("_", " "))
+    text = _number(value) if isinstance(value, float) else str(value).replace("_", " ")
+    return f"{name} {text}".strip()
+
+
+def _number(value: float) -> str:
+    """A number as people write it: 0.05, 1e-4."""
+    text = f"{value:g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.3e}"
+    mantissa, exponent, power = text.partition("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(power)}" if exponent else text
+
+
+def _shortened(name: str, longest: int = 40) -> str:
+    return name if len(name) <= longest else name[: longest // 2 - 1] + "…" + name[-longest // 2 :]
 
 
 def printable(text: str) -> str:
     """The text with every character replaced that cannot be shown in one line."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-def _shown(name: str, longest: int = 40) -> str:
-    name = printable(name)
-    return name if len(name) <= longest else name[: longest // 2 - 1] + "…" + name[-longest // 2 :]
 
 
 @dataclass(frozen=True)

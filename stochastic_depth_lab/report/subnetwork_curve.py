@@ -1,14 +1,15 @@
 """Table and figure of sub-networks: error against parameters, FLOPs and latency."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from stochastic_depth_lab.atomic import write_whole
-from stochastic_depth_lab.report.figures import save
-from stochastic_depth_lab.report.table import csv_text
+from stochastic_depth_lab.report.figures import legend, save
+from stochastic_depth_lab.report.runs import printable
+from stochastic_depth_lab.report.table import aligned, csv_text
 from stochastic_depth_lab.report.theme import SERIES, figure_style
 
 
@@ -34,35 +35,27 @@ class Point:
 
 
 def curve_text(points: Sequence[Point]) -> str:
-    """A table in Markdown, one line per number of blocks, runs side by side.
+    """An aligned table for each run, one line per number of blocks; errors in percent.
 
     Example:
         >>> print(curve_text([Point("a", 2, 50, 500, 1.25, 12.5, 10.0), Point("a", 4, 100, 1000, 2.5, 5.0, 5.0)]))
-        | blocks | parameters | FLOPs | ms, a | error, a | recalibrated, a |
-        |---|---|---|---|---|---|
-        | 4 | 100 % | 100 % | 2.50 | 5.00 | 5.00 |
-        | 2 | 50 % | 50 % | 1.25 | 12.50 | 10.00 |
+        a
+        blocks  parameters  FLOPs    ms  error  recalibrated
+             4       100 %  100 %  2.50   5.00          5.00
+             2        50 %   50 %  1.25  12.50         10.00
     """
-    runs = list(dict.fromkeys(point.run for point in points))
-    header = ["blocks", "parameters", "FLOPs"]
     errors = ["error", "recalibrated"] + ["fine-tuned"] * any(point.finetuned_error is not None for point in points)
-    header += [f"{what}, {run}" for run in runs for what in ("ms", *errors)]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     whole = max(points, key=lambda point: point.num_blocks)
-    for num_blocks in sorted({point.num_blocks for point in points}, reverse=True):
-        of_run = {point.run: point for point in points if point.num_blocks == num_blocks}
-        # Runs that drop other blocks differ here: one number each, in the order of the columns.
-        shares = [
-            [f"{point.num_parameters / whole.num_parameters:.0%}" for point in of_run.values()],
-            [f"{point.flops / whole.flops:.0%}" for point in of_run.values()],
-        ]
-        cells = [str(num_blocks), *(" / ".join(dict.fromkeys(each)).replace("%", " %") for each in shares)]
-        for run in runs:
-            point = of_run.get(run)
-            values = (point.latency_ms, point.error, point.recalibrated_error, point.finetuned_error) if point else ()
-            cells += [f"{value:.2f}" for value in values if value is not None] or [""] * (1 + len(errors))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    tables: list[str] = []
+    for run in dict.fromkeys(point.run for point in points):
+        cells = [["blocks", "parameters", "FLOPs", "ms", *errors]]
+        for point in sorted((point for point in points if point.run == run), key=lambda point: -point.num_blocks):
+            shares = point.num_parameters / whole.num_parameters, point.flops / whole.flops
+            values = (point.latency_ms, point.error, point.recalibrated_error, point.finetuned_error)
+            numbers = ["" if value is None else f"{value:.2f}" for value in values][: 1 + len(errors)]
+            cells.append([str(point.num_blocks), *(f"{100 * share:.0f} %" for share in shares), *numbers])
+        tables.append(f"{printable(run)}\n{aligned(cells)}")
+    return "\n\n".join(tables)
 
 
 def write_curve(points: Sequence[Point], folder: Path) -> tuple[Path, ...]:
@@ -72,10 +65,32 @@ def write_curve(points: Sequence[Point], folder: Path) -> tuple[Path, ...]:
     fields = list(Point.__dataclass_fields__)
     write_whole(table, csv_text(fields, [list(asdict(point).values()) for point in points]).encode())
     with figure_style():
-        return (table, *save(_figure(points), folder, "subnetworks"))
+        return (table, *save(curve_figure(points), folder, "subnetworks"))
 
 
-def _figure(points: Sequence[Point]) -> Figure:
+def read_curve(rows: Sequence[Mapping[str, str]]) -> list[Point]:
+    """The points of a `subnetworks.csv`, from its rows.
+
+    Raises:
+        KeyError, ValueError: if a column is missing, or is no number.
+    """
+    return [
+        Point(
+            run=row["run"],
+            num_blocks=int(row["num_blocks"]),
+            num_parameters=int(row["num_parameters"]),
+            flops=int(row["flops"]),
+            latency_ms=float(row["latency_ms"]),
+            error=float(row["error"]),
+            recalibrated_error=float(row["recalibrated_error"]),
+            finetuned_error=float(row["finetuned_error"]) if row["finetuned_error"] else None,
+        )
+        for row in rows
+    ]
+
+
+def curve_figure(points: Sequence[Point]) -> Figure:
+    """Error against parameters, FLOPs and latency; inside `figure_style`."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     whole = max(points, key=lambda point: point.num_blocks)
@@ -97,5 +112,5 @@ def _figure(points: Sequence[Point]) -> Figure:
         axes.set_xlabel(label)
     panels[0].set_ylabel("test error, %")
     panels[0].set_ylim(bottom=0)
-    panels[-1].legend(fontsize=7)
+    legend(figure, [(handle, str(handle.get_label())) for handle in panels[-1].get_lines()])
     return figure

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
@@ -130,21 +131,60 @@ def _unlike(named: Sequence[tuple[str, Run]], runs: Sequence[Run]) -> list[str]:
     return warnings
 
 
-def text_table(runs: Sequence[Run]) -> str:
-    """The table as aligned plain text, four runs side by side, its remarks below."""
+def text_table(runs: Sequence[Run], width: int = 80) -> str:
+    """The table as aligned plain text, its remarks below.
+
+    Args:
+        runs: what is compared, as many side by side as fit.
+        width: characters of a line; the names of the rows are broken.
+    """
     table = rows(runs)
-    titles = ["", *(row.label for row in table)]
-    width = max(map(len, titles))
     columns = [[label, *(row.cells[i] for row in table)] for i, label in enumerate(labels(runs))]
-    padded = [[cell.rjust(max(map(len, column))) for cell in column] for column in columns]
-    blocks = [
-        "\n".join(
-            "  ".join([title.ljust(width), *cells])
-            for title, *cells in zip(titles, *padded[start : start + 4], strict=True)
-        )
-        for start in range(0, len(runs), 4)
-    ]
-    return "\n\n".join([*blocks, *(["\n".join(remarks(runs))] if remarks(runs) else [])])
+    blocks: list[str] = []
+    while columns:
+        count = 1
+        while count < len(columns) and _widths(columns[: count + 1]) + _LEAST_LABEL <= width:
+            count += 1
+        shown, columns = columns[:count], columns[count:]
+        room = max(width - _widths(shown), _LEAST_LABEL)
+        lines: list[list[str]] = []
+        for title, *cells in zip(["", *(row.label for row in table)], *shown, strict=True):
+            *above, last = textwrap.wrap(title, room) or [""]
+            lines += [[part, *[""] * count] for part in above]
+            lines.append([last, *cells])
+        blocks.append(aligned(lines, left=1))
+    notes = [textwrap.fill(remark, width, subsequent_indent="  ") for remark in remarks(runs)]
+    return "\n\n".join([*blocks, *(["\n".join(notes)] if notes else [])])
+
+
+_LEAST_LABEL = 24
+
+
+def _widths(columns: Sequence[Sequence[str]]) -> int:
+    return sum(2 + max(map(len, column)) for column in columns)
+
+
+def aligned(cells: Sequence[Sequence[str]], left: int = 0) -> str:
+    """Rows of cells as text, columns two spaces apart, numbers to the right.
+
+    Args:
+        cells: head and rows.
+        left: how many columns hold words, which begin at the left.
+
+    Example:
+        >>> print(aligned([["block", "error"], ["first", "1.50"], ["last", "12.25"]], left=1))
+        block  error
+        first   1.50
+        last   12.25
+    """
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if number < left else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    )
 
 
 def sortable_table(cells: Sequence[Sequence[str]], links: Sequence[Mapping[str, str]] = ()) -> str:

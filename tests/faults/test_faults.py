@@ -48,7 +48,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_with_more_room_the_run_goes_o
     done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     (refusal,) = [line for line in done.stderr.splitlines() if "No space left" in line]
-    assert refusal.endswith("Make room; a run goes on from its last checkpoint with --resume.")
+    assert refusal.endswith("Make room, then resume the run with --resume.")
     assert done.stdout.splitlines()[:2] == ["last.pt", "previous.pt"]  # and no rubbish: the next line is the result
     assert done.stdout.splitlines()[2].startswith("test error")
     assert_same(outcome(tmp_path / "kept"), faults.uninterrupted(tmp_path / "whole", 2))

@@ -1,13 +1,16 @@
-"""Runs of a second: eight layers on a hundred digits, and what to compare two of them by."""
+"""Runs of a second: 14 layers on a hundred digits, and what to compare two of them by."""
 
 import json
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from stochastic_depth_lab import loop
+from stochastic_depth_lab import evaluation, loop, trained
 from stochastic_depth_lab.config import Depth, Experiment
 from stochastic_depth_lab.experiments import find
 
@@ -55,6 +58,26 @@ def small(depth: Depth | None = STOCHASTIC, **recipe: Any) -> Experiment:
 
 def train(experiment: Experiment, folder: Path, **options: Any) -> dict[str, Any]:
     return loop.train(experiment, folder, [options.pop("observer", Silent())], device=CPU, **options)
+
+
+@contextmanager
+def float64() -> Generator[None]:
+    """Within, runs train and evaluate in float64.
+
+    Another processor adds in another order, and training amplifies the difference: two float32 trajectories agree to
+    any fixed tolerance on one machine and not on the next.
+    """
+    plain = loop.build_network
+
+    def built(*arguments: Any) -> Any:
+        model, depth = plain(*arguments)
+        model.double().register_forward_pre_hook(lambda _module, inputs: inputs[0].double())
+        return model, depth
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (loop, evaluation, trained):
+            patch.setattr(module, "build_network", built)
+        yield
 
 
 def outcome(folder: Path) -> dict[str, Any]:

@@ -3,9 +3,11 @@
 import csv
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from small_runs import CPU, small, train
+from small_runs import CPU, float64, small, train
 from torch import nn
 
 import stochastic_depth as sd
@@ -74,7 +76,9 @@ def test_each_sub_network_is_trained_on_as_a_run_of_its_own(
     command = ["evaluate", run, "--subnetworks", "--points", "2", "--finetune-epochs", "1", "--out", str(tmp_path)]
     assert main(command) == 0
     printed = capsys.readouterr()
-    assert "fine-tuned, small-constant" in printed.out
+    for name in ("small-constant", "small-stochastic"):
+        (head,) = re.findall(rf"^{name}\n(.*)$", printed.out, flags=re.M)
+        assert head.split() == ["blocks", "parameters", "FLOPs", "ms", "error", "recalibrated", "fine-tuned"]
     rows = list(csv.DictReader((tmp_path / "subnetworks.csv").read_text().splitlines()))
     folders = [tmp_path / "finetuned" / f"{row['run']}-{row['num_blocks']}-blocks-seed-0" for row in rows]
     assert len(folders) == 4
@@ -92,6 +96,18 @@ def test_each_sub_network_is_trained_on_as_a_run_of_its_own(
     assert "3 blocks" in capsys.readouterr().out
 
 
+def assert_same_outputs(given: torch.Tensor, expected: torch.Tensor) -> None:
+    """A single forward in float32 by two programs: the tolerance is a share of the largest output."""
+    torch.testing.assert_close(given, expected, atol=1e-4 * expected.abs().max().item(), rtol=0)
+
+
+@pytest.fixture
+def _float64() -> Generator[None]:
+    with float64():
+        yield
+
+
+@pytest.mark.usefixtures("_float64")
 def test_training_on_is_plain_training_from_the_weights_that_were_left(runs: Path, tmp_path: Path) -> None:
     run = load_trained(runs / "small-stochastic", device=CPU)
     keep = [0, 1, 4]
@@ -110,7 +126,7 @@ def test_training_on_is_plain_training_from_the_weights_that_were_left(runs: Pat
         optimiser.step()
     assert last.keys() == network.state_dict().keys()
     for name, value in network.state_dict().items():
-        torch.testing.assert_close(last[name], value, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(last[name], value, atol=1e-12, rtol=1e-9)
     assert error == 100 - 100 * accuracy(trained)
 
 
@@ -171,8 +187,8 @@ def test_calibration_of_sub_networks_against_one_forward(
 ) -> None:
     assert main(["evaluate", str(runs / "small-stochastic"), "--monte-carlo", "4", "--out", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2].startswith("| one forward |")
-    assert lines[3].startswith("| 4 sub-networks |")
+    assert lines[1].startswith("one forward ")
+    assert lines[2].startswith("4 sub-networks ")
     rows = list(csv.DictReader((tmp_path / "reliability.csv").read_text().splitlines()))
     assert sum(int(row["count"]) for row in rows if row["prediction"] == "one forward") == 100
     assert (tmp_path / "reliability.png").stat().st_size > 1000
@@ -217,7 +233,7 @@ def test_a_file_gives_what_the_run_gives(
         given = fresh.eval()(inputs)
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata()
-    torch.testing.assert_close(given, expected, atol=1e-5, rtol=1e-5)
+    assert_same_outputs(given, expected)
     assert json.loads(metadata["classes"]) == [str(digit) for digit in range(10)]
     assert json.loads(metadata["mean"]) == run.images.normalisation.mean.tolist()
 
@@ -234,7 +250,7 @@ def test_a_smaller_file_takes_images_as_they_are_stored(
     sd.recalibrate_batchnorm_(small_one, run.training_batches(1000))
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     given = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-    torch.testing.assert_close(given, small_one(run.images.normalisation(images)), atol=1e-5, rtol=1e-5)
+    assert_same_outputs(given, small_one(run.images.normalisation(images)))
     metadata = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
     residuals = [name for name, module in run.model.named_modules() if isinstance(module, sd.Residual)]
     left = [name for name, module in small_one.named_modules() if isinstance(module, sd.Residual)]
@@ -277,7 +293,7 @@ def test_an_operator_that_onnx_lacks_is_named_in_one_line() -> None:
         (["--keep", "9"], "keep must hold indices in 0..5, but holds 9"),
         (["--cost", "0.01"], "below the smallest possible network"),
         (["--keep", "0", "--cost", "0.5"], "--keep and --cost are two ways"),
-        (["--order", "lesion"], "--order says which blocks go first to meet --cost"),
+        (["--order", "lesion"], "--order needs --cost: it says which blocks are removed first"),
         (["--format", "safetensors", "--normalise"], "safetensors holds weights only"),
         (["--format", "tensorflow"], "tensorflow"),
     ],

@@ -21,8 +21,10 @@ def test_every_way_of_training_is_measured_and_drawn(capsys: pytest.CaptureFixtu
     assert expected[2] == expected[3]
     assert 0.6 < expected[2] < 0.7
     lengths = [row.count("█") for row in rows]
-    assert lengths == [round(40 * ratio / max(1.0, *ratios)) for ratio in ratios]
+    assert lengths == [round(20 * ratio / max(1.0, *ratios)) for ratio in ratios]
     assert "medians of 2 interleaved rounds" in note
+    assert "1 threads" not in note
+    assert all(len(row) <= 80 for row in rows)
 
 
 @pytest.mark.parametrize(

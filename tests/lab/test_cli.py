@@ -66,16 +66,44 @@ def test_help_of_an_experiment_shows_its_own_values(capsys):
     with pytest.raises(SystemExit):
         main(["train", "cifar10-1202-stochastic", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "--recipe.warmup-epochs INT" in shown
+    assert "--recipe.warmup-epochs N Train the first N epochs" in shown
     assert "(default: 10)" in shown
-    assert "--depth.final-survival-prob FLOAT" in shown
+    assert "--depth.final-survival-prob X" in shown
 
 
-def test_without_the_extra_one_line_says_how_to_get_it(tmp_path):
-    code = "import sys; sys.modules['tyro'] = None; import stochastic_depth_lab.cli"
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], ["train", "--help"], ["trian"], ["train", "digits-constant"]]
+)
+def test_help_and_mistakes_need_no_package(words):
+    code = f"""
+import sys
+from importlib.abc import MetaPathFinder
+
+
+class OnlyPython(MetaPathFinder):
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] not in (*sys.stdlib_module_names, "stochastic_depth_lab"):
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+
+sys.meta_path.insert(0, OnlyPython())
+from stochastic_depth_lab.cli import main
+sys.exit(main({words!r}))
+"""
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert shown.returncode == 1
-    assert shown.stderr == "The stochastic-depth command needs the laboratory: pip install 'stochastic-depth[lab]'\n"
+    assert shown.returncode == (0 if words[-1].startswith("--") else 2), shown.stderr
+    assert len(shown.stderr.splitlines()) == bool(shown.returncode)
+
+
+def test_without_the_extra_one_line_says_how_to_get_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "stochastic_depth_lab.observers", None)
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    monkeypatch.delitem(sys.modules, "stochastic_depth_lab.observers")
+    assert main(["train", "digits-constant", "--out", str(tmp_path / "run")]) == 1
+    said = capsys.readouterr().err
+    assert said == (
+        "stochastic-depth train needs the package rich.console: run pip install '.[lab]' in a clone of the project.\n"
+    )
 
 
 def test_whoever_stops_reading_ends_the_command_in_silence():
@@ -89,19 +117,32 @@ def test_whoever_stops_reading_ends_the_command_in_silence():
 
 
 MISTAKES = {
-    "trian": "there is no command 'trian', but train,",
-    "train": "name the experiment",
-    "train digits-stochastik --out OUT": "there is no experiment 'digits-stochastik'. Nearest: digits-stochastic",
-    "train digits-stochastik --out digits-stochastic": "there is no experiment 'digits-stochastik'.",
-    "train digits-constant": "--out",
-    "train digits-constant --out OUT --sed 3": "Unrecognized options: --sed",
-    "train digits-constant --out OUT --seed x": "--seed",
-    "train digits-constant --out OUT --precision fp8": "'fp8'",
-    "train digits-constant --out OUT --device tpu": "--device must be cpu, cuda or cuda:NUMBER, but is 'tpu'",
-    "train digits-constant --out OUT --device cuda:99": "there is no device 'cuda:99'",
+    "trian": "Unknown command 'trian'. Did you mean 'train'?",
+    "--verison": "Unknown option '--verison'. Did you mean '--version'?",
+    "train": "Missing EXPERIMENT",
+    "train digits-stochastik --out OUT": "Unknown experiment 'digits-stochastik'. Did you mean 'digits-stochastic'?",
+    "train digits-stochastik --out digits-stochastic": "Unknown experiment 'digits-stochastik'.",
+    "train digits-constant": "Missing --out FOLDER",
+    "train digits-constant --out": "--out needs a value",
+    "train digits-constant --out=": "--out must not be empty",
+    "train digits-constant again --out OUT": "Unexpected argument 'again'",
+    "train digits-constant --out OUT --sed 3": "Unknown option '--sed'. Did you mean '--seed'?",
+    "train digits-constant --out OUT --quick=yes": "--quick takes no value",
+    "train digits-constant --out OUT --seed x": "--seed must be a whole number, but is 'x'",
+    "train digits-constant --out OUT --seed 1.5": "--seed must be a whole number, but is '1.5'",
+    "train digits-constant --out OUT --seed 99999999999999999999999": "seed must be at least 0 and below 2**63, but is",
+    "train digits-constant --out OUT --seed -1": "seed must be at least 0",
+    "train digits-constant --out OUT --recipe.epochs two": "--recipe.epochs must be a whole number, but is 'two'",
+    "train digits-constant --out OUT --recipe.learning-rate nan": "learning-rate must be a number, but is 'nan'",
+    "train digits-constant --out OUT --precision fp8": "--precision must be fp32, bf16 or fp16, but is 'fp8'",
+    "train digits-constant --out OUT --data.translation 100": "smaller than the images, 8x8 pixels, but is 100",
+    "train digits-constant --out OUT --recipe.warmup-epochs 99": "must be less than recipe.epochs, 20, but is 99",
+    "train digits-constant --out OUT --recipe.lr-drops 0.9 0.1": "recipe.lr_drops must increase, but are 0.9 0.1",
+    "train digits-constant --out OUT --device tpu": "--device must be cpu, cuda, cuda:N or mps, but is 'tpu'",
+    "train digits-constant --out OUT --device cuda:99": "There is no device 'cuda:99'",
     "train digits-constant --out OUT --cuda-graphs --device cpu": "--cuda-graphs needs a GPU, but the device is cpu",
     "reproduce curves --scale small --out OUT --cuda-graphs": "--cuda-graphs are for train, and for reproduce of one",
-    "train digits-constant --out OUT --depth.schedule uniform": "Unrecognized options",
+    "train digits-constant --out OUT --depth.schedule uniform": "has constant depth. Use digits-stochastic",
     "train digits-stochastic --out OUT --depth.final-survival-prob 0": "must be in (0, 1], but is 0",
     "train digits-stochastic --out OUT --depth.final-survival-prob 1.5": "must be in (0, 1], but is 1.5",
     "train digits-stochastic --out OUT --model.num-layers 21": "6n + 2",
@@ -119,14 +160,22 @@ MISTAKES = {
     "train digits-constant --out OUT --weights FILE": "FILE is damaged",
     "train digits-constant --out FULL": "is not empty",
     "train digits-constant --out FILE": "--out must be a folder",
-    "reproduce digit --out OUT": "there is no pair of experiments, table or figure 'digit'. Nearest: digits",
+    "reproduce digit --out OUT": "Unknown pair of experiments, table or figure 'digit'. Did you mean 'digits'?",
     "reproduce digits": "--out",
     "evaluate FULL": "is not a run folder",
     "evaluate NOWHERE": "is not a run folder",
     "report FULL": "is not a run folder",
-    "report": "no run folder",
-    "inspect timm:vit_tiny_patch16_224 --device cuda:99": "there is no device 'cuda:99'",
-    "inspect timm:vit_tiny_patch16_224 --device nonsense": "--device must be cpu, cuda or cuda:NUMBER",
+    "report": "Missing RUN",
+    "evaluate FULL --analyse --out OUT": "--analyse writes to the run folder",
+    "evaluate FULL --out OUT": "--out is for --subnetworks and --monte-carlo",
+    "sweep digits-stochastic --quick --out /proc/nowhere": "/proc/nowhere",
+    "reproduce gradients --quick --out /proc/nowhere": "/proc/nowhere",
+    "reproduce digits --out /proc/nowhere": "/proc/nowhere",
+    "completion tcsh": "SHELL must be bash, zsh or fish, but is 'tcsh'",
+    "inspect timm:vit_tiny_patch16_224 --device cuda:99": "There is no device 'cuda:99'",
+    "inspect timm:vit_tiny_patch16_224 --device nonsense": "--device must be cpu, cuda, cuda:N or mps",
+    "inspect timm:vit_smll_patch16_224": "Similar names: vit_small_patch16_224",
+    "inspect torchvision:resnet19": "Similar names: resnet18",
     "inspect timm:vit_tiny_patch16_224 --measure --batch-size 0": "--batch-size must be at least 1, but is 0",
     "inspect timm:vit_tiny_patch16_224 --measure --image-size 7": "does not take images of 7x7 pixels: Input height",
     "inspect timm:vit_tiny_patch16_224 --drop-path-rate -0.1": "--drop-path-rate must be in [0, 1), but is -0.1",
@@ -142,7 +191,7 @@ MISTAKES = {
     "export FULL --out FILE/x.onnx": "--out must be a folder, but FILE is a file",
     "schedule --num-layers 21": "6n + 2",
     "schedule --final-survival-prob 0": "must be in (0, 1]",
-    "schedule exponential": "there is no schedule 'exponential', but linear_decay",
+    "schedule exponential": "uniform, timm, efficientnet or convnext, but is 'exponential'",
     "schedule --out figure.pdf": ".png or .svg",
 }
 
@@ -180,7 +229,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, capsys, monkeypatch
     assert stopped.returncode == 2
     *_, said = stopped.stderr.splitlines()
     assert said.startswith("File too large: ")
-    assert said.endswith("Make room; a run goes on from its last checkpoint with --resume.")
+    assert said.endswith("Make room, then resume the run with --resume.")
     assert not list(run.rglob("*.tmp"))
     assert main([*map(str, arguments), "--resume"]) == 0
 
@@ -241,7 +290,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, capsys, monkeypatch, num
         assert main([*arguments, str(tmp_path / "parts")]) == code
     assert signal.getsignal(number) is before
     *_, said = capsys.readouterr().err.splitlines()
-    assert said.startswith("stopped and saved. Go on with: stochastic-depth train digits-stochastic ")
+    assert said.startswith("Stopped and saved. Resume with: stochastic-depth train digits-stochastic ")
     assert main(shlex.split(said.partition("stochastic-depth ")[2])) == 0
     assert_same(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
 

@@ -47,7 +47,12 @@ def test_models_of_all_sources_are_shown_and_measured(
         pytest.param("timm:vit_tiny_patch16_224", "1", "--drop-path-rate must be in [0, 1)", id="a rate of 1"),
         pytest.param("torchvision:resnet", "0.1", "torchvision has no model", id="unknown to torchvision"),
         pytest.param("transformers:resnat", "0.1", "transformers has no model type", id="unknown to transformers"),
-        pytest.param("torchvision:resnet18", "0.1", "No residual branch", id="no drop path"),
+        pytest.param(
+            "torchvision:resnet18",
+            "0.1",
+            "torchvision:resnet18 has no drop paths with a rate. Give it one: --schedule",
+            id="no drop path",
+        ),
     ],
 )
 def test_what_cannot_be_shown_is_one_line(model: str, rate: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:

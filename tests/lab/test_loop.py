@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from small_runs import CPU, Silent, assert_same, outcome, small, train
+from small_runs import CPU, Silent, assert_same, float64, outcome, small, train
 
 import stochastic_depth as sd
 from stochastic_depth_lab import checkpoint, config, loop
@@ -36,7 +36,8 @@ def test_it_is_the_plain_loop(tmp_path, depth):
     """The optimiser's formula written out, gates drawn by a controller of the test's own, the mean taken by hand."""
     experiment = replace(small(depth, epochs=2), data=Data("digits", limit=100, translation=1))
     observer = Silent()
-    result = train(experiment, tmp_path / "run", observer=observer)
+    with float64():
+        result = train(experiment, tmp_path / "run", observer=observer)
 
     digits = load("digits")
     images, labels = digits.train.images[:100], digits.train.labels[:100]
@@ -44,7 +45,8 @@ def test_it_is_the_plain_loop(tmp_path, depth):
     normalisation = Normalisation.fit(images, "channel")
     torch.manual_seed(0)
     net = sd.models.cifar_resnet(14, 10, in_channels=1)
-    control = sd.make_stochastic_(net, sd.linear_decay(0.5), seed=0) if depth else None
+    control = sd.make_stochastic_(net.double(), sd.linear_decay(0.5), seed=0) if depth else None
+    net.double()
     velocity = [torch.zeros_like(parameter) for parameter in net.parameters()]
     for epoch in (1, 2):
         losses, gradients, depths = [], [], []
@@ -55,7 +57,7 @@ def test_it_is_the_plain_loop(tmp_path, depth):
             rate = learning_rate(experiment.recipe, epoch, step, 7)
             net.train()
             net.zero_grad()
-            loss = F.cross_entropy(net(inputs), answers)
+            loss = F.cross_entropy(net(inputs.double()), answers)
             loss.backward()
             losses.append(loss.item())
             gradients.append(net.conv.weight.grad.abs().mean().item())
@@ -67,19 +69,19 @@ def test_it_is_the_plain_loop(tmp_path, depth):
                     parameter -= rate * (gradient + 0.9 * v)
         row = observer.rows[epoch - 1]
         assert (step + 1, len(answers)) == (7, 4)  # the last, short batch was used
-        assert row["train_loss"] == pytest.approx(sum(losses) / 7, rel=1e-4)
-        assert row["first_conv_grad"] == pytest.approx(sum(gradients) / 7, rel=1e-4)
+        assert row["train_loss"] == pytest.approx(sum(losses) / 7)
+        assert row["first_conv_grad"] == pytest.approx(sum(gradients) / 7)
         assert row["realised_depth"] == pytest.approx(sum(depths) / 7)
         assert row["learning_rate"] == rate
-        test = normalisation(digits.test.images[:100])
+        test = normalisation(digits.test.images[:100]).double()
         net.eval()
         wrong = (net(test).argmax(1) != digits.test.labels[:100]).sum().item()
-        assert row["test_error"] == pytest.approx(wrong, abs=1.01)  # of 100: percent; a tie may turn by rounding
-        assert row["test_loss"] == pytest.approx(F.cross_entropy(net(test), digits.test.labels[:100]).item(), rel=1e-3)
+        assert row["test_error"] == wrong  # of 100: percent
+        assert row["test_loss"] == pytest.approx(F.cross_entropy(net(test), digits.test.labels[:100]).item())
     assert result["realised_depth"] == pytest.approx(sum(row["realised_depth"] for row in observer.rows) / 2)
     state = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)["model"]
     for name, value in net.state_dict().items():
-        torch.testing.assert_close(state[name], value, rtol=1e-3, atol=1e-5, msg=name)
+        torch.testing.assert_close(state[name], value, rtol=1e-9, atol=1e-12, msg=name)
 
 
 def test_the_cost_is_that_of_the_gates(tmp_path):
@@ -224,14 +226,22 @@ def _rows(folder):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_mixed_precision_stays_near_full_precision_and_resumes(tmp_path, precision):
+def test_a_step_in_mixed_precision_is_nearly_one_in_full_precision(tmp_path, precision):
+    """A single step from the same weights: the losses of later steps depend on how the processor rounds."""
+    single = small(epochs=1, batch_size=100)
+    train(single, tmp_path / "full")
+    train(replace(single, precision=precision), tmp_path / "mixed")
+    (full,), (mixed,) = _rows(tmp_path / "full"), _rows(tmp_path / "mixed")
+    for name in ("train_loss", "first_conv_grad"):
+        assert mixed[name] == pytest.approx(full[name], rel=0.1)
+        assert mixed[name] != full[name]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_resumes_bit_for_bit(tmp_path, precision):
     experiment = replace(small(epochs=2), precision=precision)
-    full = train(small(epochs=2), tmp_path / "full")
-    train(experiment, tmp_path / "whole")
-    first, mixed = _rows(tmp_path / "full")[0], _rows(tmp_path / "whole")[0]
-    assert mixed["train_loss"] == pytest.approx(first["train_loss"], rel=0.05)
-    assert mixed["train_loss"] != first["train_loss"]
-    assert math.isfinite(full["test_error"])
+    result = train(experiment, tmp_path / "whole")
+    assert math.isfinite(result["test_error"])
     with pytest.raises(Interrupted):
         train(experiment, tmp_path / "parts", stop_requested=StopAfter(5))
     train(experiment, tmp_path / "parts", resume=True)
@@ -248,7 +258,7 @@ def test_global_settings_are_as_before(tmp_path):
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:x", "cuda:99", "cpu:1:2", "mps"])
 def test_a_device_that_is_not_there(name):
-    with pytest.raises(ValueError, match=r"^(--device must be|there is no device)"):
+    with pytest.raises(ValueError, match=r"^(--device must be|There is no device)"):
         find_device(name, "fp32")
 
 

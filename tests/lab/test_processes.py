@@ -12,15 +12,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from small_runs import CPU, TIMES, Silent, assert_same, outcome, small
+import torch.nn.functional as F
+from small_runs import CPU, TIMES, Silent, assert_same, float64, outcome, small
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "library" / "distributed"), str(Path(__file__).parent)]
 import ranks  # noqa: E402
 
+import stochastic_depth as sd  # noqa: E402
 from stochastic_depth_lab import checkpoint, loop  # noqa: E402
 from stochastic_depth_lab.build import find_device  # noqa: E402
 from stochastic_depth_lab.cli import main  # noqa: E402
-from stochastic_depth_lab.config import Experiment  # noqa: E402
+from stochastic_depth_lab.config import Depth, Experiment  # noqa: E402
 from stochastic_depth_lab.data import batches, load, part_of_batch  # noqa: E402
 from stochastic_depth_lab.data.normalisation import Normalisation  # noqa: E402
 from stochastic_depth_lab.processes import Processes  # noqa: E402
@@ -168,14 +170,54 @@ def test_a_refusal_of_the_first_process_ends_them_all(trained):
     assert all("is not empty" in of_rank["refusal"] for of_rank in both)
 
 
-def test_a_single_process_learns_nearly_the_same(trained, tmp_path):
-    """BatchNorm normalises by halves of the batch there, so the same only roughly."""
-    _, (first, _) = trained
-    observer = Silent()
-    loop.train(SMALL, tmp_path / "alone", [observer], device=CPU)
-    for alone, two in zip(observer.rows, first["whole"]["rows"], strict=True):
-        assert two["train_loss"] == pytest.approx(alone["train_loss"], rel=0.25)
-        assert two["open_counts"] == alone["open_counts"]
+def _in_float64(rank: int, folder: str, experiment: Experiment) -> dict[str, Any]:
+    with float64():
+        return _train(rank, folder, experiment=experiment)
+
+
+@pytest.mark.parametrize("depth", [None, Depth()], ids=["constant", "stochastic"])
+def test_two_processes_are_the_plain_loop_over_the_halves_of_each_batch(tmp_path, depth):
+    """BatchNorm normalises each half by itself, and the running statistics are those of the first halves."""
+    experiment = small(depth, epochs=1, batch_size=15, lr_schedule="step_text", num_threads=1)
+    first, _ = ranks.run(_in_float64, 2, str(tmp_path / "run"), experiment)
+
+    train = load("digits").train[torch.arange(100)]
+    torch.manual_seed(0)
+    net = sd.models.cifar_resnet(14, 10, in_channels=1).double()
+    control = sd.make_stochastic_(net, sd.linear_decay(0.5), seed=0) if depth else None
+    optimiser = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    normalisation = Normalisation.fit(train.images, "channel")
+    options = {"normalisation": normalisation, "seed": 0, "epoch": 1}
+    losses, open_counts = [], [0.0] * 6
+    for inputs, labels in batches(train, 15, **options):
+        halves = [slice(0, len(labels) // 2), slice(len(labels) // 2, None)]
+        total = 0.0
+        for number, half in enumerate(halves):
+            statistics = {name: buffer.clone() for name, buffer in net.named_buffers()}
+            gates = (
+                control.gates([gate == 1 for gate in control.last_gates])
+                if control and number
+                else contextlib.nullcontext()
+            )
+            with gates:
+                loss = F.cross_entropy(net(inputs[half].double()), labels[half], reduction="sum") / len(labels)
+            loss.backward()
+            total += loss.item()
+            if number:
+                for name, buffer in net.named_buffers():
+                    buffer.copy_(statistics[name])
+        losses.append(total)
+        open_counts = [
+            n + gate for n, gate in zip(open_counts, control.last_gates if control else [1] * 6, strict=True)
+        ]
+        optimiser.step()
+        optimiser.zero_grad()
+    (row,) = first["rows"]
+    assert row["train_loss"] == pytest.approx(sum(losses) / len(losses))
+    assert row["open_counts"] == open_counts
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)["model"]
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(state[name], value, rtol=1e-9, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize(("num_images", "num_ranks"), [(5, 2), (16, 3), (1, 2), (2, 4)])

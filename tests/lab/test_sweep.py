@@ -1,5 +1,6 @@
 """Many runs in processes of their own: one that dies loses itself alone, what is done is passed over."""
 
+import io
 import json
 import os
 import shlex
@@ -66,7 +67,7 @@ def test_one_killed_run_loses_itself_alone_and_goes_on_the_next_time(tmp_path):
     assert watcher.states["small-seed-1"] == ["done"]
     assert [job.state for job in again] == ["stopped", "done", "done"]
     assert not (again[0].folder / "failed.json").exists()
-    assert "going on in epoch" in (again[0].folder / "log.txt").read_text()
+    assert "resuming in epoch" in (again[0].folder / "log.txt").read_text()
 
 
 def test_a_run_that_cannot_begin_is_marked_with_its_reason(tmp_path):
@@ -166,12 +167,12 @@ def test_a_sweep_is_every_combination(tmp_path, capsys):
 
 
 MISTAKES = {
-    "reproduce survival --scale tiny --out OUT": "there is no scale 'tiny', but full and small",
+    "reproduce survival --scale tiny --out OUT": "--scale must be full or small, but is 'tiny'",
     "reproduce survival --seeds 0 --out OUT": "--seeds must be at least 1, but is 0",
     "reproduce survival --jobs 0 --out OUT": "--jobs must be at least 1, but is 0",
-    "reproduce surviva --out OUT": "Nearest: survival",
+    "reproduce surviva --out OUT": "Did you mean 'survival'?",
     "sweep digits-stochastic --out OUT --grid recipe.epochs": "--grid takes FIELD=VALUE,VALUE",
-    "sweep digits-stochastic --out OUT --grid recipe.epoch=3": "Unrecognized options: --recipe.epoch",
+    "sweep digits-stochastic --out OUT --grid recipe.epoch=3": "'--recipe.epoch'. Did you mean '--recipe.epochs'?",
     "sweep digits-stochastic --out OUT --grid recipe.epochs=0": "recipe.epochs must be at least 1, but is 0",
     "sweep digits --out OUT --grid recipe.epochs=3": "--grid changes one experiment, but digits is a table",
     "sweep digits --out OUT --shard 2/2": "--shard must be i/n",
@@ -242,6 +243,33 @@ def test_a_sweep_on_a_terminal_shows_a_table(tmp_path, capsys):
     with Live(console=Console(file=sys.stdout, force_terminal=True, width=80)) as live:
         SweepTable(live).on_change(jobs)
     shown = capsys.readouterr().out
-    assert "0 of 2 done" in shown
+    assert "0 of 2 runs done" in shown
     assert "small-seed-1" in shown
     assert "killed by SIGKILL" in shown
+
+
+def test_a_sweep_of_long_names_keeps_a_line_for_each_run_and_ends_in_one(tmp_path):
+    from rich.console import Console
+    from rich.live import Live
+
+    from stochastic_depth_lab.sweep_display import SweepTable
+
+    name = "digits-stochastic-final-survival-prob-0.3-weight-decay-1e-4-draw"
+    runs = [replace(small(), name=f"{name}-{draw}") for draw in ("bernoulli", "equal_cost")]
+    jobs = sweep.jobs_for(runs, tmp_path)
+    jobs[0].state, jobs[1].state = "running", "failed"
+    jobs[1].reason = "the loss is nan in epoch 1, step 3 of 7: nothing was saved since the last checkpoint"
+    shown = io.StringIO()
+    with Live(console=Console(file=shown, force_terminal=True, width=80)) as live:
+        table = SweepTable(live)
+        table.on_change(jobs)
+        *_, first, second, _bottom = live.console.render_lines(live.renderable, pad=False)
+        lines = ["".join(segment.text for segment in line) for line in (first, second)]
+        for job in jobs:
+            job.state = "done"
+        table.on_change(jobs)
+        (last,) = live.console.render_lines(live.renderable, pad=False)
+    assert "".join(segment.text for segment in last) == "2 of 2 runs done"
+    assert "-bernoulli-seed-0" in lines[0]
+    assert "-equal_cost-seed-0" in lines[1]
+    assert all(len(line) <= 80 for line in lines)

@@ -94,9 +94,10 @@ def test_lines_hold_the_numbers(runs):
         ((0.1, 0.1, 0.09, 0.08), []),
         ((0.1, 0.1, 0.01, 0.001), ["→ 0.01"]),
         ((0.1, 0.01, 0.00005, 0.00005), ["→ 0.00005"]),
+        ((0.1, 0.1, 0.00203125, 0.00203125), ["→ 0.00203"]),
         ((0.01, 0.1, 0.1, 0.1), []),
     ],
-    ids=["falls in every epoch", "slowly", "step after a plateau", "step before a plateau", "warm-up"],
+    ids=["falls in every epoch", "slowly", "step after a plateau", "step before a plateau", "three digits", "warm-up"],
 )
 def test_steps_of_the_learning_rate(write_run, rates, labels):
     folder = write_run()

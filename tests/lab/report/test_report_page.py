@@ -1,7 +1,11 @@
 """The page: whole, self-contained, harmless whatever a run is called, the same every time."""
 
+import base64
+import csv
 import os
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -10,6 +14,8 @@ import pytest
 
 from stochastic_depth_lab.report import ReportError, table, write_report
 from stochastic_depth_lab.report import page as page_module
+from stochastic_depth_lab.report.reliability import Bin, Reliability, read_reliability, write_reliability
+from stochastic_depth_lab.report.subnetwork_curve import Point, write_curve
 from stochastic_depth_lab.report.theme import CSS_NAMES, DARK
 
 EVIL = "<script>alert(1)</script>\"' onload='x' style=\"fill: #d55e00\" </text></svg>"
@@ -52,8 +58,11 @@ def test_page_holds_table_figures_and_settings(pair, pair_report):
     path = pair_report
     assert path == pair[0].parent / "report.html"
     page = read_page(path)
-    assert sum(tag == "svg" for tag, _ in page.elements) == 4
+    assert sum(tag == "svg" for tag, _ in page.elements) == 8  # four figures, each for a wide and a narrow screen
     for text in (
+        "ResNet, 14 layers",
+        "stochastic depth (linear decay to 0.5, one gate per batch)",
+        "Huang et al. 2016",
         "Constant and stochastic depth, side by side",
         "Test error 5.12 % with stochastic depth, 5.12 % with constant depth.",
         "Training took 0.700 of the time and 0.684 of the FLOPs.",
@@ -64,15 +73,24 @@ def test_page_holds_table_figures_and_settings(pair, pair_report):
         "2.13.0",
     ):
         assert text in page.text
-    written = {str(p.relative_to(path.parent)) for p in path.parent.rglob("*") if p.is_file()}
-    links = {attrs["href"] for tag, attrs in page.elements if tag == "a"}
-    assert links <= written
-    assert {"data/runs.csv", "data/epochs.csv", "data/survival.csv", "figures/curves.png"} <= links
-    assert not [name for name in written if name.endswith(".tmp")]
+    assert not list(path.parent.rglob("*.tmp"))
+
+
+def test_the_links_of_a_page_that_was_mailed_still_work(pair_report):
+    """They hold their files: the same bytes as beside the page."""
+    links = {attrs["download"]: attrs["href"] for tag, attrs in read_page(pair_report).elements if "download" in attrs}
+    assert {"runs.csv", "epochs.csv", "survival.csv", "curves.png", "curves.svg"} <= links.keys()
+    for name, link in links.items():
+        folder = "data" if name.endswith(".csv") else "figures"
+        content = base64.b64decode(link.partition("base64,")[2])
+        assert content == (pair_report.parent / folder / name).read_bytes(), name
+    others = [attrs["href"] for tag, attrs in read_page(pair_report).elements if tag == "a" and "download" not in attrs]
+    assert others == ["https://arxiv.org/abs/1603.09382"]
 
 
 def test_page_asks_for_nothing_from_outside(pair_report):
-    html = pair_report.read_text()
+    html = pair_report.read_text().replace('<a href="https://arxiv.org/abs/1603.09382">', "")
+    html = re.sub(r"base64,[\w+/=]*", "", html)
     assert not re.search(r"https?:|//[a-z]|@import|<script|<link|<img|<iframe|url\((?!#)", html)
 
 
@@ -126,7 +144,7 @@ def test_names_from_outside_stay_harmless(write_run, num_runs):
     assert "<script" not in html
     page = read_page(path)
     assert not [name for _, attrs in page.elements for name in attrs if name.startswith("on")]
-    assert sum(tag == "svg" for tag, _ in page.elements) == 4
+    assert sum(tag == "svg" for tag, _ in page.elements) == 8
     assert EVIL in page.text
     assert "<script" not in (path.parent / "figures" / "survival.svg").read_text()
 
@@ -195,7 +213,7 @@ def test_many_runs_have_an_index_that_leads_to_their_pages(write_run, tmp_path, 
     folders = [write_run(f"run #{seed}", config={"seed": seed}, stochastic=seed == 1) for seed in range(3)]
     path = write_report(folders, tmp_path / "index")
     page = read_page(path)
-    assert sum(tag == "svg" for tag, _ in page.elements) == 3
+    assert sum(tag == "svg" for tag, _ in page.elements) == 6
     links = [str(attrs["href"]) for tag, attrs in page.elements if tag == "a" and "report.html" in str(attrs["href"])]
     assert [(path.parent / unquote(urlsplit(link).path)).resolve() for link in links] == [
         each / "report.html" for each in folders
@@ -209,3 +227,60 @@ def test_many_runs_have_an_index_that_leads_to_their_pages(write_run, tmp_path, 
     os.utime(folders[2] / "metrics.jsonl", ns=(later, later))
     write_report(folders, tmp_path / "index")
     assert [page.stat().st_mtime_ns != old for page, old in zip(pages, before, strict=True)] == [False, False, True]
+
+
+@pytest.mark.parametrize("stochastic", [False, True], ids=["constant", "stochastic"])
+def test_a_color_means_the_same_on_every_page(write_run, stochastic):
+    """Stochastic depth is blue beside constant depth, and alone."""
+    pair = write_report([write_run("constant"), write_run("stochastic", stochastic=True)])
+    alone = write_report([write_run("alone", stochastic=stochastic)])
+    of_pair, of_alone = (
+        re.findall(r"(?:stroke|color|fill): var\((--series-\d)\)", page.read_text()) for page in (pair, alone)
+    )
+    assert set(of_pair) == {"--series-0", "--series-1"}
+    assert set(of_alone) == {f"--series-{int(stochastic)}"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [400, 1100])
+def test_nothing_lies_beside_the_screen(pair_report, tmp_path, width):
+    """As Chromium lays the page out: what is wider than the window can be scrolled to."""
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("needs Chromium")
+    measure = """<script>addEventListener("load", () => {
+      const wide = [...document.querySelectorAll("main *:not(svg *)")].filter(
+        each => each.getBoundingClientRect().right > innerWidth + 1);
+      parent.postMessage(`${innerWidth} wide: ${wide.map(each => each.outerHTML.slice(0, 80))}.`, "*");
+    });</script></body>"""
+    (tmp_path / "page.html").write_text(pair_report.read_text().replace("</body>", measure))
+    # In a frame: Chromium's own windows are at least 500 pixels wide.
+    outer = tmp_path / "outer.html"
+    outer.write_text(
+        f'<body><iframe src="page.html" width="{width}" height="900" style="border: 0"></iframe><script>'
+        "addEventListener('message', event => { document.body.textContent = event.data; });</script></body>"
+    )
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom"]
+    dom = subprocess.run([chromium, *options, outer.as_uri()], capture_output=True, text=True, timeout=300).stdout
+    assert f"{width} wide: ." in dom, dom[-500:]
+
+
+def test_what_evaluate_found_is_on_the_run_s_page(write_run):
+    folder = write_run(stochastic=True)
+    write_curve(
+        [Point("run", 2, 50, 500, 1.25, 12.5, 10.0), Point("run", 4, 100, 1000, 2.5, 5.0, 5.0)], folder / "evaluation"
+    )
+    measured = [Reliability("one forward", 10.0, 0.5, 0.03, None, (Bin(3, 0.9, 0.8), Bin(1, 0.4, 0.5)))]
+    write_reliability(measured, folder / "evaluation")
+    page = write_report([folder])
+    text = read_page(page).text
+    assert "Sub-networks" in text
+    assert "Calibration" in text
+    for name in ("subnetworks", "reliability"):
+        assert (folder / "data" / f"{name}.csv").read_bytes() == (folder / "evaluation" / f"{name}.csv").read_bytes()
+        assert (folder / "figures" / f"{name}.svg").exists()
+    rows = list(csv.DictReader((folder / "evaluation" / "reliability.csv").read_text().splitlines()))
+    assert read_reliability(rows) == measured
+    (folder / "evaluation" / "subnetworks.csv").write_text("run\nx\n")
+    with pytest.raises(ReportError, match=r"subnetworks\.csv is damaged \(KeyError\)"):
+        write_report([folder])

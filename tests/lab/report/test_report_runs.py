@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from stochastic_depth_lab.report import ReportError, read_run
-from stochastic_depth_lab.report.runs import labels, read_runs
+from stochastic_depth_lab.report.figures import drawings
+from stochastic_depth_lab.report.runs import labels, read_runs, run_folders
+from stochastic_depth_lab.report.theme import MUTED, figure_style
 
 
 def edit(path: Path, **changes: object) -> None:
@@ -78,8 +80,6 @@ def test_last_line_without_line_feed_counts(write_run):
 
 def test_not_a_run_folder(write_run, tmp_path):
     assert_refused(tmp_path / "nowhere", "is not a run folder: it has no config.json")
-    inner = write_run()
-    assert_refused(inner.parent, f"Did you mean {inner}?")
 
 
 @pytest.mark.parametrize("content", [None, "", '{"epoch": 1'], ids=["missing", "empty", "cut off"])
@@ -160,9 +160,57 @@ def test_runs_given_twice_or_not_at_all(write_run):
         ({"name": "a"}, {"name": "b"}, ("a", "b")),
         ({"name": "a", "seed": 0}, {"name": "a", "seed": 1}, ("a, seed 0", "a, seed 1")),
         ({"name": "a"}, {"name": "a"}, ("a, one", "a, two")),
-        ({"name": "x" * 50}, {"name": "a\nb\x00\ud800"}, ("x" * 19 + "…" + "x" * 20, "a\ufffdb\ufffd\ufffd")),
+        ({"name": "c"}, {"name": "a\nb\x00\ud800"}, ("c", "a\ufffdb\ufffd\ufffd")),
+        ({"name": "x" * 50}, {"name": "y" * 50}, ("one", "two")),
+        ({"name": "x" * 50, "seed": 0}, {"name": "x" * 50, "seed": 1}, ("seed 0", "seed 1")),
+        (
+            {"name": "x" * 50, "recipe": {"learning_rate": 0.1, "weight_decay": 1e-4, "epochs": 4}},
+            {"name": "y" * 50, "recipe": {"learning_rate": 0.05, "weight_decay": 0.00125, "epochs": 4}},
+            ("lr 0.1 · wd 1e-4", "lr 0.05 · wd 0.00125"),
+        ),
     ],
-    ids=["names", "seeds", "folders", "long and unprintable"],
+    ids=["names", "seeds", "folders", "unprintable", "long", "long, seeds", "long, settings"],
 )
 def test_labels_tell_runs_apart(write_run, first, second, expected):
     assert labels([read_run(write_run("one", config=first)), read_run(write_run("two", config=second))]) == expected
+
+
+def test_a_sweep_over_three_fields_has_a_label_for_each_of_its_runs(write_run):
+    """The names that `sweep --grid` gives, which are too long to be shown."""
+    combinations = [(p, wd, draw) for p in (0.3, 0.7) for wd in (1e-4, 0.0) for draw in ("bernoulli", "equal_cost")]
+    runs = []
+    for p, wd, draw in combinations:
+        name = f"digits-stochastic-final-survival-prob-{p}-weight-decay-{wd}-draw-{draw}"
+        config = {
+            "name": name,
+            "depth": {"schedule": "linear_decay", "final_survival_prob": p, "granularity": "batch", "draw": draw},
+            "recipe": {"epochs": 4, "weight_decay": wd},
+        }
+        runs.append(read_run(write_run(f"{name}-seed-0", stochastic=True, config=config)))
+    assert labels(runs)[:3] == (
+        "p_L 0.3 · bernoulli · wd 1e-4",
+        "p_L 0.3 · equal cost · wd 1e-4",
+        "p_L 0.3 · bernoulli · wd 0",
+    )
+    assert len(set(labels(runs))) == 8
+    with figure_style():
+        curves = drawings(runs)[0]
+    looks = {
+        (line.get_color(), line.get_linestyle()) for line in curves.figure.axes[0].lines if line.get_color() != MUTED
+    }
+    assert len(looks) == 8
+
+
+def test_a_folder_of_runs_stands_for_its_runs(write_run, tmp_path):
+    one, two = write_run("b"), write_run("a", stochastic=True)
+    (one.parent / "begun").mkdir()
+    (one.parent / "begun" / "config.json").write_text("{}")
+    assert run_folders([one.parent]) == ([two, one], [one.parent / "begun"])
+    assert run_folders([one, two]) == ([one, two], [])
+    study = tmp_path / "study" / "runs"
+    study.mkdir(parents=True)
+    one.rename(study / "b")
+    assert run_folders([tmp_path / "study"]) == ([study / "b"], [])
+    two.rename(tmp_path / "a")
+    with pytest.raises(ReportError, match=r"no run in .* has finished an epoch yet"):
+        run_folders([two.parent])

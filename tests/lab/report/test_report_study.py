@@ -65,7 +65,8 @@ def test_the_table_is_the_papers_with_ours_beside_it(folders, tmp_path):
     assert page.count("<script>") == 1  # sorts the table
     assert "The paper says so. Ours: mean and standard deviation over 2 seeds of each." in page
     for link in re.findall(r'href="([^"#]+)"', page):
-        assert (tmp_path / "out" / link).is_file(), link
+        held = link.startswith("data:") or link == "https://arxiv.org/abs/1603.09382"
+        assert held or (tmp_path / "out" / link).is_file(), link
     (row,) = re.findall(r'<th scope="row">Linear.*?</th>', page)
     pages = [(word, (tmp_path / "out" / link).resolve()) for link, word in re.findall(r'href="([^"]+)">([^<]+)<', row)]
     assert pages == [(f"seed {seed}", folders[2 + seed][1] / "report.html") for seed in (0, 1)]
