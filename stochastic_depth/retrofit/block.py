@@ -236,6 +236,8 @@ class BlockBranches:
                 f"{self._described(block)} is called in this form for the first time, which cannot be proven inside a "
                 "CUDA graph: run a few steps before you capture."
             )
+        for key in self.gated:
+            in_training(block, key)  # raises where its drop path was replaced
         try:
             with private():
                 prepared = self._proven(block, signature, leaves)

@@ -17,9 +17,19 @@ from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.cuts import CutError, UnusedError
 from stochastic_depth.retrofit.forms import names_in_code
 from stochastic_depth.retrofit.functional import FUNCTIONAL, put_functional
+from stochastic_depth.retrofit.recorder import unchanged_globals
 from stochastic_depth.retrofit.rules import DropPathRule, drop_path_rule, is_drop_path
 from stochastic_depth.retrofit.sums import BranchParts, DropPaths, Identity, Key, find_sums, identity, match, paths_of
-from stochastic_depth.retrofit.trace import OPAQUE, Recording, StoredError, TraceError, flatten, may_be_size, record
+from stochastic_depth.retrofit.trace import (
+    OPAQUE,
+    Recording,
+    StoredError,
+    TraceError,
+    flatten,
+    may_be_size,
+    own_forward,
+    record,
+)
 
 Where = Callable[[str, nn.Module], bool] | str | Sequence[str]
 
@@ -362,7 +372,7 @@ def _readings(
         for key, residual in sums.items():
             if isinstance(residual, CutError) and not drop_paths:
                 continue
-            known = matched.get(key) or (key[0], sum(other[0] == key[0] for other in readings))
+            known = matched.get(key) or _free_key(key, readings)
             if isinstance(residual, CutError):
                 readings[known] = _Reading(readings[known].identity if known in readings else frozenset(), residual)
             elif known not in readings:
@@ -372,6 +382,12 @@ def _readings(
                 joined = [tuple(dict.fromkeys([*a, *b])) for a, b in zip(before.parts.paths, paths[key], strict=True)]
                 readings[known] = _Reading(before.identity | identities[key], BranchParts(block, *joined))
     return dict(sorted(readings.items(), key=lambda item: item[0][1])), called
+
+
+def _free_key(key: Key, readings: Mapping[Key, _Reading]) -> Key:
+    """The key of a new branch: its own place in the code, or behind all others where that is taken."""
+    taken = [index for path, index in readings if path == key[0]]
+    return key if key[1] not in taken else (key[0], max(taken) + 1)
 
 
 def _all_recordings(block: nn.Module) -> Iterator[Recording]:
@@ -407,7 +423,7 @@ def _recordings_by_guess(block: nn.Module, error: TraceError) -> Iterator[Record
     Raises:
         TraceError: the given one, if it cannot be recorded in any of these ways.
     """
-    parameters = inspect.signature(plain_class(block).forward).parameters.values()
+    parameters = inspect.signature(own_forward(block, block)).parameters.values()
     more = range(4) if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters) else range(1)
     for num_more in more:
         for guess_sizes in (False, True):
@@ -458,15 +474,17 @@ def recordings(
         taken: list[bool] = []
         try:
             decide = functools.partial(_explore, decisions, taken)
-            yield record(
-                block,
-                signature,
-                len(leaves),
-                decide,
-                with_buffers=with_buffers,
-                other_mode=other_mode,
-                guess_sizes=guess_sizes,
-            )
+            with unchanged_globals(block):
+                recording = record(
+                    block,
+                    signature,
+                    len(leaves),
+                    decide,
+                    with_buffers=with_buffers,
+                    other_mode=other_mode,
+                    guess_sizes=guess_sizes,
+                )
+            yield recording
             num_recorded += 1
         except StoredError:
             raise
@@ -499,7 +517,7 @@ def _explore(decisions: Sequence[bool], taken: list[bool], node: fx.Node) -> boo
 
 def _default_arguments(block: nn.Module, *, optional: bool = False) -> tuple[Any, ...]:
     """The arguments that have to be given, as symbols, and the defaults of the others; symbols too if `optional`."""
-    parameters = list(inspect.signature(plain_class(block).forward).parameters.values())[1:]
+    parameters = inspect.signature(own_forward(block, block)).parameters.values()
     return tuple(
         OPAQUE
         if parameter.default is parameter.empty or (optional and parameter.default is None)

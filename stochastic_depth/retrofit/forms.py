@@ -85,7 +85,7 @@ class Reads:
 
     def __init__(self, block: nn.Module) -> None:
         kind = plain_class(block)
-        names, functions = names_in_code(kind)
+        names, functions = code_of(block)
         self._own = [
             name
             for name, value in block.__dict__.items()
@@ -180,16 +180,16 @@ def _parts_that_are_read(value: Any, names: frozenset[str], depth: int = _MAX_DE
             yield from _parts_that_are_read(part, names, depth - 1)
 
 
+def code_of(block: nn.Module) -> tuple[frozenset[str], tuple[FunctionType, ...]]:
+    """All names in the code of a block's class and of the plain functions that it calls or holds, and the functions."""
+    held = (value for value in block.__dict__.values() if isinstance(value, FunctionType))
+    return names_in_code(plain_class(block), *(each for each in held if not each.__module__.startswith("torch")))
+
+
 @functools.cache
-def names_in_code(kind: type[nn.Module]) -> tuple[frozenset[str], tuple[FunctionType, ...]]:
+def names_in_code(kind: type[nn.Module], *held: FunctionType) -> tuple[frozenset[str], tuple[FunctionType, ...]]:
     """All names in the code of a class and of the plain functions that it calls by them, and these functions."""
-    pending = [
-        function
-        for part in kind.__mro__
-        if issubclass(part, nn.Module) and part is not nn.Module
-        for value in vars(part).values()
-        if isinstance(function := getattr(value, "__wrapped__", getattr(value, "fget", None) or value), FunctionType)
-    ]
+    pending = [*held, *_functions_of(kind)]
     functions: dict[FunctionType, None] = {}
     names: set[str] = set()
     while pending and len(functions) < _MAX_FUNCTIONS:
@@ -208,6 +208,16 @@ def names_in_code(kind: type[nn.Module]) -> tuple[frozenset[str], tuple[Function
 
 
 _MAX_FUNCTIONS = 256
+
+
+def _functions_of(kind: type[nn.Module]) -> list[FunctionType]:
+    return [
+        function
+        for part in kind.__mro__
+        if issubclass(part, nn.Module) and part is not nn.Module
+        for value in vars(part).values()
+        if isinstance(function := getattr(value, "__wrapped__", getattr(value, "fget", None) or value), FunctionType)
+    ]
 
 
 def _is_filled(cell: Any) -> bool:

@@ -24,8 +24,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from stochastic_depth.copies import plain_class
-from stochastic_depth.retrofit.forms import names_in_code
+from stochastic_depth.retrofit.forms import code_of
 from stochastic_depth.retrofit.stand_in import snapshot
 from stochastic_depth.retrofit.trace import StoredError, TraceError
 
@@ -113,7 +112,7 @@ def run_block(
     """
     recorder = _Recorder(block, leaves, edits or {})
     before = _contents(block, (args, kwargs))
-    with _unchanged_globals(block), recorder.watching(block):
+    with unchanged_globals(block), recorder.watching(block):
         output = block.forward(*args, **kwargs)
     recorder.check_outside()
     recorder.end(output)
@@ -122,14 +121,14 @@ def run_block(
 
 
 @contextmanager
-def _unchanged_globals(block: nn.Module) -> Iterator[None]:
+def unchanged_globals(block: nn.Module) -> Iterator[None]:
     """Within, global variables that a block's code names must stay as they are; they are put back if they do not.
 
     Raises:
         StoredError: if one changes.
         TraceError: if one, or an attribute of the block, is an iterator: looking at it would change it.
     """
-    names, functions = names_in_code(plain_class(block))
+    names, functions = code_of(block)
     spaces = {id(function.__globals__): function.__globals__ for function in functions}.values()
     named = [(space, name) for space in spaces for name in names if name in space]
     for name, value in [(name, space[name]) for space, name in named] + list(block.__dict__.items()):
@@ -140,13 +139,16 @@ def _unchanged_globals(block: nn.Module) -> Iterator[None]:
         for space, name in named
         if isinstance(space[name], (*_CONSTANTS, list, dict, set)) and not isinstance(space[name], type)
     ]
-    yield
-    changed = [each for each in before if not _same(each[3], snapshot(each[0].get(each[1])))]
-    for space, name, value, contents in changed:
-        space[name] = value
-        if isinstance(value, (list, dict, set)):
-            cast(Any, value).clear()
-            cast(Any, value).extend(contents[1]) if isinstance(value, list) else cast(Any, value).update(contents[1])
+    try:
+        yield
+    finally:
+        changed = [each for each in before if not _same(each[3], snapshot(each[0].get(each[1])))]
+        for space, name, value, contents in changed:
+            space[name] = value
+            if isinstance(value, (list, dict, set)):
+                held = cast(Any, value)
+                held.clear()
+                (held.extend if isinstance(value, list) else held.update)(contents[1])
     if changed:
         raise StoredError(f"the forward changes the global variable {changed[0][1]}")
 
@@ -281,7 +283,7 @@ class Constant:
 
 def _generators_of(block: nn.Module) -> list[Any]:
     """Random generators that a block's code may draw from, beside the global ones."""
-    names, functions = names_in_code(plain_class(block))
+    names, functions = code_of(block)
     spaces: list[Mapping[str, Any]] = [module.__dict__ for module in block.modules()]
     spaces += [function.__globals__ for function in functions]
     values = [value for space in spaces for name, value in space.items() if name in names]

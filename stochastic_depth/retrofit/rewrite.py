@@ -236,6 +236,9 @@ def rewrite(graph: fx.Graph, block: nn.Module, gates: BlockGates, granularity: s
     unknown = [key for key in sums if key not in matched and not (key[0] == "" and isinstance(sums[key], CutError))]
     if unknown and gates.drop_paths:
         raise CutError(f"{_of(unknown[0])} is used more often than in the code that was read")
+    if unknown and not any(key in gates.gated for key in matched.values()):
+        used = ", ".join(sorted(identities[unknown[0]])) or "its parameters"
+        raise CutError(f"it adds a branch that was not found in its code ({used})")
     paths = paths_of({key: cuts.cut(each, block) for key, each in sums.items() if not isinstance(each, CutError)})
     uses: list[GatedUse] = []
     replaced: dict[fx.Node, fx.Node] = {}

@@ -218,7 +218,7 @@ def _put_symbols(
         plain = nn.Module if isinstance(child, torch.jit.ScriptModule) else own_class(child)
         kind = _called_class(plain)
         stand_in = tracer.stand_ins[child] = object.__new__(kind)
-        stand_in.__dict__.update(_copied(child.__dict__))
+        stand_in.__dict__.update(_private(child.__dict__))
         stand_in.__dict__.pop("forward", None)
         stand_in.__dict__["_symbolic_call"] = (tracer, f"{path}{name}")
         for group in _GROUPS:
@@ -264,7 +264,7 @@ class _Call:
         plain: type[nn.Module] = own_class(block)
         # A shallow copy: what the forward assigns to `self`, or puts into a cache of its own, does not stay.
         shadow = object.__new__(plain)
-        shadow.__dict__.update(_copied(block.__dict__))
+        shadow.__dict__.update(_private(block.__dict__))
         for name in _GROUPS:
             shadow.__dict__[name] = dict(block.__dict__[name])
         # Layers of transformers checkpoint their own forward; what is recorded is what they checkpoint.
@@ -331,6 +331,12 @@ _GROUPS = ("_parameters", "_buffers", "_modules")
 
 def _copied(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value.copy() if type(value) in (dict, list) else value for name, value in attributes.items()}
+
+
+def _private(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    from stochastic_depth.retrofit.stand_in import copied  # It needs what is here.
+
+    return copied(attributes)
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
