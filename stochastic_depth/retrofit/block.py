@@ -1,5 +1,6 @@
 """A block of a foreign model whose branches are gated: rewritten code runs in its place, or its own code with masks."""
 
+# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import functools
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -130,8 +131,9 @@ class BlockBranches:
         parts = self._parts_at.get((key, paths))
         if parts is None:
             known = self.parts.get(key)
-            same = isinstance(known, BranchParts) and known.paths == paths
-            parts = self._parts_at[key, paths] = known if same else BranchParts(block, *paths)
+            is_same = isinstance(known, BranchParts) and known.paths == paths
+            parts = cast(BranchParts, known) if is_same else BranchParts(block, *paths)
+            self._parts_at[key, paths] = parts
         return parts
 
     @property

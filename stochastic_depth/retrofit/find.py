@@ -377,10 +377,9 @@ def _readings(
                 readings[known] = _Reading(readings[known].identity if known in readings else frozenset(), residual)
             elif known not in readings:
                 readings[known] = _Reading(identities[key], BranchParts(block, *paths[key]))
-            elif not isinstance(readings[known].parts, CutError):
-                before = readings[known]
-                joined = [tuple(dict.fromkeys([*a, *b])) for a, b in zip(before.parts.paths, paths[key], strict=True)]
-                readings[known] = _Reading(before.identity | identities[key], BranchParts(block, *joined))
+            elif isinstance(parts := readings[known].parts, BranchParts):
+                joined = [tuple(dict.fromkeys([*a, *b])) for a, b in zip(parts.paths, paths[key], strict=True)]
+                readings[known] = _Reading(readings[known].identity | identities[key], BranchParts(block, *joined))
     return dict(sorted(readings.items(), key=lambda item: item[0][1])), called
 
 

@@ -1,5 +1,6 @@
 """The form of a block's call: all that may decide which way its code goes. Calls of one form do the same."""
 
+# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import enum

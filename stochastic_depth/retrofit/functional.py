@@ -179,10 +179,13 @@ def _has_no_rows(draw: fx.Node, noise: fx.Node) -> bool:
     shape = noise.meta.get("shape")
     if shape is not None and "samples" in noise.meta:
         return not noise.meta["samples"]
-    is_row = lambda each: isinstance(each, fx.Node) and each.target is operator.getitem  # noqa: E731
     if shape is not None:
         return math.prod(shape) == 1
-    return not _mentions(_form_of_draw(draw), is_row)
+    return not _mentions(_form_of_draw(draw), _is_row)
+
+
+def _is_row(size: Any) -> bool:
+    return isinstance(size, fx.Node) and size.target is operator.getitem
 
 
 def _survival_prob(draw: fx.Node, nodes: list[fx.Node]) -> float | None:

@@ -1,5 +1,6 @@
 """Takes the noise out of what runs: dropout and drop paths keep everything, BatchNorm keeps its statistics."""
 
+# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import inspect

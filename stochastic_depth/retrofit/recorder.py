@@ -6,6 +6,7 @@ single calls. What a recording could not repeat is noticed and refused: decision
 numbers, side effects, tensors of unknown origin.
 """
 
+# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import dataclasses
@@ -14,7 +15,7 @@ import operator
 import random
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -121,7 +122,7 @@ def run_block(
 
 
 @contextmanager
-def unchanged_globals(block: nn.Module) -> Iterator[None]:
+def unchanged_globals(block: nn.Module) -> Generator[None]:
     """Within, global variables that a block's code names must stay as they are; they are put back if they do not.
 
     Raises:
@@ -431,11 +432,11 @@ class _Recorder(TorchFunctionMode):
             raise TraceError("the block passes a module on")
         if pytree.tree_leaves(value) != [value]:
             leaves, spec = pytree.tree_flatten(value)
-            built = self.graph.call_function(_unflatten, ([self._argument(leaf) for leaf in leaves], spec))
+            built = self.graph.call_function(_unflatten, cast(Any, ([self._argument(leaf) for leaf in leaves], spec)))
             return built
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             values = {f.name: self._argument(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
-            return self.graph.call_function(_replaced, (type(value), values))
+            return self.graph.call_function(_replaced, cast(Any, (type(value), values)))
         if callable(value) and not hasattr(value, "__self__"):
             return value
         raise TraceError(f"the forward passes on a {type(value).__name__} that is neither an argument nor the block's")
@@ -464,7 +465,7 @@ class _Recorder(TorchFunctionMode):
 
     # Calls.
     @contextmanager
-    def watching(self, block: nn.Module) -> Iterator[None]:
+    def watching(self, block: nn.Module) -> Generator[None]:
         """Within, the calls of the block's children and of PyTorch are recorded."""
         handles: list[Any] = []
         for path, module in block.named_modules():

@@ -1,5 +1,6 @@
 """Rewrites the recording of a block: every gated branch goes behind its gate, and the rest stays as it was."""
 
+# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import builtins
@@ -16,6 +17,7 @@ from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.cuts import CutError, Sum
 from stochastic_depth.retrofit.functional import FUNCTIONAL, FunctionalDropPath, put_functional
 from stochastic_depth.retrofit.sums import (
+    DropPaths,
     Identity,
     Key,
     Paths,
@@ -35,7 +37,7 @@ class BlockGates(Protocol):
     """What a block knows about its branches, as far as its rewritten code needs it."""
 
     name: str
-    drop_paths: tuple[str, ...]
+    drop_paths: DropPaths
     known: dict[Key, Identity]
     gated: dict[Key, GatedBranch]
     rates: dict[Key, float]
@@ -122,7 +124,8 @@ def _same_form(a: Any, b: Any, twin: Mapping[fx.Node, fx.Node]) -> bool:
         first, second = cast("list[Any]", a), cast("list[Any]", b)
         return len(first) == len(second) and all(_same_form(x, y, twin) for x, y in zip(first, second, strict=True))
     if isinstance(a, dict):
-        return cast("dict[Any, Any]", a).keys() == b.keys() and all(_same_form(a[k], b[k], twin) for k in a)
+        mine, its = cast("dict[Any, Any]", a), cast("dict[Any, Any]", b)
+        return mine.keys() == its.keys() and all(_same_form(mine[key], its[key], twin) for key in mine)
     if isinstance(a, slice):
         return all(_same_form(getattr(a, n), getattr(b, n), twin) for n in ("start", "stop", "step"))
     return a is b or a == b or (type(a) is int and type(b) is int)
@@ -365,7 +368,7 @@ def _check_samples(branch: cuts.Branch, shortcut: fx.Node) -> None:
         raise CutError("the first dimension of what the branch is added to is not one of samples")
     num_samples = shortcut.meta["shape"][0]
     for node in branch.inputs:
-        shape = node.meta.get("shape")
+        shape = cast("tuple[int, ...]", node.meta.get("shape", (0,)))
         if node.meta.get("samples") and shape[0] != num_samples:
             raise CutError(
                 f"an input of the branch has {shape[0]} entries, where the shortcut has {num_samples} samples"

@@ -5,6 +5,7 @@ left out, and parameters are either the block's own or random ones. Random ones 
 that contributes nothing at initialization (a LayerScale of zero) would hide every difference.
 """
 
+# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import copy

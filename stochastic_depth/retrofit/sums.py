@@ -1,5 +1,6 @@
 """The branches in a recording of a block: which sums they end in, what identifies each, where its parameters are."""
 
+# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import itertools

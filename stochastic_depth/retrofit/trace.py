@@ -7,6 +7,7 @@ recording holds for all batch sizes and resolutions, unless the code decides by 
 condition for using the recording again.
 """
 
+# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import builtins
@@ -25,6 +26,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.proxy import GraphAppendingTracer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -240,7 +242,7 @@ def own_forward(block: nn.Module, stand_in: nn.Module) -> Callable[..., Any]:
     """A block's own code, which its class has or somebody has set on it, bound to a stand-in."""
     gates = block.__dict__.get("_stochastic_depth_branch")
     # What is set on a stochastic block calls its gated forward, see `block.refuse_bypass`.
-    forward = gates.own_forward if hasattr(gates, "own_forward") else block.__dict__.get("forward")
+    forward = cast(Any, gates).own_forward if hasattr(gates, "own_forward") else block.__dict__.get("forward")
     if forward is None:
         return types.MethodType(own_class(block).forward, stand_in)
     return bound_anew(forward, block, stand_in)
@@ -453,7 +455,7 @@ for _method in ("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imo
     _record_in_place(_method)
 
 
-class _BlockTracer(fx.proxy.GraphAppendingTracer):
+class _BlockTracer(GraphAppendingTracer):
     """Appends to a graph. Unlike `fx.Tracer`, it patches nothing that other threads use."""
 
     def __init__(self, conditions: list[tuple[fx.Node, Any]], decide: _Decide, *, guess_sizes: bool) -> None:

@@ -1,10 +1,11 @@
 """The proof that a model's branches are gated rightly: it runs an example and compares with the model's own code."""
 
+# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -143,10 +144,10 @@ def _compare_with_masks(
                     finally:
                         masks_only.reset(token)
                 where = f"in {'training' if training else 'evaluation'} with {name}"
-                of_outputs, of_gradients = _deviations(*outcomes, where)
+                of_outputs, of_gradients = _deviations(outcomes[0], outcomes[1], where)
                 worst_output, worst_gradient = max(worst_output, of_outputs), max(worst_gradient, of_gradients)
                 if gates is not None and not any(gates) and skipped_grad == "zero":
-                    _check_zeros(*outcomes, where)
+                    _check_zeros(outcomes[0], outcomes[1], where)
     return worst_output, worst_gradient
 
 
@@ -198,6 +199,7 @@ def _outcome(root: nn.Module, inputs: Sequence[Any]) -> _Outcome:
         found = dict(
             zip(named, torch.autograd.grad(ends, list(named.values()), weights, allow_unused=True), strict=True)
         )
+    found = cast("dict[str, Tensor | None]", found)
     return _Outcome(
         [leaf.detach() for leaf in outputs],
         {name: each for name, each in found.items() if each is not None},
