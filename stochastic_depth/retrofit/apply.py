@@ -149,7 +149,7 @@ def _make_stochastic(branch: Branch, gated: GatedBranch, found: Found, forms: Kn
             swap_class_(drop_path, StochasticDropPath)
             rate = 0.0 if branch.rule is None else branch.rule.drop_rate
             setattr(drop_path, _BRANCH, DropPathUses(rate, own_rate))
-        getattr(drop_path, _BRANCH).gated.append(gated)
+        getattr(drop_path, _BRANCH).gated.append((block, gated))
 
 
 def _make_layer_stochastic(branch: Branch, gated: GatedLayer) -> None:

@@ -272,7 +272,8 @@ class BlockBranches:
         self.forms.warned.add(kind)
         warnings.warn(
             f"The branch {branch.passes.names[branch.index]} is computed and masked, which saves nothing. "
-            f"{self._described(block)}: {cause}. The same may hold for other blocks of this class.",
+            f"{self._described(block)}: {cause}. The same may hold for other blocks of this "
+            f"class. layers=[{self.name!r}] would run it as a whole, if it keeps samples apart.",
             MaskedBranchWarning,
             stacklevel=2,
         )
@@ -344,12 +345,12 @@ def _some_rows(rows_per_sample: Mapping[int, int], num: int, num_samples: int) -
 
 
 # How many times the drop paths of the block whose own code is running have been called.
-_running: ContextVar[dict[int, int] | None] = ContextVar("_running", default=None)
+_running: ContextVar[tuple[nn.Module, dict[int, int]] | None] = ContextVar("_running", default=None)
 
 
 @contextmanager
-def _own_code() -> Generator[None]:
-    token = _running.set({})
+def _own_code(block: nn.Module) -> Generator[None]:
+    token = _running.set((block, {}))
     try:
         yield
     finally:
@@ -382,7 +383,7 @@ class StochasticBlock(nn.Module):
             return own(*args, **kwargs)
         prepared, leaves = branches.prepared_for(self, args, kwargs)
         if prepared.code is None:
-            with _own_code():
+            with _own_code(self):
                 return own(*args, **kwargs)
         if masks_only.get():
             return branches.masked_own_code(self, prepared, args, kwargs, leaves)
@@ -428,14 +429,14 @@ class DropPathUses:
     """The gates of a drop path, one for each of its uses in a call of its block.
 
     Attributes:
-        gated: the gates, in the order of the uses.
+        gated: the gates, each with the block whose use it is, in the order of the uses.
         drop_rate: what its rate was when it was last looked at.
         own_rate: whether that rate is the branches' own; a schedule takes no notice of it.
     """
 
     drop_rate: float
     own_rate: bool
-    gated: list[GatedBranch] = field(default_factory=list[GatedBranch])
+    gated: list[tuple[nn.Module, GatedBranch]] = field(default_factory=list["tuple[nn.Module, GatedBranch]"])
 
 
 class StochasticDropPath(nn.Module):
@@ -447,10 +448,14 @@ class StochasticDropPath(nn.Module):
         """The samples `x` (N, ...) times their gates."""
         if _passing.get():
             return x
-        gated = self._stochastic_depth_branch.gated
-        uses = _running.get()
-        number = 0 if uses is None else uses.get(id(self), 0)
-        if uses is not None:
+        own, running = self._stochastic_depth_branch, _running.get()
+        number = 0
+        gated = [branch for _, branch in own.gated]
+        if running is not None:
+            block, uses = running
+            # A drop path that several blocks share has gates of its own in each of them.
+            gated = [branch for holder, branch in own.gated if holder is block] or gated
+            number = uses.get(id(self), 0)
             uses[id(self)] = number + 1
         elif len(gated) > 1:
             if not self.training and not gated[0].passes.forced and gated[0].rescale != "eval":
@@ -484,8 +489,9 @@ def follow_rate(drop_path: nn.Module, own: DropPathUses) -> None:
     rate = 0.0 if rule is None else rule.drop_rate
     if rate == own.drop_rate:
         return
-    draws = own.gated[0].passes
-    name = draws.names[own.gated[0].index]
+    branches = [branch for _, branch in own.gated]
+    draws = branches[0].passes
+    name = draws.names[branches[0].index]
     if not own.own_rate:
         raise RuntimeError(
             f"The rate of the drop path {name} does not act: the survival probabilities come from a schedule. Change "
@@ -495,7 +501,7 @@ def follow_rate(drop_path: nn.Module, own: DropPathUses) -> None:
         raise ValueError(f"The drop rate of {name} must be in [0, 1), but is {rate:g}.")
     own.drop_rate = rate
     survival_probs = list(draws.survival_probs)
-    for branch in own.gated:
+    for branch in branches:
         survival_probs[branch.index] = 1 - rate
     draws.survival_probs = tuple(survival_probs)
     draws.end_parts()

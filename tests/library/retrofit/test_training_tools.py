@@ -175,7 +175,7 @@ def test_the_evaluated_model_exports_with_any_batch_size(case: str) -> None:
     make, schedule = EXPORTED[case]
     model = make().double()
     sd.make_stochastic_(model, schedule)
-    model.eval()
+    model.eval()(images(2).double())  # What is exported was proven before.
     exported = torch.export.export(model, (images(2).double(),), dynamic_shapes=({0: torch.export.Dim("batch")},))
     with torch.no_grad():
         given = exported.module()(images(3).double())
@@ -192,7 +192,8 @@ def test_the_evaluated_model_gives_the_same_in_onnx(case: str, tmp_path: Path) -
     make, schedule = EXPORTED[case]
     model = make()
     sd.make_stochastic_(model, schedule)
-    model.eval()
+    with torch.no_grad():
+        model.eval()(images(2))  # What is exported was proven before.
     path = tmp_path / "model.onnx"
     torch.onnx.export(model, (images(2),), path, dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
