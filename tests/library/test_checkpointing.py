@@ -336,6 +336,7 @@ def test_nested_checkpoints_are_right_or_refused(outer: bool, inner: bool, num_f
         losses[0][0].backward()
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_a_forgotten_forward_is_refused() -> None:
     """More passes than are remembered: a message, never somebody else's gates."""
     ours, _ = pair(segment=2, reentrant=True)

@@ -687,6 +687,7 @@ class Bypassed(nn.Module):
         return x + self.f(x)
 
 
+@pytest.mark.filterwarnings("ignore::stochastic_depth.MaskedBranchWarning")
 @pytest.mark.parametrize(
     "make", [lambda: Dice(always=False), Bypassed, lambda: nn.Sequential(Bypassed(), sd.Residual(nn.Linear(6, 6)))]
 )
@@ -701,6 +702,7 @@ def test_gates_that_do_not_act_in_evaluation_are_refused_or_do(make: Callable[[]
         assert prediction.variance.max() > 0
 
 
+@pytest.mark.filterwarnings("ignore::stochastic_depth.MaskedBranchWarning")
 def test_gates_of_a_masked_branch_act_and_agreement_is_no_error() -> None:
     net, x = nn.Sequential(Dice(always=True)).double(), vectors(4)
     plain = copy.deepcopy(net)[0]
