@@ -116,7 +116,7 @@ def test_a_damaged_one_gives_way_to_the_one_before(tmp_path, damage):
 def test_another_configuration_is_refused_and_its_fields_named(tmp_path):
     save(tmp_path, state(1), EXPERIMENT)
     asked = {**EXPERIMENT, "name": "y", "recipe": {**EXPERIMENT["recipe"], "epochs": 7}}
-    with pytest.raises(CheckpointError, match=r"configuration: recipe.epochs: 20, not 7 \(there, not here\)"):
+    with pytest.raises(CheckpointError, match=r"configuration: recipe.epochs: 15, not 7 \(there, not here\)"):
         load(tmp_path, asked)
 
 
