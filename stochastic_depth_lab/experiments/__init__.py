@@ -60,7 +60,7 @@ def find_study(name: str) -> Study:
         >>> [each.name for each in find_study("gradients").experiments]
         ['cifar10-110-constant', 'cifar10-110-stochastic']
         >>> find_study("cifar10-20").small_experiments[1].model.num_layers
-        20
+        32
     """
     if name in STUDIES:
         return STUDIES[name]

@@ -136,7 +136,7 @@ MISTAKES = {
     "train digits-constant --out OUT --recipe.learning-rate nan": "learning-rate must be a number, but is 'nan'",
     "train digits-constant --out OUT --precision fp8": "--precision must be fp32, bf16 or fp16, but is 'fp8'",
     "train digits-constant --out OUT --data.translation 100": "smaller than the images, 8x8 pixels, but is 100",
-    "train digits-constant --out OUT --recipe.warmup-epochs 99": "must be less than recipe.epochs, 20, but is 99",
+    "train digits-constant --out OUT --recipe.warmup-epochs 99": "must be less than recipe.epochs, 15, but is 99",
     "train digits-constant --out OUT --recipe.lr-drops 0.9 0.1": "recipe.lr_drops must increase, but are 0.9 0.1",
     "train digits-constant --out OUT --device tpu": "--device must be cpu, cuda, cuda:N or mps, but is 'tpu'",
     "train digits-constant --out OUT --device cuda:99": "There is no device 'cuda:99'",
