@@ -9,6 +9,7 @@ numbers, side effects, tensors of unknown origin.
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
 
+import copy
 import dataclasses
 import enum
 import operator
@@ -64,7 +65,8 @@ class Edit:
         """A value (N, ...) times the weights."""
         weights = self.weights if isinstance(self.weights, (float, int, Tensor)) else self.weights(value)
         if not isinstance(weights, Tensor):
-            return value * weights
+            # What is not finite stays so times zero; a branch that does not run has no such values.
+            return value * weights if weights or value.isfinite().all() else torch.zeros_like(value)
         weights = weights.to(value.device, value.dtype)
         if value.shape[:1] != weights.shape:
             weights = weights.repeat_interleave(value.shape[0] // weights.shape[0])
@@ -136,22 +138,38 @@ def unchanged_globals(block: nn.Module) -> Generator[None]:
         if name in names and hasattr(value, "__next__") and not isinstance(value, type):
             raise TraceError(f"the forward may advance the iterator {name}")
     before = [
-        (space, name, space[name], snapshot(space[name]))
+        (space, name, space[name], snapshot(space[name]), copy.copy(space[name]))
         for space, name in named
         if isinstance(space[name], (*_CONSTANTS, list, dict, set)) and not isinstance(space[name], type)
     ]
     try:
         yield
     finally:
-        changed = [each for each in before if not _same(each[3], snapshot(each[0].get(each[1])))]
-        for space, name, value, contents in changed:
+        moved = [each for each in before if not _same(each[3], snapshot(each[0].get(each[1])))]
+        changed = [name for space, name, value, _, contents in moved if not _remembers(space[name], value, contents)]
+        for space, name, value, _, contents in moved:
             space[name] = value
             if isinstance(value, (list, dict, set)):
                 held = cast(Any, value)
                 held.clear()
-                (held.extend if isinstance(value, list) else held.update)(contents[1])
+                (held.extend if isinstance(value, list) else held.update)(contents)
     if changed:
-        raise StoredError(f"the forward changes the global variable {changed[0][1]}")
+        raise StoredError(f"the forward changes the global variable {changed[0]}")
+
+
+def _remembers(now: Any, value: Any, before: Any) -> bool:
+    """Whether a dictionary has only gained objects, such as what to do for a type, and no values of this call."""
+    return (
+        now is value
+        and isinstance(value, dict)
+        and all(value.get(key) is item for key, item in cast("dict[Any, Any]", before).items())
+        and not any(
+            isinstance(leaf, (Tensor, fx.Node, bool, int, float, str)) or hasattr(type(leaf), "__torch_function__")
+            for key, item in cast("dict[Any, Any]", value).items()
+            if key not in before
+            for leaf in pytree.tree_leaves(item)
+        )
+    )
 
 
 def run_with_edits(
