@@ -157,20 +157,18 @@ def prove(
         for key, gate in pattern.items():
             fixed.pattern[gated[key].index] = gate
         edits = {use.call: Edit(use.operand, _weights(pattern[use.key], gated[use.key], use.scale)) for use in uses}
-        # An attention map of a branch that did not run is None.
-        some_closed = any(gate is not True and gate is not None for gate in pattern.values())
-        expected = _own_outcome(block, call, edits, of_first=some_closed)
+        expected = _own_outcome(block, call, edits)
         _, _, leaves = call()
         # Where a branch mixes what it is taken to keep apart, it fails or gives something else on some of the samples.
         mixes = ": its first dimension is not one of independent samples" if name == _SOME else ""
         try:
-            actual = _with_gradients(block, leaves, lambda given: code(block, *given), of_first=some_closed)
+            actual = _with_gradients(block, leaves, lambda given: code(block, *given))
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
             first = (str(error).splitlines() or [""])[0]
             raise ProofError(f"{name} it fails ({type(error).__name__}: {first}){mixes}") from error
         zero = all(branch.skipped_grad == "zero" for branch in gated.values())
         try:
-            _compare(expected, actual, name, sides=some_closed, zero_gradients=zero)
+            _compare(expected, actual, name, zero_gradients=zero)
         except ProofError as error:
             raise ProofError(f"{error}{mixes}") from None
     return 2 * len(patterns)
@@ -179,13 +177,13 @@ def prove(
 _SOME = "run on some of the samples"
 
 
-def _own_outcome(block: nn.Module, call: _Call, edits: Mapping[int, Edit], *, of_first: bool) -> _Outcome:
+def _own_outcome(block: nn.Module, call: _Call, edits: Mapping[int, Edit]) -> _Outcome:
     args, kwargs, leaves = call()
 
     def run(given: list[Any]) -> Any:
         return run_block(block, *_replaced(args, kwargs, leaves, given), given, edits).output
 
-    return _with_gradients(block, leaves, run, of_first=of_first)
+    return _with_gradients(block, leaves, run)
 
 
 def _patterns(
@@ -229,16 +227,14 @@ def _replaced(args: Any, kwargs: Any, leaves: Sequence[Any], given: Sequence[Any
     return put(tuple(args)), put(dict(kwargs))
 
 
-def _with_gradients(
-    block: nn.Module, leaves: Sequence[Any], run: Callable[[list[Any]], Any], *, of_first: bool
-) -> _Outcome:
-    """Outputs of a run, and gradients of its inputs and of the block's parameters: of all outputs, or of the first."""
+def _with_gradients(block: nn.Module, leaves: Sequence[Any], run: Callable[[list[Any]], Any]) -> _Outcome:
+    """Outputs of a run, and gradients of its inputs and of the block's parameters."""
     # Not the leaves themselves, which code in place could not change.
     given = [leaf.clone() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf for leaf in leaves]
     outputs = pytree.tree_leaves(run(given))
     sources = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
     sources += [parameter for parameter in block.parameters() if parameter.requires_grad]
-    ends = [out for out in outputs if isinstance(out, Tensor) and out.requires_grad][: 1 if of_first else None]
+    ends = [out for out in outputs if isinstance(out, Tensor) and out.requires_grad]
     if not ends or not sources:
         return [out.detach() if isinstance(out, Tensor) else out for out in outputs], []
     generator = torch.Generator().manual_seed(1)
@@ -253,7 +249,7 @@ def _with_gradients(
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 2e-2}
 
 
-def _compare(expected: _Outcome, actual: _Outcome, name: str, *, sides: bool, zero_gradients: bool) -> None:
+def _compare(expected: _Outcome, actual: _Outcome, name: str, *, zero_gradients: bool) -> None:
     outputs, others = expected[0], actual[0]
     if len(outputs) != len(others):
         raise ProofError(f"{name} it returns {len(others)} values, not {len(outputs)}")
@@ -262,8 +258,6 @@ def _compare(expected: _Outcome, actual: _Outcome, name: str, *, sides: bool, ze
             difference = deviation(a, b)
             if difference > tolerance(a):
                 raise ProofError(f"{name} output {index} differs by {difference:.2g} of its largest value")
-        elif b is None and sides and index > 0:
-            continue  # An attention map of a branch that did not run.
         elif isinstance(a, Tensor) or isinstance(b, Tensor) or (type(a) is not type(b)):
             raise ProofError(f"{name} output {index} is a {type(b).__name__}, not a {type(a).__name__}")
     if expected[1] is None:

@@ -605,7 +605,10 @@ class _Recorder(TorchFunctionMode):
         return output
 
     def _fresh(self, output: Any, changed: set[int]) -> Any:
-        """The output, with new tensors in place of those that are known already and were not changed by this call."""
+        """The output, with a new tensor in place of one that is known already and was not changed by this call.
+
+        What a call passes on beside its output, as attention does with a bias of positions, stays what it is.
+        """
 
         def new(tensor: Tensor) -> Tensor:
             known = id(tensor) in self._nodes or id(tensor) in self._held
@@ -613,6 +616,9 @@ class _Recorder(TorchFunctionMode):
 
         if isinstance(output, Tensor):
             return new(output)
+        if type(output) in (tuple, list) and output and isinstance(output[0], Tensor):
+            first, *others = cast("list[Any]", output)
+            return output if new(first) is first else type(output)([new(first), *others])
         if any(isinstance(leaf, Tensor) and new(leaf) is not leaf for leaf in pytree.tree_leaves(output)):
             return pytree.tree_map_only(Tensor, new, output)
         return output
