@@ -7,7 +7,7 @@ its gate. Both run on a stand-in of the block, without noise and without traces.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes  # pyright: igno
 
 from stochastic_depth.gate_draws import CLOSED, Gate
 from stochastic_depth.residual import GatedBranch
+from stochastic_depth.retrofit.called import as_called
 from stochastic_depth.retrofit.quiet import quiet
 from stochastic_depth.retrofit.recorder import Edit, run_block
 from stochastic_depth.retrofit.rewrite import Code, GatedUse
@@ -236,7 +237,7 @@ def _with_gradients(block: nn.Module, leaves: Sequence[Any], run: Callable[[list
     sources += [parameter for parameter in block.parameters() if parameter.requires_grad]
     ends = [out for out in outputs if isinstance(out, Tensor) and out.requires_grad]
     if not ends or not sources:
-        return [out.detach() if isinstance(out, Tensor) else out for out in outputs], []
+        return [out.detach() if isinstance(out, Tensor) else out for out in outputs], [None] * len(sources)
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(end.shape, generator=generator).to(end.device, end.dtype) for end in ends]
     outputs = [out.detach() if isinstance(out, Tensor) else out for out in outputs]
@@ -306,41 +307,62 @@ def tolerance(tensor: Tensor) -> float:
 
 
 def arguments_anew(
-    signature: Any, leaves: Sequence[Any], rows: Mapping[int, Tensor], unflatten: Callable[[Any, Sequence[Any]], Any]
+    signature: Any,
+    leaves: Sequence[Any],
+    rows: Mapping[int, Tensor],
+    called: Collection[type],
+    unflatten: Callable[[Any, Sequence[Any]], Any],
 ) -> _Call:
-    """Makes private copies of the arguments of a call, with some of the samples of those leaves that have `rows`."""
+    """Makes private copies of the arguments of a call.
+
+    Args:
+        signature: of the arguments.
+        leaves: the opaque ones.
+        rows: which samples of those leaves that have several, by their positions.
+        called: classes of those whose methods are single calls.
+        unflatten: puts them together.
+    """
 
     def call() -> tuple[Sequence[Any], Mapping[str, Any], list[Any]]:
-        own = [_private(leaf, rows.get(index)) for index, leaf in enumerate(leaves)]
+        own = [
+            sample_leaf(leaf, rows.get(index)) if isinstance(leaf, Tensor) else copy_of_object(leaf)
+            for index, leaf in enumerate(leaves)
+        ]
+        for value, leaf in zip(own, leaves, strict=True):
+            if type(leaf) in called:
+                as_called(value)
         args, kwargs = unflatten(signature, own)
         return args, kwargs, own
 
     return call
 
 
-def _private(leaf: Any, rows: Tensor | None) -> Any:
-    """A copy of an argument that code may change, with some of its samples where it has `rows`."""
-    if isinstance(leaf, Tensor):
-        return sample_leaf(leaf, rows)
-    if isinstance(leaf, nn.Module) or callable(leaf) or not hasattr(leaf, "__dict__"):
+def copy_of_object(leaf: Any) -> Any:
+    """A copy of an object that code may change; tensors, modules and functions are themselves.
+
+    Raises:
+        TraceError: if it cannot be copied.
+    """
+    if isinstance(leaf, (Tensor, nn.Module)) or callable(leaf) or not hasattr(leaf, "__dict__"):
         return leaf
-    tensors = [(tensor, tensor.detach().clone()) for tensor in _tensors_of(leaf, 3)]
+    tensors = [(tensor, tensor.detach().clone()) for tensor in _tensors_of(leaf, set())]
     try:
         return copy.deepcopy(leaf, {id(tensor): own for tensor, own in tensors})
     except Exception as error:
         raise TraceError(f"a {type(leaf).__name__} that it is given cannot be copied ({error})") from error
 
 
-def _tensors_of(value: Any, depth: int) -> Iterator[Tensor]:
+def _tensors_of(value: Any, seen: set[int]) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif depth and not isinstance(value, nn.Module):
+    elif id(value) not in seen and not isinstance(value, (nn.Module, type)):
+        seen.add(id(value))
         items: Any = ()
         if isinstance(value, (list, tuple)):
             items = cast("list[Any]", value)
         elif isinstance(value, dict):
             items = cast("dict[Any, Any]", value).values()
-        elif hasattr(value, "__dict__"):
+        elif hasattr(value, "__dict__") and not callable(value):
             items = vars(value).values()
         for item in items:
-            yield from _tensors_of(item, depth - 1)
+            yield from _tensors_of(item, seen)

@@ -26,8 +26,9 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from stochastic_depth.retrofit.called import Called, method_of, watched
 from stochastic_depth.retrofit.forms import code_of
-from stochastic_depth.retrofit.stand_in import snapshot
+from stochastic_depth.retrofit.stand_in import is_data, snapshot
 from stochastic_depth.retrofit.trace import StoredError, TraceError
 
 _CONSTANTS = (
@@ -110,16 +111,19 @@ def run_block(
         edits: calls to change, by their numbers.
 
     Raises:
-        StoredError: if the code leaves something behind, on the block or on its arguments.
+        ChangedObjectError: if the code changes objects that it is given.
+        StoredError: if it leaves something else behind, on the block or on its arguments.
         TraceError: if it cannot be recorded for another reason.
     """
     recorder = _Recorder(block, leaves, edits or {})
     before = _contents(block, (args, kwargs))
-    with unchanged_globals(block), recorder.watching(block):
+    with unchanged_globals(block), recorder.watching(block), watched(recorder.called_objects, recorder):
         output = block.forward(*args, **kwargs)
     recorder.check_outside()
     recorder.end(output)
-    stores = _stores(before, _contents(block, (args, kwargs)), recorder.changed_by_children)
+    after = _contents(block, (args, kwargs))
+    _check_arguments(before, after, list(_containers((args, kwargs))))
+    stores = _stores(before, after, recorder.changed_by_children)
     return Run(output, recorder.graph, recorder.called, stores, recorder.constants)
 
 
@@ -190,7 +194,8 @@ def run_with_edits(
         leaves: those of its tensors and objects that the recording treats as arguments, in order.
         edits: calls to change, by their numbers.
     """
-    with _Recorder(block, leaves, edits).watching(block):
+    recorder = _Recorder(block, leaves, edits)
+    with recorder.watching(block), watched(recorder.called_objects, recorder):
         return forward(*args, **kwargs)
 
 
@@ -216,8 +221,30 @@ def _containers(value: Any) -> Iterator[Any]:
             yield value
         for item in list(cast("dict[Any, Any]", value).values() if isinstance(value, dict) else value):
             yield from _containers(item)
-    elif hasattr(value, "__dict__") and not callable(value):
+    elif hasattr(value, "__dict__") and not callable(value) and not isinstance(value, Called):
         yield value
+
+
+class ChangedObjectError(StoredError):
+    """The forward changes objects that it is given.
+
+    Attributes:
+        kinds: their classes; empty where there are lists among them, which have no methods of their own.
+    """
+
+    def __init__(self, values: Sequence[Any]) -> None:
+        names = ", ".join(dict.fromkeys(type(value).__name__ for value in values))
+        super().__init__(f"the forward changes a {names} that it is given")
+        self.kinds = {type(value) for value in values} if all(is_data(value) for value in values) else set[type]()
+
+
+def _check_arguments(before: dict[str, Any], after: dict[str, Any], containers: Sequence[Any]) -> None:
+    names = [name for name in {**before, **after} if name.startswith("argument ")]
+    changed = [name for name in names if not _same(before.get(name, _NOTHING), after.get(name, _NOTHING))]
+    if changed:
+        values = [containers[int(name.split()[1])] for name in changed]
+        # What holds a changed object has changed too.
+        raise ChangedObjectError([value for value in values if is_data(value)] or values)
 
 
 def _stores(before: dict[str, Any], after: dict[str, Any], by_children: set[str]) -> dict[str, Any]:
@@ -230,8 +257,6 @@ def _stores(before: dict[str, Any], after: dict[str, Any], by_children: set[str]
     changed = [name for name in names if not _same(before.get(name, _NOTHING), after.get(name, _NOTHING))]
     changed = [name for name in changed if name not in by_children]
     others = [name for name in changed if "." in name or not _is_number(after.get(name, _NOTHING))]
-    if any(name.startswith("argument ") for name in others):
-        raise StoredError("the forward changes an object or a list that it is given")
     if others:
         raise StoredError(f"the forward stores {', '.join(others)} on the block")
     return {name: after[name] for name in changed}
@@ -374,9 +399,11 @@ class _Recorder(TorchFunctionMode):
             id(value): (name,) for name, value in block.__dict__.items() if hasattr(value, "__dict__")
         }
         self._device = "cpu"
+        self.called_objects = [leaf for leaf in leaves if isinstance(leaf, Called)]
         for index, leaf in enumerate(leaves):
             node = self.graph.placeholder(f"argument_{index}")
-            self._bind(leaf, node)
+            node.meta["called"] = isinstance(leaf, Called)
+            self._bind(leaf, node, 0 if isinstance(leaf, Called) else 3)
             if isinstance(leaf, Tensor):
                 self._device = leaf.device.type
         self._base = self._context()
@@ -533,6 +560,27 @@ class _Recorder(TorchFunctionMode):
             return output
 
         return leave
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether what runs is a part of a call that is recorded."""
+        return self._inside > 0
+
+    def call_of_object(self, value: Any, name: str, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Record a call of a method of an object that the block is given."""
+        self._inside += 1
+        try:
+            self.check_outside()
+            nodes, named = self._argument(tuple(args)), self._argument(dict(kwargs))
+            output = method(*args, **kwargs)
+            if _is_value(output):
+                raise TraceError(f"the forward decides by what a {type(value).__name__} holds ({name})")
+            node = self.graph.call_function(method_of, (self._objects[id(value)], name, *nodes), named)
+            output = self._result(node, output)
+            self._state = _outside(self._generators)
+            return output
+        finally:
+            self._inside -= 1
 
     def _edited(self, number: int, args: Any, kwargs: Any) -> tuple[Any, Any]:
         edit = self._edits.get(number)

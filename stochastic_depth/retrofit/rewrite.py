@@ -361,6 +361,8 @@ def _check_samples(branch: cuts.Branch, shortcut: fx.Node) -> None:
         raise CutError("the first dimension of what the branch is added to is not one of samples")
     num_samples = shortcut.meta["shape"][0]
     for node in branch.inputs:
+        if node.meta.get("called"):
+            raise CutError("it keeps what belongs to samples in an object that it is given, such as a cache")
         shape = cast("tuple[int, ...]", node.meta.get("shape", (0,)))
         if node.meta.get("samples") and shape[0] != num_samples:
             raise CutError(

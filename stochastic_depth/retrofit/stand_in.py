@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from stochastic_depth.copies import own_class
+from stochastic_depth.retrofit.called import Called
 from stochastic_depth.retrofit.classes import Unannounced
 from stochastic_depth.retrofit.rules import is_drop_path
 from stochastic_depth.retrofit.trace import bound_anew, own_forward
@@ -159,7 +160,7 @@ def is_data(value: Any) -> bool:
     kind = cast("type[Any]", type(value))
     return (
         hasattr(value, "__dict__")
-        and not isinstance(value, (Tensor, nn.Module, type, types.ModuleType, enum.Enum))
+        and not isinstance(value, (Tensor, nn.Module, type, types.ModuleType, enum.Enum, Called))
         and not callable(value)
         and not hasattr(kind, "__copy__")
         and not kind.__module__.startswith(("torch", "numpy", "random", "stochastic_depth"))
