@@ -264,8 +264,8 @@ class BlockBranches:
         other = "granularity='batch', " if sample else ""
         return (
             f"{self._described(block)} cannot be gated here ({names}): {error}. "
-            f"Use {other}layers=[{self.name!r}] for the whole layer, where= to leave it out, or write the sum as "
-            "stochastic_depth.Residual."
+            f"Use {other}inputs=[...] of an example to find its branches as they run, layers=[{self.name!r}] for the "
+            "whole layer, where= to leave it out, or write the sum as stochastic_depth.Residual."
         )
 
     def _warn(self, block: nn.Module, key: Key, cause: str) -> None:

@@ -1,4 +1,4 @@
-"""Finds the residual branches of a model, without running it."""
+"""Finds the residual branches of a model: without running it, or as an example goes through it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from stochastic_depth.copies import plain_class
 from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.cuts import CutError, UnusedError
+from stochastic_depth.retrofit.example import Example
 from stochastic_depth.retrofit.forms import names_in_code
 from stochastic_depth.retrofit.functional import FUNCTIONAL, put_functional
 from stochastic_depth.retrofit.recorder import unchanged_globals
@@ -78,15 +79,24 @@ class Found:
         known: for each block all of its branches, and what identifies each.
         drop_paths: for each block the paths of its drop paths; empty where additions are branches.
         notes: what was found and is no branch, for `print(depth)`.
+        example: what the code is read by, where there is one.
     """
 
     branches: list[Branch] = field(default_factory=list[Branch])
     known: dict[nn.Module, dict[Key, Identity]] = field(default_factory=dict[nn.Module, "dict[Key, Identity]"])
     drop_paths: dict[nn.Module, DropPaths] = field(default_factory=dict[nn.Module, DropPaths])
     notes: list[str] = field(default_factory=list[str])
+    example: Example | None = None
 
 
-def find_branches(model: nn.Module, where: Where | None, layers: Sequence[str] | None, *, with_schedule: bool) -> Found:
+def find_branches(
+    model: nn.Module,
+    where: Where | None,
+    layers: Sequence[str] | None,
+    inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    *,
+    with_schedule: bool,
+) -> Found:
     """The branches of a model.
 
     With a schedule they are the given layers. Without layers they are its `Residual`s and its drop paths with a rate
@@ -98,12 +108,13 @@ def find_branches(model: nn.Module, where: Where | None, layers: Sequence[str] |
         model: the model.
         where: filter, see `make_stochastic_`.
         layers: patterns of whole layers, see `make_stochastic_`.
+        inputs: of an example, see `make_stochastic_`.
         with_schedule: whether survival probabilities come from a schedule.
 
     Raises:
         ValueError: if there is none, none that passes the filter, or one that cannot be treated.
     """
-    found = Found()
+    found = Found(example=None if inputs is None else Example(model, inputs))
     if layers is not None:
         _find_layers(model, layers, found, with_schedule=with_schedule)
     if layers is None or not with_schedule:
@@ -135,6 +146,8 @@ def _nothing_found(model: nn.Module, found: Found, *, with_schedule: bool) -> st
         if with_schedule
         else "Create it with a rate, such as drop_path_rate=0.1, or give a schedule, such as linear_decay(0.5)."
     )
+    if with_schedule and found.example is None:
+        advice = "Give inputs=[...] of an example, by which the code is read as it runs. Or w" + advice[1:]
     if found.notes and not with_schedule:
         advice = (
             "It holds some that its forward never uses. Give a schedule, such as linear_decay(0.5), to gate its sums."
@@ -252,7 +265,7 @@ def _find_in_block(block: nn.Module, name: str, rules: dict[str, DropPathRule], 
     paths = (*rules, FUNCTIONAL) if _may_drop(block) else tuple(rules)
     functional: dict[Key, DropPathRule] = {}
     try:
-        readings, called = _readings(block, paths, functional)
+        readings, called = _readings(block, paths, functional, found.example)
     except TraceError as error:
         # What the code does is seen when it runs. Until then, each drop path is taken to be used once.
         readings = {(path, 0): _Reading(frozenset(), CutError(str(error))) for path in rules}
@@ -316,7 +329,7 @@ def _find_additions(model: nn.Module, found: Found) -> None:
         if type(block) in _CONTAINERS or not _may_add(block):
             continue
         try:
-            readings, _ = _readings(block, ())
+            readings, _ = _readings(block, (), None, found.example)
         except TraceError as error:
             found.notes.append(f"{name or 'the model'} ({type(block).__name__}): not looked into, {error}")
             continue
@@ -345,7 +358,10 @@ class _Reading(NamedTuple):
 
 
 def _readings(
-    block: nn.Module, drop_paths: Sequence[str], functional: dict[Key, DropPathRule] | None = None
+    block: nn.Module,
+    drop_paths: Sequence[str],
+    functional: dict[Key, DropPathRule] | None = None,
+    example: Example | None = None,
 ) -> tuple[dict[Key, _Reading], dict[str, None]]:
     """The branches of a block on any way through its code, and the children that it calls.
 
@@ -353,13 +369,14 @@ def _readings(
         block: the block.
         drop_paths: paths of its drop paths; empty where additions are branches.
         functional: gets the rules of its functional drop paths.
+        example: what the code is read by, where there is one.
 
     Raises:
         TraceError: if the code cannot be read, or leaves something on the block in one of its modes.
     """
     called: dict[str, None] = {}
     readings: dict[Key, _Reading] = {}
-    for recording in _all_recordings(block):
+    for recording in _all_recordings(block) if example is None else example.recordings(block):
         functions = put_functional(recording.graph, block)
         if functional is not None:
             functional.update({(FUNCTIONAL, index): each.rule for index, each in enumerate(functions)})
