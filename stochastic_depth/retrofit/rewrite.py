@@ -325,7 +325,9 @@ def _gate(residual: Sum, key: Key, block: nn.Module, gates: BlockGates, granular
     inner = _branch_graph(branch, residual)
     function = compiled(inner, f"{gates.name}: branch {key[0]}#{key[1] + 1}")
     if branch.sides:
-        raise SidesError(f"what {branch.sides[0].args[0].target} gives beside the branch's output is used too")
+        raise SidesError(
+            f"what {branch.sides[0].all_input_nodes[0].target} gives beside the branch's output is used too"
+        )
     source = residual.shortcut if residual.shortcut is not None else residual.add
     if granularity == "sample":
         _check_samples(branch, source)
