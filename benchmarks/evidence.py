@@ -232,13 +232,13 @@ def report() -> None:
 PAGE = """\
 # Few images: does stochastic depth help, and when?
 
-Written by `python benchmarks/evidence.py report` from the runs in `results/*/runs.jsonl`; do not edit.
+`python benchmarks/evidence.py report` writes this page from the runs in `results/*/runs.jsonl`; do not edit it.
 
-The regime: few training images, no augmentation, enough steps for a deep network to memorize them. What the small forms
-are, how their learning rates are chosen and which error is reported: [here](../reproduce.md#the-small-forms).
-A verdict is computed from runs paired by seed. {rule}
+The setting: few training images, no augmentation, enough steps for a deep network to memorize them.
+[The small versions](../reproduce.md#the-small-versions) describes the runs, how their learning rates are chosen and
+which error is reported. Verdicts are computed from runs paired by seed. {rule}
 
-Machines: {machines}. Other work ran beside, so times are process times.
+Machines: {machines}. Other jobs ran at the same time, so times are process times.
 """
 
 

@@ -60,7 +60,7 @@ def _runs(pairs: Iterable[Sequence[Experiment]]) -> tuple[Experiment, ...]:
 # The demo: `make demo`, stochastic-depth reproduce digits --out runs/digits
 DIGITS = Study(
     "digits",
-    "200 digits to learn from, a network of 56 layers",
+    "Training on 200 digits, 56 layers",
     "A deep network memorizes its few training images. With stochastic depth it still recognizes others.",
     experiments=_DIGITS,
     small_experiments=_DIGITS,
@@ -77,9 +77,9 @@ DIGITS = Study(
 # About 1,900 h on one core for one seed, ImageNet 43,000 h; not run.
 TABLE1 = Study(
     "table1",
-    "Test error of constant and of stochastic depth",
-    "The paper: stochastic depth lowers the test error on every data set but ImageNet (as good with a third more "
-    "epochs), and lets 1202 layers learn better than 110.",
+    "Test error with constant and stochastic depth",
+    "The paper: stochastic depth lowers the test error on every dataset except ImageNet (equal after a third more "
+    "epochs), and 1202 layers reach a lower error than 110.",
     experiments=_runs((*_CURVES, _IMAGENET_152)),
     small_experiments=_runs(_SMALL),
     figures=("curves",),
@@ -98,7 +98,7 @@ TABLE1 = Study(
 # About 470 h on one core; not run.
 TABLE2 = Study(
     "table2",
-    "Training time of constant and of stochastic depth",
+    "Training time with constant and stochastic depth",
     "The paper: stochastic depth saves about a quarter of the training time, as expected from p_L = 0.5.",
     experiments=_runs(_TABLE2),
     small_experiments=_runs(_SMALL),
@@ -140,7 +140,7 @@ CURVES = Study(
 GRADIENTS = Study(
     "gradients",
     "Gradient of the first convolution over epochs",
-    "The paper: the gradient is larger with stochastic depth, most of all after the learning rate drops.",
+    "The paper: the gradient is larger with stochastic depth, especially after the learning rate drops.",
     experiments=_CIFAR10_110,
     small_experiments=_DIGITS_STEP,
     figures=("gradient", "curves"),
@@ -219,7 +219,7 @@ _DIGITS_DEPTHS = tuple(
 DEPTH_SURVIVAL = Study(
     "depth-survival",
     "Test error over depth and survival probability",
-    "The paper has a heat map of this; its numbers are not known here.",
+    "The paper shows this as a heat map; we do not have its numbers.",
     experiments=tuple(_with_survival(pair, "linear", p) for pair in _DEPTHS for p in (0.2, 0.4, 0.6, 0.8, 1.0)),
     small_experiments=tuple(_with_survival(pair, "linear", p) for pair in _DIGITS_DEPTHS for p in (0.2, 0.5, 0.8, 1.0)),
     figures=("heat_map",),
@@ -314,8 +314,8 @@ _DIGITS_OVER_TIME = (*_DIGITS, _over_time(_DIGITS, "early", 0.4), _over_time(_DI
 OVER_TIME = Study(
     "over-time",
     "Stochastic depth early, late, and throughout",
-    "Dropping early only helps what under-fits, dropping late only what over-fits (Liu et al. 2023, other networks). "
-    "Early: the drop rates fall to 0 until the turn; late: they are 0 until the turn.",
+    "Liu et al. (2023), with other networks: dropping early only helps models that underfit, dropping late only models "
+    "that overfit. Early: the drop rates fall to 0 by the turning point; late: they are 0 until the turning point.",
     experiments=_OVER_TIME,
     small_experiments=_DIGITS_OVER_TIME,
     figures=("curves", "gradient"),
@@ -352,9 +352,10 @@ _DIGITS_OTHERS = (
 )
 REGULARISERS = Study(
     "regularisers",
-    "Stochastic depth beside other regularizers",
-    "The paper: dropout gains little next to BatchNorm. Dropped filters and the penalty on filters are what a public "
-    "explainer takes for stochastic depth. Dropout and dropped filters: the number is the chance to survive.",
+    "Stochastic depth compared with other regularizers",
+    "The paper: dropout gains little with BatchNorm. Dropped filters and the filter penalty come from a public "
+    "explainer that presents them as stochastic depth. For dropout and dropped filters, the number is the survival "
+    "probability.",
     experiments=_REGULARISERS,
     small_experiments=(*_DIGITS_56, *_DIGITS_OTHERS),
     claims=(
@@ -388,8 +389,8 @@ _DIGITS_PAYOFF = _payoff("digits", few.digits, 56, (2, 5, 10, 20, 50, 100), _STE
 _CIFAR10_PAYOFF = _payoff("cifar10", few.cifar10, 32, (10, 100, 500), (1000, 3000, 9000), few.CIFAR10_RATES)
 PAYOFF = Study(
     "payoff",
-    "When stochastic depth starts to pay: length of training and number of images",
-    "No paper has drawn it: test error of both over the number of steps and of training images, and where they cross.",
+    "When does stochastic depth help? Number of training steps and images",
+    "Not in the paper: test error of both methods over the number of steps and images, and where the curves cross.",
     experiments=_runs((*_DIGITS_PAYOFF, *_CIFAR10_PAYOFF)),
     small_experiments=_runs((*_DIGITS_PAYOFF, *_CIFAR10_PAYOFF)),
     figures=("crossing",),

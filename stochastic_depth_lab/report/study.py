@@ -151,7 +151,7 @@ def _read(folders: Sequence[tuple[Experiment, Path]]) -> tuple[list[Seeds], list
         for experiment, runs in found.values()
     ]
     if any(row.few for row in seeds):
-        remarks.append("Few images: test errors are those after the last step, no image chooses an epoch.")
+        remarks.append("Few images: test errors are from the last step; no images choose an epoch.")
     if any(run.process_s is None for run in everything):
         remarks.append("Times are wall-clock: they compare only where the machine had nothing else to do.")
     return seeds, remarks

@@ -19,9 +19,9 @@ from stochastic_depth_lab.config import Claim, Comparison
 Verdict = Literal["confirmed", "contradicted", "undecided"]
 LEVEL = 0.05
 RULE = (
-    "Confirmed: every comparison of the claim has its sign, each with p < 0.05 (paired t-test over at least three "
-    "seeds, two-sided). Contradicted: one has the other sign, with p < 0.05 divided by the number of comparisons. Else "
-    "undecided."
+    "Confirmed: every comparison has the claimed sign with p < 0.05 (two-sided paired t-test over at least three "
+    "seeds). Contradicted: one comparison has the opposite sign with p < 0.05 divided by the number of comparisons. "
+    "Undecided: otherwise."
 )
 
 
