@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from stochastic_depth.residual import GatedBranch, compiled_inside, masked, mask
 from stochastic_depth.retrofit.called import called
 from stochastic_depth.retrofit.cuts import CutError
 from stochastic_depth.retrofit.forms import Reads, fingerprint, form_of_leaves, settings
+from stochastic_depth.retrofit.functional import FUNCTIONAL
 from stochastic_depth.retrofit.proof import FixedGates, ProofError, arguments_anew, private, prove
 from stochastic_depth.retrofit.recorder import ChangedObjectError, Edit, Run, run_block, run_with_edits
 from stochastic_depth.retrofit.rewrite import Code, GatedUse, generalize, in_training, rewrite, skeleton
@@ -254,7 +256,8 @@ class BlockBranches:
             with private():
                 prepared = self._proven_with_objects(block, signature, leaves)
         except (TraceError, CutError, ProofError) as error:
-            if not self.drop_paths:
+            # In the own code, the gates of a drop path that is a function would not act.
+            if not self.drop_paths or any(key[0] == FUNCTIONAL for key in self.gated):
                 raise RuntimeError(self._refusal(block, error)) from error
             prepared = Prepared(None, dict.fromkeys(self.gated, str(error)))
         for key, cause in prepared.masked.items():
@@ -276,7 +279,7 @@ class BlockBranches:
 
     def _warn(self, block: nn.Module, key: Key, cause: str) -> None:
         branch = self.gated[key]
-        kind = (plain_class(block), key, cause)
+        kind = (plain_class(block), key, re.sub(r"\d", "", cause))  # How much it differs by differs.
         if kind in self.forms.warned:
             return
         self.forms.warned.add(kind)

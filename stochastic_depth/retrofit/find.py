@@ -148,7 +148,9 @@ def _nothing_found(model: nn.Module, found: Found, *, with_schedule: bool) -> st
     )
     if with_schedule and found.example is None:
         advice = "Give inputs=[...] of an example, by which the code is read as it runs. Or w" + advice[1:]
-    if found.notes and not with_schedule:
+    if not with_schedule and any("not looked into" in note for note in found.notes) and found.example is None:
+        advice = "Give inputs=[...] of an example, by which the code is read as it runs."
+    elif not with_schedule and any("never executed" in note or "without effect" in note for note in found.notes):
         advice = (
             "It holds some that its forward never uses. Give a schedule, such as linear_decay(0.5), to gate its sums."
         )
@@ -270,8 +272,8 @@ def _find_in_block(block: nn.Module, name: str, rules: dict[str, DropPathRule], 
         # What the code does is seen when it runs. Until then, each drop path is taken to be used once.
         readings = {(path, 0): _Reading(frozenset(), CutError(str(error))) for path in rules}
         called = {}
-        if not rules and "random numbers" in str(error):
-            found.notes.append(f"{name or 'the model'} ({type(block).__name__}): {error}")
+        if not rules:
+            found.notes.append(f"{name or 'the model'} ({type(block).__name__}): not looked into, {error}")
     if readings:
         found.known[block] = {key: reading.identity for key, reading in readings.items()}
         found.drop_paths[block] = DropPaths(paths, found.known[block])

@@ -185,12 +185,24 @@ def _has_no_rows(draw: fx.Node, noise: fx.Node) -> bool:
 
 
 def _is_row(size: Any) -> bool:
-    return isinstance(size, fx.Node) and size.target is operator.getitem
+    """Whether a size is read from a tensor, or a number that stands for one."""
+    if isinstance(size, fx.Node):
+        return size.target is operator.getitem or (size.target == "size" and len(size.args) > 1)
+    return type(size) is int and size > 1
 
 
 def _survival_prob(draw: fx.Node, nodes: list[fx.Node]) -> float | None:
     if _name(draw) in ("bernoulli", "bernoulli_"):
         given = [each for each in (*draw.args[1:], *draw.kwargs.values()) if isinstance(each, float)]
+        if not given and isinstance(draw.args[0], fx.Node):
+            # bernoulli(full(..., survival_prob)) or bernoulli(ones(...) * survival_prob)
+            given = [
+                each
+                for node in _values(draw.args[0])
+                if _name(node) in ("full", "full_like", "new_full", "mul", "mul_", "imul")
+                for each in (*node.args, *node.kwargs.values())
+                if isinstance(each, float)
+            ]
         return given[0] if len(given) == 1 else None
     # floor(survival_prob + uniform)
     if not any(_name(node) in ("floor", "floor_") for node in nodes):

@@ -48,9 +48,10 @@ class Verification:
 
     def __str__(self) -> str:
         share = self.forward_flops_closed / max(self.forward_flops_open, 1)
-        masked = f", but {self.num_masked} that are computed and masked" if self.num_masked else ""
+        num_skipped = self.num_branches - self.num_masked
+        masked = f", {self.num_masked} are computed and masked" if self.num_masked else ""
         lines = [
-            f"{self.num_branches} branches: each is gated and runs nothing when closed{masked}.",
+            f"{self.num_branches} branches, each with its own gate: {num_skipped} run nothing when closed{masked}.",
             "Training and evaluation equal the model's own code under masks, and evaluation is repeatable.",
             f"Largest deviation: outputs {self.output_deviation:.1e}, gradients {self.gradient_deviation:.1e}.",
             f"With all gates closed {share:.1%} of the forward FLOPs are left.",
