@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 
 from stochastic_depth.retrofit.called import Called, method_of, watched
 from stochastic_depth.retrofit.forms import code_of
+from stochastic_depth.retrofit.maps import is_attention_map
 from stochastic_depth.retrofit.stand_in import is_data, snapshot
 from stochastic_depth.retrofit.trace import StoredError, TraceError
 
@@ -415,6 +416,8 @@ class _Recorder(TorchFunctionMode):
             self._alive.append(value)
             self._nodes[id(value)] = node
             node.meta["shape"] = tuple(value.shape)
+            if node.target is operator.getitem and cast(fx.Node, node.args[0]).op == "call_module":
+                node.meta["attention_map"] = is_attention_map(value)
             if not value.is_inference():
                 self._versions[id(value)] = (value, value._version)
         elif not isinstance(value, _CONSTANTS):

@@ -16,6 +16,7 @@ from stochastic_depth.residual import GatedBranch, compiled_inside, masked
 from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.cuts import CutError, SidesError, Sum
 from stochastic_depth.retrofit.functional import FUNCTIONAL, FunctionalDropPath, put_functional
+from stochastic_depth.retrofit.maps import NotComputed
 from stochastic_depth.retrofit.sums import (
     DropPaths,
     Identity,
@@ -350,19 +351,30 @@ def _gate(residual: Sum, key: Key, block: nn.Module, gates: BlockGates, granular
     inputs = [_Input(bool(node.meta.get("samples")), node in carried) for node in branch.inputs]
     if residual.shortcut is None:
         gated_sum = _gated_value(key, paths, function, inputs, residual.add.meta["shape"])
+    elif branch.sides:
+        gated_sum = _gated_sum_and_maps(key, paths, function, inputs, len(branch.sides))
     else:
         gated_sum = _gated_sum(key, paths, function, inputs)
     with graph.inserting_before(residual.add):
         shortcut = () if residual.shortcut is None else (residual.shortcut,)
         gated_node = graph.call_function(gated_sum, (*shortcut, *branch.inputs))
     gated_node.meta.update(residual.add.meta, takes_block=True)
-    residual.add.replace_all_uses_with(gated_node)
+    result = gated_node
+    if branch.sides:
+        with graph.inserting_before(residual.add):
+            result = graph.call_function(operator.getitem, (gated_node, 0))
+            maps = [graph.call_function(operator.getitem, (gated_node, i + 1)) for i in range(len(branch.sides))]
+        result.meta.update(residual.add.meta)
+        for side, new in zip(branch.sides, maps, strict=True):
+            side.replace_all_uses_with(new)
+            graph.erase_node(side)
+    residual.add.replace_all_uses_with(result)
     graph.erase_node(residual.add)
     inner_nodes = set(branch.nodes)
     for node in reversed(list(graph.nodes)):
         if node in inner_nodes or (is_size(node) and not node.users):
             graph.erase_node(node)
-    return gated_node
+    return result
 
 
 def _check_samples(branch: cuts.Branch, shortcut: fx.Node) -> None:
@@ -402,7 +414,8 @@ def _branch_graph(branch: cuts.Branch, residual: Sum) -> fx.Graph:
             copies[node] = copied(cast(fx.Node, node.args[0]))
         else:
             copied(node)
-    graph.output(copies[residual.output])
+    output = copies[residual.output]
+    graph.output((output, *(copied(side) for side in branch.sides)) if branch.sides else output)
     return graph
 
 
@@ -433,7 +446,7 @@ def in_training(block: nn.Module, key: Key) -> bool:
 
 
 def _gated_sum(
-    key: Key, paths: Paths, function: Callable[..., Tensor], inputs: Sequence[_Input]
+    key: Key, paths: Paths, function: Callable[..., Tensor], inputs: Sequence[_Input], *, repeatable: bool = True
 ) -> Callable[..., Tensor]:
     only = len(inputs) == 1 and inputs[0].samples
     others_at = [index for index, kind in enumerate(inputs) if not kind.carried]
@@ -455,7 +468,7 @@ def _gated_sum(
                 parts=parts,
                 training=training,
                 others=others,
-                repeatable=True,
+                repeatable=repeatable,
             )
         shared = [value for value, samples in zip(values, of_batch, strict=True) if not samples]
         own = tuple(value for value, samples in zip(values, of_batch, strict=True) if samples)
@@ -468,6 +481,28 @@ def _gated_sum(
 
     gated_sum.__name__ = f"gated_sum_{key[1]}"
     return gated_sum
+
+
+def _gated_sum_and_maps(
+    key: Key, paths: Paths, function: Callable[..., Any], inputs: Sequence[_Input], num_maps: int
+) -> Callable[..., Any]:
+    """The sum, and the attention maps of the branch, which nothing can use where not all samples ran."""
+
+    @compiled_inside
+    def gated_sum_and_maps(block: nn.Module, shortcut: Tensor, *values: Any) -> tuple[Any, ...]:
+        seen: list[tuple[Any, ...]] = []
+
+        def first(module: nn.Module, *given: Any) -> Tensor:
+            output, *maps = function(module, *given)
+            if output.shape[0] == shortcut.shape[0]:
+                seen.append(tuple(maps))
+            return output
+
+        summed = _gated_sum(key, paths, first, inputs, repeatable=False)(block, shortcut, *values)
+        return summed, *(seen[-1] if seen else [NotComputed()] * num_maps)
+
+    gated_sum_and_maps.__name__ = f"gated_sum_and_maps_{key[1]}"
+    return gated_sum_and_maps
 
 
 def _gated_value(

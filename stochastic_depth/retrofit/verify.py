@@ -15,6 +15,7 @@ from stochastic_depth.cost import Meter, observed, undisturbed
 from stochastic_depth.gate_draws import GateDraws
 from stochastic_depth.residual import SkippedGrad, masks_only
 from stochastic_depth.retrofit.find import Branch
+from stochastic_depth.retrofit.maps import NotComputed
 from stochastic_depth.retrofit.proof import deviation, tolerance
 from stochastic_depth.retrofit.quiet import without_noise
 from stochastic_depth.retrofit.sums import BranchParts
@@ -139,12 +140,13 @@ def _compare_with_masks(
         for training in (True, False):
             for name, gates in patterns:
                 outcomes: list[_Outcome] = []
-                for masks in (True, False):
+                absent: set[int] = set()
+                for masks in (False, True):
                     _set_mode(root, training=training)
                     passes.forced, passes.counter = gates, counter
                     token = masks_only.set(masks)
                     try:
-                        outcomes.append(_outcome(root, call))
+                        outcomes.insert(0, _outcome(root, call, absent))
                     finally:
                         masks_only.reset(token)
                 where = f"in {'training' if training else 'evaluation'} with {name}"
@@ -191,9 +193,12 @@ class _Outcome:
     without: list[str]
 
 
-def _outcome(root: nn.Module, call: Call) -> _Outcome:
+def _outcome(root: nn.Module, call: Call, absent: set[int]) -> _Outcome:
+    """Run the model, without those of its outputs that are `absent`; the run adds the attention maps that it lacks."""
     with torch.enable_grad():
-        outputs = [leaf for leaf in tree_leaves(call()) if isinstance(leaf, Tensor)]
+        leaves = [leaf for leaf in tree_leaves(call()) if isinstance(leaf, (Tensor, NotComputed))]
+        absent |= {index for index, leaf in enumerate(leaves) if isinstance(leaf, NotComputed)}
+        outputs = [leaf for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and index not in absent]
         ends = [leaf for leaf in outputs if leaf.requires_grad]
         named = {name: parameter for name, parameter in root.named_parameters() if parameter.requires_grad}
         if not ends or not named:

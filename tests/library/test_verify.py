@@ -32,7 +32,7 @@ def test_flops_by_hand() -> None:
     proof = sd.make_stochastic_(conv_net(), PROBS).verify(images(2))
     rest = (conv_flops(2, 3, 4, 3, 8) + conv_flops(2, 4, 6, 1, 4) + linear_flops(2, 6, 4)) // 3
     assert proof.forward_flops_closed == rest
-    assert "4 branches: each is gated" in str(proof)
+    assert "4 branches, each with its own gate: 4 run nothing when closed." in str(proof)
     assert f"{proof.forward_flops_closed / proof.forward_flops_open:.1%}" in str(proof)
 
 

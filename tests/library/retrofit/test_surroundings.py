@@ -385,3 +385,84 @@ def test_an_addition_that_comes_later_is_told() -> None:
     with depth.gates([False, False]):
         assert_same(net(x), x + net[0].g(x))
     assert "no branch: 0 also adds what g gives, which was not found before: it has no gate" in str(depth)
+
+
+# ---------------------------------------- attention maps
+
+
+class Mapping(nn.Module):
+    """Returns its attention map, as transformers' Swin does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = MapAttention()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        output, weights = self.attention(x)
+        return x + output, weights
+
+
+class MapAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.v = linear(), linear()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights = (self.q(x) @ x.transpose(1, 2)).softmax(-1)
+        return weights @ self.v(x), weights
+
+
+class MapNet(nn.Module):
+    def __init__(self, use: bool) -> None:
+        super().__init__()
+        self.blocks, self.use = nn.ModuleList(Mapping() for _ in range(2)), use
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        maps = []
+        for block in self.blocks:
+            x, weights = block(x)
+            if self.use:
+                x = x + weights.mean()
+            maps.append(weights)
+        return x, maps
+
+
+def test_a_branch_with_a_map_is_skipped_and_its_map_cannot_be_used_unseen() -> None:
+    torch.manual_seed(0)
+    net, x = MapNet(use=False).double(), data(2, 3)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5))
+    for gates in patterns(2):
+        called: list[nn.Module] = []
+        hooks = [
+            block.attention.register_forward_pre_hook(lambda module, _: called.append(module)) for block in net.blocks
+        ]
+        with depth.gates(gates):
+            output, maps = net(x)
+        expected, closed = x, 0
+        for block, gate, weights in zip(net.blocks, gates, maps, strict=True):
+            if gate:
+                added, own = block.attention(expected)
+                called.pop()
+                expected = expected + added
+                assert_same(weights, own)
+            else:
+                closed += 1
+                with pytest.raises(RuntimeError, match="attention map is used of a branch that did not run"):
+                    torch.ones(3) + weights
+                with pytest.raises(RuntimeError, match="attention map"):
+                    weights.mean()
+                assert not hasattr(weights, "shape")
+        assert_same(output, expected)
+        assert len(called) == 2 - closed
+        for hook in hooks:
+            hook.remove()
+    assert depth.verify(x).num_masked == 0
+
+
+def test_a_map_that_the_model_uses_raises_aloud() -> None:
+    net, x = MapNet(use=True).double(), data(2, 3)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5))
+    with depth.gates([True, True]):
+        net(x)
+    with depth.gates([False, True]), pytest.raises(RuntimeError, match="leave the branches .* out by where="):
+        net(x)
