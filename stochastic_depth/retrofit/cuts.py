@@ -328,6 +328,11 @@ def _computes(node: fx.Node, block: nn.Module) -> bool:
     return node.op in ("call_function", "call_method") and name in _HEAVY
 
 
+def is_plain(value: fx.Node, block: nn.Module) -> bool:
+    """Whether nothing that is worth skipping computes a value."""
+    return not any(_computes(node, block) for node in ancestors(value))
+
+
 _HEAVY = {
     "linear",
     "conv1d",

@@ -7,7 +7,7 @@ its gate. Both run on a stand-in of the block, without noise and without traces.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
@@ -132,6 +132,7 @@ def prove(
     num_samples: int | None,
     *,
     training: bool,
+    inlined: Collection[str] = (),
 ) -> int:
     """Compare rewritten code with the block's own under several patterns of gates; outputs and gradients.
 
@@ -144,6 +145,7 @@ def prove(
         call: makes the arguments of a call anew, and those of them that are opaque.
         num_samples: how many samples the call has, where each has a gate of its own; else None.
         training: whether the block is in training.
+        inlined: paths of the children whose code was recorded as a part of the block's.
 
     Returns:
         How many times the block was run.
@@ -159,7 +161,7 @@ def prove(
         edits = {use.call: Edit(use.operand, _weights(pattern[use.key], gated[use.key], use.scale)) for use in uses}
         # An attention map of a branch that did not run is None.
         some_closed = any(gate is not True and gate is not None for gate in pattern.values())
-        expected = _own_outcome(block, call, edits, of_first=some_closed)
+        expected = _own_outcome(block, call, edits, inlined, of_first=some_closed)
         _, _, leaves = call()
         # Where a branch mixes what it is taken to keep apart, it fails or gives something else on some of the samples.
         mixes = ": its first dimension is not one of independent samples" if name == _SOME else ""
@@ -179,11 +181,13 @@ def prove(
 _SOME = "run on some of the samples"
 
 
-def _own_outcome(block: nn.Module, call: _Call, edits: Mapping[int, Edit], *, of_first: bool) -> _Outcome:
+def _own_outcome(
+    block: nn.Module, call: _Call, edits: Mapping[int, Edit], inlined: Collection[str], *, of_first: bool
+) -> _Outcome:
     args, kwargs, leaves = call()
 
     def run(given: list[Any]) -> Any:
-        return run_block(block, *_replaced(args, kwargs, leaves, given), given, edits).output
+        return run_block(block, *_replaced(args, kwargs, leaves, given), given, edits, inlined).output
 
     return _with_gradients(block, leaves, run, of_first=of_first)
 

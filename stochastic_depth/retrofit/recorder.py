@@ -15,7 +15,7 @@ import operator
 import random
 import sys
 import types
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -97,6 +97,7 @@ def run_block(
     kwargs: Mapping[str, Any],
     leaves: Sequence[Any],
     edits: Mapping[int, Edit] | None = None,
+    inlined: Collection[str] = (),
 ) -> Run:
     """Run a stand-in's own code and record what it does.
 
@@ -106,14 +107,15 @@ def run_block(
         kwargs: arguments by name.
         leaves: those of its tensors and objects that the recording treats as arguments, in order.
         edits: calls to change, by their numbers.
+        inlined: paths of the children whose own code is recorded as a part of the block's.
 
     Raises:
         StoredError: if the code leaves something behind, on the block or on its arguments.
         TraceError: if it cannot be recorded for another reason.
     """
-    recorder = _Recorder(block, leaves, edits or {})
+    recorder = _Recorder(block, leaves, edits or {}, inlined)
     before = _contents(block, (args, kwargs))
-    with unchanged_globals(block), recorder.watching(block):
+    with unchanged_globals(block, inlined), recorder.watching(block):
         output = block.forward(*args, **kwargs)
     recorder.check_outside()
     recorder.end(output)
@@ -122,14 +124,16 @@ def run_block(
 
 
 @contextmanager
-def unchanged_globals(block: nn.Module) -> Generator[None]:
+def unchanged_globals(block: nn.Module, inlined: Collection[str] = ()) -> Generator[None]:
     """Within, global variables that a block's code names must stay as they are; they are put back if they do not.
+
+    The code of its `inlined` children counts as its own.
 
     Raises:
         StoredError: if one changes.
         TraceError: if one, or an attribute of the block, is an iterator: looking at it would change it.
     """
-    names, functions = code_of(block)
+    names, functions = code_of(block, inlined)
     spaces = {id(function.__globals__): function.__globals__ for function in functions}.values()
     named = [(space, name) for space in spaces for name in names if name in space]
     for name, value in [(name, space[name]) for space, name in named] + list(block.__dict__.items()):
@@ -161,6 +165,7 @@ def run_with_edits(
     kwargs: Mapping[str, Any],
     leaves: Sequence[Any],
     edits: Mapping[int, Edit],
+    inlined: Collection[str] = (),
 ) -> Any:
     """What a block's own code gives, on the block itself, with some of its calls changed.
 
@@ -171,8 +176,9 @@ def run_with_edits(
         kwargs: arguments by name.
         leaves: those of its tensors and objects that the recording treats as arguments, in order.
         edits: calls to change, by their numbers.
+        inlined: see `run_block`.
     """
-    with _Recorder(block, leaves, edits).watching(block):
+    with _Recorder(block, leaves, edits, inlined).watching(block):
         return forward(*args, **kwargs)
 
 
@@ -282,9 +288,9 @@ class Constant:
         return id(self._tensor)
 
 
-def _generators_of(block: nn.Module) -> list[Any]:
+def _generators_of(block: nn.Module, inlined: Collection[str]) -> list[Any]:
     """Random generators that a block's code may draw from, beside the global ones."""
-    names, functions = code_of(block)
+    names, functions = code_of(block, inlined)
     spaces: list[Mapping[str, Any]] = [module.__dict__ for module in block.modules()]
     spaces += [function.__globals__ for function in functions]
     values = [value for space in spaces for name, value in space.items() if name in names]
@@ -331,13 +337,16 @@ def _differ(a: _Outside, b: _Outside) -> bool:
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self, block: nn.Module, leaves: Sequence[Any], edits: Mapping[int, Edit]) -> None:
+    def __init__(
+        self, block: nn.Module, leaves: Sequence[Any], edits: Mapping[int, Edit], inlined: Collection[str]
+    ) -> None:
         super().__init__()
         self.graph = fx.Graph()
         self.called: set[str] = set()
         self.changed_by_children: set[str] = set()
         self._block = block
         self._edits = edits
+        self._inlined = inlined
         self._num_calls = 0
         self._inside = 0
         self._entered: list[Any] = []
@@ -351,9 +360,12 @@ class _Recorder(TorchFunctionMode):
             self._held.setdefault(id(value), path)  # One that has several names goes by its first.
         self._valued: set[int] = set()
         self.constants: list[Tensor] = []
-        self._generators = _generators_of(block)
+        self._generators = _generators_of(block, inlined)
         self._held_objects = {
-            id(value): (name,) for name, value in block.__dict__.items() if hasattr(value, "__dict__")
+            id(value): (*path, name)
+            for path in ((), *(tuple(each.split(".")) for each in inlined))
+            for name, value in block.get_submodule(".".join(path)).__dict__.items()
+            if hasattr(value, "__dict__")
         }
         self._device = "cpu"
         for index, leaf in enumerate(leaves):
@@ -469,7 +481,7 @@ class _Recorder(TorchFunctionMode):
         """Within, the calls of the block's children and of PyTorch are recorded."""
         handles: list[Any] = []
         for path, module in block.named_modules():
-            if path and not isinstance(module, torch.jit.ScriptModule):
+            if path and path not in self._inlined and not isinstance(module, torch.jit.ScriptModule):
                 handles.append(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
                 handles.append(module.register_forward_hook(self._leaving(path), with_kwargs=True))
         try:

@@ -25,15 +25,25 @@ class DropPaths(tuple[str, ...]):
 
     Attributes:
         known: what identifies each branch.
+        inlined: paths of the children whose own code is read as a part of the block's.
     """
 
     known: Mapping[Key, Identity]
+    inlined: tuple[str, ...]
 
-    def __new__(cls, paths: Sequence[str] = (), known: Mapping[Key, Identity] | None = None) -> DropPaths:
+    def __new__(
+        cls, paths: Sequence[str] = (), known: Mapping[Key, Identity] | None = None, inlined: Sequence[str] = ()
+    ) -> DropPaths:
         """The paths, with what is known of their branches."""
         made = super().__new__(cls, paths)
         made.known = known or {}
+        made.inlined = tuple(inlined)
         return made
+
+
+def inlined_of(drop_paths: Sequence[str]) -> tuple[str, ...]:
+    """Paths of the children whose own code is read as a part of their block's."""
+    return drop_paths.inlined if isinstance(drop_paths, DropPaths) else ()
 
 
 class BranchParts(nn.Module):
