@@ -67,8 +67,8 @@ class Recording:
     """What a block's forward does for one signature.
 
     Attributes:
-        graph: calls to children have targets relative to the block; placeholders are the opaque arguments in order. What
-            an inlined child does has the paths of those around it in its metadata (`inlined`).
+        graph: calls to children have targets relative to the block; placeholders are the opaque arguments in order.
+            What an inlined child does has the paths of those around it in its metadata (`inlined`).
         conditions: nodes of sizes with the values for which the recording holds.
     """
 
