@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from stochastic_depth.gate_draws import GateDraws, Granularity, Ranks
@@ -35,6 +35,7 @@ def make_stochastic_(
     ranks: Ranks = "agree",
     where: Where | None = None,
     layers: str | Sequence[str] | None = None,
+    inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> Controller:
     """Give a model stochastic depth (Huang et al. 2016), in place: dropped branches are not run at all.
@@ -67,6 +68,9 @@ def make_stochastic_(
         layers: fnmatch patterns of whole layers that are branches (LayerDrop); with a schedule, the only ones. A
             closed layer hands its hidden states on, the first tensor that it is given. Its gate stands for the drop
             paths inside of it, which apply the factor of the sum; without a schedule, it has their rate.
+        inputs: arguments of a forward on an example, in order or by name. The model is run on it without a trace, and
+            its code is read as the example goes through it: for code that depends on shapes or on other arguments, and
+            is not understood without. Modules that the example does not call have no branches then.
         seed: seed of the gates. No global random state is read or changed.
 
     Returns:
@@ -74,8 +78,8 @@ def make_stochastic_(
 
     Raises:
         ValueError: if an argument is not one of those allowed, the model has no branch, is stochastic already, or is
-            wrapped or compiled.
-        TypeError: if `schedule` is a single number.
+            wrapped or compiled, or fails on `inputs`.
+        TypeError: if `schedule` is a single number, or `inputs` is a tensor.
 
     Example:
         >>> import stochastic_depth as sd
@@ -96,12 +100,14 @@ def make_stochastic_(
         raise TypeError(f"seed must be a whole number, but is {seed!r}.")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but is {model!r}.")
+    if isinstance(inputs, Tensor):
+        raise TypeError("inputs must be the arguments of a forward, such as inputs=[images], but is a tensor.")
     _refuse_wrapped(model)
     _refuse_stochastic(model)
     layers = [layers] if isinstance(layers, str) else layers
     if layers is not None:
         refuse_own_layerdrop(model)
-    found = find_branches(model, where, layers, with_schedule=schedule is not None)
+    found = find_branches(model, where, layers, inputs, with_schedule=schedule is not None)
     branches = found.branches
     survival_probs = _survival_probs(schedule, branches)
     draws = GateDraws(

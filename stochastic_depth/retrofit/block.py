@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from stochastic_depth.compiling import eager
 from stochastic_depth.copies import plain_class, way_around
 from stochastic_depth.residual import GatedBranch, compiled_inside, masked, masks_only
+from stochastic_depth.retrofit.called import called
 from stochastic_depth.retrofit.cuts import CutError
 from stochastic_depth.retrofit.forms import Reads, fingerprint, form_of_leaves, settings
 from stochastic_depth.retrofit.proof import FixedGates, ProofError, arguments_anew, private, prove
-from stochastic_depth.retrofit.recorder import Edit, Run, run_block, run_with_edits
+from stochastic_depth.retrofit.recorder import ChangedObjectError, Edit, Run, run_block, run_with_edits
 from stochastic_depth.retrofit.rewrite import Code, GatedUse, generalize, in_training, rewrite, skeleton
 from stochastic_depth.retrofit.rules import drop_path_rule
 from stochastic_depth.retrofit.stand_in import stand_in
@@ -73,6 +74,8 @@ class KnownForms:
         self.num_runs = 0
         """How many times a block's code was run to record and to prove it."""
         self.warned: set[Any] = set()
+        self.called: set[type] = set()
+        """Classes of objects that are given to blocks whose code calls them, such as a cache."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -179,7 +182,7 @@ class BlockBranches:
         reads = self._reads
         if reads is None or reads.children != reads.children_now(block):
             reads = self._look_again(block)
-        form = (signature, form_of_leaves(leaves), settings(leaves), reads.now(block))
+        form = (signature, form_of_leaves(leaves, self.forms.called), settings(leaves), reads.now(block))
         prepared = self._own.get(form)
         if prepared is None:
             if self._fingerprint is None:
@@ -206,7 +209,8 @@ class BlockBranches:
             return of
 
         edits = {use.call: Edit(use.operand, weights(use)) for use in prepared.uses}
-        with _passing_drop_paths():
+        objects = [leaf for leaf in leaves if type(leaf) in self.forms.called]
+        with _passing_drop_paths(), called(objects):
             return run_with_edits(block, own_forward(block, block), args, kwargs, leaves, edits, self.inlined)
 
     def _known_for_export(self, block: nn.Module, leaves: list[Any]) -> Prepared:
@@ -264,7 +268,7 @@ class BlockBranches:
             in_training(block, key)  # raises where its drop path was replaced
         try:
             with private():
-                prepared = self._proven(block, signature, leaves)
+                prepared = self._proven_with_objects(block, signature, leaves)
         except (TraceError, CutError, ProofError) as error:
             if not self.drop_paths:
                 raise RuntimeError(self._refusal(block, error)) from error
@@ -282,8 +286,8 @@ class BlockBranches:
         other = "granularity='batch', " if sample else ""
         return (
             f"{self._described(block)} cannot be gated here ({names}): {error}. "
-            f"Use {other}layers=[{self.name!r}] for the whole layer, where= to leave it out, or write the sum as "
-            "stochastic_depth.Residual."
+            f"Use {other}inputs=[...] of an example to find its branches as they run, layers=[{self.name!r}] for the "
+            "whole layer, where= to leave it out, or write the sum as stochastic_depth.Residual."
         )
 
     def _warn(self, block: nn.Module, key: Key, cause: str) -> None:
@@ -299,6 +303,15 @@ class BlockBranches:
             MaskedBranchWarning,
             stacklevel=2,
         )
+
+    def _proven_with_objects(self, block: nn.Module, signature: Any, leaves: list[Any]) -> Prepared:
+        try:
+            return self._proven(block, signature, leaves)
+        except ChangedObjectError as error:
+            if not error.kinds or error.kinds <= self.forms.called:
+                raise
+            self.forms.called |= error.kinds
+            return self._proven(block, signature, leaves)
 
     def _proven(self, block: nn.Module, signature: Any, leaves: list[Any]) -> Prepared:
         """Rewritten code for a call, after it was proven equal to the block's own."""
@@ -319,7 +332,7 @@ class BlockBranches:
         of = (self._fingerprint, torch.is_grad_enabled(), block.training, skeleton(whole.graph))
         code, uses = rewrite(whole.graph, trial, own, draws.granularity)
         if of not in self.forms.proven:
-            call = arguments_anew(signature, leaves, rows, unflatten)
+            call = arguments_anew(signature, leaves, rows, self.forms.called, unflatten)
             num_samples = _NUM_SAMPLES if rows and draws.granularity == "sample" else None
             self.forms.num_runs += prove(
                 trial,
@@ -336,7 +349,7 @@ class BlockBranches:
         return Prepared(code, {use.key: use.cause for use in uses if use.cause}, whole.stores, tuple(uses))
 
     def _recorded(self, trial: nn.Module, signature: Any, leaves: list[Any], rows: Mapping[int, Tensor]) -> Run:
-        args, kwargs, own = arguments_anew(signature, leaves, rows, unflatten)()
+        args, kwargs, own = arguments_anew(signature, leaves, rows, self.forms.called, unflatten)()
         self.forms.num_runs += 1
         return run_block(trial, args, kwargs, own, inlined=self.inlined)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map  # pyright: ignore
 
 from stochastic_depth.attribution import Pass, Scope
 from stochastic_depth.compiling import eager
@@ -18,6 +19,7 @@ from stochastic_depth.residual import SkippedGrad
 from stochastic_depth.retrofit.block import BlockBranches
 from stochastic_depth.retrofit.ddp import refuse_unsound
 from stochastic_depth.retrofit.find import Branch
+from stochastic_depth.retrofit.proof import copy_of_object
 from stochastic_depth.retrofit.remembered import RememberedCalls
 from stochastic_depth.retrofit.verify import Verification, verify
 from stochastic_depth.schedules import check_survival_probs, expected_depth
@@ -283,7 +285,7 @@ class Controller:
         self._refuse_detached()
         return measure_cost(self._root, self._passes, [branch.parts for branch in self._branches], inputs)
 
-    def verify(self, *inputs: Any) -> Verification:
+    def verify(self, *inputs: Any, **named: Any) -> Verification:
         """Run an example and prove that the model does what its own code does under masks.
 
         Training and evaluation, outputs and gradients of parameters are compared, under several patterns of gates. Each
@@ -292,6 +294,7 @@ class Controller:
 
         Args:
             *inputs: arguments of a forward.
+            **named: arguments by name.
 
         Returns:
             What was found; print it.
@@ -300,7 +303,12 @@ class Controller:
             RuntimeError: if one of these does not hold; the message names the branches.
         """
         self._refuse_detached()
-        return verify(self._root, self._passes, self._branches, inputs, _cause_of_mask, self._skipped_grad)
+
+        def call() -> Any:
+            args, kwargs = tree_map(copy_of_object, (inputs, named))  # A cache would be fuller with every run.
+            return self._root(*args, **kwargs)
+
+        return verify(self._root, self._passes, self._branches, call, _cause_of_mask, self._skipped_grad)
 
     def __str__(self) -> str:
         rows = [("branch", "survival", "treatment")]

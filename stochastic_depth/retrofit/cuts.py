@@ -35,6 +35,10 @@ class CutError(Exception):
     """Why a branch cannot be separated from the rest of its block."""
 
 
+class SidesError(CutError):
+    """What a branch computes beside its output is used outside of it."""
+
+
 class UnusedError(CutError):
     """Nothing uses what the branch gives."""
 

@@ -1,4 +1,4 @@
-"""Finds the residual branches of a model, without running it."""
+"""Finds the residual branches of a model: without running it, or as an example goes through it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from stochastic_depth.copies import plain_class, way_around
 from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.cuts import CutError, UnusedError
+from stochastic_depth.retrofit.example import Example, Reading
 from stochastic_depth.retrofit.forms import names_in_code
 from stochastic_depth.retrofit.functional import FUNCTIONAL, put_functional
 from stochastic_depth.retrofit.recorder import unchanged_globals
@@ -91,15 +92,24 @@ class Found:
         known: for each block all of its branches, and what identifies each.
         drop_paths: for each block the paths of its drop paths; empty where additions are branches.
         notes: what was found and is no branch, for `print(depth)`.
+        example: what the code is read by, where there is one.
     """
 
     branches: list[Branch] = field(default_factory=list[Branch])
     known: dict[nn.Module, dict[Key, Identity]] = field(default_factory=dict[nn.Module, "dict[Key, Identity]"])
     drop_paths: dict[nn.Module, DropPaths] = field(default_factory=dict[nn.Module, DropPaths])
     notes: list[str] = field(default_factory=list[str])
+    example: Example | None = None
 
 
-def find_branches(model: nn.Module, where: Where | None, layers: Sequence[str] | None, *, with_schedule: bool) -> Found:
+def find_branches(
+    model: nn.Module,
+    where: Where | None,
+    layers: Sequence[str] | None,
+    inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    *,
+    with_schedule: bool,
+) -> Found:
     """The branches of a model.
 
     With a schedule they are the given layers. Without layers they are its `Residual`s and its drop paths with a rate
@@ -111,12 +121,13 @@ def find_branches(model: nn.Module, where: Where | None, layers: Sequence[str] |
         model: the model.
         where: filter, see `make_stochastic_`.
         layers: patterns of whole layers, see `make_stochastic_`.
+        inputs: of an example, see `make_stochastic_`.
         with_schedule: whether survival probabilities come from a schedule.
 
     Raises:
         ValueError: if there is none, none that passes the filter, or one that cannot be treated.
     """
-    found = Found()
+    found = Found(example=None if inputs is None else Example(model, inputs))
     if layers is not None:
         _find_layers(model, layers, found, with_schedule=with_schedule)
     if layers is None or not with_schedule:
@@ -148,6 +159,8 @@ def _nothing_found(model: nn.Module, found: Found, *, with_schedule: bool) -> st
         if with_schedule
         else "Create it with a rate, such as drop_path_rate=0.1, or give a schedule, such as linear_decay(0.5)."
     )
+    if with_schedule and found.example is None:
+        advice = "Give inputs=[...] of an example, by which the code is read as it runs. Or w" + advice[1:]
     if found.notes and not with_schedule:
         advice = (
             "It holds some that its forward never uses. Give a schedule, such as linear_decay(0.5), to gate its sums."
@@ -265,7 +278,7 @@ def _find_in_block(block: nn.Module, name: str, rules: dict[str, DropPathRule], 
     paths = (*rules, FUNCTIONAL) if _may_drop(block) else tuple(rules)
     functional: dict[Key, DropPathRule] = {}
     try:
-        readings, called = _readings(block, paths, functional)
+        readings, called = _readings(block, paths, functional, found.example)
     except TraceError as error:
         # What the code does is seen when it runs. Until then, each drop path is taken to be used once.
         readings = {(path, 0): _Reading(frozenset(), CutError(str(error))) for path in rules}
@@ -329,8 +342,8 @@ def _find_additions(model: nn.Module, found: Found) -> None:
         if type(block) in _CONTAINERS or not _may_add(block):
             continue
         try:
-            inlined = _inlined(block, name, found.notes)
-            readings, _ = _readings(block, DropPaths(inlined=inlined))
+            inlined = _inlined(block, found.example, name, found.notes)
+            readings, _ = _readings(block, DropPaths(inlined=inlined), None, found.example)
         except TraceError as error:
             found.notes.append(f"{name or 'the model'} ({type(block).__name__}): not looked into, {error}")
             continue
@@ -343,13 +356,16 @@ def _find_additions(model: nn.Module, found: Found) -> None:
             found.branches.append(Branch(branch_name, block, name, reading.parts, block, key, ends_in=ends_in))
 
 
-def _inlined(block: nn.Module, name: str = "", notes: list[str] | None = None) -> tuple[str, ...]:
+def _inlined(
+    block: nn.Module, example: Example | None, name: str = "", notes: list[str] | None = None
+) -> tuple[str, ...]:
     """Paths of the children in which the block's branches end: they add what it computes to a shortcut that it gives.
 
     A child that holds a whole branch, from the shortcut to the sum, is a block itself and none of them.
 
     Args:
         block: the block.
+        example: what the code is read by, where there is one.
         name: its name, for notes.
         notes: gets why a child could not be one of them.
 
@@ -357,12 +373,15 @@ def _inlined(block: nn.Module, name: str = "", notes: list[str] | None = None) -
         TraceError: if the block's code cannot be read.
     """
     candidates: dict[str, None] = {}
-    graphs = [recording.graph for recording in _all_recordings(block)]
+    graphs = [recording.graph for recording in _ways(block, (), example)]
     while more := dict.fromkeys(
-        path for graph in graphs for path in _given_two(graph, block, candidates) if _joins(block.get_submodule(path))
+        path
+        for graph in graphs
+        for path in _given_two(graph, block, candidates)
+        if _joins(block.get_submodule(path), example)
     ):
         candidates.update(more)
-        graphs = [recording.graph for recording in _all_recordings(block, tuple(candidates))]
+        graphs = [recording.graph for recording in _ways(block, tuple(candidates), example)]
     used: dict[str, None] = {}
     for graph in graphs if candidates else ():
         for residual in find_sums(graph, block, ()).values():
@@ -394,16 +413,16 @@ def _given_two(graph: fx.Graph, block: nn.Module, but: Collection[str]) -> Itera
             yield node.target
 
 
-def _joins(child: nn.Module) -> bool:
+def _joins(child: nn.Module, example: Example | None) -> bool:
     """Whether a child adds what it computes from one of its arguments to another one, itself or in a child of its own.
 
     One that has a branch of its own does not count.
     """
     try:
-        own = _inlined(child)
-        if _readings(child, DropPaths(inlined=own))[0]:
+        own = _inlined(child, example)
+        if _readings(child, DropPaths(inlined=own), None, example)[0]:
             return False
-        graphs = [recording.graph for recording in _all_recordings(child)]
+        graphs = [recording.graph for recording in _ways(child, (), example)]
     except TraceError:
         return False
     for graph in graphs:
@@ -418,7 +437,7 @@ def _joins(child: nn.Module) -> bool:
                 _come_apart(a, b) for a in node.all_input_nodes for b in node.all_input_nodes
             ):
                 module = child.get_submodule(node.target)
-                if not plain_class(module).__module__.startswith("torch.nn.") and _joins(module):
+                if not plain_class(module).__module__.startswith("torch.nn.") and _joins(module, example):
                     return True
     return False
 
@@ -447,7 +466,10 @@ class _Reading(NamedTuple):
 
 
 def _readings(
-    block: nn.Module, drop_paths: Sequence[str], functional: dict[Key, DropPathRule] | None = None
+    block: nn.Module,
+    drop_paths: Sequence[str],
+    functional: dict[Key, DropPathRule] | None = None,
+    example: Example | None = None,
 ) -> tuple[dict[Key, _Reading], dict[str, None]]:
     """The branches of a block on any way through its code, and the children that it calls.
 
@@ -455,13 +477,14 @@ def _readings(
         block: the block.
         drop_paths: paths of its drop paths; empty where additions are branches, which may end in inlined children.
         functional: gets the rules of its functional drop paths.
+        example: what the code is read by, where there is one.
 
     Raises:
         TraceError: if the code cannot be read, or leaves something on the block in one of its modes.
     """
     called: dict[str, None] = {}
     readings: dict[Key, _Reading] = {}
-    for recording in _all_recordings(block, inlined_of(drop_paths)):
+    for recording in _ways(block, inlined_of(drop_paths), example):
         functions = put_functional(recording.graph, block)
         if functional is not None:
             functional.update({(FUNCTIONAL, index): each.rule for index, each in enumerate(functions)})
@@ -492,6 +515,13 @@ def _free_key(key: Key, readings: Mapping[Key, _Reading]) -> Key:
     """The key of a new branch: its own place in the code, or behind all others where that is taken."""
     taken = [index for path, index in readings if path == key[0]]
     return key if key[1] not in taken else (key[0], max(taken) + 1)
+
+
+def _ways(
+    block: nn.Module, inlined: Collection[str], example: Example | None
+) -> Iterator[Recording] | Iterator[Reading]:
+    """What the code of a block does as it is read, or as an example goes through it."""
+    return _all_recordings(block, inlined) if example is None else example.recordings(block, inlined)
 
 
 def _all_recordings(block: nn.Module, inlined: Collection[str] = ()) -> Iterator[Recording]:

@@ -259,12 +259,19 @@ def _names_of(code: CodeType) -> set[str]:
     return names
 
 
-def form_of_leaves(leaves: Sequence[Any]) -> tuple[Any, ...]:
-    """What of the tensors and objects that a call is given may decide its way, besides their values."""
+def form_of_leaves(leaves: Sequence[Any], called: Collection[type] = ()) -> tuple[Any, ...]:
+    """What of the tensors and objects that a call is given may decide its way, besides their values.
+
+    Args:
+        leaves: the tensors and objects.
+        called: classes of objects that code calls, and does not look into.
+    """
     return tuple(
         [
             (leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad, leaf.is_contiguous())
             if type(leaf) is Tensor or type(leaf) is nn.Parameter
+            else (type(leaf), tuple([(n, v) for n, v in vars(leaf).items() if _is_plain(v)]))
+            if type(leaf) in called
             else form_of(leaf)
             for leaf in leaves
         ]

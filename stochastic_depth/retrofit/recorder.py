@@ -9,6 +9,7 @@ numbers, side effects, tensors of unknown origin.
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
 
+import copy
 import dataclasses
 import enum
 import operator
@@ -25,8 +26,9 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from stochastic_depth.retrofit.called import Called, method_of, watched
 from stochastic_depth.retrofit.forms import code_of
-from stochastic_depth.retrofit.stand_in import snapshot
+from stochastic_depth.retrofit.stand_in import is_data, snapshot
 from stochastic_depth.retrofit.trace import StoredError, TraceError
 
 _CONSTANTS = (
@@ -64,7 +66,8 @@ class Edit:
         """A value (N, ...) times the weights."""
         weights = self.weights if isinstance(self.weights, (float, int, Tensor)) else self.weights(value)
         if not isinstance(weights, Tensor):
-            return value * weights
+            # What is not finite stays so times zero; a branch that does not run has no such values.
+            return value * weights if weights or value.isfinite().all() else torch.zeros_like(value)
         weights = weights.to(value.device, value.dtype)
         if value.shape[:1] != weights.shape:
             weights = weights.repeat_interleave(value.shape[0] // weights.shape[0])
@@ -110,16 +113,23 @@ def run_block(
         inlined: paths of the children whose own code is recorded as a part of the block's.
 
     Raises:
-        StoredError: if the code leaves something behind, on the block or on its arguments.
+        ChangedObjectError: if the code changes objects that it is given.
+        StoredError: if it leaves something else behind, on the block or on its arguments.
         TraceError: if it cannot be recorded for another reason.
     """
     recorder = _Recorder(block, leaves, edits or {}, inlined)
     before = _contents(block, (args, kwargs))
-    with unchanged_globals(block, inlined), recorder.watching(block):
+    with (
+        unchanged_globals(block, inlined),
+        recorder.watching(block),
+        watched(recorder.called_objects, recorder),
+    ):
         output = block.forward(*args, **kwargs)
     recorder.check_outside()
     recorder.end(output)
-    stores = _stores(before, _contents(block, (args, kwargs)), recorder.changed_by_children)
+    after = _contents(block, (args, kwargs))
+    _check_arguments(before, after, list(_containers((args, kwargs))))
+    stores = _stores(before, after, recorder.changed_by_children)
     return Run(output, recorder.graph, recorder.called, stores, recorder.constants)
 
 
@@ -140,22 +150,38 @@ def unchanged_globals(block: nn.Module, inlined: Collection[str] = ()) -> Genera
         if name in names and hasattr(value, "__next__") and not isinstance(value, type):
             raise TraceError(f"the forward may advance the iterator {name}")
     before = [
-        (space, name, space[name], snapshot(space[name]))
+        (space, name, space[name], snapshot(space[name]), copy.copy(space[name]))
         for space, name in named
         if isinstance(space[name], (*_CONSTANTS, list, dict, set)) and not isinstance(space[name], type)
     ]
     try:
         yield
     finally:
-        changed = [each for each in before if not _same(each[3], snapshot(each[0].get(each[1])))]
-        for space, name, value, contents in changed:
+        moved = [each for each in before if not _same(each[3], snapshot(each[0].get(each[1])))]
+        changed = [name for space, name, value, _, contents in moved if not _remembers(space[name], value, contents)]
+        for space, name, value, _, contents in moved:
             space[name] = value
             if isinstance(value, (list, dict, set)):
                 held = cast(Any, value)
                 held.clear()
-                (held.extend if isinstance(value, list) else held.update)(contents[1])
+                (held.extend if isinstance(value, list) else held.update)(contents)
     if changed:
-        raise StoredError(f"the forward changes the global variable {changed[0][1]}")
+        raise StoredError(f"the forward changes the global variable {changed[0]}")
+
+
+def _remembers(now: Any, value: Any, before: Any) -> bool:
+    """Whether a dictionary has only gained objects, such as what to do for a type, and no values of this call."""
+    return (
+        now is value
+        and isinstance(value, dict)
+        and all(value.get(key) is item for key, item in cast("dict[Any, Any]", before).items())
+        and not any(
+            isinstance(leaf, (Tensor, fx.Node, bool, int, float, str)) or hasattr(type(leaf), "__torch_function__")
+            for key, item in cast("dict[Any, Any]", value).items()
+            if key not in before
+            for leaf in pytree.tree_leaves(item)
+        )
+    )
 
 
 def run_with_edits(
@@ -178,7 +204,8 @@ def run_with_edits(
         edits: calls to change, by their numbers.
         inlined: see `run_block`.
     """
-    with _Recorder(block, leaves, edits, inlined).watching(block):
+    recorder = _Recorder(block, leaves, edits, inlined)
+    with recorder.watching(block), watched(recorder.called_objects, recorder):
         return forward(*args, **kwargs)
 
 
@@ -204,8 +231,30 @@ def _containers(value: Any) -> Iterator[Any]:
             yield value
         for item in list(cast("dict[Any, Any]", value).values() if isinstance(value, dict) else value):
             yield from _containers(item)
-    elif hasattr(value, "__dict__") and not callable(value):
+    elif hasattr(value, "__dict__") and not callable(value) and not isinstance(value, Called):
         yield value
+
+
+class ChangedObjectError(StoredError):
+    """The forward changes objects that it is given.
+
+    Attributes:
+        kinds: their classes; empty where there are lists among them, which have no methods of their own.
+    """
+
+    def __init__(self, values: Sequence[Any]) -> None:
+        names = ", ".join(dict.fromkeys(type(value).__name__ for value in values))
+        super().__init__(f"the forward changes a {names} that it is given")
+        self.kinds = {type(value) for value in values} if all(is_data(value) for value in values) else set[type]()
+
+
+def _check_arguments(before: dict[str, Any], after: dict[str, Any], containers: Sequence[Any]) -> None:
+    names = [name for name in {**before, **after} if name.startswith("argument ")]
+    changed = [name for name in names if not _same(before.get(name, _NOTHING), after.get(name, _NOTHING))]
+    if changed:
+        values = [containers[int(name.split()[1])] for name in changed]
+        # What holds a changed object has changed too.
+        raise ChangedObjectError([value for value in values if is_data(value)] or values)
 
 
 def _stores(before: dict[str, Any], after: dict[str, Any], by_children: set[str]) -> dict[str, Any]:
@@ -218,8 +267,6 @@ def _stores(before: dict[str, Any], after: dict[str, Any], by_children: set[str]
     changed = [name for name in names if not _same(before.get(name, _NOTHING), after.get(name, _NOTHING))]
     changed = [name for name in changed if name not in by_children]
     others = [name for name in changed if "." in name or not _is_number(after.get(name, _NOTHING))]
-    if any(name.startswith("argument ") for name in others):
-        raise StoredError("the forward changes an object or a list that it is given")
     if others:
         raise StoredError(f"the forward stores {', '.join(others)} on the block")
     return {name: after[name] for name in changed}
@@ -336,12 +383,24 @@ def _differ(a: _Outside, b: _Outside) -> bool:
     )
 
 
+class _Graph(fx.Graph):
+    """A graph whose nodes know inside of which inlined children they were made."""
+
+    inside: tuple[str, ...] = ()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        if self.inside:
+            node.meta["inlined"] = self.inside
+        return node
+
+
 class _Recorder(TorchFunctionMode):
     def __init__(
         self, block: nn.Module, leaves: Sequence[Any], edits: Mapping[int, Edit], inlined: Collection[str]
     ) -> None:
         super().__init__()
-        self.graph = fx.Graph()
+        self.graph = _Graph()
         self.called: set[str] = set()
         self.changed_by_children: set[str] = set()
         self._block = block
@@ -368,9 +427,11 @@ class _Recorder(TorchFunctionMode):
             if hasattr(value, "__dict__")
         }
         self._device = "cpu"
+        self.called_objects = [leaf for leaf in leaves if isinstance(leaf, Called)]
         for index, leaf in enumerate(leaves):
             node = self.graph.placeholder(f"argument_{index}")
-            self._bind(leaf, node)
+            node.meta["called"] = isinstance(leaf, Called)
+            self._bind(leaf, node, 0 if isinstance(leaf, Called) else 3)
             if isinstance(leaf, Tensor):
                 self._device = leaf.device.type
         self._base = self._context()
@@ -481,7 +542,10 @@ class _Recorder(TorchFunctionMode):
         """Within, the calls of the block's children and of PyTorch are recorded."""
         handles: list[Any] = []
         for path, module in block.named_modules():
-            if path and path not in self._inlined and not isinstance(module, torch.jit.ScriptModule):
+            if path in self._inlined:
+                handles.append(module.register_forward_pre_hook(self._opening(path)))
+                handles.append(module.register_forward_hook(self._close))
+            elif path and not isinstance(module, torch.jit.ScriptModule):
                 handles.append(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
                 handles.append(module.register_forward_hook(self._leaving(path), with_kwargs=True))
         try:
@@ -494,6 +558,15 @@ class _Recorder(TorchFunctionMode):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _opening(self, path: str) -> Callable[..., None]:
+        def open_(_module: nn.Module, _args: Any) -> None:
+            self.graph.inside = (*self.graph.inside, path)
+
+        return open_
+
+    def _close(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        self.graph.inside = self.graph.inside[:-1]
 
     def _enter(self, _module: nn.Module, args: Any, kwargs: Any) -> Any:
         self._inside += 1  # What is looked at here is no part of the block's code either.
@@ -527,6 +600,27 @@ class _Recorder(TorchFunctionMode):
             return output
 
         return leave
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether what runs is a part of a call that is recorded."""
+        return self._inside > 0
+
+    def call_of_object(self, value: Any, name: str, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Record a call of a method of an object that the block is given."""
+        self._inside += 1
+        try:
+            self.check_outside()
+            nodes, named = self._argument(tuple(args)), self._argument(dict(kwargs))
+            output = method(*args, **kwargs)
+            if _is_value(output):
+                raise TraceError(f"the forward decides by what a {type(value).__name__} holds ({name})")
+            node = self.graph.call_function(method_of, (self._objects[id(value)], name, *nodes), named)
+            output = self._result(node, output)
+            self._state = _outside(self._generators)
+            return output
+        finally:
+            self._inside -= 1
 
     def _edited(self, number: int, args: Any, kwargs: Any) -> tuple[Any, Any]:
         edit = self._edits.get(number)
@@ -599,7 +693,10 @@ class _Recorder(TorchFunctionMode):
         return output
 
     def _fresh(self, output: Any, changed: set[int]) -> Any:
-        """The output, with new tensors in place of those that are known already and were not changed by this call."""
+        """The output, with a new tensor in place of one that is known already and was not changed by this call.
+
+        What a call passes on beside its output, as attention does with a bias of positions, stays what it is.
+        """
 
         def new(tensor: Tensor) -> Tensor:
             known = id(tensor) in self._nodes or id(tensor) in self._held
@@ -607,6 +704,9 @@ class _Recorder(TorchFunctionMode):
 
         if isinstance(output, Tensor):
             return new(output)
+        if type(output) in (tuple, list) and output and isinstance(output[0], Tensor):
+            first, *others = cast("list[Any]", output)
+            return output if new(first) is first else type(output)([new(first), *others])
         if any(isinstance(leaf, Tensor) and new(leaf) is not leaf for leaf in pytree.tree_leaves(output)):
             return pytree.tree_map_only(Tensor, new, output)
         return output

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from stochastic_depth.residual import GatedBranch, compiled_inside, masked
 from stochastic_depth.retrofit import cuts
-from stochastic_depth.retrofit.cuts import CutError, Sum
+from stochastic_depth.retrofit.cuts import CutError, SidesError, Sum
 from stochastic_depth.retrofit.functional import FUNCTIONAL, FunctionalDropPath, put_functional
 from stochastic_depth.retrofit.sums import (
     DropPaths,
@@ -256,11 +256,15 @@ def rewrite(graph: fx.Graph, block: nn.Module, gates: BlockGates, granularity: s
             replaced[residual.add] = _gate(residual.after(replaced), key, block, gates, granularity, paths[here])
             uses.append(GatedUse(key, call, operand, scale))
         except CutError as error:
-            if here not in calls:
+            if here in calls:
+                call, operand, scale = _reference(None, calls[here])
+                _mask(calls[here], key, gates)
+            elif isinstance(error, SidesError) and isinstance(residual, Sum):
+                call, operand, scale = _reference(residual, None)
+                _mask_operand(residual.after(replaced), key, gates)
+            else:
                 raise
-            call, operand, scale = _reference(None, calls[here])
             uses.append(GatedUse(key, call, operand, scale, str(error)))
-            _mask(calls[here], key, gates)
     graph.lint()
     return compiled(graph, f"{gates.name}: the forward that runs open branches only"), uses
 
@@ -320,8 +324,8 @@ def _gate(residual: Sum, key: Key, block: nn.Module, gates: BlockGates, granular
     graph = residual.add.graph
     inner = _branch_graph(branch, residual)
     function = compiled(inner, f"{gates.name}: branch {key[0]}#{key[1] + 1}")
-    if residual.shortcut is None and branch.sides:
-        raise CutError("the branch is added to nothing and gives more than one value")
+    if branch.sides:
+        raise SidesError(f"what {branch.sides[0].args[0].target} gives beside the branch's output is used too")
     source = residual.shortcut if residual.shortcut is not None else residual.add
     if granularity == "sample":
         _check_samples(branch, source)
@@ -330,30 +334,19 @@ def _gate(residual: Sum, key: Key, block: nn.Module, gates: BlockGates, granular
     inputs = [_Input(bool(node.meta.get("samples")), node in carried) for node in branch.inputs]
     if residual.shortcut is None:
         gated_sum = _gated_value(key, paths, function, inputs, residual.add.meta["shape"])
-    elif branch.sides:
-        gated_sum = _gated_sum_and_sides(key, paths, function, inputs, len(branch.sides))
     else:
         gated_sum = _gated_sum(key, paths, function, inputs)
     with graph.inserting_before(residual.add):
         shortcut = () if residual.shortcut is None else (residual.shortcut,)
         gated_node = graph.call_function(gated_sum, (*shortcut, *branch.inputs))
     gated_node.meta.update(residual.add.meta, takes_block=True)
-    result = gated_node
-    if branch.sides:
-        with graph.inserting_before(residual.add):
-            result = graph.call_function(operator.getitem, (gated_node, 0))
-            sides = [graph.call_function(operator.getitem, (gated_node, i + 1)) for i in range(len(branch.sides))]
-        result.meta.update(residual.add.meta)
-        for side, new in zip(branch.sides, sides, strict=True):
-            side.replace_all_uses_with(new)
-            graph.erase_node(side)
-    residual.add.replace_all_uses_with(result)
+    residual.add.replace_all_uses_with(gated_node)
     graph.erase_node(residual.add)
     inner_nodes = set(branch.nodes)
     for node in reversed(list(graph.nodes)):
         if node in inner_nodes or (is_size(node) and not node.users):
             graph.erase_node(node)
-    return result
+    return gated_node
 
 
 def _check_samples(branch: cuts.Branch, shortcut: fx.Node) -> None:
@@ -368,6 +361,8 @@ def _check_samples(branch: cuts.Branch, shortcut: fx.Node) -> None:
         raise CutError("the first dimension of what the branch is added to is not one of samples")
     num_samples = shortcut.meta["shape"][0]
     for node in branch.inputs:
+        if node.meta.get("called"):
+            raise CutError("it keeps what belongs to samples in an object that it is given, such as a cache")
         shape = cast("tuple[int, ...]", node.meta.get("shape", (0,)))
         if node.meta.get("samples") and shape[0] != num_samples:
             raise CutError(
@@ -391,8 +386,7 @@ def _branch_graph(branch: cuts.Branch, residual: Sum) -> fx.Graph:
             copies[node] = copied(cast(fx.Node, node.args[0]))
         else:
             copied(node)
-    output = copies[residual.output]
-    graph.output((output, *(copied(side) for side in branch.sides)) if branch.sides else output)
+    graph.output(copies[residual.output])
     return graph
 
 
@@ -423,7 +417,7 @@ def in_training(block: nn.Module, key: Key) -> bool:
 
 
 def _gated_sum(
-    key: Key, paths: Paths, function: Callable[..., Tensor], inputs: Sequence[_Input], *, repeatable: bool = True
+    key: Key, paths: Paths, function: Callable[..., Tensor], inputs: Sequence[_Input]
 ) -> Callable[..., Tensor]:
     only = len(inputs) == 1 and inputs[0].samples
     others_at = [index for index, kind in enumerate(inputs) if not kind.carried]
@@ -445,7 +439,7 @@ def _gated_sum(
                 parts=parts,
                 training=training,
                 others=others,
-                repeatable=repeatable,
+                repeatable=True,
             )
         shared = [value for value, samples in zip(values, of_batch, strict=True) if not samples]
         own = tuple(value for value, samples in zip(values, of_batch, strict=True) if samples)
@@ -458,28 +452,6 @@ def _gated_sum(
 
     gated_sum.__name__ = f"gated_sum_{key[1]}"
     return gated_sum
-
-
-def _gated_sum_and_sides(
-    key: Key, paths: Paths, function: Callable[..., Any], inputs: Sequence[_Input], num_sides: int
-) -> Callable[..., Any]:
-    """The sum, and what else the branch's attention returns: attention maps are None where not all samples ran."""
-
-    @compiled_inside
-    def gated_sum_and_sides(block: nn.Module, shortcut: Tensor, *values: Any) -> tuple[Any, ...]:
-        seen: list[tuple[Any, ...]] = []
-
-        def first(module: nn.Module, *given: Any) -> Tensor:
-            output, *sides = function(module, *given)
-            if output.shape[0] == shortcut.shape[0]:
-                seen.append(tuple(sides))
-            return output
-
-        summed = _gated_sum(key, paths, first, inputs, repeatable=False)(block, shortcut, *values)
-        return summed, *(seen[-1] if seen else [None] * num_sides)
-
-    gated_sum_and_sides.__name__ = f"gated_sum_and_sides_{key[1]}"
-    return gated_sum_and_sides
 
 
 def _gated_value(
@@ -499,16 +471,29 @@ def _gated_value(
 
 
 def _mask(call: fx.Node, key: Key, gates: BlockGates) -> None:
+    """Put the mask in place of a drop path."""
+    call.op, call.target = "call_function", _masking(key, gates)
+    call.args = (call.args[0] if call.args else next(iter(call.kwargs.values())),)
+    call.kwargs = {}
+    call.meta["takes_block"] = True
+
+
+def _mask_operand(residual: Sum, key: Key, gates: BlockGates) -> None:
+    """Mask the branch's output where it is added."""
+    with residual.add.graph.inserting_before(residual.add):
+        output = residual.add.graph.call_function(_masking(key, gates), (residual.output,))
+    output.meta["takes_block"] = True
+    residual.add.replace_input_with(residual.output, output)
+
+
+def _masking(key: Key, gates: BlockGates) -> Code:
     @compiled_inside
     def gated_output(block: nn.Module, x: Tensor) -> Tensor:
         gates = _gates_of(block)
         return x if gates is None else masked(gates.gated[key], x, training=in_training(block, key))
 
     gated_output.__name__ = f"gated_output_{list(gates.known).index(key)}"
-    call.op, call.target = "call_function", gated_output
-    call.args = (call.args[0] if call.args else next(iter(call.kwargs.values())),)
-    call.kwargs = {}
-    call.meta["takes_block"] = True
+    return gated_output
 
 
 # Python code from a graph.

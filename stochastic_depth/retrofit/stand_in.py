@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from stochastic_depth.copies import own_class
+from stochastic_depth.retrofit.called import Called
 from stochastic_depth.retrofit.classes import Unannounced
 from stochastic_depth.retrofit.rules import is_drop_path
 from stochastic_depth.retrofit.trace import bound_anew, own_forward
@@ -90,7 +91,7 @@ def stand_in(block: nn.Module, *, own_parameters: bool = False) -> nn.Module:
         for number, hook in module._forward_pre_hooks.items():
             if type(hook).__module__.startswith("torch.nn.utils"):
                 new.__dict__["_forward_pre_hooks"][number] = hook
-        new.__dict__["_compiled_call_impl"] = None
+        new.__dict__["_compiled_call_impl"] = functools.partial(_call, new)
         new.__dict__["_parameters"] = {
             name: None if value is None else parameter_of(value) for name, value in module._parameters.items()
         }
@@ -110,6 +111,23 @@ def stand_in(block: nn.Module, *, own_parameters: bool = False) -> nn.Module:
         return new
 
     return module_of(block)
+
+
+def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A call of a stand-in: with its own hooks, and without the process's, which may count or compute something."""
+    state = module.__dict__
+    for number, hook in list(state["_forward_pre_hooks"].items()):
+        if number in state["_forward_pre_hooks_with_kwargs"]:
+            args, kwargs = hook(module, args, kwargs) or (args, kwargs)
+        else:
+            changed = hook(module, args)
+            args = args if changed is None else changed if isinstance(changed, tuple) else (changed,)
+    output = module.forward(*args, **kwargs)
+    for number, hook in list(state["_forward_hooks"].items()):
+        given = (args, kwargs) if number in state["_forward_hooks_with_kwargs"] else (args,)
+        changed = hook(module, *given, output)
+        output = output if changed is None else changed
+    return output
 
 
 def copied(attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,7 +160,7 @@ def is_data(value: Any) -> bool:
     kind = cast("type[Any]", type(value))
     return (
         hasattr(value, "__dict__")
-        and not isinstance(value, (Tensor, nn.Module, type, types.ModuleType, enum.Enum))
+        and not isinstance(value, (Tensor, nn.Module, type, types.ModuleType, enum.Enum, Called))
         and not callable(value)
         and not hasattr(kind, "__copy__")
         and not kind.__module__.startswith(("torch", "numpy", "random", "stochastic_depth"))
@@ -221,7 +239,12 @@ def _different(samples: Tensor) -> Tensor:
     flat = samples.reshape(len(samples), -1).double().nan_to_num()
     if torch.pdist(flat[:, :4096].cpu()).min() > 0:
         return samples
+    # Not what is infinite or stands for it, as in the mask of an attention.
+    ordinary = samples.abs() < _LARGE
     generator = torch.Generator().manual_seed(3)
     noise = torch.empty(samples.shape).uniform_(-1, 1, generator=generator).to(samples.device, samples.dtype)
-    scale = float(flat.std())
-    return samples + noise * (scale if scale > 0 else 1.0)
+    scale = float(samples[ordinary].double().std()) if int(ordinary.sum()) > 1 else 0.0
+    return torch.where(ordinary, samples + noise * (scale if scale > 0 else 1.0), samples)
+
+
+_LARGE = 1e4

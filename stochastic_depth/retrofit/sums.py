@@ -97,7 +97,7 @@ def find_sums(graph: fx.Graph, block: nn.Module, drop_paths: Sequence[str]) -> d
     cuts.name_values_changed_in_place(graph, block)
     cuts.spell_out_additions(graph, block)
     if not drop_paths:
-        additions = cuts.residual_sums(graph, block)
+        additions = [residual for residual in cuts.residual_sums(graph, block) if not _broadcasts(residual)]
         return {("", index): _separable(residual, block) for index, residual in enumerate(additions)}
     found: dict[Key, Sum | CutError] = {}
     for call in calls_of(graph, drop_paths).values():
@@ -108,6 +108,12 @@ def find_sums(graph: fx.Graph, block: nn.Module, drop_paths: Sequence[str]) -> d
         except CutError as error:
             found[key] = error
     return found
+
+
+def _broadcasts(residual: Sum) -> bool:
+    """Whether a sum is known to have another shape than its shortcut, which cannot stand for it then."""
+    shortcut = None if residual.shortcut is None else residual.shortcut.meta.get("shape")
+    return shortcut is not None and shortcut != residual.add.meta.get("shape", shortcut)
 
 
 def known_sums(graph: fx.Graph, block: nn.Module, drop_paths: Sequence[str]) -> dict[Key, Sum | CutError]:

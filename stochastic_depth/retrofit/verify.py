@@ -59,11 +59,14 @@ class Verification:
         return "\n".join(lines)
 
 
+Call = Callable[[], Any]
+
+
 def verify(
     root: nn.Module,
     passes: GateDraws,
     branches: Sequence[Branch],
-    inputs: Sequence[Any],
+    call: Call,
     cause_of: CauseOf,
     skipped_grad: SkippedGrad,
 ) -> Verification:
@@ -73,7 +76,7 @@ def verify(
         root: the stochastic model.
         passes: its passes.
         branches: its branches.
-        inputs: arguments of a forward.
+        call: runs the model on an example.
         cause_of: says why a branch is masked.
         skipped_grad: what the parameters of a branch that did not run get.
     """
@@ -81,22 +84,22 @@ def verify(
     before = passes.forced, passes.counter, passes.latest
     with undisturbed(root):
         try:
-            of_outputs, of_gradients = _compare_with_masks(root, passes, branches, inputs, skipped_grad)
+            of_outputs, of_gradients = _compare_with_masks(root, passes, branches, call, skipped_grad)
             with torch.no_grad(), _Watch(root, passes, branches) as watch:
                 root.eval()
-                reached = watch.run(root, inputs, (True,) * len(branches))
+                reached = watch.run(root, call, (True,) * len(branches))
                 _refuse(passes, set(every) - reached.branches, "never reached by this input")
                 masked = {index for index in every if cause_of(branches[index])}
-                closed = watch.run(root, inputs, (False,) * len(branches))
+                closed = watch.run(root, call, (False,) * len(branches))
                 _refuse(passes, closed.branches - masked, "run although their gates are closed")
                 for index in every:
                     # Also one by one: a gate that opens with another branch's would pass the test above.
-                    alone = watch.run(root, inputs, tuple(other == index for other in every))
+                    alone = watch.run(root, call, tuple(other == index for other in every))
                     others = alone.branches - {index} - masked
                     _refuse(passes, others, f"run where only {passes.names[index]!r} is open")
-                first = watch.run(root, inputs, None)
+                first = watch.run(root, call, None)
                 _refuse(passes, set(every) - first.branches, "not run in evaluation")
-                second = watch.run(root, inputs, None)
+                second = watch.run(root, call, None)
         finally:
             passes.forced, passes.counter, passes.latest = before
     if not all(_same(a, b) for a, b in zip(first.outputs, second.outputs, strict=True)):
@@ -112,7 +115,7 @@ def _compare_with_masks(
     root: nn.Module,
     passes: GateDraws,
     branches: Sequence[Branch],
-    inputs: Sequence[Any],
+    call: Call,
     skipped_grad: SkippedGrad,
 ) -> tuple[float, float]:
     """Largest deviations of outputs and gradients from the model's own code under masks, in both modes.
@@ -127,7 +130,7 @@ def _compare_with_masks(
         ("every second gate closed", tuple(index % 2 == 0 for index in every)),
     ]
     # A branch inside of another draws for the samples that it sees, which are all of them under masks.
-    if passes.granularity == "batch" or not _is_nested(root, passes, inputs):
+    if passes.granularity == "batch" or not _is_nested(passes, call):
         patterns.append(("gates that are drawn", None))
     counter = passes.counter
     worst_output, worst_gradient = 0.0, 0.0
@@ -140,7 +143,7 @@ def _compare_with_masks(
                     passes.forced, passes.counter = gates, counter
                     token = masks_only.set(masks)
                     try:
-                        outcomes.append(_outcome(root, inputs))
+                        outcomes.append(_outcome(root, call))
                     finally:
                         masks_only.reset(token)
                 where = f"in {'training' if training else 'evaluation'} with {name}"
@@ -151,7 +154,7 @@ def _compare_with_masks(
     return worst_output, worst_gradient
 
 
-def _is_nested(root: nn.Module, passes: GateDraws, inputs: Sequence[Any]) -> bool:
+def _is_nested(passes: GateDraws, call: Call) -> bool:
     """Whether a branch lies inside of another."""
     depths: list[int] = []
     running: list[int] = []
@@ -166,7 +169,7 @@ def _is_nested(root: nn.Module, passes: GateDraws, inputs: Sequence[Any]) -> boo
 
     with torch.no_grad(), observed(passes, run):
         passes.forced = (True,) * len(passes.names)
-        root(*inputs)
+        call()
     return max(depths, default=0) > 1
 
 
@@ -187,9 +190,9 @@ class _Outcome:
     without: list[str]
 
 
-def _outcome(root: nn.Module, inputs: Sequence[Any]) -> _Outcome:
+def _outcome(root: nn.Module, call: Call) -> _Outcome:
     with torch.enable_grad():
-        outputs = [leaf for leaf in tree_leaves(root(*inputs)) if isinstance(leaf, Tensor)]
+        outputs = [leaf for leaf in tree_leaves(call()) if isinstance(leaf, Tensor)]
         ends = [leaf for leaf in outputs if leaf.requires_grad]
         named = {name: parameter for name, parameter in root.named_parameters() if parameter.requires_grad}
         if not ends or not named:
@@ -213,7 +216,7 @@ def _deviations(expected: _Outcome, actual: _Outcome, where: str) -> tuple[float
     Raises:
         RuntimeError: if they are more than rounding.
     """
-    # Where a branch did not run, the attention map that it would return is None.
+    # A cache does not hold what a branch that did not run would have put there.
     outputs = zip(expected.outputs, actual.outputs, strict=False)
     if len(expected.outputs) != len(actual.outputs):
         outputs = [next(outputs)]
@@ -310,10 +313,10 @@ class _Watch:
         self._ran.add(index)
         return branch(x)
 
-    def run(self, root: nn.Module, inputs: Sequence[Any], gates: tuple[bool, ...] | None) -> _Run:
+    def run(self, root: nn.Module, call: Call, gates: tuple[bool, ...] | None) -> _Run:
         self._ran.clear()
         self._passes.forced = gates
         with Meter(root) as meter:
-            output = root(*inputs)
+            output = call()
         outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         return _Run(set(self._ran), outputs, sum(meter.flops.values()))

@@ -158,10 +158,8 @@ def test_a_budget_of_flops_is_met_and_as_much_is_kept_as_it_allows(share: float)
         assert num_kept == 9
 
 
-@pytest.mark.filterwarnings("ignore::stochastic_depth.MaskedBranchWarning")
 @torch.no_grad()
 def test_flops_are_counted_where_a_block_is_given_a_view_of_a_parameter() -> None:
-    pytest.xfail("a proof of CaiT's block fails while FLOPs are counted: masked with a warning (issue 14)")
     model = awake(timm_model("cait"))  # its class token
     sd.make_stochastic_(model, sd.linear_decay(0.5))
     x = plain_models.images()

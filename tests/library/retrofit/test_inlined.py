@@ -315,3 +315,27 @@ def test_a_subnetwork_goes_without_the_branch() -> None:
     kept = {name.rpartition(".")[0] for name, _ in smaller.named_parameters()}
     assert "0.attention.output.dense" in kept
     assert not any(name.startswith(("0.intermediate", "1.attention.output.dense")) for name in kept)
+
+
+class DecidesByValues(nn.Module):
+    """Code that is understood only as it runs: an attention block that looks at its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.handed = Attention(), Handed()
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert len(x.shape) == 3
+        return self.handed(self.attention(x)[0], x)
+
+
+def test_found_as_an_example_goes_through_the_code() -> None:
+    original = awake(nn.Sequential(DecidesByValues(), Layer())).train()
+    model = copy.deepcopy(original)
+    depth = sd.make_stochastic_(model, sd.uniform(0.5), inputs=[features()])
+    assert depth.names == ["0#1", "1.attention#1", "1#1"]
+    gates = [False, True, False]
+    with depth.gates(gates):
+        reference = multiplied(original, ["1.attention.output.dropout", "1.output.dropout"], gates[1:])
+        reference.get_submodule("0.attention").register_forward_hook(lambda *args: (args[2][0] * 0.0, args[2][1]))
+        assert_same(model, reference, features())

@@ -1,0 +1,93 @@
+"""Objects that a block is given and that its code calls, such as a cache of keys and values.
+
+A recording holds the values that a call's tensors are computed to, not what happens inside of such an object. So each
+call of one of its methods is a single call of the recording, made anew on the object that the block is given then. Code
+that looks into the object itself decides by what it has become, and is refused.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, cast
+
+from stochastic_depth.retrofit.trace import PLAIN_TYPES, TraceError
+
+
+class Watcher(Protocol):
+    """What is told of the calls of an object's methods."""
+
+    def call_of_object(self, value: Any, name: str, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Make the call, and give what it gives."""
+        ...
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the code that runs is a part of a call already."""
+        ...
+
+
+class Called:
+    """Marks the class of an object whose methods are single calls."""
+
+
+def as_called(value: Any) -> None:
+    """Let an object tell its watcher of the calls of its methods; whoever has no watcher notices nothing."""
+    if not isinstance(value, Called):
+        object.__setattr__(value, "__class__", _called_class(type(value)))
+
+
+@contextmanager
+def called(values: Collection[Any]) -> Iterator[None]:
+    """Within, these objects tell their watchers."""
+    for value in values:
+        as_called(value)
+    try:
+        yield
+    finally:
+        for value in values:
+            object.__setattr__(value, "__class__", type(value).__mro__[2])
+
+
+@contextmanager
+def watched(values: Collection[Any], watcher: Watcher) -> Iterator[None]:
+    """Within, `watcher` is told of what code does with these objects."""
+    for value in values:
+        object.__getattribute__(value, "__dict__")[_WATCHER] = watcher
+    try:
+        yield
+    finally:
+        for value in values:
+            del object.__getattribute__(value, "__dict__")[_WATCHER]
+
+
+_WATCHER = "_stochastic_depth_watcher"
+
+
+@functools.cache
+def _called_class(kind: type) -> type:
+    def getattribute(self: Any, name: str) -> Any:
+        value = kind.__getattribute__(self, name)
+        watcher: Watcher | None = object.__getattribute__(self, "__dict__").get(_WATCHER)
+        if watcher is None or watcher.is_inside or name.startswith("__"):
+            return value
+        if isinstance(value, types.MethodType):
+            return lambda *args, **kwargs: watcher.call_of_object(self, name, value, args, kwargs)  # pyright: ignore
+        if isinstance(value, PLAIN_TYPES) and not isinstance(getattr(kind, name, None), property):
+            return value
+        raise TraceError(
+            f"the forward looks into the {kind.__name__} that it is given, which changes with every call: leave it out "
+            "in training (use_cache=False, where it is a cache)"
+        )
+
+    def fill(space: dict[str, Any]) -> None:
+        space.update(__getattribute__=getattribute, __module__=kind.__module__, __qualname__=kind.__qualname__)
+
+    return cast(type, types.new_class(kind.__name__, (Called, kind), {}, fill))
+
+
+def method_of(value: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+    """A call of an object's method."""
+    return getattr(value, name)(*args, **kwargs)

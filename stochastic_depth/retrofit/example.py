@@ -1,0 +1,110 @@
+"""Reads the code of a model's blocks as an example goes through it, where it is given one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils._pytree import tree_map  # pyright: ignore
+
+from stochastic_depth.cost import undisturbed
+from stochastic_depth.retrofit.proof import arguments_anew, copy_of_object, private
+from stochastic_depth.retrofit.quiet import without_noise
+from stochastic_depth.retrofit.recorder import ChangedObjectError, run_block
+from stochastic_depth.retrofit.stand_in import stand_in
+from stochastic_depth.retrofit.trace import TraceError, flatten, unflatten
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the code of a block does in one call; see `trace.Recording`."""
+
+    graph: fx.Graph
+
+
+class Example:
+    """The calls that an example makes of each module of a model, in training and in evaluation.
+
+    Args:
+        model: the model; it is run twice, without noise and without traces.
+        inputs: arguments of its forward.
+
+    Raises:
+        ValueError: if the model cannot be run on them.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Sequence[Any] | Mapping[str, Any]) -> None:
+        args, named = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
+        self._calls: dict[tuple[nn.Module, bool], Arguments] = {}
+        modes = {module: module.training for module in model.modules()}
+        training = False
+
+        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if (module, training) not in self._calls:
+                self._calls[module, training] = tree_map(copy_of_object, (args, kwargs))
+
+        hooks = [module.register_forward_pre_hook(note, with_kwargs=True, prepend=True) for module in modes]
+        try:
+            with undisturbed(model), torch.enable_grad():
+                for training in (True, False):
+                    for module in modes:
+                        module.training = training
+                    given, given_named = tree_map(copy_of_object, (args, named))
+                    with without_noise(model):
+                        model(*given, **given_named)
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError) as error:
+            first = (str(error).splitlines() or [""])[0]
+            raise ValueError(f"The model fails on inputs ({type(error).__name__}: {first}).") from error
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def recordings(self, block: nn.Module, inlined: Collection[str] = ()) -> Iterator[Reading]:
+        """What the code of a block does in the calls that the example makes of it.
+
+        Args:
+            block: the block.
+            inlined: paths of the children whose own code is read as a part of the block's.
+
+        Raises:
+            TraceError: if none of them can be recorded, or there is none.
+        """
+        first_error: TraceError | None = None
+        num_recorded = 0
+        for training in (True, False):
+            if (block, training) not in self._calls:
+                continue
+            try:
+                graph = _recorded(block, self._calls[block, training], inlined, training=training)
+            except TraceError as error:
+                first_error = first_error or error
+                continue
+            num_recorded += 1
+            yield Reading(graph)
+        if not num_recorded:
+            raise first_error or TraceError("the example never calls it")
+
+
+def _recorded(block: nn.Module, arguments: Arguments, inlined: Collection[str], *, training: bool) -> fx.Graph:
+    leaves: list[Any] = []
+    signature = flatten(arguments, leaves)
+    trial = stand_in(block)
+    for module in trial.modules():
+        module.training = training and not isinstance(module, nn.modules.batchnorm._BatchNorm)  # pyright: ignore
+
+    def run(called: set[type]) -> fx.Graph:
+        args, kwargs, own = arguments_anew(signature, leaves, {}, called, unflatten)()
+        return run_block(trial, args, kwargs, own, inlined=inlined).graph
+
+    with private():
+        try:
+            return run(set())
+        except ChangedObjectError as error:
+            if not error.kinds:
+                raise
+            return run(error.kinds)

@@ -1,0 +1,151 @@
+"""`make_stochastic_(..., inputs=...)`: branches are found as an example runs through the model's code.
+
+The reference is each model's own formula with its gates written into it, in float64.
+"""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stochastic_depth as sd
+
+D = 6
+
+
+class DropPath(nn.Module):
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.drop_prob = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        keep = 1 - self.drop_prob
+        return x * x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(keep) / keep
+
+
+def linear() -> nn.Linear:
+    return nn.Linear(D, D)
+
+
+def data(*sizes: int, seed: int = 0) -> Tensor:
+    return torch.randn(*sizes, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+class ByRank(nn.Module):
+    """Does something else for volumes than for images, as SwinUNETR does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g, self.drop_path = linear(), linear(), DropPath(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        sizes = x.size()
+        last = {3: 2, 4: 3}[len(sizes)]
+        x = x + self.drop_path(self.f(x).tanh())
+        return x + self.drop_path(self.g(x).sum(last, keepdim=True))
+
+    def gated(self, x: Tensor, first: float, second: float) -> Tensor:
+        x = x + first * self.f(x).tanh()
+        return x + second * self.g(x).sum(-1, keepdim=True)
+
+
+class Rolling(nn.Module):
+    """Whose code no symbol goes through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.f = nn.BatchNorm1d(D), linear()
+
+    def forward(self, x: Tensor, *, shift: int = 1) -> Tensor:
+        return x + self.f(self.norm(x.roll(shift * {1: 0, 2: 1}[len(x.size()[:2])], 0)))
+
+
+def test_uses_of_a_drop_path_are_told_apart() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(ByRank(), ByRank()).double(), data(4, 2, 3)
+    depth = sd.make_stochastic_(net, inputs=[x], granularity="batch")
+    assert list(depth.names) == ["0.drop_path#1", "0.drop_path#2", "1.drop_path#1", "1.drop_path#2"]
+    for gates in itertools.product((True, False), repeat=4):
+        with depth.gates(gates):
+            output = net(x)
+        first = net[0].gated(x, 2.0 * gates[0], 2.0 * gates[1])
+        assert_same(output, net[1].gated(first, 2.0 * gates[2], 2.0 * gates[3]))
+    assert depth.masked == []
+    assert depth.verify(x).num_masked == 0
+
+
+def test_additions_are_found_in_code_that_no_symbol_goes_through() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(Rolling(), Rolling()).double(), data(4)
+    with pytest.raises(ValueError, match=r"Give inputs=\[\.\.\.\] of an example"):
+        sd.make_stochastic_(copy.deepcopy(net), sd.uniform(0.5))
+    state, random = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), inputs=[x])
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items()), "no statistics move"
+    assert torch.equal(torch.get_rng_state(), random)
+    assert net.training
+    assert not net[0]._forward_pre_hooks
+    with depth.gates([True, False]):
+        output = net(x)
+    normed = (x.roll(1, 0) - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt()
+    assert_same(output, x + net[0].f(normed))
+
+
+class Sometimes(nn.Module):
+    """Calls one of its blocks in training only, and one never."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = Rolling(), Rolling(), Rolling()
+
+    def forward(self, x: Tensor, *, scale: float) -> Tensor:
+        x = self.first(x * scale)
+        return self.second(x) if self.training else x
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_the_example_calls_in_either_mode_is_found(training: bool) -> None:
+    net = Sometimes().double().train(training)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), inputs={"x": data(4), "scale": 2.0})
+    assert list(depth.names) == ["first#1", "second#1"]
+    assert "third (Rolling): not looked into, the example never calls it" in str(depth)
+
+
+class Expanding(nn.Module):
+    """Adds to a row: the sum has another shape than what it is added to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.row, self.f, self.g = linear(), linear(), linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.row(x.mean(1, keepdim=True)) + self.f(x)
+        return x + self.g(x)
+
+
+def test_a_sum_of_another_shape_is_no_branch() -> None:
+    net, x = nn.Sequential(Expanding()).double(), data(4, 3)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), inputs=[x])
+    assert list(depth.names) == ["0#1"]
+    with depth.gates([False]):
+        assert_same(net(x), net[0].row(x.mean(1, keepdim=True)) + net[0].f(x))
+
+
+def test_bad_examples_are_one_line_and_change_nothing() -> None:
+    net = nn.Sequential(ByRank()).double()
+    with pytest.raises(TypeError, match="inputs must be the arguments of a forward"):
+        sd.make_stochastic_(net, inputs=data(4, 2))
+    with pytest.raises(ValueError, match="The model fails on inputs") as caught:
+        sd.make_stochastic_(net, inputs=[torch.zeros(4, 2, D + 1, dtype=torch.float64)])
+    assert "\n" not in str(caught.value)
+    assert type(net) is nn.Sequential
+    assert type(net[0]) is ByRank
+    assert not net[0]._forward_pre_hooks

@@ -1,0 +1,363 @@
+"""What lies around a block's tensors: caches that it is given, what attention gives beside its output, tables, masks.
+
+The reference is each model's own formula with its gates written into it, in float64.
+"""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaModel, T5Config, T5Model
+
+import stochastic_depth as sd
+
+D = 6
+
+
+def linear() -> nn.Linear:
+    return nn.Linear(D, D)
+
+
+def data(*sizes: int, seed: int = 0) -> Tensor:
+    return torch.randn(*sizes, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def patterns(num: int) -> list[tuple[bool, ...]]:
+    return list(itertools.product((True, False), repeat=num))
+
+
+# ---------------------------------------- objects that it calls
+
+
+class Cache:
+    def __init__(self) -> None:
+        self.keys: dict[int, Tensor] = {}
+
+    def update(self, keys: Tensor, index: int) -> Tensor:
+        before = self.keys.get(index)
+        self.keys[index] = keys if before is None else torch.cat([before, keys], 1)
+        return self.keys[index]
+
+    def length(self) -> int:
+        return len(self.keys)
+
+
+class Caching(nn.Module):
+    """Keeps its keys in a cache that it is given."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.index, self.key, self.out = index, linear(), linear()
+
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        keys = self.key(x)
+        if cache is not None:
+            keys = cache.update(keys, self.index)
+        return x + self.out(keys.tanh().mean(1, keepdim=True))
+
+
+class CachingNet(nn.Module):
+    def __init__(self, kind: type[nn.Module] = Caching) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(kind(index) for index in range(3))
+
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        for block in self.blocks:
+            x = block(x, cache=cache)
+        return x
+
+    def gated(self, x: Tensor, gates: tuple[bool, ...]) -> tuple[Tensor, dict[int, Tensor]]:
+        kept: dict[int, Tensor] = {}
+        for block, gate in zip(self.blocks, gates, strict=True):
+            if gate:
+                kept[block.index] = block.key(x)
+                x = x + block.out(kept[block.index].tanh().mean(1, keepdim=True))
+        return x, kept
+
+
+def test_a_cache_is_called_as_often_as_the_branches_that_run() -> None:
+    torch.manual_seed(0)
+    net, x = CachingNet().double(), data(2, 3)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5))
+    for gates in patterns(3):
+        cache = Cache()
+        with depth.gates(gates):
+            output = net(x, cache)
+        expected, kept = net.gated(x, gates)
+        assert_same(output, expected)
+        assert cache.keys.keys() == kept.keys()
+        assert type(cache) is Cache
+        assert vars(cache).keys() == {"keys"}
+        for index, keys in kept.items():
+            assert_same(cache.keys[index], keys)
+    assert depth.masked == []
+
+
+def test_what_a_cache_holds_makes_no_new_form() -> None:
+    net, x, cache = CachingNet().double(), data(2, 3), Cache()
+    depth = sd.make_stochastic_(net, sd.uniform(0.5))
+    with depth.gates([True] * 3):
+        net(x, cache)
+        net(x, Cache())
+        known = net.blocks[0]._stochastic_depth_branch.forms
+        num_runs = known.num_runs
+        net(x, Cache())
+        net(x, cache)  # It holds twice as many keys now.
+        assert cache.keys[0].shape == (2, 6, D)
+        assert known.num_runs == num_runs
+
+
+def test_verify_runs_the_own_code_with_a_cache() -> None:
+    net = CachingNet().double()
+    depth = sd.make_stochastic_(net, sd.uniform(0.5))
+    cache = Cache()
+    assert depth.verify(data(2, 3), cache).num_masked == 0
+    assert type(cache) is Cache
+
+
+class Peeking(Caching):
+    """Decides by what the cache holds."""
+
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        keys = self.key(x)
+        if cache is not None:
+            keys = cache.update(keys, self.index) if cache.length() < 2 else keys
+        return x + self.out(keys.mean(1, keepdim=True))
+
+
+class LookingInto(Caching):
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        keys = self.key(x)
+        if cache is not None:
+            cache.keys[self.index] = keys
+        return x + self.out(keys.mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "cause"), [(Peeking, "decides by what a Cache holds"), (LookingInto, "looks into the Cache .*use_cache")]
+)
+def test_code_that_looks_into_a_cache_is_refused(kind: type[nn.Module], cause: str) -> None:
+    net, cache = CachingNet(kind).double(), Cache()
+    sd.make_stochastic_(net, sd.uniform(0.5))
+    with pytest.raises(RuntimeError, match=cause):
+        net(data(2, 3), cache)
+    assert cache.keys == {}
+
+
+class DropPath(nn.Module):
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.drop_prob = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.new_empty(x.shape[0], 1, 1).bernoulli_(1 - self.drop_prob) / (1 - self.drop_prob)
+
+
+class CachingSamples(Caching):
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self.drop_path = DropPath(0.5)
+
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        keys = self.key(x) if cache is None else cache.update(self.key(x), self.index)
+        return x + self.drop_path(self.out(keys.tanh().mean(1, keepdim=True)))
+
+
+def test_a_cache_of_samples_is_kept_whole() -> None:
+    net, cache, x = CachingNet(CachingSamples).double(), Cache(), data(4, 3)
+    depth = sd.make_stochastic_(net, granularity="sample")
+    gates = [torch.tensor(gate) for gate in ([1, 0, 1, 0], [0, 0, 1, 1], [0, 0, 0, 0])]
+    with depth.gates([gate.bool() for gate in gates]), pytest.warns(sd.MaskedBranchWarning, match="such as a cache"):
+        output = net(x, cache)
+    expected = x
+    for block, gate in zip(net.blocks, gates, strict=True):
+        keys = block.key(expected)
+        assert_same(cache.keys[block.index], keys)
+        expected = expected + 2 * gate.view(-1, 1, 1) * block.out(keys.tanh().mean(1, keepdim=True))
+    assert_same(output, expected)
+
+
+def test_a_language_model_trains_with_its_default_cache() -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    net, tokens = LlamaModel(config).double().train(), torch.arange(10).view(2, 5)
+    assert net.config.use_cache
+    depth = sd.make_stochastic_(net, sd.uniform(0.5))
+    with depth.gates([True, False, False, True]):
+        output = net(tokens)
+    first, second = net.layers
+    embedded = net.embed_tokens(tokens)
+    position = net.rotary_emb(embedded, torch.arange(5)[None])
+    mask = torch.full((5, 5), float("-inf"), dtype=torch.float64).triu(1)[None, None]
+    x = embedded + first.self_attn(first.input_layernorm(embedded), position, mask)[0]
+    x = x + second.mlp(second.post_attention_layernorm(x))
+    assert_same(output.last_hidden_state, net.norm(x))
+    assert output.past_key_values.layers[0].keys.shape[2] == 5
+
+
+# ---------------------------------------- what attention gives beside its output
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.bias = linear(), nn.Parameter(torch.randn(D))
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        bias = self.bias * x.shape[1] if bias is None else bias
+        return self.f(x) + bias, bias
+
+
+class Biased(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention()
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        output, bias = self.attention(x, bias)
+        return x + output, bias
+
+
+class BiasedNet(nn.Module):
+    """The first block makes the bias of all, as in T5 and WavLM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Biased() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None
+        for block in self.blocks:
+            x, bias = block(x, bias)
+        return x
+
+    def gated(self, x: Tensor, gates: tuple[bool, ...]) -> Tensor:
+        bias = self.blocks[0].attention.bias * x.shape[1]
+        for block, gate in zip(self.blocks, gates, strict=True):
+            x = x + gate * (block.attention.f(x) + bias)
+        return x
+
+
+def test_a_bias_that_others_use_is_there_where_its_branch_is_closed() -> None:
+    torch.manual_seed(0)
+    net, x = BiasedNet().double(), data(2, 3)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5))
+    with pytest.warns(sd.MaskedBranchWarning, match="what attention gives beside the branch's output"):
+        net(x)
+    assert [name for name, _ in depth.masked] == ["blocks.0#1"], "the others pass the bias on"
+    for gates in patterns(3):
+        with depth.gates(gates):
+            output = net(x)
+        expected = net.gated(x, gates)
+        assert_same(output, expected)
+        ours = torch.autograd.grad(output.square().sum(), list(net.parameters()), allow_unused=True)
+        theirs = torch.autograd.grad(expected.square().sum(), list(net.parameters()), allow_unused=True)
+        for mine, its in zip(ours, theirs, strict=True):
+            if its is not None and its.any():
+                assert_same(mine, its)
+
+
+def test_only_the_attention_of_t5_that_makes_the_bias_is_masked() -> None:
+    torch.manual_seed(0)
+    options = {"vocab_size": 20, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+    net, tokens = T5Model(T5Config(**options, dropout_rate=0.0)).double().train(), torch.arange(10).view(2, 5)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5))
+    with pytest.warns(sd.MaskedBranchWarning):
+        report = depth.verify(input_ids=tokens, decoder_input_ids=tokens)
+    assert report.num_masked == 3
+    masked = {name for name, _ in depth.masked}
+    assert masked == {"encoder.block.0.layer.0#1", "decoder.block.0.layer.0#1", "decoder.block.0.layer.1#1"}
+
+
+# ---------------------------------------- tables, masks and others' hooks
+
+TABLE: dict[type, object] = {}
+
+
+class Backend:
+    def apply(self, x: Tensor) -> Tensor:
+        return x.tanh()
+
+
+class Looking(nn.Module):
+    """Looks up in a global table what to do with a type, as einops does, and fills the table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if type(x) not in TABLE:
+            TABLE[type(x)] = Backend()
+        return x + self.f(TABLE[type(x)].apply(x))
+
+
+def test_a_table_of_types_stays_what_it_is() -> None:
+    TABLE.clear()
+    TABLE[int] = known = Backend()
+    net, x = nn.Sequential(Looking(), Looking()).double(), data(4)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5))
+    assert {int: known} == TABLE
+    with depth.gates([True, False]):
+        assert_same(net(x), x + net[0].f(x.tanh()))
+    assert all(isinstance(value, Backend) for value in TABLE.values())
+
+
+class Masked(nn.Module):
+    """Attention with an additive mask that holds the lowest number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.v = linear(), linear()
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        weights = (self.q(x) @ x.transpose(1, 2) + mask).softmax(-1)
+        return x + weights @ self.v(x)
+
+
+@pytest.mark.parametrize("lowest", [torch.finfo(torch.float64).min, -float("inf"), -1e4])
+def test_an_additive_mask_is_proven_as_it_is(lowest: float) -> None:
+    net, x = nn.ModuleList([Masked(), Masked()]).double(), data(3, 4)
+    net.forward = lambda x, mask: net[1](net[0](x, mask), mask)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5))
+    mask = torch.full((4, 4), lowest, dtype=torch.float64).triu(1).expand(3, 4, 4)
+    with depth.gates([True, False]):
+        output = net(x, mask)
+    assert_same(output, x + (net[0].q(x) @ x.transpose(1, 2) + mask).softmax(-1) @ net[0].v(x))
+
+
+class NotFinite(nn.Module):
+    """Whose branch is not finite for some samples, as attention is where all is masked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x) / (x * 0)
+
+
+def test_a_closed_branch_gives_no_nan() -> None:
+    net, x = nn.Sequential(NotFinite(), NotFinite()).double(), data(4)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5))
+    with depth.gates([False, False]):
+        assert_same(net(x), x)
+
+
+def test_hooks_of_the_process_stay_out_of_a_proof() -> None:
+    """A FLOP counter registers hooks on all modules, which call functions of PyTorch where there are gradients."""
+    net, x = CachingNet(CachingSamples).double(), data(4, 3).requires_grad_()
+    depth = sd.make_stochastic_(net, granularity="batch")
+    with depth.gates([True, False, True]), FlopCounterMode(display=False) as counter:
+        net(x)
+    assert depth.masked == []
+    assert counter.get_total_flops() == 2 * 2 * (4 * 3 * D * D + 4 * D * D)
