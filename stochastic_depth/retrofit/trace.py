@@ -446,6 +446,10 @@ class _Symbol(fx.Proxy):
     def __float__(self) -> float:
         return float(int(self))
 
+    def __len__(self) -> int:
+        # The error by which `(*shape, 1)` goes on without a hint; that of `fx.Proxy` would end it.
+        raise TypeError("the forward asks for a length")
+
     def __hash__(self) -> int:
         return id(self)
 
