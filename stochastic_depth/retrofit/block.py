@@ -22,8 +22,8 @@ from stochastic_depth.retrofit.called import called
 from stochastic_depth.retrofit.cuts import CutError
 from stochastic_depth.retrofit.forms import Reads, fingerprint, form_of_leaves, settings
 from stochastic_depth.retrofit.proof import FixedGates, ProofError, arguments_anew, private, prove
-from stochastic_depth.retrofit.recorder import ChangedObjectError, Edit, Run, run_block, run_with_edits
-from stochastic_depth.retrofit.rewrite import Code, GatedUse, generalize, in_training, rewrite, skeleton
+from stochastic_depth.retrofit.recorder import ChangedObjectError, Run, run_block, run_with_edits
+from stochastic_depth.retrofit.rewrite import Code, GatedUse, edits_of, generalize, in_training, rewrite, skeleton
 from stochastic_depth.retrofit.rules import drop_path_rule
 from stochastic_depth.retrofit.stand_in import stand_in
 from stochastic_depth.retrofit.sums import BranchParts, DropPaths, Identity, Key, Paths, find_sums
@@ -208,7 +208,7 @@ class BlockBranches:
 
             return of
 
-        edits = {use.call: Edit(use.operand, weights(use)) for use in prepared.uses}
+        edits = edits_of(prepared.uses, weights)
         objects = [leaf for leaf in leaves if type(leaf) in self.forms.called]
         with _passing_drop_paths(), called(objects):
             return run_with_edits(block, own_forward(block, block), args, kwargs, leaves, edits, self.inlined)

@@ -20,8 +20,8 @@ from stochastic_depth.gate_draws import CLOSED, Gate
 from stochastic_depth.residual import GatedBranch
 from stochastic_depth.retrofit.called import as_called
 from stochastic_depth.retrofit.quiet import quiet
-from stochastic_depth.retrofit.recorder import Edit, run_block
-from stochastic_depth.retrofit.rewrite import Code, GatedUse
+from stochastic_depth.retrofit.recorder import Edits, run_block
+from stochastic_depth.retrofit.rewrite import Code, GatedUse, edits_of
 from stochastic_depth.retrofit.stand_in import sample_leaf
 from stochastic_depth.retrofit.sums import Key
 from stochastic_depth.retrofit.trace import TraceError
@@ -159,7 +159,7 @@ def prove(
     for name, pattern in patterns:
         for key, gate in pattern.items():
             fixed.pattern[gated[key].index] = gate
-        edits = {use.call: Edit(use.operand, _weights(pattern[use.key], gated[use.key], use.scale)) for use in uses}
+        edits = edits_of(uses, lambda use: _weights(pattern[use.key], gated[use.key], use.scale))  # noqa: B023
         expected = _own_outcome(block, call, edits, inlined)
         _, _, leaves = call()
         # Where a branch mixes what it is taken to keep apart, it fails or gives something else on some of the samples.
@@ -180,7 +180,7 @@ def prove(
 _SOME = "run on some of the samples"
 
 
-def _own_outcome(block: nn.Module, call: _Call, edits: Mapping[int, Edit], inlined: Collection[str]) -> _Outcome:
+def _own_outcome(block: nn.Module, call: _Call, edits: Edits, inlined: Collection[str]) -> _Outcome:
     args, kwargs, leaves = call()
 
     def run(given: list[Any]) -> Any:

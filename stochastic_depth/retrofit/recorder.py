@@ -74,6 +74,10 @@ class Edit:
         return value * weights.view(-1, *[1] * (value.dim() - 1))
 
 
+Edits = Mapping[int, Sequence[Edit]]
+"""Changes of calls, by the numbers of these; parallel branches may be two operands of one."""
+
+
 @dataclass
 class Run:
     """A run of a block's code.
@@ -99,7 +103,7 @@ def run_block(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     leaves: Sequence[Any],
-    edits: Mapping[int, Edit] | None = None,
+    edits: Edits | None = None,
     inlined: Collection[str] = (),
 ) -> Run:
     """Run a stand-in's own code and record what it does.
@@ -190,7 +194,7 @@ def run_with_edits(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     leaves: Sequence[Any],
-    edits: Mapping[int, Edit],
+    edits: Edits,
     inlined: Collection[str] = (),
 ) -> Any:
     """What a block's own code gives, on the block itself, with some of its calls changed.
@@ -396,9 +400,7 @@ class _Graph(fx.Graph):
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(
-        self, block: nn.Module, leaves: Sequence[Any], edits: Mapping[int, Edit], inlined: Collection[str]
-    ) -> None:
+    def __init__(self, block: nn.Module, leaves: Sequence[Any], edits: Edits, inlined: Collection[str]) -> None:
         super().__init__()
         self.graph = _Graph()
         self.called: set[str] = set()
@@ -623,14 +625,14 @@ class _Recorder(TorchFunctionMode):
             self._inside -= 1
 
     def _edited(self, number: int, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        edit = self._edits.get(number)
-        if edit is None or edit.operand is None:
-            return args, kwargs
-        before = args[edit.operand]
-        after = edit.of(before)
-        self._nodes[id(after)] = self._node(before)
-        self._alive.append(after)
-        return (*args[: edit.operand], after, *args[edit.operand + 1 :]), kwargs
+        for edit in self._edits.get(number, ()):
+            if edit.operand is not None:
+                before = args[edit.operand]
+                after = edit.of(before)
+                self._nodes[id(after)] = self._node(before)
+                self._alive.append(after)
+                args = (*args[: edit.operand], after, *args[edit.operand + 1 :])
+        return args, kwargs
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -682,9 +684,9 @@ class _Recorder(TorchFunctionMode):
             if id(tensor) in self._held and node.op != "call_module":
                 path = ".".join(map(str, self._held[id(tensor)]))
                 raise StoredError(f"the forward changes its buffer {path} in place")
-        edit = self._edits.get(number)
-        if edit is not None and edit.operand is None:
-            output = edit.of(output)
+        for edit in self._edits.get(number, ()):
+            if edit.operand is None:
+                output = edit.of(output)
         output = self._fresh(output, {id(tensor) for tensor in changed})
         for tensor in changed:
             if tensor is not output:

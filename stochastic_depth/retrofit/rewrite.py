@@ -16,6 +16,7 @@ from stochastic_depth.residual import GatedBranch, compiled_inside, masked
 from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.cuts import CutError, SidesError, Sum
 from stochastic_depth.retrofit.functional import FUNCTIONAL, FunctionalDropPath, put_functional
+from stochastic_depth.retrofit.recorder import Edit, Edits
 from stochastic_depth.retrofit.sums import (
     DropPaths,
     Identity,
@@ -63,6 +64,14 @@ class GatedUse(NamedTuple):
     operand: int | None
     scale: float = 1.0
     cause: str = ""
+
+
+def edits_of(uses: Sequence[GatedUse], weights: Callable[[GatedUse], Any]) -> Edits:
+    """The changes of a block's own code that multiply its branches by these weights."""
+    edits: dict[int, list[Edit]] = {}
+    for use in uses:
+        edits.setdefault(use.call, []).append(Edit(use.operand, weights(use)))
+    return edits
 
 
 # Sizes that depend on the number of samples.
@@ -304,7 +313,8 @@ def _reference(residual: Sum | None, call: fx.Node | None) -> tuple[int, int | N
     if call is not None:
         return call.meta["call"], None, call.meta.get("scale", 1.0)
     assert residual is not None
-    return residual.add.meta["call"], residual.add.args.index(residual.output), 1.0
+    own = residual.add.meta.get("operand")
+    return residual.add.meta["call"], residual.add.args.index(residual.output) if own is None else own, 1.0
 
 
 class _Input(NamedTuple):

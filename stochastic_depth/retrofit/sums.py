@@ -97,6 +97,7 @@ def find_sums(graph: fx.Graph, block: nn.Module, drop_paths: Sequence[str]) -> d
     cuts.name_values_changed_in_place(graph, block)
     cuts.spell_out_additions(graph, block)
     if not drop_paths:
+        cuts.put_in_a_row(graph, block)
         additions = [residual for residual in cuts.residual_sums(graph, block) if not _broadcasts(residual)]
         return {("", index): _separable(residual, block) for index, residual in enumerate(additions)}
     found: dict[Key, Sum | CutError] = {}
