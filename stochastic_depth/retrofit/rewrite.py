@@ -261,7 +261,7 @@ def rewrite(graph: fx.Graph, block: nn.Module, gates: BlockGates, granularity: s
         try:
             if isinstance(residual, CutError):
                 raise residual
-            call, operand, scale = _reference(residual, calls.get(here))
+            call, operand, scale = _reference(residual.after(replaced), calls.get(here))
             replaced[residual.add] = _gate(residual.after(replaced), key, block, gates, granularity, paths[here])
             uses.append(GatedUse(key, call, operand, scale))
         except CutError as error:
@@ -269,7 +269,7 @@ def rewrite(graph: fx.Graph, block: nn.Module, gates: BlockGates, granularity: s
                 call, operand, scale = _reference(None, calls[here])
                 _mask(calls[here], key, gates)
             elif isinstance(error, SidesError) and isinstance(residual, Sum):
-                call, operand, scale = _reference(residual, None)
+                call, operand, scale = _reference(residual.after(replaced), None)
                 _mask_operand(residual.after(replaced), key, gates)
             else:
                 raise
