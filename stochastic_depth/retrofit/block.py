@@ -62,6 +62,7 @@ class Prepared:
     masked: dict[Key, str]
     stores: dict[str, Any] = field(default_factory=dict[str, Any])
     uses: tuple[GatedUse, ...] = ()
+    ungated: tuple[str, ...] = ()
 
 
 class KnownForms:
@@ -152,6 +153,11 @@ class BlockBranches:
     def cause_of_mask(self, key: Key) -> str:
         """Why a branch is masked in the calls that were made; empty where it is skipped in all of them."""
         return next((prepared.masked[key] for prepared in self._own.values() if key in prepared.masked), "")
+
+    @property
+    def ungated(self) -> list[str]:
+        """What the additions use that calls have shown, and that have no gate."""
+        return list(dict.fromkeys(used for prepared in self._own.values() for used in prepared.ungated))
 
     def is_plain(self, block: nn.Module) -> bool:
         """Whether the block's own code is right: the rule of evaluation holds, with no gate forced and no factor."""
@@ -330,7 +336,7 @@ class BlockBranches:
         own = replace(self, gated=gated, parts={}, _parts_at={})
         trial.__dict__["_stochastic_depth_branch"] = own
         of = (self._fingerprint, torch.is_grad_enabled(), block.training, skeleton(whole.graph))
-        code, uses = rewrite(whole.graph, trial, own, draws.granularity)
+        code, uses, ungated = rewrite(whole.graph, trial, own, draws.granularity)
         if of not in self.forms.proven:
             call = arguments_anew(signature, leaves, rows, self.forms.called, unflatten)
             num_samples = _NUM_SAMPLES if rows and draws.granularity == "sample" else None
@@ -346,7 +352,7 @@ class BlockBranches:
                 inlined=self.inlined,
             )
             self.forms.proven.add(of)
-        return Prepared(code, {use.key: use.cause for use in uses if use.cause}, whole.stores, tuple(uses))
+        return Prepared(code, {use.key: use.cause for use in uses if use.cause}, whole.stores, tuple(uses), ungated)
 
     def _recorded(self, trial: nn.Module, signature: Any, leaves: list[Any], rows: Mapping[int, Tensor]) -> Run:
         args, kwargs, own = arguments_anew(signature, leaves, rows, self.forms.called, unflatten)()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
@@ -40,7 +40,7 @@ def as_called(value: Any) -> None:
 
 
 @contextmanager
-def called(values: Collection[Any]) -> Iterator[None]:
+def called(values: Collection[Any]) -> Generator[None]:
     """Within, these objects tell their watchers."""
     for value in values:
         as_called(value)
@@ -52,7 +52,7 @@ def called(values: Collection[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def watched(values: Collection[Any], watcher: Watcher) -> Iterator[None]:
+def watched(values: Collection[Any], watcher: Watcher) -> Generator[None]:
     """Within, `watcher` is told of what code does with these objects."""
     for value in values:
         object.__getattribute__(value, "__dict__")[_WATCHER] = watcher
@@ -68,13 +68,15 @@ _WATCHER = "_stochastic_depth_watcher"
 
 @functools.cache
 def _called_class(kind: type) -> type:
+    plain = cast(Callable[[Any, str], Any], kind.__getattribute__)
+
     def getattribute(self: Any, name: str) -> Any:
-        value = kind.__getattribute__(self, name)
+        value = plain(self, name)
         watcher: Watcher | None = object.__getattribute__(self, "__dict__").get(_WATCHER)
         if watcher is None or watcher.is_inside or name.startswith("__"):
             return value
         if isinstance(value, types.MethodType):
-            return lambda *args, **kwargs: watcher.call_of_object(self, name, value, args, kwargs)  # pyright: ignore
+            return functools.partial(_told, watcher, self, name, value)
         if isinstance(value, PLAIN_TYPES) and not isinstance(getattr(kind, name, None), property):
             return value
         raise TraceError(
@@ -85,7 +87,11 @@ def _called_class(kind: type) -> type:
     def fill(space: dict[str, Any]) -> None:
         space.update(__getattribute__=getattribute, __module__=kind.__module__, __qualname__=kind.__qualname__)
 
-    return cast(type, types.new_class(kind.__name__, (Called, kind), {}, fill))
+    return types.new_class(kind.__name__, (Called, kind), {}, fill)
+
+
+def _told(watcher: Watcher, value: Any, name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return watcher.call_of_object(value, name, method, args, kwargs)
 
 
 def method_of(value: Any, name: str, *args: Any, **kwargs: Any) -> Any:

@@ -324,6 +324,13 @@ class Controller:
             f"seed {self._passes.seed}"
         )
         lines += [f"no branch: {note}" for note in self._notes]
+        blocks = {own.name: own for branch in self._branches if (own := _block_of(branch))}
+        lines += [
+            f"no branch: {name or 'the model'} also adds what {used} gives, which was not found before: it has no "
+            "gate and always runs"
+            for name, own in blocks.items()
+            for used in own.ungated
+        ]
         return "\n".join(lines)
 
     def _treatment(self, branch: Branch, survival_prob: float) -> str:
@@ -343,10 +350,13 @@ class Controller:
 
 def _cause_of_mask(branch: Branch) -> str:
     """Why a branch is masked, as far as the calls of its block have shown; before the first one, as its code tells."""
+    own = _block_of(branch)
+    return branch.cause if own is None or branch.key is None or not own.was_called else own.cause_of_mask(branch.key)
+
+
+def _block_of(branch: Branch) -> BlockBranches | None:
     own: Any = branch.module.__dict__.get("_stochastic_depth_branch")
-    if branch.key is not None and isinstance(own, BlockBranches) and own.was_called:
-        return own.cause_of_mask(branch.key)
-    return branch.cause
+    return own if isinstance(own, BlockBranches) else None
 
 
 def _check_length(values: Sequence[object], num_branches: int, name: str, what: str) -> None:

@@ -238,11 +238,12 @@ def _with_gradients(block: nn.Module, leaves: Sequence[Any], run: Callable[[list
     sources = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
     sources += [parameter for parameter in block.parameters() if parameter.requires_grad]
     ends = [out for out in outputs if isinstance(out, Tensor) and out.requires_grad]
+    outputs = [out.detach() if isinstance(out, Tensor) else out for out in outputs]
     if not ends or not sources:
-        return [out.detach() if isinstance(out, Tensor) else out for out in outputs], [None] * len(sources)
+        no_gradients: list[Tensor | None] = [None] * len(sources)
+        return outputs, no_gradients
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(end.shape, generator=generator).to(end.device, end.dtype) for end in ends]
-    outputs = [out.detach() if isinstance(out, Tensor) else out for out in outputs]
     try:
         return outputs, list(torch.autograd.grad(ends, sources, weights, allow_unused=True))
     except RuntimeError:

@@ -218,8 +218,22 @@ def skeleton(graph: fx.Graph) -> tuple[Any, ...]:
 # Gated code.
 
 
-def rewrite(graph: fx.Graph, block: nn.Module, gates: BlockGates, granularity: str) -> tuple[Code, list[GatedUse]]:
-    """Code of a block's forward, taking the block and its opaque arguments, with every gated branch behind its gate.
+class Rewritten(NamedTuple):
+    """The rewritten recording of a block.
+
+    Attributes:
+        code: its forward, taking the block and its opaque arguments, with every gated branch behind its gate.
+        uses: where the gated branches stand.
+        ungated: of each addition that was not found before the call, and always runs, what it uses.
+    """
+
+    code: Code
+    uses: list[GatedUse]
+    ungated: tuple[str, ...]
+
+
+def rewrite(graph: fx.Graph, block: nn.Module, gates: BlockGates, granularity: str) -> Rewritten:
+    """Put every gated branch of a recording behind its gate.
 
     Args:
         graph: the recording of a call; it is changed.
@@ -248,9 +262,9 @@ def rewrite(graph: fx.Graph, block: nn.Module, gates: BlockGates, granularity: s
     unknown = [key for key in sums if key not in matched and not (key[0] == "" and isinstance(sums[key], CutError))]
     if unknown and gates.drop_paths:
         raise CutError(f"{_of(unknown[0])} is used more often than in the code that was read")
+    ungated = tuple(", ".join(sorted(identities[key])) or "its parameters" for key in unknown)
     if unknown and not any(key in gates.gated for key in matched.values()):
-        used = ", ".join(sorted(identities[unknown[0]])) or "its parameters"
-        raise CutError(f"it adds a branch that was not found in its code ({used})")
+        raise CutError(f"it adds a branch that was not found in its code ({ungated[0]})")
     paths = paths_of({key: cuts.cut(each, block) for key, each in sums.items() if not isinstance(each, CutError)})
     uses: list[GatedUse] = []
     replaced: dict[fx.Node, fx.Node] = {}
@@ -275,7 +289,7 @@ def rewrite(graph: fx.Graph, block: nn.Module, gates: BlockGates, granularity: s
                 raise
             uses.append(GatedUse(key, call, operand, scale, str(error)))
     graph.lint()
-    return compiled(graph, f"{gates.name}: the forward that runs open branches only"), uses
+    return Rewritten(compiled(graph, f"{gates.name}: the forward that runs open branches only"), uses, ungated)
 
 
 def _check_rates(functional: Sequence[FunctionalDropPath], gates: BlockGates) -> None:
@@ -335,7 +349,9 @@ def _gate(residual: Sum, key: Key, block: nn.Module, gates: BlockGates, granular
     inner = _branch_graph(branch, residual)
     function = compiled(inner, f"{gates.name}: branch {key[0]}#{key[1] + 1}")
     if branch.sides:
-        raise SidesError(f"what {branch.sides[0].args[0].target} gives beside the branch's output is used too")
+        raise SidesError(
+            f"what {branch.sides[0].all_input_nodes[0].target} gives beside the branch's output is used too"
+        )
     source = residual.shortcut if residual.shortcut is not None else residual.add
     if granularity == "sample":
         _check_samples(branch, source)

@@ -361,3 +361,27 @@ def test_hooks_of_the_process_stay_out_of_a_proof() -> None:
         net(x)
     assert depth.masked == []
     assert counter.get_total_flops() == 2 * 2 * (4 * 3 * D * D + 4 * D * D)
+
+
+# ---------------------------------------- what comes later
+
+
+class Later(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g, self.more = linear(), linear(), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.f(x)
+        return x + self.g(x) if self.more else x
+
+
+def test_an_addition_that_comes_later_is_told() -> None:
+    net, x = nn.Sequential(Later(), Later()).double(), data(4)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5))
+    net(x)
+    assert "also adds" not in str(depth)
+    net[0].more = True
+    with depth.gates([False, False]):
+        assert_same(net(x), x + net[0].g(x))
+    assert "no branch: 0 also adds what g gives, which was not found before: it has no gate" in str(depth)
