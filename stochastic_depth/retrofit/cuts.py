@@ -383,7 +383,7 @@ def put_in_a_row(graph: fx.Graph, block: nn.Module) -> None:
 def _are_parallel(shortcut: fx.Node, a: fx.Node, b: fx.Node, block: nn.Module) -> bool:
     """Whether both values are computed from a shortcut, each with something of its own."""
     kept, of_a, of_b = ancestors(shortcut), ancestors(a), ancestors(b)
-    if shortcut.op == "get_attr" or shortcut not in of_a & of_b or a in of_b or b in of_a:
+    if shortcut.op == "get_attr" or shortcut not in of_a & of_b:
         return False
     own = (of_a - of_b - kept, of_b - of_a - kept)
     return all(any(_computes(node, block) for node in nodes) for nodes in own)

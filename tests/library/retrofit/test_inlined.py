@@ -233,7 +233,8 @@ class HoldsItsSum(nn.Module):
         self.mixer, self.memory = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        return x + self.mixer(x) + self.memory(memory)
+        x = x + self.memory(memory)
+        return x + self.mixer(x)
 
 
 class Decoder(nn.Module):
