@@ -22,6 +22,18 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, hooks) for hooks in _HOOKS)
 
 
+def way_around(module: nn.Module) -> str:
+    """What runs with each call of a module beside its class's forward, which running its code would pass over.
+
+    Returns:
+        A description; empty where there is nothing. The library's own hooks do not count.
+    """
+    hooks = [hook for kind in _HOOKS for hook in getattr(module, kind).values()]
+    if any(not (getattr(hook, "__module__", None) or "").startswith("stochastic_depth.") for hook in hooks):
+        return "hooks"
+    return "a forward of its own" if "forward" in module.__dict__ else ""
+
+
 def plain_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module without stochastic depth."""
     return getattr(type(module), "_plain_class", type(module))

@@ -27,7 +27,7 @@ from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.cuts import CutError
 from stochastic_depth.retrofit.find import find_branches, recordings
 from stochastic_depth.retrofit.rules import drop_path_rule
-from stochastic_depth.retrofit.sums import Key, known_sums
+from stochastic_depth.retrofit.sums import Key, inlined_of, known_sums
 from stochastic_depth.retrofit.trace import TraceError, is_size
 
 
@@ -160,7 +160,7 @@ def last_child(model: nn.Module, branch: TrainedBranch, calls: Calls) -> tuple[n
     assert key is not None
     ends = {
         _last_child(*end, block)
-        for graph in _recorded_everywhere(block, calls)
+        for graph in _recorded_everywhere(block, branch.drop_paths, calls)
         if (end := _branch_end(graph, block, key, branch.drop_paths)) is not None
     }
     if len(ends) != 1:
@@ -217,11 +217,14 @@ def _followed_everywhere(branch: TrainedBranch, calls: Calls) -> _Ends:
     block, key = branch.found.module, branch.found.key
     if key is None:
         return _of_child(cast(Residual, block).branch, ((object(),), {}), ())
-    ends = [_branch_end(graph, block, key, branch.drop_paths) for graph in _recorded_everywhere(block, calls)]
+    ends = [
+        _branch_end(graph, block, key, branch.drop_paths)
+        for graph in _recorded_everywhere(block, branch.drop_paths, calls)
+    ]
     return _agreed([_follow(*end, block) for end in ends if end is not None])
 
 
-def _recorded_everywhere(block: nn.Module, calls: Calls) -> list[fx.Graph]:
+def _recorded_everywhere(block: nn.Module, drop_paths: Sequence[str], calls: Calls) -> list[fx.Graph]:
     """What a block does in these calls and in one with its defaults, in either mode.
 
     A drop path may be called in training only, and code that can be recorded in one mode may decide by values in the
@@ -232,7 +235,7 @@ def _recorded_everywhere(block: nn.Module, calls: Calls) -> list[fx.Graph]:
     for arguments in (*calls.get(block, ()), None):
         for other_mode in (False, True):
             try:
-                for way in recordings(block, arguments, other_mode=other_mode):
+                for way in recordings(block, arguments, other_mode=other_mode, inlined=inlined_of(drop_paths)):
                     graphs.setdefault(str(way.graph), way.graph)
             except TraceError as error:
                 first_error = first_error or error

@@ -25,7 +25,7 @@ from stochastic_depth.deploy.batches import Call
 from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.cuts import CutError
 from stochastic_depth.retrofit.find import recordings
-from stochastic_depth.retrofit.sums import Key, known_sums
+from stochastic_depth.retrofit.sums import Key, inlined_of, known_sums
 from stochastic_depth.retrofit.trace import (
     OPAQUE,
     PLAIN_TYPES,
@@ -64,7 +64,7 @@ def with_branches_taken_out(
         ValueError: if it cannot be done; the message says why.
     """
     try:
-        parameters, recording = _recorded(block, call)
+        parameters, recording = _recorded(block, call, inlined_of(drop_paths))
         graph = recording.graph
         sums = known_sums(graph, block, drop_paths)
         writes = [node for node in graph.nodes if _writes(node, block)]
@@ -101,7 +101,7 @@ def without_layer(layer: nn.Module, call: Call | None) -> fx.GraphModule:
         raise ValueError(f"It cannot be told what {plain_class(layer).__name__} returns: {error}.") from error
 
 
-def _recorded(block: nn.Module, call: Call | None) -> tuple[dict[str, Any], Recording]:
+def _recorded(block: nn.Module, call: Call | None, inlined: Collection[str] = ()) -> tuple[dict[str, Any], Recording]:
     """The values of the block's parameters in a call, and the recording of that call."""
     signature = inspect.signature(plain_class(block).forward.__get__(block))
     if call is None:
@@ -115,14 +115,18 @@ def _recorded(block: nn.Module, call: Call | None) -> tuple[dict[str, Any], Reco
     bound.apply_defaults()
     if call is None:
         defaults = bound.args, bound.kwargs
-        ways = _in_either_mode(lambda other_mode: list(recordings(block, defaults, other_mode=other_mode)))
+        ways = _in_either_mode(
+            lambda other_mode: list(recordings(block, defaults, other_mode=other_mode, inlined=inlined))
+        )
         if len({str(way.graph) for way in ways}) > 1:
             raise TraceError("its code depends on the sizes of what it is given: give inputs, an example of them")
         return dict(bound.arguments), ways[0]
     leaves: list[Any] = []
     structure = flatten((bound.args, dict(bound.kwargs)), leaves)
     decide = functools.partial(decide_by, leaves)
-    recording = _in_either_mode(lambda other_mode: record(block, structure, len(leaves), decide, other_mode=other_mode))
+    recording = _in_either_mode(
+        lambda other_mode: record(block, structure, len(leaves), decide, other_mode=other_mode, inlined=inlined)
+    )
     return dict(bound.arguments), recording
 
 
@@ -240,7 +244,8 @@ def scaled_forward(
         CutError: if a branch cannot be told from the rest of the code.
         TraceError: if the code cannot be recorded.
     """
-    recording = record(block, signature, len(leaves), functools.partial(decide_by, leaves))
+    decide = functools.partial(decide_by, leaves)
+    recording = record(block, signature, len(leaves), decide, inlined=inlined_of(drop_paths))
     graph = fx.Graph()
     graph.output(graph.graph_copy(recording.graph, {}))
     for key, residual in known_sums(graph, block, drop_paths).items():

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.compiling import eager
-from stochastic_depth.copies import plain_class
+from stochastic_depth.copies import plain_class, way_around
 from stochastic_depth.residual import GatedBranch, compiled_inside, masked, masks_only
 from stochastic_depth.retrofit.called import called
 from stochastic_depth.retrofit.cuts import CutError
 from stochastic_depth.retrofit.forms import Reads, fingerprint, form_of_leaves, settings
 from stochastic_depth.retrofit.functional import FUNCTIONAL
 from stochastic_depth.retrofit.proof import FixedGates, ProofError, arguments_anew, private, prove
-from stochastic_depth.retrofit.recorder import ChangedObjectError, Edit, Run, run_block, run_with_edits
-from stochastic_depth.retrofit.rewrite import Code, GatedUse, generalize, in_training, rewrite, skeleton
+from stochastic_depth.retrofit.recorder import ChangedObjectError, Run, run_block, run_with_edits
+from stochastic_depth.retrofit.rewrite import Code, GatedUse, edits_of, generalize, in_training, rewrite, skeleton
 from stochastic_depth.retrofit.rules import drop_path_rule
 from stochastic_depth.retrofit.stand_in import stand_in
 from stochastic_depth.retrofit.sums import BranchParts, DropPaths, Identity, Key, Paths, find_sums
@@ -143,6 +143,11 @@ class BlockBranches:
         return parts
 
     @property
+    def inlined(self) -> tuple[str, ...]:
+        """Paths of the children whose own code is read as a part of the block's."""
+        return self.drop_paths.inlined
+
+    @property
     def was_called(self) -> bool:
         """Whether any call has shown how the branches are treated."""
         return bool(self._own)
@@ -181,8 +186,9 @@ class BlockBranches:
         signature = flatten((args, kwargs), leaves)
         if is_exporting():
             return self._known_for_export(block, leaves), leaves
+        self._refuse_ways_around(block)
         reads = self._reads
-        if reads is None or reads.children != tuple(block.__dict__["_modules"].values()):
+        if reads is None or reads.children != reads.children_now(block):
             reads = self._look_again(block)
         form = (signature, form_of_leaves(leaves, self.forms.called), settings(leaves), reads.now(block))
         prepared = self._own.get(form)
@@ -210,10 +216,10 @@ class BlockBranches:
 
             return of
 
-        edits = {use.call: Edit(use.operand, weights(use)) for use in prepared.uses}
+        edits = edits_of(prepared.uses, weights)
         objects = [leaf for leaf in leaves if type(leaf) in self.forms.called]
         with _passing_drop_paths(), called(objects):
-            return run_with_edits(block, own_forward(block, block), args, kwargs, leaves, edits)
+            return run_with_edits(block, own_forward(block, block), args, kwargs, leaves, edits, self.inlined)
 
     def _known_for_export(self, block: nn.Module, leaves: list[Any]) -> Prepared:
         """Code that was proven in evaluation: what an export sees has no values to prove anything with."""
@@ -231,9 +237,25 @@ class BlockBranches:
             "export cannot do: run the evaluated model once on the example inputs, or fold_ it first."
         )
 
+    def _refuse_ways_around(self, block: nn.Module) -> None:
+        """Refuse what was put on an inlined child, which the rewritten code does not call as a whole.
+
+        Raises:
+            RuntimeError: if it has hooks or a forward of its own.
+        """
+        for path in self.inlined:
+            child = block.get_submodule(path)
+            if what := way_around(child):
+                raise RuntimeError(
+                    f"{self._described(block)} runs the code of its {path} ({plain_class(child).__name__}) step by "
+                    f"step, because a branch ends in there, and would pass over {what} set on it. Set that on the "
+                    "block or on what is inside, or call restore_(model) first."
+                )
+
     def _look_again(self, block: nn.Module) -> Reads:
         """The block's children are others than before: adapters, conversions, a copy."""
-        self._reads, self._fingerprint, self._own, self._parts_at = Reads(block), None, {}, {}
+        self._reads, self._fingerprint = Reads(block, self.inlined), None
+        self._own, self._parts_at = {}, {}
         for parts in self.parts.values():
             if isinstance(parts, BranchParts):
                 parts.refresh()
@@ -242,7 +264,7 @@ class BlockBranches:
     def _make_fingerprint(self, block: nn.Module) -> Any:
         rules = tuple((key, branch.rescale, branch.skipped_grad) for key, branch in self.gated.items())
         granularity = next(iter(self.gated.values())).passes.granularity
-        return (*fingerprint(block), tuple(self.known.items()), rules, granularity, self.drop_paths)
+        return (*fingerprint(block), tuple(self.known.items()), rules, granularity, self.drop_paths, self.inlined)
 
     def _prepare(self, block: nn.Module, signature: Any, leaves: list[Any]) -> Prepared:
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
@@ -321,14 +343,24 @@ class BlockBranches:
         if of not in self.forms.proven:
             call = arguments_anew(signature, leaves, rows, self.forms.called, unflatten)
             num_samples = _NUM_SAMPLES if rows and draws.granularity == "sample" else None
-            self.forms.num_runs += prove(trial, code, uses, gated, fixed, call, num_samples, training=block.training)
+            self.forms.num_runs += prove(
+                trial,
+                code,
+                uses,
+                gated,
+                fixed,
+                call,
+                num_samples,
+                training=block.training,
+                inlined=self.inlined,
+            )
             self.forms.proven.add(of)
         return Prepared(code, {use.key: use.cause for use in uses if use.cause}, whole.stores, tuple(uses), ungated)
 
     def _recorded(self, trial: nn.Module, signature: Any, leaves: list[Any], rows: Mapping[int, Tensor]) -> Run:
         args, kwargs, own = arguments_anew(signature, leaves, rows, self.forms.called, unflatten)()
         self.forms.num_runs += 1
-        return run_block(trial, args, kwargs, own)
+        return run_block(trial, args, kwargs, own, inlined=self.inlined)
 
     def _generalize(self, trial: nn.Module, signature: Any, leaves: list[Any], whole: Run) -> dict[int, Tensor]:
         """Let a recording hold for any number of samples, and say which rows of which arguments are a few of them.

@@ -332,6 +332,11 @@ def _computes(node: fx.Node, block: nn.Module) -> bool:
     return node.op in ("call_function", "call_method") and name in _HEAVY
 
 
+def is_plain(value: fx.Node, block: nn.Module) -> bool:
+    """Whether nothing that is worth skipping computes a value."""
+    return not any(_computes(node, block) for node in ancestors(value))
+
+
 _HEAVY = {
     "linear",
     "conv1d",
@@ -347,6 +352,41 @@ _HEAVY = {
     "einsum",
     "scaled_dot_product_attention",
 }
+
+
+def put_in_a_row(graph: fx.Graph, block: nn.Module) -> None:
+    """Put `(x + a) + b` in place of `x + (a + b)` where a and b are parallel branches: each has a sum of its own then.
+
+    The new sums know which operand of which call in the block's own code their branch is (metadata `operand`, `call`).
+    """
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    for outer in list(graph.nodes):
+        operands = added(outer) or ()
+        for shortcut, inner in (operands, operands[::-1]) if operands else ():
+            parts = added(inner)
+            if parts is None or list(inner.users) != [outer] or not _are_parallel(shortcut, *parts, block):
+                continue
+            if any(writes_in_place(node, block) for node in (inner, outer)):
+                continue
+            sums = [outer]
+            with graph.inserting_before(outer):
+                sums.insert(0, graph.call_function(operator.add))
+            for node, part in zip(sums, sorted(parts, key=position.__getitem__), strict=True):
+                meta = {**outer.meta, "operand": inner.args.index(part), "call": inner.meta.get("call")}
+                node.op, node.target, node.args, node.kwargs = "call_function", operator.add, (shortcut, part), {}
+                node.meta = meta
+                shortcut = node
+            graph.erase_node(inner)
+            break
+
+
+def _are_parallel(shortcut: fx.Node, a: fx.Node, b: fx.Node, block: nn.Module) -> bool:
+    """Whether both values are computed from a shortcut, each with something of its own."""
+    kept, of_a, of_b = ancestors(shortcut), ancestors(a), ancestors(b)
+    if shortcut.op == "get_attr" or shortcut not in of_a & of_b:
+        return False
+    own = (of_a - of_b - kept, of_b - of_a - kept)
+    return all(any(_computes(node, block) for node in nodes) for nodes in own)
 
 
 def residual_sums(graph: fx.Graph, block: nn.Module) -> list[Sum]:

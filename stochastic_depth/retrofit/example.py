@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,8 +64,12 @@ class Example:
             for hook in hooks:
                 hook.remove()
 
-    def recordings(self, block: nn.Module) -> Iterator[Reading]:
+    def recordings(self, block: nn.Module, inlined: Collection[str] = ()) -> Iterator[Reading]:
         """What the code of a block does in the calls that the example makes of it.
+
+        Args:
+            block: the block.
+            inlined: paths of the children whose own code is read as a part of the block's.
 
         Raises:
             TraceError: if none of them can be recorded, or there is none.
@@ -76,7 +80,7 @@ class Example:
             if (block, training) not in self._calls:
                 continue
             try:
-                graph = _recorded(block, self._calls[block, training], training=training)
+                graph = _recorded(block, self._calls[block, training], inlined, training=training)
             except TraceError as error:
                 first_error = first_error or error
                 continue
@@ -86,7 +90,7 @@ class Example:
             raise first_error or TraceError("the example never calls it")
 
 
-def _recorded(block: nn.Module, arguments: Arguments, *, training: bool) -> fx.Graph:
+def _recorded(block: nn.Module, arguments: Arguments, inlined: Collection[str], *, training: bool) -> fx.Graph:
     leaves: list[Any] = []
     signature = flatten(arguments, leaves)
     trial = stand_in(block)
@@ -95,7 +99,7 @@ def _recorded(block: nn.Module, arguments: Arguments, *, training: bool) -> fx.G
 
     def run(called: set[type]) -> fx.Graph:
         args, kwargs, own = arguments_anew(signature, leaves, {}, called, unflatten)()
-        return run_block(trial, args, kwargs, own).graph
+        return run_block(trial, args, kwargs, own, inlined=inlined).graph
 
     with private():
         try:

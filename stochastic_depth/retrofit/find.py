@@ -11,22 +11,33 @@ from typing import Any, Literal, NamedTuple, cast
 
 from torch import fx, nn
 
-from stochastic_depth.copies import plain_class
+from stochastic_depth.copies import plain_class, way_around
 from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.cuts import CutError, UnusedError
-from stochastic_depth.retrofit.example import Example
+from stochastic_depth.retrofit.example import Example, Reading
 from stochastic_depth.retrofit.forms import names_in_code
 from stochastic_depth.retrofit.functional import FUNCTIONAL, put_functional
 from stochastic_depth.retrofit.recorder import unchanged_globals
 from stochastic_depth.retrofit.rules import DropPathRule, drop_path_rule, is_drop_path
-from stochastic_depth.retrofit.sums import BranchParts, DropPaths, Identity, Key, find_sums, identity, match, paths_of
+from stochastic_depth.retrofit.sums import (
+    BranchParts,
+    DropPaths,
+    Identity,
+    Key,
+    find_sums,
+    identity,
+    inlined_of,
+    match,
+    paths_of,
+)
 from stochastic_depth.retrofit.trace import (
     OPAQUE,
     Recording,
     StoredError,
     TraceError,
     flatten,
+    is_size,
     may_be_size,
     own_forward,
     record,
@@ -55,6 +66,7 @@ class Branch:
         cause: why it is masked.
         kind: whether it is an operand of a sum or a whole layer.
         drop_paths: of a layer, the drop paths inside, for which its gate stands.
+        ends_in: the inlined child of the block in which its sum stands, which then is its place in the order.
     """
 
     name: str
@@ -68,6 +80,7 @@ class Branch:
     cause: str = ""
     kind: Literal["sum", "layer"] = "sum"
     drop_paths: tuple[nn.Module, ...] = ()
+    ends_in: nn.Module | None = None
 
 
 @dataclass
@@ -126,7 +139,7 @@ def find_branches(
     if not found.branches:
         raise ValueError(_nothing_found(model, found, with_schedule=with_schedule))
     order = {module: index for index, module in enumerate(model.modules())}
-    found.branches.sort(key=lambda branch: order[branch.named])
+    found.branches.sort(key=lambda branch: order[branch.ends_in or branch.named])
     found.branches = _chosen(found.branches, where)
     for branch in found.branches:
         if isinstance(branch.module, Residual) and type(branch.module).forward is not Residual.forward:
@@ -331,16 +344,110 @@ def _find_additions(model: nn.Module, found: Found) -> None:
         if type(block) in _CONTAINERS or not _may_add(block):
             continue
         try:
-            readings, _ = _readings(block, (), None, found.example)
+            inlined = _inlined(block, found.example, name, found.notes)
+            readings, _ = _readings(block, DropPaths(inlined=inlined), None, found.example)
         except TraceError as error:
             found.notes.append(f"{name or 'the model'} ({type(block).__name__}): not looked into, {error}")
             continue
         for key, reading in readings.items():
             assert isinstance(reading.parts, BranchParts)
             found.known.setdefault(block, {})[key] = reading.identity
-            found.drop_paths[block] = DropPaths((), found.known[block])
+            found.drop_paths[block] = DropPaths((), found.known[block], inlined)
             branch_name = f"{name}#{key[1] + 1}".removeprefix("#")
-            found.branches.append(Branch(branch_name, block, name, reading.parts, block, key))
+            ends_in = block.get_submodule(reading.ends_in) if reading.ends_in else None
+            found.branches.append(Branch(branch_name, block, name, reading.parts, block, key, ends_in=ends_in))
+
+
+def _inlined(
+    block: nn.Module, example: Example | None, name: str = "", notes: list[str] | None = None
+) -> tuple[str, ...]:
+    """Paths of the children in which the block's branches end: they add what it computes to a shortcut that it gives.
+
+    A child that holds a whole branch, from the shortcut to the sum, is a block itself and none of them.
+
+    Args:
+        block: the block.
+        example: what the code is read by, where there is one.
+        name: its name, for notes.
+        notes: gets why a child could not be one of them.
+
+    Raises:
+        TraceError: if the block's code cannot be read.
+    """
+    candidates: dict[str, None] = {}
+    graphs = [recording.graph for recording in _ways(block, (), example)]
+    while more := dict.fromkeys(
+        path
+        for graph in graphs
+        for path in _given_two(graph, block, candidates)
+        if _joins(block.get_submodule(path), example)
+    ):
+        candidates.update(more)
+        graphs = [recording.graph for recording in _ways(block, tuple(candidates), example)]
+    used: dict[str, None] = {}
+    for graph in graphs if candidates else ():
+        for residual in find_sums(graph, block, ()).values():
+            if isinstance(residual, CutError) or not (inside := residual.add.meta.get("inlined", ())):
+                continue
+            if any(node.meta.get("inlined", ())[: len(inside)] != inside for node in cuts.cut(residual, block).nodes):
+                used.update(dict.fromkeys(inside))
+    for path in used:
+        if what := way_around(block.get_submodule(path)):
+            if notes is not None:
+                notes.append(
+                    f"{f'{name}.{path}'.strip('.')}: a branch ends in it, which has {what}, to be called whole"
+                )
+            return ()
+    return tuple(used)
+
+
+def _given_two(graph: fx.Graph, block: nn.Module, but: Collection[str]) -> Iterator[str]:
+    """Paths of the children that are given two values of which one may be a shortcut around the other."""
+    for node in graph.nodes:
+        if node.op != "call_module" or node.target in but:
+            continue
+        kind = plain_class(block.get_submodule(node.target))
+        given = [each for each in node.all_input_nodes if each.op != "get_attr" and not is_size(each)]
+        if len(given) < 2 or kind.__module__.startswith("torch.nn."):
+            continue
+        before = [{each for each in cuts.ancestors(value) if each.op != "get_attr"} for value in given]
+        if any(before[i] & before[j] for i in range(len(given)) for j in range(i)):
+            yield node.target
+
+
+def _joins(child: nn.Module, example: Example | None) -> bool:
+    """Whether a child adds what it computes from one of its arguments to another one, itself or in a child of its own.
+
+    One that has a branch of its own does not count.
+    """
+    try:
+        own = _inlined(child, example)
+        if _readings(child, DropPaths(inlined=own), None, example)[0]:
+            return False
+        graphs = [recording.graph for recording in _ways(child, (), example)]
+    except TraceError:
+        return False
+    for graph in graphs:
+        cuts.name_values_changed_in_place(graph, child)
+        cuts.spell_out_additions(graph, child)
+        for node in graph.nodes:
+            operands = cuts.added(node)
+            if operands is not None:
+                if any(_come_apart(a, b) and cuts.is_plain(a, child) for a, b in (operands, operands[::-1])):
+                    return True
+            elif node.op == "call_module" and any(
+                _come_apart(a, b) for a in node.all_input_nodes for b in node.all_input_nodes
+            ):
+                module = child.get_submodule(node.target)
+                if not plain_class(module).__module__.startswith("torch.nn.") and _joins(module, example):
+                    return True
+    return False
+
+
+def _come_apart(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two values come from different arguments."""
+    of_a, of_b = ({each for each in cuts.ancestors(node) if each.op == "placeholder"} for node in (a, b))
+    return bool(of_a - of_b) and bool(of_b - of_a)
 
 
 def _may_add(block: nn.Module) -> bool:
@@ -357,6 +464,7 @@ class _Reading(NamedTuple):
 
     identity: Identity
     parts: BranchParts | CutError
+    ends_in: str = ""
 
 
 def _readings(
@@ -369,7 +477,7 @@ def _readings(
 
     Args:
         block: the block.
-        drop_paths: paths of its drop paths; empty where additions are branches.
+        drop_paths: paths of its drop paths; empty where additions are branches, which may end in inlined children.
         functional: gets the rules of its functional drop paths.
         example: what the code is read by, where there is one.
 
@@ -378,7 +486,7 @@ def _readings(
     """
     called: dict[str, None] = {}
     readings: dict[Key, _Reading] = {}
-    for recording in _all_recordings(block) if example is None else example.recordings(block):
+    for recording in _ways(block, inlined_of(drop_paths), example):
         functions = put_functional(recording.graph, block)
         if functional is not None:
             functional.update({(FUNCTIONAL, index): each.rule for index, each in enumerate(functions)})
@@ -395,10 +503,13 @@ def _readings(
             if isinstance(residual, CutError):
                 readings[known] = _Reading(readings[known].identity if known in readings else frozenset(), residual)
             elif known not in readings:
-                readings[known] = _Reading(identities[key], BranchParts(block, *paths[key]))
+                ends_in = ".".join(residual.add.meta.get("inlined", ())[-1:])
+                readings[known] = _Reading(identities[key], BranchParts(block, *paths[key]), ends_in)
             elif isinstance(parts := readings[known].parts, BranchParts):
                 joined = [tuple(dict.fromkeys([*a, *b])) for a, b in zip(parts.paths, paths[key], strict=True)]
-                readings[known] = _Reading(readings[known].identity | identities[key], BranchParts(block, *joined))
+                readings[known] = readings[known]._replace(
+                    identity=readings[known].identity | identities[key], parts=BranchParts(block, *joined)
+                )
     return dict(sorted(readings.items(), key=lambda item: item[0][1])), called
 
 
@@ -408,7 +519,14 @@ def _free_key(key: Key, readings: Mapping[Key, _Reading]) -> Key:
     return key if key[1] not in taken else (key[0], max(taken) + 1)
 
 
-def _all_recordings(block: nn.Module) -> Iterator[Recording]:
+def _ways(
+    block: nn.Module, inlined: Collection[str], example: Example | None
+) -> Iterator[Recording] | Iterator[Reading]:
+    """What the code of a block does as it is read, or as an example goes through it."""
+    return _all_recordings(block, inlined) if example is None else example.recordings(block, inlined)
+
+
+def _all_recordings(block: nn.Module, inlined: Collection[str] = ()) -> Iterator[Recording]:
     """Recordings of a block in its mode and in the other one, without and with its optional arguments.
 
     Raises:
@@ -416,26 +534,26 @@ def _all_recordings(block: nn.Module) -> Iterator[Recording]:
         TraceError: if it cannot be recorded in its mode, as far as its arguments have to be given.
     """
     try:
-        yield from recordings(block)
+        yield from recordings(block, inlined=inlined)
     except StoredError:
         raise
     except TraceError as error:
         if "random numbers" in str(error):
             raise
-        yield from _recordings_by_guess(block, error)
+        yield from _recordings_by_guess(block, error, inlined)
     for other_mode, optional in ((True, False), (False, True), (True, True)):
         if optional and not _has_optional(block):
             continue
         arguments = (_default_arguments(block, optional=optional), {})
         try:
-            yield from recordings(block, arguments, other_mode=other_mode)
+            yield from recordings(block, arguments, other_mode=other_mode, inlined=inlined)
         except StoredError:
             raise
         except TraceError:
             pass  # It may never be called so.
 
 
-def _recordings_by_guess(block: nn.Module, error: TraceError) -> Iterator[Recording]:
+def _recordings_by_guess(block: nn.Module, error: TraceError, inlined: Collection[str]) -> Iterator[Recording]:
     """Recordings of code that wants numbers for sizes, or more arguments than it names.
 
     Raises:
@@ -449,7 +567,7 @@ def _recordings_by_guess(block: nn.Module, error: TraceError) -> Iterator[Record
                 continue
             arguments = (*_default_arguments(block), *[OPAQUE] * num_more)
             try:
-                yield from list(recordings(block, (arguments, {}), guess_sizes=guess_sizes))
+                yield from list(recordings(block, (arguments, {}), guess_sizes=guess_sizes, inlined=inlined))
             except StoredError:
                 raise
             except TraceError:
@@ -469,6 +587,7 @@ def recordings(
     with_buffers: bool = False,
     other_mode: bool = False,
     guess_sizes: bool = False,
+    inlined: Collection[str] = (),
 ) -> Iterator[Recording]:
     """Recordings of a module's forward, on each way that its decisions by sizes allow.
 
@@ -478,6 +597,7 @@ def recordings(
         with_buffers: see `record`.
         other_mode: see `record`.
         guess_sizes: see `record`.
+        inlined: see `record`.
 
     Raises:
         StoredError: if the forward leaves something on the block on any of the ways.
@@ -492,7 +612,7 @@ def recordings(
         taken: list[bool] = []
         try:
             decide = functools.partial(_explore, decisions, taken)
-            with unchanged_globals(block):
+            with unchanged_globals(block, inlined):
                 recording = record(
                     block,
                     signature,
@@ -501,6 +621,7 @@ def recordings(
                     with_buffers=with_buffers,
                     other_mode=other_mode,
                     guess_sizes=guess_sizes,
+                    inlined=inlined,
                 )
             yield recording
             num_recorded += 1

@@ -84,9 +84,9 @@ class Reads:
     the block and of its class, of its children and of objects that it holds (a config), and global variables.
     """
 
-    def __init__(self, block: nn.Module) -> None:
-        kind = plain_class(block)
-        names, functions = code_of(block)
+    def __init__(self, block: nn.Module, inlined: Collection[str] = ()) -> None:
+        kinds = [plain_class(module) for module in _with_inlined(block, inlined)]
+        names, functions = code_of(block, inlined)
         self._own = [
             name
             for name, value in block.__dict__.items()
@@ -99,6 +99,7 @@ class Reads:
         ]
         self._class = [
             (part, name)
+            for kind in kinds
             for part in kind.__mro__
             if issubclass(part, nn.Module) and part is not nn.Module
             for name in vars(part)
@@ -119,7 +120,15 @@ class Reads:
             for pair in _parts_that_are_read(space[name], names)
         ]
         self._environment = "environ" in names or "getenv" in names
-        self.children = tuple(block.__dict__["_modules"].values())
+        self._inlined = inlined
+        self.children = self.children_now(block)
+
+    def children_now(self, block: nn.Module) -> tuple[nn.Module | None, ...]:
+        """The modules whose calls the block's code makes, and the inlined ones."""
+        own = block.__dict__["_modules"].values()
+        if not self._inlined:
+            return tuple(own)
+        return tuple([child for part in _with_inlined(block, self._inlined) for child in part._modules.values()])
 
     def now(self, block: nn.Module) -> tuple[Any, ...]:
         """What the values are now."""
@@ -181,10 +190,23 @@ def _parts_that_are_read(value: Any, names: frozenset[str], depth: int = _MAX_DE
             yield from _parts_that_are_read(part, names, depth - 1)
 
 
-def code_of(block: nn.Module) -> tuple[frozenset[str], tuple[FunctionType, ...]]:
-    """All names in the code of a block's class and of the plain functions that it calls or holds, and the functions."""
-    held = (value for value in block.__dict__.values() if isinstance(value, FunctionType))
-    return names_in_code(plain_class(block), *(each for each in held if not each.__module__.startswith("torch")))
+def code_of(block: nn.Module, inlined: Collection[str] = ()) -> tuple[frozenset[str], tuple[FunctionType, ...]]:
+    """All names in the code of a block's class and of the plain functions that it calls or holds, and the functions.
+
+    The code of its `inlined` children counts as its own.
+    """
+    names: set[str] = set()
+    functions: dict[FunctionType, None] = {}
+    for module in _with_inlined(block, inlined):
+        held = (value for value in module.__dict__.values() if isinstance(value, FunctionType))
+        own = names_in_code(plain_class(module), *(each for each in held if not each.__module__.startswith("torch")))
+        names |= own[0]
+        functions.update(dict.fromkeys(own[1]))
+    return frozenset(names), tuple(functions)
+
+
+def _with_inlined(block: nn.Module, inlined: Collection[str]) -> list[nn.Module]:
+    return [block, *(block.get_submodule(path) for path in inlined)]
 
 
 @functools.cache

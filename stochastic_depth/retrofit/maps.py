@@ -39,7 +39,8 @@ def _error() -> NotComputedError:
 
 def is_attention_map(value: Tensor) -> bool:
     """Whether a tensor (..., L, S) is one of probabilities over its last dimension."""
-    if value.dim() < 3 or not value.is_floating_point() or value.numel() == 0:
+    is_dense = value.layout is torch.strided and not value.is_nested and value.device.type != "meta"
+    if not is_dense or value.dim() < 3 or not value.is_floating_point() or value.numel() == 0:
         return False
     value = value.detach()
     sums = value.sum(-1, dtype=torch.float32)

@@ -21,8 +21,8 @@ from stochastic_depth.residual import GatedBranch
 from stochastic_depth.retrofit.called import as_called
 from stochastic_depth.retrofit.maps import NotComputed
 from stochastic_depth.retrofit.quiet import quiet
-from stochastic_depth.retrofit.recorder import Edit, run_block
-from stochastic_depth.retrofit.rewrite import Code, GatedUse
+from stochastic_depth.retrofit.recorder import Edits, run_block
+from stochastic_depth.retrofit.rewrite import Code, GatedUse, edits_of
 from stochastic_depth.retrofit.stand_in import sample_leaf
 from stochastic_depth.retrofit.sums import Key
 from stochastic_depth.retrofit.trace import TraceError
@@ -134,6 +134,7 @@ def prove(
     num_samples: int | None,
     *,
     training: bool,
+    inlined: Collection[str] = (),
 ) -> int:
     """Compare rewritten code with the block's own under several patterns of gates; outputs and gradients.
 
@@ -146,6 +147,7 @@ def prove(
         call: makes the arguments of a call anew, and those of them that are opaque.
         num_samples: how many samples the call has, where each has a gate of its own; else None.
         training: whether the block is in training.
+        inlined: paths of the children whose code was recorded as a part of the block's.
 
     Returns:
         How many times the block was run.
@@ -158,7 +160,7 @@ def prove(
     for name, pattern in patterns:
         for key, gate in pattern.items():
             fixed.pattern[gated[key].index] = gate
-        edits = {use.call: Edit(use.operand, _weights(pattern[use.key], gated[use.key], use.scale)) for use in uses}
+        edits = edits_of(uses, lambda use: _weights(pattern[use.key], gated[use.key], use.scale))  # noqa: B023
         _, _, leaves = call()
         # Where a branch mixes what it is taken to keep apart, it fails or gives something else on some of the samples.
         mixes = ": its first dimension is not one of independent samples" if name == _SOME else ""
@@ -168,7 +170,7 @@ def prove(
             first = (str(error).splitlines() or [""])[0]
             raise ProofError(f"{name} it fails ({type(error).__name__}: {first}){mixes}") from error
         absent = {index for index, output in enumerate(actual[0]) if isinstance(output, NotComputed)}
-        expected = _own_outcome(block, call, edits, absent)
+        expected = _own_outcome(block, call, edits, inlined, absent)
         zero = all(branch.skipped_grad == "zero" for branch in gated.values())
         try:
             _compare(expected, actual, name, zero_gradients=zero)
@@ -180,11 +182,13 @@ def prove(
 _SOME = "run on some of the samples"
 
 
-def _own_outcome(block: nn.Module, call: _Call, edits: Mapping[int, Edit], absent: Collection[int]) -> _Outcome:
+def _own_outcome(
+    block: nn.Module, call: _Call, edits: Edits, inlined: Collection[str], absent: Collection[int]
+) -> _Outcome:
     args, kwargs, leaves = call()
 
     def run(given: list[Any]) -> Any:
-        return run_block(block, *_replaced(args, kwargs, leaves, given), given, edits).output
+        return run_block(block, *_replaced(args, kwargs, leaves, given), given, edits, inlined).output
 
     return _with_gradients(block, leaves, run, absent)
 

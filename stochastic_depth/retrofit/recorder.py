@@ -16,7 +16,7 @@ import operator
 import random
 import sys
 import types
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -75,6 +75,10 @@ class Edit:
         return value * weights.view(-1, *[1] * (value.dim() - 1))
 
 
+Edits = Mapping[int, Sequence[Edit]]
+"""Changes of calls, by the numbers of these; parallel branches may be two operands of one."""
+
+
 @dataclass
 class Run:
     """A run of a block's code.
@@ -100,7 +104,8 @@ def run_block(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     leaves: Sequence[Any],
-    edits: Mapping[int, Edit] | None = None,
+    edits: Edits | None = None,
+    inlined: Collection[str] = (),
 ) -> Run:
     """Run a stand-in's own code and record what it does.
 
@@ -110,15 +115,20 @@ def run_block(
         kwargs: arguments by name.
         leaves: those of its tensors and objects that the recording treats as arguments, in order.
         edits: calls to change, by their numbers.
+        inlined: paths of the children whose own code is recorded as a part of the block's.
 
     Raises:
         ChangedObjectError: if the code changes objects that it is given.
         StoredError: if it leaves something else behind, on the block or on its arguments.
         TraceError: if it cannot be recorded for another reason.
     """
-    recorder = _Recorder(block, leaves, edits or {})
+    recorder = _Recorder(block, leaves, edits or {}, inlined)
     before = _contents(block, (args, kwargs))
-    with unchanged_globals(block), recorder.watching(block), watched(recorder.called_objects, recorder):
+    with (
+        unchanged_globals(block, inlined),
+        recorder.watching(block),
+        watched(recorder.called_objects, recorder),
+    ):
         output = block.forward(*args, **kwargs)
     recorder.check_outside()
     recorder.end(output)
@@ -129,14 +139,16 @@ def run_block(
 
 
 @contextmanager
-def unchanged_globals(block: nn.Module) -> Generator[None]:
+def unchanged_globals(block: nn.Module, inlined: Collection[str] = ()) -> Generator[None]:
     """Within, global variables that a block's code names must stay as they are; they are put back if they do not.
+
+    The code of its `inlined` children counts as its own.
 
     Raises:
         StoredError: if one changes.
         TraceError: if one, or an attribute of the block, is an iterator: looking at it would change it.
     """
-    names, functions = code_of(block)
+    names, functions = code_of(block, inlined)
     spaces = {id(function.__globals__): function.__globals__ for function in functions}.values()
     named = [(space, name) for space in spaces for name in names if name in space]
     for name, value in [(name, space[name]) for space, name in named] + list(block.__dict__.items()):
@@ -183,7 +195,8 @@ def run_with_edits(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     leaves: Sequence[Any],
-    edits: Mapping[int, Edit],
+    edits: Edits,
+    inlined: Collection[str] = (),
 ) -> Any:
     """What a block's own code gives, on the block itself, with some of its calls changed.
 
@@ -194,8 +207,9 @@ def run_with_edits(
         kwargs: arguments by name.
         leaves: those of its tensors and objects that the recording treats as arguments, in order.
         edits: calls to change, by their numbers.
+        inlined: see `run_block`.
     """
-    recorder = _Recorder(block, leaves, edits)
+    recorder = _Recorder(block, leaves, edits, inlined)
     with recorder.watching(block), watched(recorder.called_objects, recorder):
         return forward(*args, **kwargs)
 
@@ -326,9 +340,9 @@ class Constant:
         return id(self._tensor)
 
 
-def _generators_of(block: nn.Module) -> list[Any]:
+def _generators_of(block: nn.Module, inlined: Collection[str]) -> list[Any]:
     """Random generators that a block's code may draw from, beside the global ones."""
-    names, functions = code_of(block)
+    names, functions = code_of(block, inlined)
     spaces: list[Mapping[str, Any]] = [module.__dict__ for module in block.modules()]
     spaces += [function.__globals__ for function in functions]
     values = [value for space in spaces for name, value in space.items() if name in names]
@@ -374,14 +388,27 @@ def _differ(a: _Outside, b: _Outside) -> bool:
     )
 
 
+class _Graph(fx.Graph):
+    """A graph whose nodes know inside of which inlined children they were made."""
+
+    inside: tuple[str, ...] = ()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        if self.inside:
+            node.meta["inlined"] = self.inside
+        return node
+
+
 class _Recorder(TorchFunctionMode):
-    def __init__(self, block: nn.Module, leaves: Sequence[Any], edits: Mapping[int, Edit]) -> None:
+    def __init__(self, block: nn.Module, leaves: Sequence[Any], edits: Edits, inlined: Collection[str]) -> None:
         super().__init__()
-        self.graph = fx.Graph()
+        self.graph = _Graph()
         self.called: set[str] = set()
         self.changed_by_children: set[str] = set()
         self._block = block
         self._edits = edits
+        self._inlined = inlined
         self._num_calls = 0
         self._inside = 0
         self._entered: list[Any] = []
@@ -395,9 +422,12 @@ class _Recorder(TorchFunctionMode):
             self._held.setdefault(id(value), path)  # One that has several names goes by its first.
         self._valued: set[int] = set()
         self.constants: list[Tensor] = []
-        self._generators = _generators_of(block)
+        self._generators = _generators_of(block, inlined)
         self._held_objects = {
-            id(value): (name,) for name, value in block.__dict__.items() if hasattr(value, "__dict__")
+            id(value): (*path, name)
+            for path in ((), *(tuple(each.split(".")) for each in inlined))
+            for name, value in block.get_submodule(".".join(path)).__dict__.items()
+            if hasattr(value, "__dict__")
         }
         self._device = "cpu"
         self.called_objects = [leaf for leaf in leaves if isinstance(leaf, Called)]
@@ -517,7 +547,10 @@ class _Recorder(TorchFunctionMode):
         """Within, the calls of the block's children and of PyTorch are recorded."""
         handles: list[Any] = []
         for path, module in block.named_modules():
-            if path and not isinstance(module, torch.jit.ScriptModule):
+            if path in self._inlined:
+                handles.append(module.register_forward_pre_hook(self._opening(path)))
+                handles.append(module.register_forward_hook(self._close))
+            elif path and not isinstance(module, torch.jit.ScriptModule):
                 handles.append(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
                 handles.append(module.register_forward_hook(self._leaving(path), with_kwargs=True))
         try:
@@ -530,6 +563,15 @@ class _Recorder(TorchFunctionMode):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _opening(self, path: str) -> Callable[..., None]:
+        def open_(_module: nn.Module, _args: Any) -> None:
+            self.graph.inside = (*self.graph.inside, path)
+
+        return open_
+
+    def _close(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        self.graph.inside = self.graph.inside[:-1]
 
     def _enter(self, _module: nn.Module, args: Any, kwargs: Any) -> Any:
         self._inside += 1  # What is looked at here is no part of the block's code either.
@@ -586,14 +628,14 @@ class _Recorder(TorchFunctionMode):
             self._inside -= 1
 
     def _edited(self, number: int, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        edit = self._edits.get(number)
-        if edit is None or edit.operand is None:
-            return args, kwargs
-        before = args[edit.operand]
-        after = edit.of(before)
-        self._nodes[id(after)] = self._node(before)
-        self._alive.append(after)
-        return (*args[: edit.operand], after, *args[edit.operand + 1 :]), kwargs
+        for edit in self._edits.get(number, ()):
+            if edit.operand is not None:
+                before = args[edit.operand]
+                after = edit.of(before)
+                self._nodes[id(after)] = self._node(before)
+                self._alive.append(after)
+                args = (*args[: edit.operand], after, *args[edit.operand + 1 :])
+        return args, kwargs
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -645,9 +687,9 @@ class _Recorder(TorchFunctionMode):
             if id(tensor) in self._held and node.op != "call_module":
                 path = ".".join(map(str, self._held[id(tensor)]))
                 raise StoredError(f"the forward changes its buffer {path} in place")
-        edit = self._edits.get(number)
-        if edit is not None and edit.operand is None:
-            output = edit.of(output)
+        for edit in self._edits.get(number, ()):
+            if edit.operand is None:
+                output = edit.of(output)
         output = self._fresh(output, {id(tensor) for tensor in changed})
         for tensor in changed:
             if tensor is not output:

@@ -17,6 +17,7 @@ from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.cuts import CutError, SidesError, Sum
 from stochastic_depth.retrofit.functional import FUNCTIONAL, FunctionalDropPath, put_functional
 from stochastic_depth.retrofit.maps import NotComputed
+from stochastic_depth.retrofit.recorder import Edit, Edits
 from stochastic_depth.retrofit.sums import (
     DropPaths,
     Identity,
@@ -64,6 +65,14 @@ class GatedUse(NamedTuple):
     operand: int | None
     scale: float = 1.0
     cause: str = ""
+
+
+def edits_of(uses: Sequence[GatedUse], weights: Callable[[GatedUse], Any]) -> Edits:
+    """The changes of a block's own code that multiply its branches by these weights."""
+    edits: dict[int, list[Edit]] = {}
+    for use in uses:
+        edits.setdefault(use.call, []).append(Edit(use.operand, weights(use)))
+    return edits
 
 
 # Sizes that depend on the number of samples.
@@ -267,7 +276,7 @@ def rewrite(graph: fx.Graph, block: nn.Module, gates: BlockGates, granularity: s
         try:
             if isinstance(residual, CutError):
                 raise residual
-            call, operand, scale = _reference(residual, calls.get(here))
+            call, operand, scale = _reference(residual.after(replaced), calls.get(here))
             replaced[residual.add] = _gate(residual.after(replaced), key, block, gates, granularity, paths[here])
             uses.append(GatedUse(key, call, operand, scale))
         except CutError as error:
@@ -275,7 +284,7 @@ def rewrite(graph: fx.Graph, block: nn.Module, gates: BlockGates, granularity: s
                 call, operand, scale = _reference(None, calls[here])
                 _mask(calls[here], key, gates)
             elif isinstance(error, SidesError) and isinstance(residual, Sum):
-                call, operand, scale = _reference(residual, None)
+                call, operand, scale = _reference(residual.after(replaced), None)
                 _mask_operand(residual.after(replaced), key, gates)
             else:
                 raise
@@ -319,7 +328,8 @@ def _reference(residual: Sum | None, call: fx.Node | None) -> tuple[int, int | N
     if call is not None:
         return call.meta["call"], None, call.meta.get("scale", 1.0)
     assert residual is not None
-    return residual.add.meta["call"], residual.add.args.index(residual.output), 1.0
+    own = residual.add.meta.get("operand")
+    return residual.add.meta["call"], residual.add.args.index(residual.output) if own is None else own, 1.0
 
 
 class _Input(NamedTuple):
@@ -339,10 +349,10 @@ def _gate(residual: Sum, key: Key, block: nn.Module, gates: BlockGates, granular
     graph = residual.add.graph
     inner = _branch_graph(branch, residual)
     function = compiled(inner, f"{gates.name}: branch {key[0]}#{key[1] + 1}")
-    if branch.sides:
-        raise SidesError(
-            f"what {branch.sides[0].all_input_nodes[0].target} gives beside the branch's output is used too"
-        )
+    others = [side for side in branch.sides if not side.meta.get("attention_map")]
+    if others or (branch.sides and residual.shortcut is None):
+        side = (others or branch.sides)[0]
+        raise SidesError(f"what {side.all_input_nodes[0].target} gives beside the branch's output is used too")
     source = residual.shortcut if residual.shortcut is not None else residual.add
     if granularity == "sample":
         _check_samples(branch, source)

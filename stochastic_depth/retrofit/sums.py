@@ -25,15 +25,25 @@ class DropPaths(tuple[str, ...]):
 
     Attributes:
         known: what identifies each branch.
+        inlined: paths of the children whose own code is read as a part of the block's.
     """
 
     known: Mapping[Key, Identity]
+    inlined: tuple[str, ...]
 
-    def __new__(cls, paths: Sequence[str] = (), known: Mapping[Key, Identity] | None = None) -> DropPaths:
+    def __new__(
+        cls, paths: Sequence[str] = (), known: Mapping[Key, Identity] | None = None, inlined: Sequence[str] = ()
+    ) -> DropPaths:
         """The paths, with what is known of their branches."""
         made = super().__new__(cls, paths)
         made.known = known or {}
+        made.inlined = tuple(inlined)
         return made
+
+
+def inlined_of(drop_paths: Sequence[str]) -> tuple[str, ...]:
+    """Paths of the children whose own code is read as a part of their block's."""
+    return drop_paths.inlined if isinstance(drop_paths, DropPaths) else ()
 
 
 class BranchParts(nn.Module):
@@ -87,6 +97,7 @@ def find_sums(graph: fx.Graph, block: nn.Module, drop_paths: Sequence[str]) -> d
     cuts.name_values_changed_in_place(graph, block)
     cuts.spell_out_additions(graph, block)
     if not drop_paths:
+        cuts.put_in_a_row(graph, block)
         additions = [residual for residual in cuts.residual_sums(graph, block) if not _broadcasts(residual)]
         return {("", index): _separable(residual, block) for index, residual in enumerate(additions)}
     found: dict[Key, Sum | CutError] = {}

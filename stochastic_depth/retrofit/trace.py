@@ -20,7 +20,7 @@ import random
 import sys
 import types
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -68,6 +68,7 @@ class Recording:
 
     Attributes:
         graph: calls to children have targets relative to the block; placeholders are the opaque arguments in order.
+            What an inlined child does has the paths of those around it in its metadata (`inlined`).
         conditions: nodes of sizes with the values for which the recording holds.
     """
 
@@ -135,6 +136,7 @@ def record(
     with_buffers: bool = False,
     other_mode: bool = False,
     guess_sizes: bool = False,
+    inlined: Collection[str] = (),
 ) -> Recording:
     """Record the forward of a block.
 
@@ -148,12 +150,13 @@ def record(
         other_mode: whether to record what the block does in evaluation where it is in training, and the reverse.
         guess_sizes: whether sizes are taken to be some number, for code that wants numbers. Such a recording tells
             what belongs together, and is good for nothing else.
+        inlined: paths of the children whose own code is recorded too, as if the block's own did what they do.
 
     Raises:
         StoredError: if the forward leaves something on the block.
         TraceError: if it cannot be recorded for another reason; the message says why.
     """
-    call = _Call(block, signature, other_mode=other_mode)
+    call = _Call(block, signature, other_mode=other_mode, inlined=inlined)
     graph, conditions = _traced(call, num_leaves, decide, with_buffers=with_buffers, guess_sizes=guess_sizes)
     names = _state_stored(
         call, block, signature, num_leaves, conditions, with_buffers=with_buffers, other_mode=other_mode
@@ -183,7 +186,7 @@ def _traced(
             with _UnchangedBuffers(call.original), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # The arguments are none that anybody has given.
                 leaves = [tracer.create_proxy("placeholder", f"leaves_{i}", (), {}) for i in range(num_leaves)]
-                _put_symbols(call.block, call.original, tracer, with_buffers=with_buffers)
+                _put_symbols(call.block, call.original, tracer, with_buffers=with_buffers, inlined=call.inlined)
                 call.start = _attributes(call.block)
                 output = call(*leaves)
                 tracer.create_node("output", "output", (tracer.create_arg(output),), {})
@@ -200,7 +203,13 @@ def _traced(
 
 
 def _put_symbols(
-    shadow: nn.Module, module: nn.Module, tracer: _BlockTracer, path: str = "", *, with_buffers: bool
+    shadow: nn.Module,
+    module: nn.Module,
+    tracer: _BlockTracer,
+    path: str = "",
+    *,
+    with_buffers: bool,
+    inlined: Collection[str],
 ) -> None:
     """Symbols in place of the parameters of a block's shadow, and callable stand-ins in place of its children."""
     for name, parameter in module._parameters.items():
@@ -218,7 +227,7 @@ def _put_symbols(
             shadow._modules[name] = tracer.stand_ins[child]
             continue
         plain = nn.Module if isinstance(child, torch.jit.ScriptModule) else own_class(child)
-        kind = _called_class(plain)
+        kind = _inlined_class(plain) if f"{path}{name}" in inlined else _called_class(plain)
         stand_in = tracer.stand_ins[child] = object.__new__(kind)
         stand_in.__dict__.update(_private(child.__dict__))
         stand_in.__dict__.pop("forward", None)
@@ -226,7 +235,7 @@ def _put_symbols(
         for group in _GROUPS:
             stand_in.__dict__[group] = dict(child.__dict__.get(group, {}))
         shadow._modules[name] = stand_in
-        _put_symbols(stand_in, child, tracer, f"{path}{name}.", with_buffers=with_buffers)
+        _put_symbols(stand_in, child, tracer, f"{path}{name}.", with_buffers=with_buffers, inlined=inlined)
 
 
 @functools.cache
@@ -234,6 +243,20 @@ def _called_class(plain: type[nn.Module]) -> type[nn.Module]:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         tracer, path = self.__dict__["_symbolic_call"]
         return tracer.create_proxy("call_module", path, args, kwargs)
+
+    return type(plain.__name__, (Unannounced, plain), {"__call__": call})
+
+
+@functools.cache
+def _inlined_class(plain: type[nn.Module]) -> type[nn.Module]:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        tracer, path = self.__dict__["_symbolic_call"]
+        outer = tracer.inside
+        tracer.inside = (*outer, path)
+        try:
+            return self.forward(*args, **kwargs)
+        finally:
+            tracer.inside = outer
 
     return type(plain.__name__, (Unannounced, plain), {"__call__": call})
 
@@ -261,7 +284,13 @@ def bound_anew(forward: Any, module: nn.Module, new: nn.Module) -> Any:
 
 class _Call:
     def __init__(
-        self, block: nn.Module, signature: Any, *, other_mode: bool, changed: Mapping[str, int] | None = None
+        self,
+        block: nn.Module,
+        signature: Any,
+        *,
+        other_mode: bool,
+        changed: Mapping[str, int] | None = None,
+        inlined: Collection[str] = (),
     ) -> None:
         plain: type[nn.Module] = own_class(block)
         # A shallow copy: what the forward assigns to `self`, or puts into a cache of its own, does not stay.
@@ -276,6 +305,7 @@ class _Call:
         self.block = shadow
         self.start = _attributes(shadow)
         self.original = block
+        self.inlined = inlined
         self._plain = plain
         self._signature = signature
 
@@ -311,9 +341,8 @@ def _state_stored(
     stored = {name: value for name, value in call.stored().items() if not _is_number(value)}
     numbers = {name for name, value in stored.items() if type(value) is int is type(call.start.get(name, 0))}
     if numbers:
-        again = _Call(
-            block, signature, other_mode=other_mode, changed={name: call.start.get(name, 0) + 1 for name in numbers}
-        )
+        changed = {name: call.start.get(name, 0) + 1 for name in numbers}
+        again = _Call(block, signature, other_mode=other_mode, changed=changed, inlined=call.inlined)
         decisions = iter([value for _, value in conditions])
         try:
             _traced(again, num_leaves, lambda _: next(decisions), with_buffers=with_buffers)
@@ -417,6 +446,10 @@ class _Symbol(fx.Proxy):
     def __float__(self) -> float:
         return float(int(self))
 
+    def __len__(self) -> int:
+        # The error by which `(*shape, 1)` goes on without a hint; that of `fx.Proxy` would end it.
+        raise TypeError("the forward asks for a length")
+
     def __hash__(self) -> int:
         return id(self)
 
@@ -464,6 +497,7 @@ class _BlockTracer(GraphAppendingTracer):
         self._conditions = conditions
         self._decide = decide
         self.expected_state: tuple[Any, ...] = ()
+        self.inside: tuple[str, ...] = ()
         self.stand_ins: dict[nn.Module, nn.Module] = {}
         self.buffers: dict[int, str] = {}
         self._attributes: dict[int, fx.Proxy] = {}
@@ -482,7 +516,10 @@ class _BlockTracer(GraphAppendingTracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if self.expected_state and _context() != self.expected_state:
             raise TraceError("a part of the forward runs under autocast or gradient settings of its own")
-        return super().create_node(*args, **kwargs)
+        node = super().create_node(*args, **kwargs)
+        if self.inside:
+            node.meta["inlined"] = self.inside
+        return node
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, fx.Proxy):
