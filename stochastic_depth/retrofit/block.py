@@ -264,7 +264,16 @@ class BlockBranches:
     def _make_fingerprint(self, block: nn.Module) -> Any:
         rules = tuple((key, branch.rescale, branch.skipped_grad) for key, branch in self.gated.items())
         granularity = next(iter(self.gated.values())).passes.granularity
-        return (*fingerprint(block), tuple(self.known.items()), rules, granularity, self.drop_paths, self.inlined)
+        forward = getattr(self.own_forward, "__func__", self.own_forward)
+        return (
+            *fingerprint(block),
+            forward,
+            tuple(self.known.items()),
+            rules,
+            granularity,
+            self.drop_paths,
+            self.inlined,
+        )
 
     def _prepare(self, block: nn.Module, signature: Any, leaves: list[Any]) -> Prepared:
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():

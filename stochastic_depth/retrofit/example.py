@@ -14,7 +14,7 @@ from stochastic_depth.cost import undisturbed
 from stochastic_depth.retrofit.proof import arguments_anew, copy_of_object, private
 from stochastic_depth.retrofit.quiet import without_noise
 from stochastic_depth.retrofit.recorder import ChangedObjectError, run_block
-from stochastic_depth.retrofit.stand_in import stand_in
+from stochastic_depth.retrofit.stand_in import stand_in, untouched
 from stochastic_depth.retrofit.trace import TraceError, flatten, unflatten
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -50,7 +50,7 @@ class Example:
 
         hooks = [module.register_forward_pre_hook(note, with_kwargs=True, prepend=True) for module in modes]
         try:
-            with undisturbed(model), torch.enable_grad():
+            with undisturbed(model), untouched(model), torch.enable_grad():
                 for training in (True, False):
                     for module in modes:
                         module.training = training

@@ -19,7 +19,7 @@ from stochastic_depth.retrofit.example import Example, Reading
 from stochastic_depth.retrofit.forms import names_in_code
 from stochastic_depth.retrofit.functional import FUNCTIONAL, put_functional
 from stochastic_depth.retrofit.recorder import unchanged_globals
-from stochastic_depth.retrofit.rules import DropPathRule, drop_path_rule, is_drop_path
+from stochastic_depth.retrofit.rules import DropPathRule, does_otherwise, drop_path_rule, is_drop_path
 from stochastic_depth.retrofit.sums import (
     BranchParts,
     DropPaths,
@@ -245,6 +245,8 @@ def _find_drop_paths(model: nn.Module, found: Found) -> None:
         if _may_drop(module) and not any(name == layer or name.startswith(f"{layer}.") for layer in layers):
             blocks.setdefault(module, (name, {}))
         rule = _acting_rule(name, module)
+        if rule is None and (reason := does_otherwise(module)):
+            found.notes.append(f"{name} ({type(module).__name__}): it stays as it is, {reason}. See register_drop_path")
         if rule is None or module in inside:
             continue
         block_name = _block_of(name, modules)
@@ -258,7 +260,7 @@ def _find_drop_paths(model: nn.Module, found: Found) -> None:
 
 def _may_drop(module: nn.Module) -> bool:
     """Whether the code of a module has a drop path that is a function in it, as far as names tell."""
-    if type(module) in _CONTAINERS or is_drop_path(module):
+    if type(module) in _CONTAINERS or is_drop_path(module) or does_otherwise(module):
         return False
     names = names_in_code(plain_class(module))[0]
     return any(part in name.lower() for name in names for part in _NAMES_OF_DROPPING)

@@ -268,7 +268,7 @@ def form_of_leaves(leaves: Sequence[Any], called: Collection[type] = ()) -> tupl
     """
     return tuple(
         [
-            (leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad, leaf.is_contiguous())
+            (leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad, leaf.is_contiguous() or leaf.stride())
             if type(leaf) is Tensor or type(leaf) is nn.Parameter
             else (type(leaf), tuple([(n, v) for n, v in vars(leaf).items() if _is_plain(v)]))
             if type(leaf) in called

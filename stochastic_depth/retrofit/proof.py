@@ -21,7 +21,7 @@ from stochastic_depth.residual import GatedBranch
 from stochastic_depth.retrofit.called import as_called
 from stochastic_depth.retrofit.maps import NotComputed
 from stochastic_depth.retrofit.quiet import quiet
-from stochastic_depth.retrofit.recorder import Edits, run_block
+from stochastic_depth.retrofit.recorder import Edits, run_block, unchanged_globals
 from stochastic_depth.retrofit.rewrite import Code, GatedUse, edits_of
 from stochastic_depth.retrofit.stand_in import sample_leaf
 from stochastic_depth.retrofit.sums import Key
@@ -165,7 +165,8 @@ def prove(
         # Where a branch mixes what it is taken to keep apart, it fails or gives something else on some of the samples.
         mixes = ": its first dimension is not one of independent samples" if name == _SOME else ""
         try:
-            actual = _with_gradients(block, leaves, lambda given: code(block, *given))
+            with unchanged_globals(block, inlined):
+                actual = _with_gradients(block, leaves, lambda given: code(block, *given))
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
             first = (str(error).splitlines() or [""])[0]
             raise ProofError(f"{name} it fails ({type(error).__name__}: {first}){mixes}") from error

@@ -151,19 +151,26 @@ def unchanged_globals(block: nn.Module, inlined: Collection[str] = ()) -> Genera
     names, functions = code_of(block, inlined)
     spaces = {id(function.__globals__): function.__globals__ for function in functions}.values()
     named = [(space, name) for space in spaces for name in names if name in space]
+    of_children = [code_of(child) for child in block.modules() if child is not block and not _is_of_torch(child)]
+    inner = [(function.__globals__, name) for its, functions in of_children for function in functions for name in its]
     for name, value in [(name, space[name]) for space, name in named] + list(block.__dict__.items()):
         if name in names and hasattr(value, "__next__") and not isinstance(value, type):
             raise TraceError(f"the forward may advance the iterator {name}")
     before = [
         (space, name, space[name], snapshot(space[name]), copy.copy(space[name]))
-        for space, name in named
+        # A child's are put back, and its call does with them what it does.
+        for space, name in {(id(s), n): (s, n) for s, n in (*named, *inner) if n in s}.values()
         if isinstance(space[name], (*_CONSTANTS, list, dict, set)) and not isinstance(space[name], type)
     ]
     try:
         yield
     finally:
         moved = [each for each in before if not _same(each[3], snapshot(each[0].get(each[1])))]
-        changed = [name for space, name, value, _, contents in moved if not _remembers(space[name], value, contents)]
+        changed = [
+            name
+            for space, name, value, _, contents in moved
+            if name in names and not _remembers(space[name], value, contents)
+        ]
         for space, name, value, _, contents in moved:
             space[name] = value
             if isinstance(value, (list, dict, set)):
@@ -172,6 +179,10 @@ def unchanged_globals(block: nn.Module, inlined: Collection[str] = ()) -> Genera
                 (held.extend if isinstance(value, list) else held.update)(contents)
     if changed:
         raise StoredError(f"the forward changes the global variable {changed[0]}")
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.")
 
 
 def _remembers(now: Any, value: Any, before: Any) -> bool:

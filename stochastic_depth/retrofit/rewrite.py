@@ -188,7 +188,7 @@ def _affine(graph: fx.Graph, rows: fx.Node, here: int, there: int, x: int, y: in
 
 
 def skeleton(graph: fx.Graph) -> tuple[Any, ...]:
-    """A recording without the numbers in it: recordings with one skeleton are rewritten in one way."""
+    """A recording without the real numbers in it: a factor that changes with every step changes nothing else."""
     index = {node: position for position, node in enumerate(graph.nodes)}
 
     def of(value: Any) -> Any:
@@ -200,7 +200,7 @@ def skeleton(graph: fx.Graph) -> tuple[Any, ...]:
             return tuple((key, of(item)) for key, item in cast("dict[Any, Any]", value).items())
         if isinstance(value, slice):
             return "slice", of(value.start), of(value.stop), of(value.step)
-        return type(value).__name__ if type(value) in (int, float) else repr(value)
+        return type(value).__name__ if type(value) is float else repr(value)
 
     return tuple(
         (
@@ -253,7 +253,13 @@ def rewrite(graph: fx.Graph, block: nn.Module, gates: BlockGates, granularity: s
     calls = calls_of(graph, gates.drop_paths)
     identities = {key: identity(residual, block) for key, residual in sums.items()}
     matched = match(identities, gates.known)
-    missing = [key for key in gates.gated if key not in matched.values() and _is_met(key, gates, called)]
+    met = {(key[0], gates.known[key]) for key in matched.values()}
+    # A drop path whose uses are the same, in a loop, may be used less often.
+    missing = [
+        key
+        for key in gates.gated
+        if key not in matched.values() and _is_met(key, gates, called) and (key[0], gates.known[key]) not in met
+    ]
     if missing and gates.drop_paths:
         for key, (place, residual) in additions_of(graph, block, {key: gates.known[key] for key in missing}).items():
             sums["", -1 - place[1]], matched["", -1 - place[1]] = residual, key
@@ -312,7 +318,8 @@ def _is_met(key: Key, gates: BlockGates, called: set[str]) -> bool:
     """Whether anything that only this branch uses is used in a call."""
     shared = {path for other, paths in gates.known.items() if other != key for path in paths}
     own = gates.known[key] - shared
-    return key[0] in called or bool((own or gates.known[key]) & called)
+    is_only_use = sum(other[0] == key[0] for other in gates.known) == 1
+    return (is_only_use and key[0] in called) or bool((own or gates.known[key]) & called)
 
 
 def _names(keys: Sequence[Key], gates: BlockGates) -> str:

@@ -6,10 +6,13 @@ torchvision, transformers (`BeitDropPath`, ...) and the DINO family; or if its c
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 from stochastic_depth.copies import plain_class
@@ -84,4 +87,58 @@ def drop_path_rule(module: nn.Module) -> DropPathRule | None:
         )
     granularity: Granularity = "batch" if attributes.get("mode") == "batch" else "sample"
     rescale: Literal["train", "none"] = "train" if attributes.get("scale_by_keep", True) else "none"
-    return DropPathRule(float(rates[0] or 0.0), rescale, granularity)
+    rule = DropPathRule(float(rates[0] or 0.0), rescale, granularity)
+    if module not in _seen or _seen[module][0] != rule:
+        _seen[module] = rule, _otherwise(module, rule)
+    return None if _seen[module][1] else rule
+
+
+def does_otherwise(module: nn.Module) -> str:
+    """Why a module that is called a drop path is none; empty where it is one, or is not called so."""
+    return _seen[module][1] if drop_path_rule(module) is None and module in _seen else ""
+
+
+_seen: WeakKeyDictionary[nn.Module, tuple[DropPathRule, str]] = WeakKeyDictionary()
+
+
+def _otherwise(module: nn.Module, rule: DropPathRule) -> str:
+    """What a module does otherwise than a drop path of its rule, tried on numbers; empty where nothing shows."""
+    if any(True for _ in module.children()) or any(True for _ in module.parameters()):
+        return "it has modules or parameters of its own"
+    if not 0 < rule.drop_rate < 1:
+        return ""
+    kind = plain_class(module)
+    trial: nn.Module = object.__new__(kind)
+    trial.__dict__.update(module.__dict__)
+    x = torch.linspace(1, 2, 256).view(64, 2, 2)
+    python = random.getstate()
+    try:
+        with torch.random.fork_rng([]), torch.no_grad():
+            trial.training = False
+            evaluated = kind.forward(trial, x)
+            trial.training = True
+            trained = [kind.forward(trial, x) for _ in range(4)]
+    except Exception:  # It takes something else than such samples; the proof will tell.
+        return ""
+    finally:
+        random.setstate(python)
+    if not all(isinstance(y, torch.Tensor) and y.shape == x.shape for y in (evaluated, *trained)):
+        return "it gives something of another shape"
+    if not torch.equal(evaluated, x):
+        return "it changes what it is given in evaluation"
+    if all(torch.equal(y, x) for y in trained):
+        return ""  # It is switched off, or stands for one.
+    kept = 1 / (1 - rule.drop_rate) if rule.rescale == "train" else 1.0
+    for y in trained:
+        factors = (y / x).flatten(1)
+        if not torch.allclose(factors, factors[:, :1].expand_as(factors)):
+            return "it drops single values of a sample"
+        is_kept = torch.isclose(factors[:, 0], torch.tensor(kept), rtol=1e-4)
+        if not (is_kept | (factors[:, 0] == 0)).all():
+            return f"what it keeps is not multiplied by {kept:g}"
+        if rule.granularity == "batch" and bool(is_kept.any()) and not is_kept.all():
+            return "it drops single samples of a mini-batch"
+    together = all(y.ne(0).any() == y.ne(0).all() for y in trained)
+    if rule.granularity == "sample" and 0.1 <= rule.drop_rate <= 0.9 and together:
+        return "it drops whole mini-batches"
+    return ""

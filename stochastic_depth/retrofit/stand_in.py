@@ -12,9 +12,11 @@ import copy
 import enum
 import functools
 import math
+import random
 import types
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -130,6 +132,26 @@ def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return output
 
 
+@contextmanager
+def untouched(model: nn.Module) -> Generator[None]:
+    """Within, the modules of a model have copies of their attributes, which code may change; afterwards, their own."""
+    memo: dict[int, Any] = {}
+    before = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
+    for module, own, _ in before:
+        module.__dict__.update({n: _private_copy(v, memo) for n, v in own.items() if n not in _NOT_COPIED})
+    try:
+        yield
+    finally:
+        for module, own, buffers in before:
+            module._buffers.clear()
+            module._buffers.update(buffers)
+            module.__dict__.clear()
+            module.__dict__.update(own)
+
+
+_NOT_COPIED = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training", *_HOOKS}
+
+
 def copied(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """Attributes of a module, whose structures and plain objects are copies, in which code may count or collect."""
     memo: dict[int, Any] = {}
@@ -141,7 +163,15 @@ def _private_copy(value: Any, memo: dict[int, Any], depth: int = 4) -> Any:
         return memo[id(value)]
     kind = type(value)
     made = value
-    if depth and kind in (list, set, dict, deque, OrderedDict, defaultdict):
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        # Code may change it in place, or hold it for its gradient.
+        if not value.requires_grad and not _has_no_data(value):
+            made = memo[id(value)] = value.clone()
+    elif isinstance(value, torch.Generator):
+        made = memo[id(value)] = value.clone_state()
+    elif isinstance(value, random.Random) or kind.__module__.partition(".")[0] == "numpy":
+        made = memo[id(value)] = copy.deepcopy(value)
+    elif depth and kind in (list, set, dict, deque, OrderedDict, defaultdict):
         made = memo[id(value)] = copy.copy(value)
         if isinstance(made, dict):
             items = cast("dict[Any, Any]", made)
@@ -176,6 +206,8 @@ def snapshot(value: Any, depth: int = 4) -> Any:
         return kind, {key: snapshot(item, depth - 1) for key, item in cast("dict[Any, Any]", value).items()}
     if depth and kind is set:
         return kind, set(cast("set[Any]", value))
+    if kind.__module__ == "numpy" and hasattr(value, "tobytes"):
+        return kind, value.tobytes()
     if depth and is_data(value):
         return kind, id(value), {name: snapshot(item, depth - 1) for name, item in vars(value).items()}
     return value
@@ -200,12 +232,12 @@ def _awake(tensor: Tensor, generator: torch.Generator) -> Tensor:
     if plain and (not tensor.is_floating_point() or (tensor.numel() > _MAX_RANDOM and bool(tensor.any()))):
         return tensor
     device = tensor.device if not _has_no_data(tensor) else torch.device("cpu")
-    random = torch.empty(tensor.shape).uniform_(generator=generator)
+    values = torch.empty(tensor.shape).uniform_(generator=generator)
     if tensor.numel() == max(tensor.shape, default=1):
-        random = random + 0.5  # gains, biases, scales
+        values = values + 0.5  # gains, biases, scales
     else:
-        random = (2 * random - 1) * math.sqrt(3 * tensor.shape[0] / tensor.numel())
-    return random.to(device, tensor.dtype)
+        values = (2 * values - 1) * math.sqrt(3 * tensor.shape[0] / tensor.numel())
+    return values.to(device, tensor.dtype)
 
 
 def sample_leaf(value: Any, rows: Tensor | None) -> Any:
@@ -234,7 +266,12 @@ def _different(samples: Tensor) -> Tensor:
 
     What mixes samples would not be seen on equal ones.
     """
-    if not samples.is_floating_point() or len(samples) < 2 or samples[0].numel() == 0:
+    if (
+        samples.layout is not torch.strided
+        or not samples.is_floating_point()
+        or len(samples) < 2
+        or samples[0].numel() == 0
+    ):
         return samples
     flat = samples.reshape(len(samples), -1).double().nan_to_num()
     if torch.pdist(flat[:, :4096].cpu()).min() > 0:

@@ -18,6 +18,7 @@ from stochastic_depth.retrofit.find import Branch
 from stochastic_depth.retrofit.maps import NotComputed
 from stochastic_depth.retrofit.proof import deviation, tolerance
 from stochastic_depth.retrofit.quiet import without_noise
+from stochastic_depth.retrofit.stand_in import untouched
 from stochastic_depth.retrofit.sums import BranchParts
 
 CauseOf = Callable[[Branch], str]
@@ -84,7 +85,7 @@ def verify(
     """
     every = range(len(branches))
     before = passes.forced, passes.counter, passes.latest
-    with undisturbed(root):
+    with undisturbed(root), untouched(root):
         try:
             of_outputs, of_gradients = _compare_with_masks(root, passes, branches, call, skipped_grad)
             with torch.no_grad(), _Watch(root, passes, branches) as watch:

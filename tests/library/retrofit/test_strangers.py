@@ -332,7 +332,7 @@ def test_the_rate_of_a_functional_drop_path_that_changes_is_no_silent_matter() -
     sd.make_stochastic_(net)
     net(data(4))
     net.blocks[0].rate = 0.5
-    with pytest.warns(sd.MaskedBranchWarning, match="was changed from 0.25 to 0.5"):
+    with pytest.raises(RuntimeError, match=r"was changed from 0\.25 to 0\.5: set it back"):
         net(data(4))
 
 

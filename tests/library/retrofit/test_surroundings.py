@@ -4,6 +4,7 @@ The reference is each model's own formula with its gates written into it, in flo
 """
 
 import itertools
+from types import MethodType
 
 import pytest
 import torch
@@ -156,6 +157,8 @@ class DropPath(nn.Module):
         self.drop_prob = rate
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
         return x * x.new_empty(x.shape[0], 1, 1).bernoulli_(1 - self.drop_prob) / (1 - self.drop_prob)
 
 
@@ -464,3 +467,119 @@ def test_a_map_that_the_model_uses_raises_aloud() -> None:
         net(x)
     with depth.gates([False, True]), pytest.raises(RuntimeError, match=r"leave the branches .* out by where="):
         net(x)
+
+
+# ---------------------------------------- what the attack found
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+
+def test_a_block_with_its_own_forward_has_its_own_proof() -> None:
+    net, x = nn.Sequential(Plain(), Plain(), Plain()).double(), data(4)
+    net[2].forward = MethodType(lambda self, x: x + 0.1 * self.f(x), net[2])
+    expected = net(x)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5))
+    with depth.gates([True] * 3):
+        assert_same(net(x), expected)
+
+
+class Along(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = linear()
+
+    def forward(self, x: Tensor, dim: int) -> Tensor:
+        return x + self.f(x.roll(1, dim))
+
+
+def test_a_number_that_changes_what_is_mixed_is_proven_anew() -> None:
+    net, x = Along().double(), data(4, 3)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), granularity="sample")
+    gate = torch.tensor([True, False, True, False])
+    with depth.gates([gate]):
+        assert_same(net(x, 1), x + gate.view(4, 1, 1) * net.f(x.roll(1, 1)))
+        with pytest.raises(RuntimeError, match="not one of independent samples"):
+            net(x, 0)
+
+
+class Looping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.drop_path = linear(), DropPath(0.5)
+
+    def forward(self, x: Tensor, times: int = 2) -> Tensor:
+        for _ in range(times):
+            x = x + self.drop_path(self.f(x))
+        return x
+
+
+class LoopingNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Looping()
+
+    def forward(self, x: Tensor, times: int) -> Tensor:
+        return self.block(x, times)
+
+
+def test_a_loop_may_be_shorter_than_it_was_read() -> None:
+    net, x = LoopingNet().double(), data(4, 3, 2)
+    depth = sd.make_stochastic_(net, granularity="batch")
+    with depth.gates([True, True]):
+        assert_same(net(x, 1), x + 2 * net.block.f(x))
+    with depth.gates([False, True]):
+        assert_same(net(x, 1), x)
+        assert_same(net(x, 2), x + 2 * net.block.f(x))
+
+
+COLLECTED: list[Tensor] = []
+
+
+class Collecting(nn.Module):
+    """A child that collects, counts and averages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.seen, self.calls, self.history = linear(), torch.zeros(()), 0, []
+        self.register_buffer("average", torch.zeros(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += 1
+        self.calls += 1
+        self.history.append(x.shape[0])
+        self.average = 0.9 * self.average + 0.1 * x.detach().mean((0, 1))
+        COLLECTED.append(x.mean())
+        return self.f(x)
+
+
+class AroundCollecting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = Collecting()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.child(x)
+
+
+@pytest.mark.parametrize("by_example", [False, True])
+def test_what_children_collect_is_collected_once_a_step(by_example: bool) -> None:
+    COLLECTED.clear()
+    net, x = nn.Sequential(AroundCollecting()).double(), data(4, 3)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), inputs=[x] if by_example else None)
+    child = net[0].child
+    COLLECTED.clear()  # An example runs the model itself.
+    for step in range(1, 3):
+        with depth.gates([True]):
+            net(x)
+        assert (child.seen.item(), child.calls, child.history, len(COLLECTED)) == (step, step, [4] * step, step)
+    assert_same(child.average, 0.1 * x.mean((0, 1)) * 1.9)
+    depth.verify(x)
+    assert (child.seen.item(), child.calls, child.history) == (2, 2, [4, 4])
+    assert_same(child.average, 0.1 * x.mean((0, 1)) * 1.9)
