@@ -706,8 +706,8 @@ def esrgan(_rate: float) -> Made:
     return spandrel_arch("ESRGAN", "RRDB").RRDBNet(num_filters=8, num_blocks=2, scale=1), [images(8, 2)]
 
 
-# Two sums in each of 3 blocks, scaled by learned vectors, and the whole network.
-@code_base("spandrel NAFNet", additions=7, ends=["NAFBlock:conv3", "NAFBlock:conv5", "ending"])
+# Two sums in each of 3 blocks, scaled by learned vectors, the skip around the deeper level, and the whole network.
+@code_base("spandrel NAFNet", additions=8, ends=["NAFBlock:conv3", "NAFBlock:conv5", "ups.*", "ending"])
 def nafnet(_rate: float) -> Made:
     model = spandrel_arch("NAFNet", "NAFNet_arch").NAFNet(
         img_channel=3, width=8, middle_blk_num=1, enc_blk_nums=[1], dec_blk_nums=[1]
@@ -1048,7 +1048,9 @@ def openai_whisper(_rate: float) -> Made:
     # Its LayerNorm computes in float32 whatever it is given; here everything is in float64.
     module.LayerNorm.forward = nn.LayerNorm.forward
     dimensions = module.ModelDimensions(8, 16, 32, 2, 2, 50, 16, 32, 2, 2)
-    return module.Whisper(dimensions), [torch.randn(4, 8, 32), tokens(8)]
+    model = module.Whisper(dimensions)
+    nn.init.normal_(model.decoder.positional_embedding)  # Whatever was in memory.
+    return model, [torch.randn(4, 8, 32), tokens(8)]
 
 
 # A residual unit per ratio, and an LSTM with a shortcut.

@@ -342,6 +342,7 @@ def _find_in_block(block: nn.Module, name: str, rules: dict[str, DropPathRule], 
 
 
 def _find_additions(model: nn.Module, found: Found) -> None:
+    blocks: dict[str, tuple[nn.Module, tuple[str, ...], dict[Key, _Reading]]] = {}
     for name, block in model.named_modules():
         if type(block) in _CONTAINERS or not _may_add(block):
             continue
@@ -351,6 +352,22 @@ def _find_additions(model: nn.Module, found: Found) -> None:
         except TraceError as error:
             found.notes.append(f"{name or 'the model'} ({type(block).__name__}): not looked into, {error}")
             continue
+        if readings:
+            blocks[name] = block, inlined, readings
+    inside = {
+        f"{name}.{path}".strip(".")
+        for name, (_, _, readings) in blocks.items()
+        for reading in readings.values()
+        if isinstance(reading.parts, BranchParts)
+        for path in reading.parts.paths.members
+    }
+    for name, (block, inlined, readings) in blocks.items():
+        if _lies_in(name, inside) and not any(reading.is_around for reading in readings.values()):
+            # LoRA's product beside the base layer, the scan of a state space model: sums that shorten nothing.
+            found.notes.append(
+                f"{name} ({type(block).__name__}): it lies in a branch, and adds to what its own layers compute"
+            )
+            continue
         for key, reading in readings.items():
             assert isinstance(reading.parts, BranchParts)
             found.known.setdefault(block, {})[key] = reading.identity
@@ -358,6 +375,11 @@ def _find_additions(model: nn.Module, found: Found) -> None:
             branch_name = f"{name}#{key[1] + 1}".removeprefix("#")
             ends_in = block.get_submodule(reading.ends_in) if reading.ends_in else None
             found.branches.append(Branch(branch_name, block, name, reading.parts, block, key, ends_in=ends_in))
+
+
+def _lies_in(name: str, modules: Collection[str]) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[: index + 1]) in modules for index in range(len(parts)))
 
 
 def _inlined(
@@ -467,6 +489,8 @@ class _Reading(NamedTuple):
     identity: Identity
     parts: BranchParts | CutError
     ends_in: str = ""
+    is_around: bool = True
+    """Whether the shortcut is what the block is given, and not something that its layers compute."""
 
 
 def _readings(
@@ -506,7 +530,8 @@ def _readings(
                 readings[known] = _Reading(readings[known].identity if known in readings else frozenset(), residual)
             elif known not in readings:
                 ends_in = ".".join(residual.add.meta.get("inlined", ())[-1:])
-                readings[known] = _Reading(identities[key], BranchParts(block, *paths[key]), ends_in)
+                is_around = residual.shortcut is None or cuts.is_plain(residual.shortcut, block)
+                readings[known] = _Reading(identities[key], BranchParts(block, *paths[key]), ends_in, is_around)
             elif isinstance(parts := readings[known].parts, BranchParts):
                 joined = [tuple(dict.fromkeys([*a, *b])) for a, b in zip(parts.paths, paths[key], strict=True)]
                 readings[known] = readings[known]._replace(

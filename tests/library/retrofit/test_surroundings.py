@@ -583,3 +583,32 @@ def test_what_children_collect_is_collected_once_a_step(by_example: bool) -> Non
     depth.verify(x)
     assert (child.seen.item(), child.calls, child.history) == (2, 2, [4, 4])
     assert_same(child.average, 0.1 * x.mean((0, 1)) * 1.9)
+
+
+class Adapted(nn.Module):
+    """A layer with an adapter, as LoRA makes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.down, self.up = linear(), nn.Linear(D, 2, bias=False), nn.Linear(2, D, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x)) * 2
+
+
+class WithAdapter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = Adapted()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+
+def test_an_adapter_inside_of_a_branch_is_no_branch() -> None:
+    net, x = nn.Sequential(WithAdapter(), WithAdapter()).double(), data(4)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5))
+    assert list(depth.names) == ["0#1", "1#1"]
+    assert "0.f (Adapted): it lies in a branch, and adds to what its own layers compute" in str(depth)
+    with depth.gates([False, True]):
+        assert_same(net(x), x + net[1].f(x))
