@@ -302,7 +302,12 @@ def fingerprint(block: nn.Module) -> tuple[Any, ...]:
 
 
 def _configuration(module: nn.Module) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted((n, _identity_of(v)) for n, v in module.__dict__.items() if n not in _NOT_CONFIGURATION))
+    left_out = _NOT_CONFIGURATION | _POSITIONS
+    return tuple(sorted((n, _identity_of(v)) for n, v in module.__dict__.items() if n not in left_out))
+
+
+# The number of a layer in its model, as caches want it, makes no other kind of layer.
+_POSITIONS = {"layer_idx", "layer_id", "layer_index", "layer_number"}
 
 
 _NOT_CONFIGURATION = {

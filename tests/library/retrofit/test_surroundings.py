@@ -612,3 +612,17 @@ def test_an_adapter_inside_of_a_branch_is_no_branch() -> None:
     assert "0.f (Adapted): it lies in a branch, and adds to what its own layers compute" in str(depth)
     with depth.gates([False, True]):
         assert_same(net(x), x + net[1].f(x))
+
+
+def test_layers_that_differ_by_their_number_share_a_proof() -> None:
+    config = LlamaConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=5, num_attention_heads=2,
+        num_key_value_heads=1, use_cache=False,
+    )  # fmt: skip
+    net = LlamaModel(config).double().train()
+    depth = sd.make_stochastic_(net, sd.uniform(0.5))
+    with depth.gates([True] * 10):
+        net(torch.arange(10).view(2, 5))
+    known = net.layers[0]._stochastic_depth_branch.forms
+    assert len(known.proven) == 1
+    assert known.num_runs == 8, "two to record, and six to compare under three patterns"
