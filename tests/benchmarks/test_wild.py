@@ -78,8 +78,8 @@ def test_a_wrong_count_and_a_refusal_are_told_apart() -> None:
 def test_wrong_numbers_deviate(monkeypatch: pytest.MonkeyPatch) -> None:
     gradients_of = wild.gradients_of
 
-    def slightly_wrong(run: object, model: nn.Module, inputs: list[Tensor]) -> object:
-        outputs, gradients = gradients_of(run, model, inputs)
+    def slightly_wrong(run: object, model: nn.Module, inputs: list[Tensor], *but: object) -> object:
+        outputs, gradients = gradients_of(run, model, inputs, *but)
         if isinstance(run, nn.Module):  # the library's
             gradients["second.weight"] = gradients["second.weight"] + 1e-6
         return outputs, gradients
