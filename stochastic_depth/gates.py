@@ -93,7 +93,7 @@ def _round_at_equal_cost(
     """Round each fraction to 0 or 1, keeping its mean, with a total cost that moves by at most one largest branch.
 
     The pivotal method (Deville and Tillé 1998), along the line of constant cost: two undecided branches, in random
-    order, exchange probability at constant total cost until one of them is decided. What a step keeps in the mean is
+    order, exchange probability at constant total cost until one of them is decided. What a step keeps on average is
     kept by all of them; only the last undecided branch changes the total, and `last` decides it.
     """
     rounded = [0] * len(fractions)

@@ -117,7 +117,7 @@ class GatedBranch:
                 recording of it may be replayed.
 
         Returns:
-            (N, ...), a tensor of its own, safe to be changed in place.
+            (N, ...), a new tensor, safe to be changed in place.
 
         Raises:
             ValueError: if the sum has another shape than the shortcut.

@@ -25,7 +25,7 @@ def take_and_carry(batch: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def add_samples(batch: Tensor, samples: Tensor, indices: Tensor, factor: float) -> Tensor:
-    """A batch (N, ...) plus `factor` times samples (K, ...), added to those at indices (K,); a tensor of its own."""
+    """A batch (N, ...) plus `factor` times samples (K, ...), added to those at indices (K,); a new tensor."""
     return cast(Tensor, apply(_AddSamples, batch, samples, indices, factor))
 
 

@@ -27,7 +27,7 @@ class Measured:
     Attributes:
         name: what it is.
         ratio: median over the rounds of its step's time over that of constant depth.
-        expected_flops: share of the training FLOPs of constant depth that it executes in the mean.
+        expected_flops: share of the training FLOPs of constant depth that it executes on average.
     """
 
     name: str

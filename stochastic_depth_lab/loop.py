@@ -281,7 +281,7 @@ class _Tally:
     open_counts: list[float]
     """Per branch: sum over the steps of the share of samples whose gate was open."""
     depth_counts: list[int]
-    """How many steps ran 0, 1, ..., all branches; with gates per sample, in the mean over the samples, rounded."""
+    """How many steps ran 0, 1, ..., all branches; with gates per sample, averaged over the samples, rounded."""
     step: int = 0
     """Steps done."""
     cost: float = 0.0

@@ -169,7 +169,7 @@ def _may_be_changed(value: fx.Node, block: nn.Module) -> bool:
     for user in value.users:
         if user.op == "output" or is_size(user) or user.all_input_nodes[0] is not value:
             continue
-        is_own = cuts.added(user) is not None  # gives a tensor of its own
+        is_own = cuts.added(user) is not None  # gives a new tensor
         if user.op == "call_module":
             child = block.get_submodule(cast(str, user.target))
             if any(getattr(module, "inplace", False) for module in child.modules()):
@@ -212,7 +212,7 @@ def _memory_written(node: fx.Node, block: nn.Module) -> fx.Node:
         if node.op == "call_module":
             child = block.get_submodule(cast(str, node.target))
             if next(child.parameters(), None) is not None:
-                break  # it gives a tensor of its own
+                break  # it gives a new tensor
     return node
 
 

@@ -1,4 +1,4 @@
-"""Takes stochastic depth off for good: survival probabilities go into the weights, dropped branches go altogether."""
+"""Removes stochastic depth for good: survival probabilities go into the weights, dropped branches go altogether."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ from stochastic_depth.retrofit.remembered import Call
 
 
 def fold_(model: nn.Module, *, inputs: Inputs | None = None) -> None:
-    """Take stochastic depth off a trained model, in place, without changing what it computes in evaluation.
+    """Remove stochastic depth from a trained model, in place, without changing what it computes in evaluation.
 
     With `rescale="eval"` a branch counts p times in evaluation (Huang et al. 2016). That factor goes into the weights
     and biases of the branch's last affine operations: BatchNorm, LayerNorm, LayerScale, convolution or linear. With the
@@ -201,7 +201,7 @@ def is_stochastic(model: nn.Module) -> bool:
 def take_off_(
     model: nn.Module, keep: Collection[int], calls: Calls, before: Snapshot
 ) -> tuple[list[tuple[str, float, str]], nn.Module]:
-    """Take stochastic depth off, with test-time factors in the weights of the branches kept and without the others.
+    """Remove stochastic depth, with test-time factors in the weights of the branches kept and without the others.
 
     Args:
         model: the stochastic model; it is changed.

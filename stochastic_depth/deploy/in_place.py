@@ -75,7 +75,7 @@ def _is_written_behind(model: nn.Module, module: nn.Module, replacements: Mappin
             written = _first_writes([child for _, child in children[position + 1 :] if child], replacements)
             if written or (written is None and _is_written_behind(model, parent, replacements)):
                 return True
-        elif plain_class(parent).forward is not Residual.forward:  # A sum gives a tensor of its own.
+        elif plain_class(parent).forward is not Residual.forward:  # A sum gives a new tensor.
             return True
     return False
 

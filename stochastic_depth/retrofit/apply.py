@@ -44,7 +44,7 @@ def make_stochastic_(
     `register_drop_path`) and, with a schedule, its `Residual`s; with a schedule and a model that has neither, the
     residual additions in its modules' code. In training a closed gate means that nothing of the branch runs: no
     forward, no backward, no activations, no update of BatchNorm statistics. Parameter names, and with them
-    `state_dict`, stay as they are; `restore_` takes it off again. Print the result for how each branch is treated.
+    `state_dict`, stay as they are; `restore_` removes stochastic depth. Print the result for how each branch is treated.
 
     Args:
         model: the model, not yet wrapped or compiled.
@@ -202,7 +202,7 @@ def controller(model: nn.Module) -> Controller:
 
 
 def restore_(model: nn.Module) -> None:
-    """Take stochastic depth off: the model is as it was before `make_stochastic_`, with the weights it has now.
+    """Remove stochastic depth: the model is as it was before `make_stochastic_`, with the weights it has now.
 
     Raises:
         ValueError: if the model is not stochastic.
@@ -260,5 +260,5 @@ def _refuse_stochastic(model: nn.Module) -> None:
         if _CONTROLLER in module.__dict__ or _BRANCH in module.__dict__:
             raise ValueError(
                 f"The model is stochastic already ({name or 'its root'}). Change it by controller(model)."
-                "set_survival_probs, or take it off by restore_(model) first."
+                "set_survival_probs, or remove it by restore_(model) first."
             )

@@ -179,7 +179,10 @@ def _private_copy(value: Any, memo: dict[int, Any], depth: int = 4) -> Any:
         elif isinstance(made, list):
             made[:] = [_private_copy(item, memo, depth - 1) for item in cast("list[Any]", made)]
     elif depth and is_data(value):
-        made = memo[id(value)] = copy.copy(value)
+        try:
+            made = memo[id(value)] = copy.copy(value)
+        except Exception:  # A socket, a process: what cannot be copied is used as it is.
+            return value
         for name, item in vars(value).items():
             object.__setattr__(made, name, _private_copy(item, memo, depth - 1))
     return made

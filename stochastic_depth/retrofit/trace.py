@@ -56,7 +56,7 @@ class StoredError(TraceError):
 
 @dataclass(frozen=True)
 class Opaque:
-    """Stands for an argument that the recording treats as a symbol: a tensor, or an object of a class of its own."""
+    """Stands for an argument that the recording treats as a symbol: a tensor, or an object of another class."""
 
 
 OPAQUE = Opaque()

@@ -196,7 +196,7 @@ class ImageData:
         return replace(self, train=train[drawn.to(train.device)], test=test)
 
     def limited(self, num_images: int) -> "ImageData":
-        """The same with the first so many images of each part."""
+        """The same with only the first images of each part, as many as given."""
         train, validation, test = (part.first(num_images) for part in (self.train, self.validation, self.test))
         return replace(self, train=train, validation=validation, test=test)
 

@@ -34,7 +34,7 @@ def few(
 
     Args:
         name: common part of their names.
-        data: so many images of each of ten classes.
+        data: this many images of each of ten classes.
         num_layers: 6n + 2.
         steps: of 50 images each.
         epochs: how often the run is evaluated.

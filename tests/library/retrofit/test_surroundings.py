@@ -626,3 +626,22 @@ def test_layers_that_differ_by_their_number_share_a_proof() -> None:
     known = net.layers[0]._stochastic_depth_branch.forms
     assert len(known.proven) == 1
     assert known.num_runs == 8, "two to record, and six to compare under three patterns"
+
+
+class Uncopyable:
+    """Like a socket or a process."""
+
+    def __init__(self) -> None:
+        self.open = True
+
+    def __reduce_ex__(self, protocol: object) -> str:
+        raise TypeError("cannot pickle this")
+
+
+def test_what_cannot_be_copied_is_held_as_it_is() -> None:
+    net, x = nn.Sequential(Plain(), Plain()).double(), data(4)
+    net.log, net[0].log = Uncopyable(), Uncopyable()
+    before = net.log, net[0].log
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), inputs=[x])
+    assert depth.verify(x).num_masked == 0
+    assert (net.log, net[0].log) == before
