@@ -44,7 +44,8 @@ def make_stochastic_(
     `register_drop_path`) and, with a schedule, its `Residual`s; with a schedule and a model that has neither, the
     residual additions in its modules' code. In training a closed gate means that nothing of the branch runs: no
     forward, no backward, no activations, no update of BatchNorm statistics. Parameter names, and with them
-    `state_dict`, stay as they are; `restore_` removes stochastic depth. Print the result for how each branch is treated.
+    `state_dict`, stay as they are; `restore_` removes stochastic depth. Print the result to see how each branch is
+    treated.
 
     Args:
         model: the model, not yet wrapped or compiled.

@@ -6,23 +6,10 @@ import random
 
 import pytest
 import torch
+from plain_blocks import D, DropPath
 from torch import Tensor, nn
 
 import stochastic_depth as sd
-
-D = 6
-
-
-class DropPath(nn.Module):
-    def __init__(self, rate: float = 0.5) -> None:
-        super().__init__()
-        self.drop_prob = rate
-
-    def noise(self, x: Tensor) -> Tensor:
-        return x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(1 - self.drop_prob) / (1 - self.drop_prob)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.noise(x) if self.training else x
 
 
 class GainedDropPath(DropPath):

@@ -14,40 +14,13 @@ from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
+from plain_blocks import D, DropPath, assert_same, data, linear
 from timm.layers import drop_path as timm_drop_path
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import stochastic_depth
 
 import stochastic_depth as sd
-
-D = 6
-
-
-class DropPath(nn.Module):
-    """A drop path as strangers write it."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.drop_prob = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
-        keep = 1 - self.drop_prob
-        return x * x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(keep) / keep
-
-
-def linear() -> nn.Linear:
-    return nn.Linear(D, D)
-
-
-def data(*sizes: int, seed: int = 0) -> Tensor:
-    return torch.randn(*sizes, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def assert_same(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 def gradients_of(output: Tensor, net: nn.Module) -> list[Tensor | None]:

@@ -8,25 +8,12 @@ from types import MethodType
 
 import pytest
 import torch
+from plain_blocks import D, DropPath, assert_same, data, linear
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaModel, T5Config, T5Model
 
 import stochastic_depth as sd
-
-D = 6
-
-
-def linear() -> nn.Linear:
-    return nn.Linear(D, D)
-
-
-def data(*sizes: int, seed: int = 0) -> Tensor:
-    return torch.randn(*sizes, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def assert_same(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 def patterns(num: int) -> list[tuple[bool, ...]]:
@@ -149,17 +136,6 @@ def test_code_that_looks_into_a_cache_is_refused(kind: type[nn.Module], cause: s
     with pytest.raises(RuntimeError, match=cause):
         net(data(2, 3), cache)
     assert cache.keys == {}
-
-
-class DropPath(nn.Module):
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.drop_prob = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
-        return x * x.new_empty(x.shape[0], 1, 1).bernoulli_(1 - self.drop_prob) / (1 - self.drop_prob)
 
 
 class CachingSamples(Caching):
