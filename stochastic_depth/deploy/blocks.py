@@ -24,7 +24,7 @@ from stochastic_depth.deploy.affine import drop_path_call
 from stochastic_depth.deploy.batches import Call
 from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.cuts import CutError
-from stochastic_depth.retrofit.find import recordings
+from stochastic_depth.retrofit.readings import recordings
 from stochastic_depth.retrofit.sums import Key, inlined_of, known_sums
 from stochastic_depth.retrofit.trace import (
     OPAQUE,

@@ -14,7 +14,7 @@ from stochastic_depth.copies import plain_class
 from stochastic_depth.deploy.blocks import handed_on, holders
 from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit import cuts
-from stochastic_depth.retrofit.find import recordings
+from stochastic_depth.retrofit.readings import recordings
 from stochastic_depth.retrofit.trace import TraceError
 
 

@@ -21,10 +21,11 @@ from stochastic_depth.copies import plain_class, way_around
 from stochastic_depth.residual import GatedBranch, compiled_inside, masked, masks_only
 from stochastic_depth.retrofit.called import called
 from stochastic_depth.retrofit.cuts import CutError
+from stochastic_depth.retrofit.effects import ChangedObjectError
 from stochastic_depth.retrofit.forms import Reads, fingerprint, form_of_leaves, settings
 from stochastic_depth.retrofit.functional import FUNCTIONAL
 from stochastic_depth.retrofit.proof import FixedGates, ProofError, arguments_anew, private, prove
-from stochastic_depth.retrofit.recorder import ChangedObjectError, Run, run_block, run_with_edits
+from stochastic_depth.retrofit.recorder import Run, run_block, run_with_edits
 from stochastic_depth.retrofit.rewrite import Code, GatedUse, edits_of, generalize, in_training, rewrite, skeleton
 from stochastic_depth.retrofit.rules import drop_path_rule
 from stochastic_depth.retrofit.stand_in import stand_in

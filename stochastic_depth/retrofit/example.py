@@ -11,9 +11,10 @@ from torch import fx, nn
 from torch.utils._pytree import tree_map  # pyright: ignore
 
 from stochastic_depth.cost import undisturbed
+from stochastic_depth.retrofit.effects import ChangedObjectError
 from stochastic_depth.retrofit.proof import arguments_anew, copy_of_object, private
 from stochastic_depth.retrofit.quiet import without_noise
-from stochastic_depth.retrofit.recorder import ChangedObjectError, run_block
+from stochastic_depth.retrofit.recorder import run_block
 from stochastic_depth.retrofit.stand_in import stand_in, untouched
 from stochastic_depth.retrofit.trace import TraceError, flatten, unflatten
 

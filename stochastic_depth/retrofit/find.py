@@ -3,51 +3,34 @@
 from __future__ import annotations
 
 import fnmatch
-import functools
-import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal
 
-from torch import fx, nn
+from torch import nn
 
-from stochastic_depth.copies import plain_class, way_around
+from stochastic_depth.copies import plain_class
 from stochastic_depth.residual import Residual
-from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.cuts import CutError, UnusedError
-from stochastic_depth.retrofit.example import Example, Reading
+from stochastic_depth.retrofit.example import Example
 from stochastic_depth.retrofit.forms import names_in_code
-from stochastic_depth.retrofit.functional import FUNCTIONAL, put_functional
-from stochastic_depth.retrofit.recorder import unchanged_globals
+from stochastic_depth.retrofit.functional import FUNCTIONAL
+from stochastic_depth.retrofit.readings import BranchReading, inlined_in, read
 from stochastic_depth.retrofit.rules import DropPathRule, does_otherwise, drop_path_rule, is_drop_path
 from stochastic_depth.retrofit.sums import (
     BranchParts,
     DropPaths,
     Identity,
     Key,
-    find_sums,
-    identity,
-    inlined_of,
-    match,
-    paths_of,
 )
 from stochastic_depth.retrofit.trace import (
-    OPAQUE,
-    Recording,
-    StoredError,
     TraceError,
-    flatten,
-    is_size,
-    may_be_size,
-    own_forward,
-    record,
 )
 
 Where = Callable[[str, nn.Module], bool] | str | Sequence[str]
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # A block that decides by sizes is recorded for at most this many combinations of its decisions.
-_MAX_WAYS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -282,10 +265,10 @@ def _find_in_block(block: nn.Module, name: str, rules: dict[str, DropPathRule], 
     paths = (*rules, FUNCTIONAL) if _may_drop(block) else tuple(rules)
     functional: dict[Key, DropPathRule] = {}
     try:
-        readings, called = _readings(block, paths, functional, found.example)
+        readings, called = read(block, paths, functional, found.example)
     except TraceError as error:
         # What the code does is seen when it runs. Until then, each drop path is taken to be used once.
-        readings = {(path, 0): _Reading(frozenset(), CutError(str(error))) for path in rules}
+        readings = {(path, 0): BranchReading(frozenset(), CutError(str(error))) for path in rules}
         called = {}
         if not rules:
             found.notes.append(f"{name or 'the model'} ({type(block).__name__}): not looked into, {error}")
@@ -342,13 +325,13 @@ def _find_in_block(block: nn.Module, name: str, rules: dict[str, DropPathRule], 
 
 
 def _find_additions(model: nn.Module, found: Found) -> None:
-    blocks: dict[str, tuple[nn.Module, tuple[str, ...], dict[Key, _Reading]]] = {}
+    blocks: dict[str, tuple[nn.Module, tuple[str, ...], dict[Key, BranchReading]]] = {}
     for name, block in model.named_modules():
         if type(block) in _CONTAINERS or not _may_add(block):
             continue
         try:
-            inlined = _inlined(block, found.example, name, found.notes)
-            readings, _ = _readings(block, DropPaths(inlined=inlined), None, found.example)
+            inlined = inlined_in(block, found.example, name, found.notes)
+            readings, _ = read(block, DropPaths(inlined=inlined), None, found.example)
         except TraceError as error:
             found.notes.append(f"{name or 'the model'} ({type(block).__name__}): not looked into, {error}")
             continue
@@ -382,314 +365,12 @@ def _lies_in(name: str, modules: Collection[str]) -> bool:
     return any(".".join(parts[: index + 1]) in modules for index in range(len(parts)))
 
 
-def _inlined(
-    block: nn.Module, example: Example | None, name: str = "", notes: list[str] | None = None
-) -> tuple[str, ...]:
-    """Paths of the children in which the block's branches end: they add what it computes to a shortcut that it gives.
-
-    A child that holds a whole branch, from the shortcut to the sum, is a block itself and none of them.
-
-    Args:
-        block: the block.
-        example: what the code is read by, where there is one.
-        name: its name, for notes.
-        notes: gets why a child could not be one of them.
-
-    Raises:
-        TraceError: if the block's code cannot be read.
-    """
-    candidates: dict[str, None] = {}
-    graphs = [recording.graph for recording in _ways(block, (), example)]
-    while more := dict.fromkeys(
-        path
-        for graph in graphs
-        for path in _given_two(graph, block, candidates)
-        if _joins(block.get_submodule(path), example)
-    ):
-        candidates.update(more)
-        graphs = [recording.graph for recording in _ways(block, tuple(candidates), example)]
-    used: dict[str, None] = {}
-    for graph in graphs if candidates else ():
-        for residual in find_sums(graph, block, ()).values():
-            if isinstance(residual, CutError) or not (inside := residual.add.meta.get("inlined", ())):
-                continue
-            if any(node.meta.get("inlined", ())[: len(inside)] != inside for node in cuts.cut(residual, block).nodes):
-                used.update(dict.fromkeys(inside))
-    for path in used:
-        if what := way_around(block.get_submodule(path)):
-            if notes is not None:
-                notes.append(
-                    f"{f'{name}.{path}'.strip('.')}: a branch ends in it, which has {what}, to be called whole"
-                )
-            return ()
-    return tuple(used)
-
-
-def _given_two(graph: fx.Graph, block: nn.Module, but: Collection[str]) -> Iterator[str]:
-    """Paths of the children that are given two values of which one may be a shortcut around the other."""
-    for node in graph.nodes:
-        if node.op != "call_module" or node.target in but:
-            continue
-        kind = plain_class(block.get_submodule(node.target))
-        given = [each for each in node.all_input_nodes if each.op != "get_attr" and not is_size(each)]
-        if len(given) < 2 or kind.__module__.startswith("torch.nn."):
-            continue
-        before = [{each for each in cuts.ancestors(value) if each.op != "get_attr"} for value in given]
-        if any(before[i] & before[j] for i in range(len(given)) for j in range(i)):
-            yield node.target
-
-
-def _joins(child: nn.Module, example: Example | None) -> bool:
-    """Whether a child adds what it computes from one of its arguments to another one, itself or in a child of its own.
-
-    One that has a branch of its own does not count.
-    """
-    try:
-        own = _inlined(child, example)
-        if _readings(child, DropPaths(inlined=own), None, example)[0]:
-            return False
-        graphs = [recording.graph for recording in _ways(child, (), example)]
-    except TraceError:
-        return False
-    for graph in graphs:
-        cuts.name_values_changed_in_place(graph, child)
-        cuts.spell_out_additions(graph, child)
-        for node in graph.nodes:
-            operands = cuts.added(node)
-            if operands is not None:
-                if any(_come_apart(a, b) and cuts.is_plain(a, child) for a, b in (operands, operands[::-1])):
-                    return True
-            elif node.op == "call_module" and any(
-                _come_apart(a, b) for a in node.all_input_nodes for b in node.all_input_nodes
-            ):
-                module = child.get_submodule(node.target)
-                if not plain_class(module).__module__.startswith("torch.nn.") and _joins(module, example):
-                    return True
-    return False
-
-
-def _come_apart(a: fx.Node, b: fx.Node) -> bool:
-    """Whether two values come from different arguments."""
-    of_a, of_b = ({each for each in cuts.ancestors(node) if each.op == "placeholder"} for node in (a, b))
-    return bool(of_a - of_b) and bool(of_b - of_a)
-
-
 def _may_add(block: nn.Module) -> bool:
     """Whether a module may hold residual additions: it has children, or works with parameters of its own."""
     if any(block.children()):
         return True
     return next(block.parameters(recurse=False), None) is not None and not plain_class(block).__module__.startswith(
         "torch.nn."
-    )
-
-
-class _Reading(NamedTuple):
-    """What the code of a block tells of a branch: what identifies it, and its parts or why it cannot be separated."""
-
-    identity: Identity
-    parts: BranchParts | CutError
-    ends_in: str = ""
-    is_around: bool = True
-    """Whether the shortcut is what the block is given, and not something that its layers compute."""
-
-
-def _readings(
-    block: nn.Module,
-    drop_paths: Sequence[str],
-    functional: dict[Key, DropPathRule] | None = None,
-    example: Example | None = None,
-) -> tuple[dict[Key, _Reading], dict[str, None]]:
-    """The branches of a block on any way through its code, and the children that it calls.
-
-    Args:
-        block: the block.
-        drop_paths: paths of its drop paths; empty where additions are branches, which may end in inlined children.
-        functional: gets the rules of its functional drop paths.
-        example: what the code is read by, where there is one.
-
-    Raises:
-        TraceError: if the code cannot be read, or leaves something on the block in one of its modes.
-    """
-    called: dict[str, None] = {}
-    readings: dict[Key, _Reading] = {}
-    for recording in _ways(block, inlined_of(drop_paths), example):
-        functions = put_functional(recording.graph, block)
-        if functional is not None:
-            functional.update({(FUNCTIONAL, index): each.rule for index, each in enumerate(functions)})
-        called.update(dict.fromkeys(node.target for node in recording.graph.nodes if node.op == "call_module"))
-        sums = find_sums(recording.graph, block, drop_paths)
-        identities = {key: identity(residual, block) for key, residual in sums.items()}
-        branches = {key: cuts.cut(each, block) for key, each in sums.items() if not isinstance(each, CutError)}
-        paths = paths_of(branches)
-        matched = match(identities, {key: reading.identity for key, reading in readings.items()})
-        for key, residual in sums.items():
-            if isinstance(residual, CutError) and not drop_paths:
-                continue
-            known = matched.get(key) or _free_key(key, readings)
-            if isinstance(residual, CutError):
-                readings[known] = _Reading(readings[known].identity if known in readings else frozenset(), residual)
-            elif known not in readings:
-                ends_in = ".".join(residual.add.meta.get("inlined", ())[-1:])
-                is_around = residual.shortcut is None or cuts.is_plain(residual.shortcut, block)
-                readings[known] = _Reading(identities[key], BranchParts(block, *paths[key]), ends_in, is_around)
-            elif isinstance(parts := readings[known].parts, BranchParts):
-                joined = [tuple(dict.fromkeys([*a, *b])) for a, b in zip(parts.paths, paths[key], strict=True)]
-                readings[known] = readings[known]._replace(
-                    identity=readings[known].identity | identities[key], parts=BranchParts(block, *joined)
-                )
-    return dict(sorted(readings.items(), key=lambda item: item[0][1])), called
-
-
-def _free_key(key: Key, readings: Mapping[Key, _Reading]) -> Key:
-    """The key of a new branch: its own place in the code, or behind all others where that is taken."""
-    taken = [index for path, index in readings if path == key[0]]
-    return key if key[1] not in taken else (key[0], max(taken) + 1)
-
-
-def _ways(
-    block: nn.Module, inlined: Collection[str], example: Example | None
-) -> Iterator[Recording] | Iterator[Reading]:
-    """What the code of a block does as it is read, or as an example goes through it."""
-    return _all_recordings(block, inlined) if example is None else example.recordings(block, inlined)
-
-
-def _all_recordings(block: nn.Module, inlined: Collection[str] = ()) -> Iterator[Recording]:
-    """Recordings of a block in its mode and in the other one, without and with its optional arguments.
-
-    Raises:
-        StoredError: if the forward leaves something on the block in any of them.
-        TraceError: if it cannot be recorded in its mode, as far as its arguments have to be given.
-    """
-    try:
-        yield from recordings(block, inlined=inlined)
-    except StoredError:
-        raise
-    except TraceError as error:
-        if "random numbers" in str(error):
-            raise
-        yield from _recordings_by_guess(block, error, inlined)
-    for other_mode, optional in ((True, False), (False, True), (True, True)):
-        if optional and not _has_optional(block):
-            continue
-        arguments = (_default_arguments(block, optional=optional), {})
-        try:
-            yield from recordings(block, arguments, other_mode=other_mode, inlined=inlined)
-        except StoredError:
-            raise
-        except TraceError:
-            pass  # It may never be called so.
-
-
-def _recordings_by_guess(block: nn.Module, error: TraceError, inlined: Collection[str]) -> Iterator[Recording]:
-    """Recordings of code that wants numbers for sizes, or more arguments than it names.
-
-    Raises:
-        TraceError: the given one, if it cannot be recorded in any of these ways.
-    """
-    parameters = inspect.signature(own_forward(block, block)).parameters.values()
-    more = range(4) if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters) else range(1)
-    for num_more in more:
-        for guess_sizes in (False, True):
-            if (num_more, guess_sizes) == (0, False):
-                continue
-            arguments = (*_default_arguments(block), *[OPAQUE] * num_more)
-            try:
-                yield from list(recordings(block, (arguments, {}), guess_sizes=guess_sizes, inlined=inlined))
-            except StoredError:
-                raise
-            except TraceError:
-                continue
-            return
-    raise error
-
-
-def _has_optional(block: nn.Module) -> bool:
-    return _default_arguments(block, optional=True) != _default_arguments(block)
-
-
-def recordings(
-    block: nn.Module,
-    arguments: tuple[Sequence[Any], Mapping[str, Any]] | None = None,
-    *,
-    with_buffers: bool = False,
-    other_mode: bool = False,
-    guess_sizes: bool = False,
-    inlined: Collection[str] = (),
-) -> Iterator[Recording]:
-    """Recordings of a module's forward, on each way that its decisions by sizes allow.
-
-    Args:
-        block: the module.
-        arguments: those of the call, by position and by name, where any object stands for a tensor. None: its defaults.
-        with_buffers: see `record`.
-        other_mode: see `record`.
-        guess_sizes: see `record`.
-        inlined: see `record`.
-
-    Raises:
-        StoredError: if the forward leaves something on the block on any of the ways.
-        TraceError: if none of the ways can be recorded.
-    """
-    leaves: list[Any] = []
-    args, kwargs = arguments or (_default_arguments(block), {})
-    signature = flatten((tuple(args), dict(kwargs)), leaves)
-    decisions: list[bool] = []
-    num_recorded, first_error = 0, None
-    for _ in range(_MAX_WAYS):
-        taken: list[bool] = []
-        try:
-            decide = functools.partial(_explore, decisions, taken)
-            with unchanged_globals(block, inlined):
-                recording = record(
-                    block,
-                    signature,
-                    len(leaves),
-                    decide,
-                    with_buffers=with_buffers,
-                    other_mode=other_mode,
-                    guess_sizes=guess_sizes,
-                    inlined=inlined,
-                )
-            yield recording
-            num_recorded += 1
-        except StoredError:
-            raise
-        except TraceError as error:
-            first_error = first_error or error
-        # The next way: take the last decision that was True the other way.
-        while taken and not taken[-1]:
-            taken.pop()
-        if not taken:
-            break
-        decisions = [*taken[:-1], False]
-    if not num_recorded and first_error is not None:
-        raise first_error
-
-
-def _explore(decisions: Sequence[bool], taken: list[bool], node: fx.Node) -> bool | int:
-    subject = cast(fx.Node, node.args[0])
-    if not may_be_size(subject):
-        raise TraceError(f"the forward decides by the value of {subject.name}")
-    if node.target is int:
-        return 4
-    if node.target is len:
-        # Arguments that a block loops over are sizes of an image more often than not. A call is recorded anew with
-        # what it is given, and refused if its branches are others.
-        return 2
-    decision = decisions[len(taken)] if len(taken) < len(decisions) else True
-    taken.append(decision)
-    return decision
-
-
-def _default_arguments(block: nn.Module, *, optional: bool = False) -> tuple[Any, ...]:
-    """The arguments that have to be given, as symbols, and the defaults of the others; symbols too if `optional`."""
-    parameters = inspect.signature(own_forward(block, block)).parameters.values()
-    return tuple(
-        OPAQUE
-        if parameter.default is parameter.empty or (optional and parameter.default is None)
-        else parameter.default
-        for parameter in parameters
-        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.KEYWORD_ONLY)
     )
 
 

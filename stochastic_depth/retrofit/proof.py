@@ -19,9 +19,10 @@ from torch.utils._python_dispatch import _disable_current_modes  # pyright: igno
 from stochastic_depth.gate_draws import CLOSED, Gate
 from stochastic_depth.residual import GatedBranch
 from stochastic_depth.retrofit.called import as_called
+from stochastic_depth.retrofit.effects import unchanged_globals
 from stochastic_depth.retrofit.maps import NotComputed
 from stochastic_depth.retrofit.quiet import quiet
-from stochastic_depth.retrofit.recorder import Edits, run_block, unchanged_globals
+from stochastic_depth.retrofit.recorder import Edits, run_block
 from stochastic_depth.retrofit.rewrite import Code, GatedUse, edits_of
 from stochastic_depth.retrofit.stand_in import sample_leaf
 from stochastic_depth.retrofit.sums import Key

@@ -9,12 +9,8 @@ numbers, side effects, tensors of unknown origin.
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
 
-import copy
 import dataclasses
-import enum
 import operator
-import random
-import sys
 import types
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,15 +23,22 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from stochastic_depth.retrofit.called import Called, method_of, watched
-from stochastic_depth.retrofit.forms import code_of
+from stochastic_depth.retrofit.effects import (
+    CONSTANTS,
+    check_arguments,
+    containers_in,
+    contents_of,
+    differ,
+    generators_of,
+    is_same,
+    outside,
+    parts_of,
+    stores_of,
+    unchanged_globals,
+)
 from stochastic_depth.retrofit.maps import is_attention_map
-from stochastic_depth.retrofit.stand_in import is_data, snapshot
 from stochastic_depth.retrofit.trace import StoredError, TraceError
 
-_CONSTANTS = (
-    type(None), bool, int, float, complex, str, bytes, type(...), torch.dtype, torch.device, torch.layout,
-    torch.memory_format, enum.Enum, type, range, types.FunctionType, types.BuiltinFunctionType, torch.Generator,
-)  # fmt: skip
 _STRUCTURE_METHODS = {
     "size", "dim", "numel", "nelement", "stride", "storage_offset", "is_contiguous", "is_floating_point", "is_complex",
     "is_signed", "element_size", "get_device", "__len__", "ndimension", "is_same_size", "has_names", "type",
@@ -123,7 +126,7 @@ def run_block(
         TraceError: if it cannot be recorded for another reason.
     """
     recorder = _Recorder(block, leaves, edits or {}, inlined)
-    before = _contents(block, (args, kwargs))
+    before = contents_of(block, (args, kwargs))
     with (
         unchanged_globals(block, inlined),
         recorder.watching(block),
@@ -132,72 +135,10 @@ def run_block(
         output = block.forward(*args, **kwargs)
     recorder.check_outside()
     recorder.end(output)
-    after = _contents(block, (args, kwargs))
-    _check_arguments(before, after, list(_containers((args, kwargs))))
-    stores = _stores(before, after, recorder.changed_by_children)
+    after = contents_of(block, (args, kwargs))
+    check_arguments(before, after, list(containers_in((args, kwargs))))
+    stores = stores_of(before, after, recorder.changed_by_children)
     return Run(output, recorder.graph, recorder.called, stores, recorder.constants)
-
-
-@contextmanager
-def unchanged_globals(block: nn.Module, inlined: Collection[str] = ()) -> Generator[None]:
-    """Within, global variables that a block's code names must stay as they are; they are put back if they do not.
-
-    The code of its `inlined` children counts as its own.
-
-    Raises:
-        StoredError: if one changes.
-        TraceError: if one, or an attribute of the block, is an iterator: looking at it would change it.
-    """
-    names, functions = code_of(block, inlined)
-    spaces = {id(function.__globals__): function.__globals__ for function in functions}.values()
-    named = [(space, name) for space in spaces for name in names if name in space]
-    of_children = [code_of(child) for child in block.modules() if child is not block and not _is_of_torch(child)]
-    inner = [(function.__globals__, name) for its, functions in of_children for function in functions for name in its]
-    for name, value in [(name, space[name]) for space, name in named] + list(block.__dict__.items()):
-        if name in names and hasattr(value, "__next__") and not isinstance(value, type):
-            raise TraceError(f"the forward may advance the iterator {name}")
-    before = [
-        (space, name, space[name], snapshot(space[name]), copy.copy(space[name]))
-        # A child's are put back, and its call does with them what it does.
-        for space, name in {(id(s), n): (s, n) for s, n in (*named, *inner) if n in s}.values()
-        if isinstance(space[name], (*_CONSTANTS, list, dict, set)) and not isinstance(space[name], type)
-    ]
-    try:
-        yield
-    finally:
-        moved = [each for each in before if not _same(each[3], snapshot(each[0].get(each[1])))]
-        changed = [
-            name
-            for space, name, value, _, contents in moved
-            if name in names and not _remembers(space[name], value, contents)
-        ]
-        for space, name, value, _, contents in moved:
-            space[name] = value
-            if isinstance(value, (list, dict, set)):
-                held = cast(Any, value)
-                held.clear()
-                (held.extend if isinstance(value, list) else held.update)(contents)
-    if changed:
-        raise StoredError(f"the forward changes the global variable {changed[0]}")
-
-
-def _is_of_torch(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.nn.")
-
-
-def _remembers(now: Any, value: Any, before: Any) -> bool:
-    """Whether a dictionary has only gained objects, such as what to do for a type, and no values of this call."""
-    return (
-        now is value
-        and isinstance(value, dict)
-        and all(value.get(key) is item for key, item in cast("dict[Any, Any]", before).items())
-        and not any(
-            isinstance(leaf, (Tensor, fx.Node, bool, int, float, str)) or hasattr(type(leaf), "__torch_function__")
-            for key, item in cast("dict[Any, Any]", value).items()
-            if key not in before
-            for leaf in pytree.tree_leaves(item)
-        )
-    )
 
 
 def run_with_edits(
@@ -223,92 +164,6 @@ def run_with_edits(
     recorder = _Recorder(block, leaves, edits, inlined)
     with recorder.watching(block), watched(recorder.called_objects, recorder):
         return forward(*args, **kwargs)
-
-
-def _contents(block: nn.Module, arguments: Any) -> dict[str, Any]:
-    """What a forward could leave something on: the attributes of the block and its children, and of its arguments."""
-    found: dict[str, Any] = {}
-    for path, module in block.named_modules():
-        for name, value in module.__dict__.items():
-            if name not in ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"):
-                found[f"{path}.{name}".strip(".")] = snapshot(value)
-        for group in ("_parameters", "_buffers"):
-            found.update({f"{path}.{name}".strip("."): value for name, value in module.__dict__[group].items()})
-    for index, value in enumerate(_containers(arguments)):
-        found[f"argument {index}"] = snapshot(vars(value) if hasattr(value, "__dict__") else value)
-    return found
-
-
-def _containers(value: Any) -> Iterator[Any]:
-    if isinstance(value, (Tensor, nn.Module, *_CONSTANTS)):
-        return
-    if isinstance(value, (list, tuple, dict, set)):
-        if not isinstance(value, tuple):
-            yield value
-        for item in list(cast("dict[Any, Any]", value).values() if isinstance(value, dict) else value):
-            yield from _containers(item)
-    elif hasattr(value, "__dict__") and not callable(value) and not isinstance(value, Called):
-        yield value
-
-
-class ChangedObjectError(StoredError):
-    """The forward changes objects that it is given.
-
-    Attributes:
-        kinds: their classes; empty where there are lists among them, which have no methods of their own.
-    """
-
-    def __init__(self, values: Sequence[Any]) -> None:
-        names = ", ".join(dict.fromkeys(type(value).__name__ for value in values))
-        super().__init__(f"the forward changes a {names} that it is given")
-        self.kinds = {type(value) for value in values} if all(is_data(value) for value in values) else set[type]()
-
-
-def _check_arguments(before: dict[str, Any], after: dict[str, Any], containers: Sequence[Any]) -> None:
-    names = [name for name in {**before, **after} if name.startswith("argument ")]
-    changed = [name for name in names if not _same(before.get(name, _NOTHING), after.get(name, _NOTHING))]
-    if changed:
-        values = [containers[int(name.split()[1])] for name in changed]
-        # What holds a changed object has changed too.
-        raise ChangedObjectError([value for value in values if is_data(value)] or values)
-
-
-def _stores(before: dict[str, Any], after: dict[str, Any], by_children: set[str]) -> dict[str, Any]:
-    """The plain numbers that a forward has left on its block; it may leave nothing else.
-
-    Raises:
-        StoredError: if it does.
-    """
-    names = {**before, **after}
-    changed = [name for name in names if not _same(before.get(name, _NOTHING), after.get(name, _NOTHING))]
-    changed = [name for name in changed if name not in by_children]
-    others = [name for name in changed if "." in name or not _is_number(after.get(name, _NOTHING))]
-    if others:
-        raise StoredError(f"the forward stores {', '.join(others)} on the block")
-    return {name: after[name] for name in changed}
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(_is_number(item) for item in cast("tuple[Any, ...]", value))
-    return value is None or isinstance(value, (bool, int, float))
-
-
-_NOTHING = object()
-
-
-def _same(a: Any, b: Any) -> bool:
-    if a is b:
-        return True
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, dict):
-        first, second = cast("dict[Any, Any]", a), cast("dict[Any, Any]", b)
-        return first.keys() == second.keys() and all(_same(first[key], second[key]) for key in first)
-    if isinstance(a, (list, tuple)):
-        items, others = cast("list[Any]", a), cast("list[Any]", b)
-        return len(items) == len(others) and all(_same(x, y) for x, y in zip(items, others, strict=True))
-    return isinstance(a, (bool, int, float, str, bytes, set)) and a == b
 
 
 def _after(value: Any, _change: Any) -> Any:
@@ -351,54 +206,6 @@ class Constant:
         return id(self._tensor)
 
 
-def _generators_of(block: nn.Module, inlined: Collection[str]) -> list[Any]:
-    """Random generators that a block's code may draw from, beside the global ones."""
-    names, functions = code_of(block, inlined)
-    spaces: list[Mapping[str, Any]] = [module.__dict__ for module in block.modules()]
-    spaces += [function.__globals__ for function in functions]
-    values = [value for space in spaces for name, value in space.items() if name in names]
-    values += [part for value in values for _, part in _parts(value)]
-    return [value for value in values if _state_of(value) is not None]
-
-
-def _state_of(generator: Any) -> Any:
-    if isinstance(generator, random.Random):
-        return generator.getstate()
-    if isinstance(generator, torch.Generator):
-        return generator.get_state()
-    numpy: Any = sys.modules.get("numpy")
-    if numpy is not None and isinstance(generator, numpy.random.Generator):
-        return repr(generator.bit_generator.state)
-    if numpy is not None and isinstance(generator, numpy.random.RandomState):
-        return repr(generator.get_state(legacy=False))
-    return None
-
-
-@dataclass
-class _Outside:
-    """What must not move between the calls that are recorded: random states, and where autograd keeps what it saves."""
-
-    random: list[Any]
-    hooks: Any
-
-
-def _outside(generators: Sequence[Any] = ()) -> _Outside:
-    states: list[Any] = [torch.get_rng_state(), random.getstate(), *map(_state_of, generators)]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states += torch.cuda.get_rng_state_all()
-    numpy: Any = sys.modules.get("numpy")
-    if numpy is not None:
-        _, key, *rest = numpy.random.get_state()
-        states.append((key.tobytes(), *rest))
-    return _Outside(states, torch._C._autograd._top_saved_tensors_default_hooks(True))  # pyright: ignore
-
-
-def _differ(a: _Outside, b: _Outside) -> bool:
-    return not all(
-        torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in zip(a.random, b.random, strict=False)
-    )
-
-
 class _Graph(fx.Graph):
     """A graph whose nodes know inside of which inlined children they were made."""
 
@@ -433,7 +240,7 @@ class _Recorder(TorchFunctionMode):
             self._held.setdefault(id(value), path)  # One that has several names goes by its first.
         self._valued: set[int] = set()
         self.constants: list[Tensor] = []
-        self._generators = _generators_of(block, inlined)
+        self._generators = generators_of(block, inlined)
         self._held_objects = {
             id(value): (*path, name)
             for path in ((), *(tuple(each.split(".")) for each in inlined))
@@ -449,7 +256,7 @@ class _Recorder(TorchFunctionMode):
             if isinstance(leaf, Tensor):
                 self._device = leaf.device.type
         self._base = self._context()
-        self._state = _outside(self._generators)
+        self._state = outside(self._generators)
 
     # What is known of values.
     def _bind(self, value: Any, node: fx.Node, depth: int = 3) -> None:
@@ -461,12 +268,12 @@ class _Recorder(TorchFunctionMode):
                 node.meta["attention_map"] = is_attention_map(value)
             if not value.is_inference():
                 self._versions[id(value)] = (value, value._version)
-        elif not isinstance(value, _CONSTANTS):
+        elif not isinstance(value, CONSTANTS):
             self._alive.append(value)
             self._objects[id(value)] = node
-            for (kind, key), part in _parts(value) if depth else ():
+            for (kind, key), part in parts_of(value) if depth else ():
                 known = id(part) in self._nodes or id(part) in self._objects
-                if not known and not isinstance(part, (*_CONSTANTS, nn.Module)):
+                if not known and not isinstance(part, (*CONSTANTS, nn.Module)):
                     function = operator.getitem if kind == "item" else getattr
                     self._bind(part, self.graph.call_function(function, (node, key)), depth - 1)
 
@@ -511,7 +318,7 @@ class _Recorder(TorchFunctionMode):
             return slice(self._argument(part.start), self._argument(part.stop), self._argument(part.step))
         if isinstance(value, torch.SymInt):
             return int(value)
-        if isinstance(value, _CONSTANTS):
+        if isinstance(value, CONSTANTS):
             return value
         if id(value) in self._objects:
             return self._objects[id(value)]
@@ -542,8 +349,8 @@ class _Recorder(TorchFunctionMode):
 
     def check_outside(self) -> None:
         """Refuse what has moved since the end of the last call that was recorded."""
-        now = _outside(self._generators)
-        if _differ(self._state, now):
+        now = outside(self._generators)
+        if differ(self._state, now):
             raise TraceError("the forward draws random numbers itself, outside of its children")
 
     def _check_hooks(self) -> None:
@@ -591,7 +398,7 @@ class _Recorder(TorchFunctionMode):
         self.check_outside()
         self._check_hooks()
         args, kwargs = self._edited(self._num_calls, args, kwargs)
-        self._entered = [self._argument(args), self._argument(kwargs), _contents(self._block, ())]
+        self._entered = [self._argument(args), self._argument(kwargs), contents_of(self._block, ())]
         return args, kwargs
 
     def _leaving(self, path: str) -> Callable[..., Any]:
@@ -606,12 +413,12 @@ class _Recorder(TorchFunctionMode):
                 node = self.graph.call_module(path, args, kwargs)
             else:
                 raise TraceError(f"{path} runs under gradient or autocast settings of its own")
-            after = _contents(self._block, ())
+            after = contents_of(self._block, ())
             self.changed_by_children.update(
-                name for name in {**before, **after} if not _same(before.get(name), after.get(name))
+                name for name in {**before, **after} if not is_same(before.get(name), after.get(name))
             )
             output = self._result(node, output)
-            self._state = _outside(self._generators)
+            self._state = outside(self._generators)
             self._inside -= 1
             return output
 
@@ -633,7 +440,7 @@ class _Recorder(TorchFunctionMode):
                 raise TraceError(f"the forward decides by what a {type(value).__name__} holds ({name})")
             node = self.graph.call_function(method_of, (self._objects[id(value)], name, *nodes), named)
             output = self._result(node, output)
-            self._state = _outside(self._generators)
+            self._state = outside(self._generators)
             return output
         finally:
             self._inside -= 1
@@ -665,7 +472,7 @@ class _Recorder(TorchFunctionMode):
             nodes, named = self._argument(tuple(given)), self._argument(dict(kwargs))
             context = self._context()
             output = func(*args, **kwargs)
-            if _is_value(output) or _differ(self._state, _outside(self._generators)):
+            if _is_value(output) or differ(self._state, outside(self._generators)):
                 name = getattr(func, "__name__", str(func))
                 if _is_value(output):
                     raise TraceError(f"the forward decides by the values of a tensor ({name})")
@@ -750,23 +557,10 @@ def _held_tensors(block: nn.Module) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
 def _tensors_in(value: Any, depth: int) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
     if isinstance(value, Tensor):
         yield (), value
-    elif depth and not isinstance(value, (*_CONSTANTS, nn.Module)):
-        for (_, key), part in _parts(value):
+    elif depth and not isinstance(value, (*CONSTANTS, nn.Module)):
+        for (_, key), part in parts_of(value):
             for inner, tensor in _tensors_in(part, depth - 1):
                 yield (key, *inner), tensor
-
-
-def _parts(value: Any) -> Iterator[tuple[tuple[str, Any], Any]]:
-    """The items and attributes of a structure, each with how it is reached."""
-    if isinstance(value, (tuple, list)):
-        for index, item in enumerate(cast("list[Any]", value)):
-            yield ("item", index), item
-    elif isinstance(value, Mapping):
-        for key, item in cast("Mapping[Any, Any]", value).items():
-            yield ("item", key), item
-    elif hasattr(value, "__dict__") and not isinstance(value, (nn.Module, types.ModuleType)) and not callable(value):
-        for name, item in vars(value).items():
-            yield ("attribute", name), item
 
 
 def _is_structure(func: Any) -> bool:

@@ -1,0 +1,246 @@
+"""What a block's code leaves behind or draws from: attributes, arguments, globals, random states."""
+
+# pyright: reportPrivateUsage=false
+from __future__ import annotations
+
+import copy
+import enum
+import random
+import sys
+import types
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from stochastic_depth.retrofit.called import Called
+from stochastic_depth.retrofit.forms import code_of
+from stochastic_depth.retrofit.stand_in import is_data, snapshot
+from stochastic_depth.retrofit.trace import StoredError, TraceError
+
+CONSTANTS = (
+    type(None), bool, int, float, complex, str, bytes, type(...), torch.dtype, torch.device, torch.layout,
+    torch.memory_format, enum.Enum, type, range, types.FunctionType, types.BuiltinFunctionType, torch.Generator,
+)  # fmt: skip
+
+
+@contextmanager
+def unchanged_globals(block: nn.Module, inlined: Collection[str] = ()) -> Generator[None]:
+    """Within, global variables that a block's code names must stay as they are; they are put back if they do not.
+
+    The code of its `inlined` children counts as its own.
+
+    Raises:
+        StoredError: if one changes.
+        TraceError: if one, or an attribute of the block, is an iterator: looking at it would change it.
+    """
+    names, functions = code_of(block, inlined)
+    spaces = {id(function.__globals__): function.__globals__ for function in functions}.values()
+    named = [(space, name) for space in spaces for name in names if name in space]
+    of_children = [code_of(child) for child in block.modules() if child is not block and not _is_of_torch(child)]
+    inner = [(function.__globals__, name) for its, functions in of_children for function in functions for name in its]
+    for name, value in [(name, space[name]) for space, name in named] + list(block.__dict__.items()):
+        if name in names and hasattr(value, "__next__") and not isinstance(value, type):
+            raise TraceError(f"the forward may advance the iterator {name}")
+    before = [
+        (space, name, space[name], snapshot(space[name]), copy.copy(space[name]))
+        # A child's are put back, and its call does with them what it does.
+        for space, name in {(id(s), n): (s, n) for s, n in (*named, *inner) if n in s}.values()
+        if isinstance(space[name], (*CONSTANTS, list, dict, set)) and not isinstance(space[name], type)
+    ]
+    try:
+        yield
+    finally:
+        moved = [each for each in before if not is_same(each[3], snapshot(each[0].get(each[1])))]
+        changed = [
+            name
+            for space, name, value, _, contents in moved
+            if name in names and not _remembers(space[name], value, contents)
+        ]
+        for space, name, value, _, contents in moved:
+            space[name] = value
+            if isinstance(value, (list, dict, set)):
+                held = cast(Any, value)
+                held.clear()
+                (held.extend if isinstance(value, list) else held.update)(contents)
+    if changed:
+        raise StoredError(f"the forward changes the global variable {changed[0]}")
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.")
+
+
+def _remembers(now: Any, value: Any, before: Any) -> bool:
+    """Whether a dictionary has only gained objects, such as what to do for a type, and no values of this call."""
+    return (
+        now is value
+        and isinstance(value, dict)
+        and all(value.get(key) is item for key, item in cast("dict[Any, Any]", before).items())
+        and not any(
+            isinstance(leaf, (Tensor, fx.Node, bool, int, float, str)) or hasattr(type(leaf), "__torch_function__")
+            for key, item in cast("dict[Any, Any]", value).items()
+            if key not in before
+            for leaf in pytree.tree_leaves(item)
+        )
+    )
+
+
+def contents_of(block: nn.Module, arguments: Any) -> dict[str, Any]:
+    """What a forward could leave something on: the attributes of the block and its children, and of its arguments."""
+    found: dict[str, Any] = {}
+    for path, module in block.named_modules():
+        for name, value in module.__dict__.items():
+            if name not in ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"):
+                found[f"{path}.{name}".strip(".")] = snapshot(value)
+        for group in ("_parameters", "_buffers"):
+            found.update({f"{path}.{name}".strip("."): value for name, value in module.__dict__[group].items()})
+    for index, value in enumerate(containers_in(arguments)):
+        found[f"argument {index}"] = snapshot(vars(value) if hasattr(value, "__dict__") else value)
+    return found
+
+
+def containers_in(value: Any) -> Iterator[Any]:
+    """The lists, dicts and objects in arguments, which code may change."""
+    if isinstance(value, (Tensor, nn.Module, *CONSTANTS)):
+        return
+    if isinstance(value, (list, tuple, dict, set)):
+        if not isinstance(value, tuple):
+            yield value
+        for item in list(cast("dict[Any, Any]", value).values() if isinstance(value, dict) else value):
+            yield from containers_in(item)
+    elif hasattr(value, "__dict__") and not callable(value) and not isinstance(value, Called):
+        yield value
+
+
+class ChangedObjectError(StoredError):
+    """The forward changes objects that it is given.
+
+    Attributes:
+        kinds: their classes; empty where there are lists among them, which have no methods of their own.
+    """
+
+    def __init__(self, values: Sequence[Any]) -> None:
+        names = ", ".join(dict.fromkeys(type(value).__name__ for value in values))
+        super().__init__(f"the forward changes a {names} that it is given")
+        self.kinds = {type(value) for value in values} if all(is_data(value) for value in values) else set[type]()
+
+
+def check_arguments(before: dict[str, Any], after: dict[str, Any], containers: Sequence[Any]) -> None:
+    """Refuse a forward that has changed its arguments.
+
+    Raises:
+        ChangedObjectError: if it has.
+    """
+    names = [name for name in {**before, **after} if name.startswith("argument ")]
+    changed = [name for name in names if not is_same(before.get(name, _NOTHING), after.get(name, _NOTHING))]
+    if changed:
+        values = [containers[int(name.split()[1])] for name in changed]
+        # What holds a changed object has changed too.
+        raise ChangedObjectError([value for value in values if is_data(value)] or values)
+
+
+def stores_of(before: dict[str, Any], after: dict[str, Any], by_children: set[str]) -> dict[str, Any]:
+    """The plain numbers that a forward has left on its block; it may leave nothing else.
+
+    Raises:
+        StoredError: if it does.
+    """
+    names = {**before, **after}
+    changed = [name for name in names if not is_same(before.get(name, _NOTHING), after.get(name, _NOTHING))]
+    changed = [name for name in changed if name not in by_children]
+    others = [name for name in changed if "." in name or not _is_number(after.get(name, _NOTHING))]
+    if others:
+        raise StoredError(f"the forward stores {', '.join(others)} on the block")
+    return {name: after[name] for name in changed}
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_number(item) for item in cast("tuple[Any, ...]", value))
+    return value is None or isinstance(value, (bool, int, float))
+
+
+_NOTHING = object()
+
+
+def is_same(a: Any, b: Any) -> bool:
+    """Whether two snapshots hold the same objects and equal plain values."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        first, second = cast("dict[Any, Any]", a), cast("dict[Any, Any]", b)
+        return first.keys() == second.keys() and all(is_same(first[key], second[key]) for key in first)
+    if isinstance(a, (list, tuple)):
+        items, others = cast("list[Any]", a), cast("list[Any]", b)
+        return len(items) == len(others) and all(is_same(x, y) for x, y in zip(items, others, strict=True))
+    return isinstance(a, (bool, int, float, str, bytes, set)) and a == b
+
+
+def generators_of(block: nn.Module, inlined: Collection[str]) -> list[Any]:
+    """Random generators that a block's code may draw from, beside the global ones."""
+    names, functions = code_of(block, inlined)
+    spaces: list[Mapping[str, Any]] = [module.__dict__ for module in block.modules()]
+    spaces += [function.__globals__ for function in functions]
+    values = [value for space in spaces for name, value in space.items() if name in names]
+    values += [part for value in values for _, part in parts_of(value)]
+    return [value for value in values if _state_of(value) is not None]
+
+
+def _state_of(generator: Any) -> Any:
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is not None and isinstance(generator, numpy.random.Generator):
+        return repr(generator.bit_generator.state)
+    if numpy is not None and isinstance(generator, numpy.random.RandomState):
+        return repr(generator.get_state(legacy=False))
+    return None
+
+
+@dataclass
+class Outside:
+    """What must not move between the calls that are recorded: random states, and where autograd keeps what it saves."""
+
+    random: list[Any]
+    hooks: Any
+
+
+def outside(generators: Sequence[Any] = ()) -> Outside:
+    """What is so now, also of these random generators."""
+    states: list[Any] = [torch.get_rng_state(), random.getstate(), *map(_state_of, generators)]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states += torch.cuda.get_rng_state_all()
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is not None:
+        _, key, *rest = numpy.random.get_state()
+        states.append((key.tobytes(), *rest))
+    return Outside(states, torch._C._autograd._top_saved_tensors_default_hooks(True))  # pyright: ignore
+
+
+def differ(a: Outside, b: Outside) -> bool:
+    """Whether a random state has moved."""
+    return not all(
+        torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in zip(a.random, b.random, strict=False)
+    )
+
+
+def parts_of(value: Any) -> Iterator[tuple[tuple[str, Any], Any]]:
+    """The items and attributes of a structure, each with how it is reached."""
+    if isinstance(value, (tuple, list)):
+        for index, item in enumerate(cast("list[Any]", value)):
+            yield ("item", index), item
+    elif isinstance(value, Mapping):
+        for key, item in cast("Mapping[Any, Any]", value).items():
+            yield ("item", key), item
+    elif hasattr(value, "__dict__") and not isinstance(value, (nn.Module, types.ModuleType)) and not callable(value):
+        for name, item in vars(value).items():
+            yield ("attribute", name), item
