@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from stochastic_depth.compiling import eager
+from stochastic_depth.compiling import eager, is_capturing
 from stochastic_depth.retrofit.trace import PLAIN_TYPES
 from stochastic_depth.torch_private import is_exporting
 
@@ -50,7 +50,7 @@ class RememberedCalls:
         """Remember a call of the root that has succeeded, if it is the first in its mode."""
         if root.training in self._calls or self._is_paused or is_exporting() or torch.jit.is_tracing():
             return
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        if is_capturing():
             return
         # Neither counters of operations nor inference mode have anything to do with the copies.
         with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
