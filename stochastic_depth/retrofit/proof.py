@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -96,12 +96,23 @@ def private() -> Generator[None]:
         yield
 
 
-def _outside_transforms() -> AbstractContextManager[Any]:
+@contextmanager
+def _outside_transforms() -> Generator[None]:
     if not torch._C._are_functorch_transforms_active():  # pyright: ignore
-        return nullcontext()
+        yield
+        return
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-    return temporarily_clear_interpreter_stack()
+    # They forbid hooks of saved tensors, by which a proof sees what is changed in place.
+    autograd: Any = torch._C._autograd
+    message = autograd._saved_tensors_hooks_get_disabled_error_message()
+    with temporarily_clear_interpreter_stack():
+        autograd._saved_tensors_hooks_enable()
+        try:
+            yield
+        finally:
+            if message is not None:
+                autograd._saved_tensors_hooks_disable(message)
 
 
 def _pack(tensor: Tensor) -> tuple[Tensor, int]:
@@ -207,8 +218,9 @@ def _patterns(
     if len(keys) > 1:
         patterns.append(("with every second gate closed", {key: index % 2 == 0 for index, key in enumerate(keys)}))
     if num_samples is not None and num_samples > 1:
-        some = torch.arange(num_samples)
-        each = {key: (some + index) % 2 == 0 for index, key in enumerate(keys)}
+        # About half of them, in no order that arguments may have too.
+        golden = 0.618 * torch.arange(num_samples)
+        each = {key: (golden + 0.37 * index) % 1 < 0.5 for index, key in enumerate(keys)}
         patterns.append((_SOME, cast("dict[Key, bool | Tensor | None]", each)))
     return patterns
 
@@ -229,6 +241,8 @@ def _replaced(args: Any, kwargs: Any, leaves: Sequence[Any], given: Sequence[Any
             return new[id(value)]
         if type(value) in (tuple, list):
             return type(value)(put(item) for item in value)
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return cast(Any, type(value))(*[put(item) for item in cast("tuple[Any, ...]", value)])
         if type(value) is dict:
             return {key: put(item) for key, item in cast("dict[Any, Any]", value).items()}
         return value

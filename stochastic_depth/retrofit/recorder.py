@@ -38,19 +38,22 @@ from stochastic_depth.retrofit.effects import (
 )
 from stochastic_depth.retrofit.maps import is_attention_map
 from stochastic_depth.retrofit.reads import Place, Reads
+from stochastic_depth.retrofit.rules import is_drop_path
 from stochastic_depth.retrofit.trace import StoredError, TraceError
 
+# What a tensor is stored in and how it came to be is another thing in another call of the same form.
+_ORIGIN = {"storage_offset", "data_ptr", "untyped_storage", "is_set_to", "_version", "output_nr"}
 _STRUCTURE_METHODS = {
-    "size", "dim", "numel", "nelement", "stride", "storage_offset", "is_contiguous", "is_floating_point", "is_complex",
+    "size", "dim", "numel", "nelement", "stride", "is_contiguous", "is_floating_point", "is_complex",
     "is_signed", "element_size", "get_device", "__len__", "ndimension", "is_same_size", "has_names", "type",
     "is_tensor", "result_type", "can_cast", "promote_types", "is_nonzero_size", "is_conj", "is_neg", "is_inference",
-    "is_shared", "is_pinned", "__hash__", "is_storage", "numpy_dtype", "broadcast_shapes", "is_set_to", "dim_order",
-    "untyped_storage", "has_torch_function", "__format__", "__repr__", "is_distributed", "data_ptr",
+    "is_shared", "is_pinned", "__hash__", "is_storage", "numpy_dtype", "broadcast_shapes", "dim_order",
+    "has_torch_function", "__format__", "__repr__", "is_distributed",
 }  # fmt: skip
 _STRUCTURE_ATTRIBUTES = {
     "shape", "ndim", "dtype", "device", "is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "is_xla", "is_nested",
     "is_sparse", "is_sparse_csr", "is_quantized", "is_leaf", "requires_grad", "layout", "itemsize", "nbytes", "names",
-    "is_vulkan", "is_mkldnn", "is_maia", "is_ipu", "retains_grad", "output_nr", "_version", "grad_fn", "name",
+    "is_vulkan", "is_mkldnn", "is_maia", "is_ipu", "retains_grad", "grad_fn", "name",
     "_backward_hooks", "_has_symbolic_sizes_strides", "_is_view", "is_mtia",
 }  # fmt: skip
 
@@ -433,12 +436,14 @@ class _Recorder(TorchFunctionMode):
     def _close(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         self.graph.inside = self.graph.inside[:-1]
 
-    def _enter(self, _module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         self._inside += 1  # What is looked at here is no part of the block's code either.
         if self._inside > 1:
             return None
         self.check_outside()
         self._check_hooks()
+        if is_drop_path(module) and any(isinstance(value, float) for value in (*args, *kwargs.values())):
+            raise TraceError("its drop path is given a number with the call, which would be its rate")
         args, kwargs = self._edited(self._num_calls, args, kwargs)
         self._entered = [self._argument(args), self._argument(kwargs), contents_of(self._block, ())]
         return args, kwargs
@@ -501,6 +506,8 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._inside:
             return func(*args, **kwargs)
+        if _name_of_function(func) in _ORIGIN:
+            raise TraceError(f"the forward asks where a tensor is stored ({_name_of_function(func)})")
         if _is_structure(func):
             if args and id(args[0]) in self._valued and _is_size(func):
                 raise TraceError("the forward decides by a size that follows from the values of a tensor")
@@ -614,6 +621,12 @@ def _tensors_of_module(module: nn.Module) -> Iterator[tuple[Step, Tensor]]:
     for name, value in (*module._buffers.items(), *module.__dict__.items()):
         if isinstance(value, Tensor):
             yield ("attribute", name), value
+
+
+def _name_of_function(func: Any) -> str:
+    """The name of a function of PyTorch, or of the attribute that it reads."""
+    name = getattr(func, "__name__", "")
+    return getattr(getattr(func, "__self__", None), "__name__", "") if name == "__get__" else name
 
 
 def _is_structure(func: Any) -> bool:
