@@ -329,17 +329,17 @@ class BlockBranches:
             return
         before, rows = prepared.recorded
 
-        def now() -> Any:
+        def now(rows: Mapping[int, Tensor] = rows) -> Any:
             try:
                 with private():
                     run = self._recorded(stand_in(block), signature, leaves, rows)
-            except TraceError as error:
-                return str(error)
+            except TraceError:
+                return None
             return skeleton(run.graph, with_numbers=True)
 
         changed = now()
-        # What is another object in every recording tells nothing.
-        if changed == before or changed != now():
+        # What is another object in every recording tells nothing, nor that a few samples do not fit to a full cache.
+        if changed == before or changed != now() or (changed is None and now({}) is not None):
             return
         error = TraceError("its code does something else than in an earlier call, by what it reads from elsewhere")
         if not self.drop_paths or any(key[0] == FUNCTIONAL for key in self.gated):

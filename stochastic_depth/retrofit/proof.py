@@ -24,7 +24,7 @@ from stochastic_depth.retrofit.maps import NotComputed
 from stochastic_depth.retrofit.quiet import quiet
 from stochastic_depth.retrofit.recorder import Edits, run_block
 from stochastic_depth.retrofit.rewrite import Code, GatedUse, edits_of
-from stochastic_depth.retrofit.stand_in import sample_leaf
+from stochastic_depth.retrofit.stand_in import sample_leaf, uniform
 from stochastic_depth.retrofit.sums import Key
 from stochastic_depth.retrofit.trace import TraceError
 
@@ -269,7 +269,7 @@ def _with_gradients(
         no_gradients: list[Tensor | None] = [None] * len(sources)
         return outputs, no_gradients
     generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(end.shape, generator=generator).to(end.device, end.dtype) for end in ends]
+    weights = [(uniform(end.shape, generator) - 0.5).to(end.device, end.dtype) for end in ends]
     try:
         return outputs, list(torch.autograd.grad(ends, sources, weights, allow_unused=True))
     except RuntimeError:

@@ -41,8 +41,8 @@ from stochastic_depth.retrofit.reads import Place, Reads
 from stochastic_depth.retrofit.rules import is_drop_path
 from stochastic_depth.retrofit.trace import StoredError, TraceError
 
-# What a tensor is stored in and how it came to be is another thing in another call of the same form.
-_ORIGIN = {"storage_offset", "data_ptr", "untyped_storage", "is_set_to", "_version", "output_nr"}
+# Where a tensor is stored is another place in another call of the same form.
+_ORIGIN = {"storage_offset", "data_ptr", "untyped_storage", "is_set_to"}
 _STRUCTURE_METHODS = {
     "size", "dim", "numel", "nelement", "stride", "is_contiguous", "is_floating_point", "is_complex",
     "is_signed", "element_size", "get_device", "__len__", "ndimension", "is_same_size", "has_names", "type",
@@ -53,7 +53,7 @@ _STRUCTURE_METHODS = {
 _STRUCTURE_ATTRIBUTES = {
     "shape", "ndim", "dtype", "device", "is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "is_xla", "is_nested",
     "is_sparse", "is_sparse_csr", "is_quantized", "is_leaf", "requires_grad", "layout", "itemsize", "nbytes", "names",
-    "is_vulkan", "is_mkldnn", "is_maia", "is_ipu", "retains_grad", "grad_fn", "name",
+    "is_vulkan", "is_mkldnn", "is_maia", "is_ipu", "retains_grad", "output_nr", "_version", "grad_fn", "name",
     "_backward_hooks", "_has_symbolic_sizes_strides", "_is_view", "is_mtia",
 }  # fmt: skip
 
