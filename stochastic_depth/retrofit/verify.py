@@ -18,7 +18,7 @@ from stochastic_depth.retrofit.find import Branch
 from stochastic_depth.retrofit.maps import NotComputed
 from stochastic_depth.retrofit.proof import deviation, tolerance
 from stochastic_depth.retrofit.quiet import without_noise
-from stochastic_depth.retrofit.stand_in import untouched, uniform
+from stochastic_depth.retrofit.stand_in import uniform, untouched
 from stochastic_depth.retrofit.sums import BranchParts
 
 CauseOf = Callable[[Branch], str]
