@@ -13,7 +13,7 @@ import dataclasses
 import operator
 import types
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from stochastic_depth.retrofit.called import Called, method_of, watched
+from stochastic_depth.retrofit.checkpoints import Regions, kept
 from stochastic_depth.retrofit.effects import (
     CONSTANTS,
     check_arguments,
@@ -238,14 +239,17 @@ class Cached:
 
 
 class _Graph(fx.Graph):
-    """A graph whose nodes know inside of which inlined children they were made."""
+    """A graph whose nodes know inside of which inlined children and which checkpoint they were made."""
 
     inside: tuple[str, ...] = ()
+    checkpoint: int | None = None
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
         if self.inside:
             node.meta["inlined"] = self.inside
+        if self.checkpoint is not None:
+            node.meta["checkpoint"] = self.checkpoint
         return node
 
 
@@ -261,6 +265,8 @@ class _Recorder(TorchFunctionMode):
         self._num_calls = 0
         self._inside = 0
         self._entered: list[Any] = []
+        self._regions = Regions()
+        self._kept = ExitStack()
         self._nodes: dict[int, fx.Node] = {}
         self._objects: dict[int, fx.Node] = {}
         # Tensors by identity need to stay alive; the version tells of changes in place.
@@ -398,11 +404,10 @@ class _Recorder(TorchFunctionMode):
         if differ(self._state, now):
             raise TraceError("the forward draws random numbers itself, outside of its children")
 
-    def _check_hooks(self) -> None:
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) != self._state.hooks:  # pyright: ignore
-            raise TraceError(
-                "a part of the forward runs inside an activation checkpoint, or keeps what is saved itself"
-            )
+    def _keep(self) -> AbstractContextManager[None]:
+        """Note in which checkpoint the next call is made; within, what it saves is kept."""
+        self.graph.checkpoint = self._regions.now()
+        return nullcontext() if self.graph.checkpoint is None else kept()
 
     # Calls.
     @contextmanager
@@ -424,6 +429,7 @@ class _Recorder(TorchFunctionMode):
         except Exception as error:
             raise TraceError(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error
         finally:
+            self._kept.close()
             for handle in handles:
                 handle.remove()
 
@@ -441,9 +447,10 @@ class _Recorder(TorchFunctionMode):
         if self._inside > 1:
             return None
         self.check_outside()
-        self._check_hooks()
+        keep = self._keep()
         if is_drop_path(module) and any(isinstance(value, float) for value in (*args, *kwargs.values())):
             raise TraceError("its drop path is given a number with the call, which would be its rate")
+        self._kept.enter_context(keep)
         args, kwargs = self._edited(self._num_calls, args, kwargs)
         self._entered = [self._argument(args), self._argument(kwargs), contents_of(self._block, ())]
         return args, kwargs
@@ -464,6 +471,7 @@ class _Recorder(TorchFunctionMode):
             self.changed_by_children.update(
                 name for name in {**before, **after} if not is_same(before.get(name), after.get(name))
             )
+            self._kept.close()
             output = self._result(node, output)
             self._state = outside(self._generators)
             self._inside -= 1
@@ -515,12 +523,12 @@ class _Recorder(TorchFunctionMode):
         self._inside += 1
         try:
             self.check_outside()
-            self._check_hooks()
-            args, kwargs = self._edited(self._num_calls, args, kwargs)
-            op, target, given = _called(func, args)
-            nodes, named = self._argument(tuple(given)), self._argument(dict(kwargs))
-            context = self._context()
-            output = func(*args, **kwargs)
+            with self._keep():
+                args, kwargs = self._edited(self._num_calls, args, kwargs)
+                op, target, given = _called(func, args)
+                nodes, named = self._argument(tuple(given)), self._argument(dict(kwargs))
+                context = self._context()
+                output = func(*args, **kwargs)
             if _is_value(output) or differ(self._state, outside(self._generators)):
                 name = getattr(func, "__name__", str(func))
                 if _is_value(output):
@@ -553,9 +561,11 @@ class _Recorder(TorchFunctionMode):
         for tensor in changed:
             if id(tensor) in self._held and node.op != "call_module":
                 raise StoredError(f"the forward changes its buffer {_name_of(self._held[id(tensor)])} in place")
-        for edit in self._edits.get(number, ()):
-            if edit.operand is None:
-                output = edit.of(output)
+        if self._edits.get(number):
+            with self._keep():
+                for edit in self._edits[number]:
+                    if edit.operand is None:
+                        output = edit.of(output)
         output = self._fresh(output, {id(tensor) for tensor in changed})
         for tensor in changed:
             if tensor is not output:
@@ -586,7 +596,9 @@ class _Recorder(TorchFunctionMode):
         """Record what the forward returns."""
         self.graph.output(self._argument(output))
         for node in reversed(list(self.graph.nodes)):
-            if not node.users and "call" not in node.meta and node.op not in ("placeholder", "output"):
+            # A checkpoint detaches its inputs, to no end that is seen here.
+            does_nothing = "call" not in node.meta or getattr(node.target, "__name__", node.target) == "detach"
+            if not node.users and does_nothing and node.op not in ("placeholder", "output"):
                 self.graph.erase_node(node)
 
 
