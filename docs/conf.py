@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 NAVIGATION = {
-    "Start": ["docs/README", "docs/quickstart", "docs/recipes", "docs/faq"],
+    "Start": ["docs/README", "docs/quickstart", "examples/quickstart", "docs/recipes", "docs/faq"],
     "Guides": ["docs/how-it-works", "docs/retrofit", "docs/semantics", "docs/speed", "docs/scale", "docs/deploy"],
     "The paper": ["docs/reproduce", "docs/laboratory"],
     "Results": [
@@ -52,7 +52,7 @@ nitpicky = True
 _OTHERS = r"(torch|nn|collections|typing|contextlib|numpy)\..*|DeviceMesh|FSDPModule|MixedPrecisionPolicy|OffloadPolicy|(.*\.)?(Branch|Init|Record|Shortcut)"
 nitpick_ignore_regex = [("py:.*", _OTHERS), ("py:obj", ".*")]
 
-smartquotes = False  # They would turn the quotes of "batch", a value, into typographic ones.
+smartquotes_action = "D"  # Dashes only: the quotes of "batch", a value, must stay as they are.
 toc_object_entries_show_parents = "hide"
 
 html_theme = "furo"
