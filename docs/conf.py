@@ -20,7 +20,13 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 NAVIGATION = {
-    "Start": ["docs/README", "docs/quickstart", "examples/quickstart", "docs/recipes", "docs/faq"],
+    "Start": [
+        "Where to start <docs/README>",
+        "docs/quickstart",
+        "Quickstart notebook <examples/quickstart>",
+        "docs/recipes",
+        "docs/faq",
+    ],
     "Guides": ["docs/how-it-works", "docs/retrofit", "docs/semantics", "docs/speed", "docs/scale", "docs/deploy"],
     "The paper": ["docs/reproduce", "docs/laboratory"],
     "Results": [
@@ -37,7 +43,8 @@ NAVIGATION = {
     ],
     "Reference": ["docs/api", "docs/versions", "CHANGELOG", "CONTRIBUTING", "SECURITY"],
 }
-"""The pages of the site, by their headings in the sidebar."""
+"""The pages of the site, by their headings in the sidebar; a page's own title may be replaced there."""
+PAGES = [re.sub(r".*<(.*)>", r"\1", page) for pages in NAVIGATION.values() for page in pages]
 
 project = PROJECT["name"]
 version = release = PROJECT["version"]
@@ -45,12 +52,16 @@ author = copyright = "the stochastic-depth authors"  # noqa: A001
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 root_doc = "README"
-include_patterns = [f"{page}.*" for pages in NAVIGATION.values() for page in pages] + ["README.md", "docs/**.md"]
+include_patterns = ["README.md", "docs/**.md", *(f"{page}.*" for page in PAGES)]
 exclude_patterns = [".*", "build", "dist", "results", "runs", "tests", "stochastic_depth*", "benchmarks/tables"]
 nitpicky = True
 # PyTorch's own inventory of names would have to be downloaded, and backquoted code in docstrings need not be a name.
-_OTHERS = r"(torch|nn|collections|typing|contextlib|numpy)\..*|DeviceMesh|FSDPModule|MixedPrecisionPolicy|OffloadPolicy|(.*\.)?(Branch|Init|Record|Shortcut)"
-nitpick_ignore_regex = [("py:.*", _OTHERS), ("py:obj", ".*")]
+_OTHERS = [
+    r"(torch|nn|collections|typing|contextlib|numpy)\..*",
+    "DeviceMesh|FSDPModule|MixedPrecisionPolicy|OffloadPolicy",
+    r"(.*\.)?(Branch|Init|Record|Shortcut)",
+]
+nitpick_ignore_regex = [("py:obj", ".*"), *(("py:.*", names) for names in _OTHERS)]
 
 smartquotes_action = "D"  # Dashes only: the quotes of "batch", a value, must stay as they are.
 toc_object_entries_show_parents = "hide"
@@ -110,7 +121,7 @@ def source_pages(_app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
         name = str(file.relative_to(ROOT))
         code = highlight(file.read_text(), get_lexer_for_filename(name), formatter)
         code = code.replace('"L-', '"L').replace('"#L-', '"#L')  # #L12, as code hosts have it
-        yield f"source/{name}", {"title": name, "body": f"<h1><code>{name}</code></h1>{code}"}, "page.html"
+        yield f"source/{name}", {"title": name, "body": f'<h1>{name}</h1><div class="source">{code}</div>'}, "page.html"
 
 
 def mend_backquotes(_app: Sphinx, _what: str, _name: str, _object: Any, _options: Any, lines: list[str]) -> None:

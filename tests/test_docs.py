@@ -99,7 +99,9 @@ def diffs() -> Iterator[tuple[str, str]]:
 
 def with_the_change(diff: str) -> str:
     lines = diff.splitlines()
-    assert all(line[:2] in ("+ ", "- ", "  ", "+") for line in lines), "A line of a diff starts with '+ ', '- ' or '  '."
+    assert all(line[:2] in ("+ ", "- ", "  ", "+") for line in lines), (
+        "A line of a diff starts with '+ ', '- ' or '  '."
+    )
     return "\n".join(line[2:] for line in lines if not line.startswith("-"))
 
 
@@ -149,7 +151,9 @@ class Walk(NamedTuple):
 
 
 def walks() -> list[Walk]:
-    links = re.findall(r"\[`([\w.]+)`\]\(\.\./([\w/]+\.py)#L(\d+)-L(\d+)\)", (ROOT / "docs/how-it-works.md").read_text())
+    links = re.findall(
+        r"\[`([\w.]+)`\]\(\.\./([\w/]+\.py)#L(\d+)-L(\d+)\)", (ROOT / "docs/how-it-works.md").read_text()
+    )
     return [Walk(name, file, int(first), int(last)) for name, file, first, last in links]
 
 

@@ -87,18 +87,27 @@ def test_links_of_the_readme_become_absolute(repository: str | None, expected: s
 
 def test_the_workflows_use_the_versions_that_are_pinned() -> None:
     workflow = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text())
-    tested = {(entry["torch"], entry["torchvision"]) for entry in workflow["jobs"]["tests"]["strategy"]["matrix"]["include"]}
+    tested = {
+        (entry["torch"], entry["torchvision"]) for entry in workflow["jobs"]["tests"]["strategy"]["matrix"]["include"]
+    }
     pinned = dict(re.findall(r"^([\w-]+)==(.*)$", (ROOT / "constraints.txt").read_text(), flags=re.M))
     oldest = re.findall(r"torch(?:vision)?==([\d.]+)", (ROOT / "Makefile").read_text())
     assert {tuple(oldest), (pinned["torch"], pinned["torchvision"])} <= tested
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     (ruff,) = [repo["rev"] for repo in hooks if repo["repo"].endswith("ruff-pre-commit")]
     assert ruff == f"v{pinned['ruff']}"
-    targets = [step["run"].removeprefix("make ") for job in workflow["jobs"].values() for step in job["steps"][-1:] if "run" in step]
+    targets = [
+        step["run"].removeprefix("make ")
+        for job in workflow["jobs"].values()
+        for step in job["steps"][-1:]
+        if "run" in step
+    ]
     assert {"check", "test"} <= set(targets)
 
 
-@pytest.mark.parametrize("form", sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("[!c]*.yml")), ids=lambda form: form.stem)
+@pytest.mark.parametrize(
+    "form", sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("[!c]*.yml")), ids=lambda form: form.stem
+)
 def test_an_issue_form_is_one(form: Path) -> None:
     """As far as the code host's rules can be checked here."""
     content = yaml.safe_load(form.read_text())
