@@ -8,8 +8,8 @@ from typing import Literal, get_args
 import pooch
 
 from stochastic_depth_lab.data import cifar, digits, imagenet, svhn
-from stochastic_depth_lab.data.errors import DataError
 from stochastic_depth_lab.data.image_data import ImageData
+from stochastic_depth_lab.errors import DataError
 
 Name = Literal["digits", "cifar10", "cifar100", "svhn", "imagenet"]
 

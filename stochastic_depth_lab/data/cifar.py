@@ -20,11 +20,11 @@ from typing import Any, cast
 
 import torch
 
-from stochastic_depth_lab.data.errors import DataError
 from stochastic_depth_lab.data.image_data import ImageData, Split
 from stochastic_depth_lab.data.partition import draw
 from stochastic_depth_lab.data.published import PublishedFile, check_md5
 from stochastic_depth_lab.data.seeding import generator
+from stochastic_depth_lab.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from stochastic_depth_lab.data.errors import DataError
 from stochastic_depth_lab.data.image_data import ImageData, Split
 from stochastic_depth_lab.data.partition import draw_per_class, proportional
 from stochastic_depth_lab.data.seeding import generator
+from stochastic_depth_lab.errors import DataError
 
 NUM_TEST = 360
 NUM_VALIDATION = 180

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from stochastic_depth_lab.data.errors import DataError
 from stochastic_depth_lab.data.normalisation import Normalisation
 from stochastic_depth_lab.data.partition import draw_per_class
 from stochastic_depth_lab.data.pictures import PictureSplit
 from stochastic_depth_lab.data.seeding import generator
+from stochastic_depth_lab.errors import DataError
 
 
 @dataclass(frozen=True, eq=False)

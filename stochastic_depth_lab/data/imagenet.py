@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stochastic_depth_lab.data.errors import DataError
 from stochastic_depth_lab.data.image_data import ImageData
 from stochastic_depth_lab.data.normalisation import Normalisation
 from stochastic_depth_lab.data.partition import draw
 from stochastic_depth_lab.data.pictures import PictureSplit, import_torchvision
 from stochastic_depth_lab.data.seeding import generator
+from stochastic_depth_lab.errors import DataError
 
 FOLDER = "imagenet"
 NUM_VALIDATION = 10_000

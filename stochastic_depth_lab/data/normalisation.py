@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from stochastic_depth_lab.data.errors import DataError
+from stochastic_depth_lab.errors import DataError
 
 Kind = Literal["pixel", "channel"]
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from stochastic_depth_lab.data.errors import DataError
+from stochastic_depth_lab.errors import DataError
 
 
 def import_torchvision(module: str = "torchvision") -> Any:

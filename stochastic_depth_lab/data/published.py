@@ -18,7 +18,7 @@ from requests.exceptions import RequestException
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from stochastic_depth_lab.data.errors import DataError
+from stochastic_depth_lab.errors import DataError
 
 _CHUNK_BYTES = 1 << 16
 _TIMEOUT_S = 30

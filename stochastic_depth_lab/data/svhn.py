@@ -17,11 +17,11 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from stochastic_depth_lab.data.errors import DataError
 from stochastic_depth_lab.data.image_data import ImageData, Split
 from stochastic_depth_lab.data.partition import draw_per_class
 from stochastic_depth_lab.data.published import PublishedFile
 from stochastic_depth_lab.data.seeding import generator
+from stochastic_depth_lab.errors import DataError
 
 NUM_CLASSES = 10
 

@@ -2,8 +2,8 @@
 
 import difflib
 
-from stochastic_depth_lab.config import Experiment, Study, small
 from stochastic_depth_lab.experiments import cifar, digits, few, imagenet, studies, svhn
+from stochastic_depth_lab.experiments.config import Experiment, Study, small
 
 EXPERIMENTS: dict[str, Experiment] = {
     constant.name: constant

@@ -7,7 +7,7 @@ have not been timed. Where no result is given none is published: He et al.'s oth
 
 from dataclasses import replace
 
-from stochastic_depth_lab.config import Data, Experiment, Model, Recipe
+from stochastic_depth_lab.experiments.config import Data, Experiment, Model, Recipe
 from stochastic_depth_lab.experiments.pairs import LATER_SOURCE, pair
 
 RECIPE = Recipe(epochs=500)

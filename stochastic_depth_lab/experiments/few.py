@@ -9,7 +9,7 @@ validation images, on seeds that are not reported: the study `learning-rates`.
 from dataclasses import replace
 from typing import Any
 
-from stochastic_depth_lab.config import Data, Experiment, Model, Recipe
+from stochastic_depth_lab.experiments.config import Data, Experiment, Model, Recipe
 from stochastic_depth_lab.experiments.pairs import pair
 
 Pair = tuple[Experiment, Experiment]

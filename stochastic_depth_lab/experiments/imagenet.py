@@ -7,7 +7,7 @@ are the test part.
 
 from dataclasses import replace
 
-from stochastic_depth_lab.config import Data, Model, Recipe
+from stochastic_depth_lab.experiments.config import Data, Model, Recipe
 from stochastic_depth_lab.experiments.pairs import pair
 
 RECIPE = Recipe(epochs=90, batch_size=256, lr_drops=(1 / 3, 2 / 3))

@@ -1,6 +1,6 @@
 """The two experiments that every comparison needs: the same network, data, seed and recipe, without and with gates."""
 
-from stochastic_depth_lab.config import Data, Depth, Experiment, Model, Published, Recipe
+from stochastic_depth_lab.experiments.config import Data, Depth, Experiment, Model, Published, Recipe
 
 SOURCE = "Huang et al. 2016, table of results, as given by public summaries"
 LATER_SOURCE = "Huang et al. 2016, as quoted by later papers"

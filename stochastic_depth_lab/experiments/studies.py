@@ -10,8 +10,8 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from stochastic_depth_lab.config import Claim, Comparison, Depth, Experiment, OverTime, Regularisers, Study
 from stochastic_depth_lab.experiments import cifar, digits, few, imagenet, svhn
+from stochastic_depth_lab.experiments.config import Claim, Comparison, Depth, Experiment, OverTime, Regularisers, Study
 from stochastic_depth_lab.experiments.few import Pair
 
 _SURVIVAL_PROBS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

@@ -1,6 +1,6 @@
 """SVHN as in Huang et al. 2016: 604,388 images of house numbers, no augmentation, 50 epochs."""
 
-from stochastic_depth_lab.config import Data, Model, Recipe
+from stochastic_depth_lab.experiments.config import Data, Model, Recipe
 from stochastic_depth_lab.experiments.pairs import pair
 
 # Huang et al. 2016: 2.01 % constant, 1.75 % stochastic; 33 h 43 and 25 h 33 on one Titan X.

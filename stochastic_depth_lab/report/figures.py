@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from stochastic_depth_lab.atomic import write_whole
+from stochastic_depth_lab.files import write_whole
 from stochastic_depth_lab.report.binomial import central_band
 from stochastic_depth_lab.report.runs import Epoch, Run, labels
 from stochastic_depth_lab.report.table import csv_text, is_index, time_share

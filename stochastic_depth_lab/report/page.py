@@ -10,7 +10,7 @@ from string import Template
 from typing import cast
 from urllib.parse import quote
 
-from stochastic_depth_lab.atomic import write_whole
+from stochastic_depth_lab.files import write_whole
 from stochastic_depth_lab.report.analysis import FILE_NAME, analysis_csv, analysis_drawings
 from stochastic_depth_lab.report.evaluations import evaluation_drawings, evaluation_tables
 from stochastic_depth_lab.report.figures import (

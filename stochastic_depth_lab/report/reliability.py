@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from stochastic_depth_lab.atomic import write_whole
+from stochastic_depth_lab.files import write_whole
 from stochastic_depth_lab.report.figures import legend, save
 from stochastic_depth_lab.report.table import NOTHING, aligned, csv_text
 from stochastic_depth_lab.report.theme import MUTED, SERIES, figure_style

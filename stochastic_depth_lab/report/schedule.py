@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from stochastic_depth_lab.atomic import write_whole
+from stochastic_depth_lab.files import write_whole
 from stochastic_depth_lab.report.figures import rendered, whole_numbers
 from stochastic_depth_lab.report.runs import ReportError, printable
 from stochastic_depth_lab.report.theme import MUTED, SERIES, figure_style

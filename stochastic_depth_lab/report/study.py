@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
-from stochastic_depth_lab.atomic import write_whole
-from stochastic_depth_lab.config import Comparison, Experiment, Published, Study
+from stochastic_depth_lab.experiments.config import Comparison, Experiment, Published, Study
+from stochastic_depth_lab.files import write_whole
 from stochastic_depth_lab.report.figures import Drawing, curves, epochs_csv, gradient, save
 from stochastic_depth_lab.report.page import html_page, link_to_page
 from stochastic_depth_lab.report.runs import ReportError, Run, read_run

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 
-from stochastic_depth_lab.config import Regularisers
+from stochastic_depth_lab.experiments.config import Regularisers
 from stochastic_depth_lab.report.runs import Run, labels, printable
 
 NOTHING = "\N{EN DASH}"

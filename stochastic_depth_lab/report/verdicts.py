@@ -14,7 +14,7 @@ from typing import Literal
 
 from scipy import stats
 
-from stochastic_depth_lab.config import Claim, Comparison
+from stochastic_depth_lab.experiments.config import Claim, Comparison
 
 Verdict = Literal["confirmed", "contradicted", "undecided"]
 LEVEL = 0.05

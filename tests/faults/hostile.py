@@ -36,11 +36,11 @@ import numpy as np
 import scipy.io
 import torch
 
-from stochastic_depth_lab import checkpoint, config, records
 from stochastic_depth_lab.data import DataError, cifar, svhn
-from stochastic_depth_lab.experiments import find
+from stochastic_depth_lab.experiments import config, find
 from stochastic_depth_lab.report import read_run
 from stochastic_depth_lab.report.runs import ReportError
+from stochastic_depth_lab.runs import checkpoint, records
 
 Reader = Callable[[bytes, Path], object]
 OWN_ERRORS = (DataError, checkpoint.CheckpointError, records.RunError, ReportError)

@@ -20,9 +20,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stochastic_depth_lab import checkpoint, config
 from stochastic_depth_lab.data import DataError, cifar
-from stochastic_depth_lab.experiments import find
+from stochastic_depth_lab.experiments import config, find
+from stochastic_depth_lab.runs import checkpoint
 
 NUM_INPUTS = 10_000
 

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from stochastic_depth_lab import evaluation, loop, trained
-from stochastic_depth_lab.config import Depth, Experiment
+from stochastic_depth_lab.after import trained
 from stochastic_depth_lab.experiments import find
+from stochastic_depth_lab.experiments.config import Depth, Experiment
+from stochastic_depth_lab.training import evaluation, loop
 
 CPU = torch.device("cpu")
 TIMES = ("train_s", "process_s", "steps_per_s")

@@ -21,12 +21,12 @@ from small_runs import CPU, float64, small, train
 from torch import nn
 
 import stochastic_depth as sd
-from stochastic_depth_lab import export
-from stochastic_depth_lab.cli import main
+from stochastic_depth_lab.after import export
+from stochastic_depth_lab.after.finetuning import finetune
+from stochastic_depth_lab.after.trained import Trained, load_trained
+from stochastic_depth_lab.after.uncertainty import reliability
+from stochastic_depth_lab.cli.main import main
 from stochastic_depth_lab.data import batches
-from stochastic_depth_lab.finetuning import finetune
-from stochastic_depth_lab.trained import Trained, load_trained
-from stochastic_depth_lab.uncertainty import reliability
 
 
 @pytest.fixture(scope="module")

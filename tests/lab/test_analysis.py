@@ -7,10 +7,10 @@ import torch
 from small_runs import CPU, Silent, float64, small, train
 
 import stochastic_depth as sd
-from stochastic_depth_lab.analysis import analyse
-from stochastic_depth_lab.cli import main
-from stochastic_depth_lab.config import Depth
+from stochastic_depth_lab.after.analysis import analyse
+from stochastic_depth_lab.cli.main import main
 from stochastic_depth_lab.data import Normalisation, load
+from stochastic_depth_lab.experiments.config import Depth
 from stochastic_depth_lab.report import ReportError
 from stochastic_depth_lab.report.analysis import read_analysis
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from stochastic_depth_lab import atomic, checkpoint
-from stochastic_depth_lab.checkpoint import CheckpointError, load, save
-from stochastic_depth_lab.config import as_json
+from stochastic_depth_lab import files
 from stochastic_depth_lab.experiments import find
+from stochastic_depth_lab.experiments.config import as_json
+from stochastic_depth_lab.runs import checkpoint
+from stochastic_depth_lab.runs.checkpoint import CheckpointError, load, save
 
 EXPERIMENT = as_json(replace(find("digits-constant"), name="x"))
 
@@ -39,7 +40,7 @@ def die_at(monkeypatch: pytest.MonkeyPatch, call: int, error: BaseException) -> 
 
     monkeypatch.setattr(os, "fsync", dying(os.fsync))
     monkeypatch.setattr(Path, "replace", dying(Path.replace))
-    monkeypatch.setattr(atomic, "flush_folder", dying(atomic.flush_folder))
+    monkeypatch.setattr(files, "flush_folder", dying(files.flush_folder))
 
 
 def loaded(folder: Path) -> int:

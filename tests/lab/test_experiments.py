@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from stochastic_depth_lab.cli import main
-from stochastic_depth_lab.config import Experiment, as_json, check, differences, from_json, quick, small
+from stochastic_depth_lab.cli.main import main
 from stochastic_depth_lab.experiments import EXPERIMENTS, STUDIES, few, find, find_pair, find_study
+from stochastic_depth_lab.experiments.config import Experiment, as_json, check, differences, from_json, quick, small
 
 PUBLISHED = {  # PAPER.md
     "cifar10-110": (6.41, 5.23),

@@ -7,12 +7,12 @@ import pytest
 import torch
 from small_runs import CPU, assert_same, outcome, train
 
-from stochastic_depth_lab import loop
-from stochastic_depth_lab.build import build_network, describe_branches, load_images
-from stochastic_depth_lab.cli import main
-from stochastic_depth_lab.config import Experiment, check, quick
-from stochastic_depth_lab.config import small as small_form
+from stochastic_depth_lab.cli.main import main
 from stochastic_depth_lab.experiments import find
+from stochastic_depth_lab.experiments.config import Experiment, check, quick
+from stochastic_depth_lab.experiments.config import small as small_form
+from stochastic_depth_lab.training import loop
+from stochastic_depth_lab.training.setup import build_network, describe_branches, load_images
 
 PAIR = ("imagenet-152-constant", "imagenet-152-stochastic")
 

@@ -11,13 +11,15 @@ import torch.nn.functional as F
 from small_runs import CPU, Silent, assert_same, float64, outcome, small, train
 
 import stochastic_depth as sd
-from stochastic_depth_lab import checkpoint, config, loop
-from stochastic_depth_lab.build import find_device
-from stochastic_depth_lab.config import Data, Depth, Regularisers
 from stochastic_depth_lab.data import Augmentation, Normalisation, batches, load
-from stochastic_depth_lab.evaluation import Evaluation, evaluate_run
-from stochastic_depth_lab.loop import Interrupted, NotFiniteError
-from stochastic_depth_lab.lr_schedules import learning_rate
+from stochastic_depth_lab.experiments import config
+from stochastic_depth_lab.experiments.config import Data, Depth, Regularisers
+from stochastic_depth_lab.runs import checkpoint
+from stochastic_depth_lab.training import loop
+from stochastic_depth_lab.training.evaluation import Evaluation, evaluate_run
+from stochastic_depth_lab.training.loop import Interrupted, NotFiniteError
+from stochastic_depth_lab.training.lr_schedules import learning_rate
+from stochastic_depth_lab.training.setup import find_device
 
 
 class StopAfter:

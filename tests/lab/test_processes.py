@@ -19,14 +19,15 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "library" / "distributed"), str(
 import ranks  # noqa: E402
 
 import stochastic_depth as sd  # noqa: E402
-from stochastic_depth_lab import checkpoint, loop  # noqa: E402
-from stochastic_depth_lab.build import find_device  # noqa: E402
-from stochastic_depth_lab.cli import main  # noqa: E402
-from stochastic_depth_lab.config import Depth, Experiment  # noqa: E402
+from stochastic_depth_lab.cli.main import main  # noqa: E402
 from stochastic_depth_lab.data import batches, load, part_of_batch  # noqa: E402
 from stochastic_depth_lab.data.normalisation import Normalisation  # noqa: E402
-from stochastic_depth_lab.processes import Processes  # noqa: E402
-from stochastic_depth_lab.records import RunError  # noqa: E402
+from stochastic_depth_lab.experiments.config import Depth, Experiment  # noqa: E402
+from stochastic_depth_lab.runs import checkpoint  # noqa: E402
+from stochastic_depth_lab.runs.records import RunError  # noqa: E402
+from stochastic_depth_lab.training import loop  # noqa: E402
+from stochastic_depth_lab.training.processes import Processes  # noqa: E402
+from stochastic_depth_lab.training.setup import find_device  # noqa: E402
 
 # Halves of 15 images differ, so that dropout draws more in one process than in the other.
 SMALL = small(num_threads=1, validate_every=3, batch_size=15)

@@ -11,15 +11,15 @@ from dataclasses import replace
 import pytest
 from small_runs import CPU, small, train
 
-from stochastic_depth_lab import records
-from stochastic_depth_lab.config import as_json
-from stochastic_depth_lab.records import RunError, RunFolder
+from stochastic_depth_lab.experiments.config import as_json
+from stochastic_depth_lab.runs import records
+from stochastic_depth_lab.runs.records import RunError, RunFolder
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from stochastic_depth_lab import records
-from stochastic_depth_lab.config import as_json
+from stochastic_depth_lab.runs import records
+from stochastic_depth_lab.experiments.config import as_json
 from stochastic_depth_lab.experiments import find
 with records.opened(Path(sys.argv[1]), find("digits-constant"), resume=True):
     print("held", flush=True)

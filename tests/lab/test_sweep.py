@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 from small_runs import outcome, small, train
 
-from stochastic_depth_lab import records, sweep
-from stochastic_depth_lab.cli import main
-from stochastic_depth_lab.config import Experiment, Study
+from stochastic_depth_lab.cli.main import main
+from stochastic_depth_lab.cli.options import grid
 from stochastic_depth_lab.experiments import STUDIES, find
-from stochastic_depth_lab.options import grid
+from stochastic_depth_lab.experiments.config import Experiment, Study
+from stochastic_depth_lab.runs import records
+from stochastic_depth_lab.training import sweep
 
 
 def seed(number: int, **recipe: object) -> Experiment:
@@ -197,7 +198,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from small_runs import small
-from stochastic_depth_lab import cli
+from stochastic_depth_lab.cli import main as cli
 from stochastic_depth_lab.experiments import EXPERIMENTS
 
 if __name__ == "__main__":  # the processes of the sweep's runs import this file
@@ -236,7 +237,7 @@ def test_a_sweep_on_a_terminal_shows_a_table(tmp_path, capsys):
     from rich.console import Console
     from rich.live import Live
 
-    from stochastic_depth_lab.sweep_display import SweepTable
+    from stochastic_depth_lab.training.sweep_display import SweepTable
 
     jobs = sweep.jobs_for([seed(1), seed(2)], tmp_path)
     jobs[0].state, jobs[1].state, jobs[1].reason = "running", "failed", "killed by SIGKILL"
@@ -252,7 +253,7 @@ def test_a_sweep_of_long_names_keeps_a_line_for_each_run_and_ends_in_one(tmp_pat
     from rich.console import Console
     from rich.live import Live
 
-    from stochastic_depth_lab.sweep_display import SweepTable
+    from stochastic_depth_lab.training.sweep_display import SweepTable
 
     name = "digits-stochastic-final-survival-prob-0.3-weight-decay-1e-4-draw"
     runs = [replace(small(), name=f"{name}-{draw}") for draw in ("bernoulli", "equal_cost")]

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from stochastic_depth_lab import build, cli, loop
-from stochastic_depth_lab.cli import main
+from stochastic_depth_lab.cli import main as cli
+from stochastic_depth_lab.cli.main import main
+from stochastic_depth_lab.training import loop, setup
 
 SMALL = "--model.num-layers 14 --data.limit 100 --recipe.batch-size 16 --recipe.epochs 2"
 TERMINALS = {
@@ -159,7 +160,7 @@ def test_an_interrupted_import_ends_at_once():
     """What an import makes of a KeyboardInterrupt, it is not seen."""
     code = """
 import os, signal, sys
-from stochastic_depth_lab import cli
+from stochastic_depth_lab.cli import main as cli
 
 def importing(name):
     try:
@@ -177,7 +178,7 @@ sys.exit(cli.main(["schedule"]))
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "saved"), [(build, "find_device", False), (loop, "load_images", True)], ids=["before", "within"]
+    ("module", "name", "saved"), [(setup, "find_device", False), (loop, "load_images", True)], ids=["before", "within"]
 )
 def test_a_stop_before_the_first_step_says_whether_there_is_something_to_resume(
     tmp_path, capsys, monkeypatch, module, name, saved

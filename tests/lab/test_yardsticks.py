@@ -6,9 +6,9 @@ import pytest
 import torch
 from small_runs import CPU, small
 
-from stochastic_depth_lab.build import load_images
-from stochastic_depth_lab.config import Data
-from stochastic_depth_lab.yardsticks import yardsticks
+from stochastic_depth_lab.after.baselines import yardsticks
+from stochastic_depth_lab.experiments.config import Data
+from stochastic_depth_lab.training.setup import load_images
 
 
 def test_one_error_for_each_seed_and_the_nearest_neighbor_by_hand():

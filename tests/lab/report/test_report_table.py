@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stochastic_depth_lab.config import Regularisers
+from stochastic_depth_lab.experiments.config import Regularisers
 from stochastic_depth_lab.report import read_run, text_table
 from stochastic_depth_lab.report.table import NOTHING, constant_depth_of, html_table, rows, summary_csv, time_share
 

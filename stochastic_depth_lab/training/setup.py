@@ -14,10 +14,10 @@ from torch import Tensor, nn
 import stochastic_depth as sd
 from stochastic_depth.cost import Cost
 from stochastic_depth_lab import data
-from stochastic_depth_lab.config import Experiment, Model, Precision, Recipe
 from stochastic_depth_lab.data import Augmentation, ImageData, Normalisation, import_torchvision
-from stochastic_depth_lab.regularisers import add_dropout_
-from stochastic_depth_lab.survival_schedules import mean_survival_probs, survival_probs
+from stochastic_depth_lab.experiments.config import Experiment, Model, Precision, Recipe
+from stochastic_depth_lab.training.regularisers import add_dropout_
+from stochastic_depth_lab.training.survival_schedules import mean_survival_probs, survival_probs
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import stochastic_depth as sd
-from stochastic_depth_lab import checkpoint, records
-from stochastic_depth_lab.build import Images, branch_names, build_network, load_images, set_epoch
-from stochastic_depth_lab.config import Experiment, as_json
 from stochastic_depth_lab.data import PictureSplit, Split, batches
+from stochastic_depth_lab.experiments.config import Experiment, as_json
+from stochastic_depth_lab.runs import checkpoint, records
+from stochastic_depth_lab.training.setup import Images, branch_names, build_network, load_images, set_epoch
 
 NUM_RECALIBRATION = 1000
 """Training images, not augmented, that BatchNorm statistics of a sub-network are taken from."""

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from stochastic_depth_lab.build import load_images
-from stochastic_depth_lab.config import Experiment
 from stochastic_depth_lab.data import DataError, Split
+from stochastic_depth_lab.experiments.config import Experiment
+from stochastic_depth_lab.training.setup import load_images
 
 
 def yardsticks(experiments: Iterable[Experiment], data_root: Path | None = None) -> dict[str, list[float]]:

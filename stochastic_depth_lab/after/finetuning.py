@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from stochastic_depth_lab import loop, records
-from stochastic_depth_lab.atomic import write_whole
-from stochastic_depth_lab.checkpoint import as_safetensors
-from stochastic_depth_lab.config import Experiment
+from stochastic_depth_lab.experiments.config import Experiment
+from stochastic_depth_lab.files import write_whole
+from stochastic_depth_lab.runs import records
+from stochastic_depth_lab.runs.checkpoint import as_safetensors
+from stochastic_depth_lab.training import loop
 
 
 def finetune(

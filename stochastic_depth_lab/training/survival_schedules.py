@@ -7,7 +7,7 @@ it stands, 0 is constant depth. `depth.set_survival_probs` is told every epoch; 
 import math
 from collections.abc import Sequence
 
-from stochastic_depth_lab.config import Depth
+from stochastic_depth_lab.experiments.config import Depth
 
 
 def survival_probs(over_depth: Sequence[float], depth: Depth, epoch: int, epochs: int) -> list[float]:

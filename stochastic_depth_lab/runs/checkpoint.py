@@ -11,8 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from stochastic_depth_lab.atomic import flush_folder, write_whole
-from stochastic_depth_lab.config import differences
+from stochastic_depth_lab.files import flush_folder, write_whole
+from stochastic_depth_lab.experiments.config import differences
 
 FORMAT_VERSION = 3
 LAST, PREVIOUS, BEST, BEST_SAFETENSORS = "last.pt", "previous.pt", "best.pt", "best.safetensors"

@@ -7,7 +7,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from stochastic_depth_lab.config import Experiment
+from stochastic_depth_lab.experiments.config import Experiment
 
 
 class Lines:

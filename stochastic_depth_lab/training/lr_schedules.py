@@ -2,7 +2,7 @@
 
 import math
 
-from stochastic_depth_lab.config import Recipe
+from stochastic_depth_lab.experiments.config import Recipe
 
 _RISING_SHARE = 0.3
 """Of the steps of one cycle, as in PyTorch's `OneCycleLR`, whose other constants these are too."""

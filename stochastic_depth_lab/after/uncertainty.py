@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 import stochastic_depth as sd
-from stochastic_depth_lab.build import reproducible
+from stochastic_depth_lab.after.trained import load_trained
 from stochastic_depth_lab.data import batches
-from stochastic_depth_lab.evaluation import BATCH_SIZE
 from stochastic_depth_lab.report.reliability import Bin, Reliability
-from stochastic_depth_lab.trained import load_trained
+from stochastic_depth_lab.training.evaluation import BATCH_SIZE
+from stochastic_depth_lab.training.setup import reproducible
 
 NUM_BINS = 15
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 import stochastic_depth as sd
 from stochastic_depth.deploy.choice import Order
 from stochastic_depth.deploy.subnetwork import branches_within
-from stochastic_depth_lab import records
-from stochastic_depth_lab.atomic import write_whole
-from stochastic_depth_lab.build import build_network
-from stochastic_depth_lab.checkpoint import as_safetensors
+from stochastic_depth_lab.after.trained import NUM_LESION, NUM_RECALIBRATION, Trained, load_trained
 from stochastic_depth_lab.data import Normalisation
-from stochastic_depth_lab.trained import NUM_LESION, NUM_RECALIBRATION, Trained, load_trained
+from stochastic_depth_lab.files import write_whole
+from stochastic_depth_lab.runs import records
+from stochastic_depth_lab.runs.checkpoint import as_safetensors
+from stochastic_depth_lab.training.setup import build_network
 
 Format = Literal["onnx", "torch-export", "safetensors"]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}

@@ -9,9 +9,18 @@ from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from stochastic_depth_lab.arguments import Inline, Positional, UsageError, build, help_text, read
-from stochastic_depth_lab.config import Data, Depth, Experiment, Model, Precision, Recipe, Regularisers, quick
+from stochastic_depth_lab.cli.arguments import Inline, Positional, UsageError, build, help_text, read
 from stochastic_depth_lab.experiments import EXPERIMENTS, find
+from stochastic_depth_lab.experiments.config import (
+    Data,
+    Depth,
+    Experiment,
+    Model,
+    Precision,
+    Recipe,
+    Regularisers,
+    quick,
+)
 
 PROGRAM = "stochastic-depth"
 

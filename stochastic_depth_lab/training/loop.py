@@ -19,8 +19,15 @@ from torch import Tensor, nn
 
 import stochastic_depth as sd
 from stochastic_depth.cost import Cost
-from stochastic_depth_lab import checkpoint, records
-from stochastic_depth_lab.build import (
+from stochastic_depth_lab.data import DataError, ImageData, PictureSplit, Split, batches, num_batches, part_of_batch
+from stochastic_depth_lab.data.seeding import seed
+from stochastic_depth_lab.experiments.config import Experiment, check
+from stochastic_depth_lab.runs import checkpoint, records
+from stochastic_depth_lab.training.evaluation import BATCH_SIZE, Evaluation, autocast, evaluate
+from stochastic_depth_lab.training.lr_schedules import learning_rate
+from stochastic_depth_lab.training.processes import Processes
+from stochastic_depth_lab.training.regularisers import filter_penalty
+from stochastic_depth_lab.training.setup import (
     Images,
     build_network,
     build_optimiser,
@@ -31,13 +38,6 @@ from stochastic_depth_lab.build import (
     reproducible,
     set_epoch,
 )
-from stochastic_depth_lab.config import Experiment, check
-from stochastic_depth_lab.data import DataError, ImageData, PictureSplit, Split, batches, num_batches, part_of_batch
-from stochastic_depth_lab.data.seeding import seed
-from stochastic_depth_lab.evaluation import BATCH_SIZE, Evaluation, autocast, evaluate
-from stochastic_depth_lab.lr_schedules import learning_rate
-from stochastic_depth_lab.processes import Processes
-from stochastic_depth_lab.regularisers import filter_penalty
 
 _ALONE = Processes()
 _LOOK_EVERY = 20

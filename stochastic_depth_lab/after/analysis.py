@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 import stochastic_depth as sd
-from stochastic_depth_lab.atomic import write_json
-from stochastic_depth_lab.build import reproducible
+from stochastic_depth_lab.after.trained import Trained, load_trained
+from stochastic_depth_lab.after.uncertainty import reliability
 from stochastic_depth_lab.data import PictureSplit, Split, batches
-from stochastic_depth_lab.evaluation import BATCH_SIZE, evaluate
+from stochastic_depth_lab.files import write_json
 from stochastic_depth_lab.report.analysis import FILE_NAME, Analysis
-from stochastic_depth_lab.trained import Trained, load_trained
-from stochastic_depth_lab.uncertainty import reliability
+from stochastic_depth_lab.training.evaluation import BATCH_SIZE, evaluate
+from stochastic_depth_lab.training.setup import reproducible
 
 
 def analyse(

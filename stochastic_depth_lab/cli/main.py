@@ -21,12 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stochastic_depth_lab.arguments import did_you_mean, options_of, summary
-from stochastic_depth_lab.completion import completion
-from stochastic_depth_lab.config import Experiment, Study, check, quick, small
-from stochastic_depth_lab.experiments import EXPERIMENTS, STUDIES, find, find_pair, find_study
-from stochastic_depth_lab.interrupts import EndingAtOnce, Stop, stopping
-from stochastic_depth_lab.options import (
+from stochastic_depth_lab.cli.arguments import did_you_mean, options_of, summary
+from stochastic_depth_lab.cli.completion import completion
+from stochastic_depth_lab.cli.interrupts import EndingAtOnce, Stop, stopping
+from stochastic_depth_lab.cli.options import (
     PROGRAM,
     Bench,
     Completion,
@@ -46,14 +44,16 @@ from stochastic_depth_lab.options import (
     with_options,
     with_seeds,
 )
+from stochastic_depth_lab.experiments import EXPERIMENTS, STUDIES, find, find_pair, find_study
+from stochastic_depth_lab.experiments.config import Experiment, Study, check, quick, small
 
 if TYPE_CHECKING:
     import torch
 
     import stochastic_depth as sd
-    from stochastic_depth_lab.loop import Observer
-    from stochastic_depth_lab.processes import Processes
-    from stochastic_depth_lab.sweep import Job
+    from stochastic_depth_lab.training.loop import Observer
+    from stochastic_depth_lab.training.processes import Processes
+    from stochastic_depth_lab.training.sweep import Job
 
 _QUICK = "--quick: five epochs on a few images. The numbers mean nothing."
 
@@ -123,7 +123,7 @@ def _load(*modules: str) -> None:
 def _train(arguments: Sequence[str]) -> int:
     experiment, options = parse_train(arguments)
     check(experiment)
-    _load("loop", "observers")
+    _load("training.loop", "training.progress")
     with stopping() as stop, _observing() as observer:
         _train_all([(experiment, options.out)], options, observer, stop)
     if stop.signal is None and _is_first():
@@ -140,7 +140,7 @@ def _reproduce(arguments: Sequence[str]) -> int:
     folders = [options.run.out / experiment.name for experiment in pair]
     for experiment in pair:
         check(experiment)
-    _load("loop", "observers", "report")
+    _load("training.loop", "training.progress", "report")
     with stopping() as stop, _observing() as observer:
         _train_all(list(zip(pair, folders, strict=True)), options.run, observer, stop)
     if stop.signal is None and _is_first():
@@ -149,9 +149,9 @@ def _reproduce(arguments: Sequence[str]) -> int:
 
 
 def _reproduce_study(study: Study, options: Reproduce, arguments: Sequence[str]) -> int:
-    _load("sweep", "report")
-    from stochastic_depth_lab import sweep
+    _load("training.sweep", "report")
     from stochastic_depth_lab.report import write_study
+    from stochastic_depth_lab.training import sweep
 
     run, many = _with_defaults(study, options.run, options.many)
     runs = with_seeds(_of_study(study, run, many), run, many)
@@ -173,7 +173,7 @@ def _yardsticks(study: Study, runs: Sequence[Experiment], data_root: Path | None
     """Test errors of other methods on the images of each seed, where the study shows them."""
     if not study.yardsticks:
         return None
-    from stochastic_depth_lab.yardsticks import yardsticks
+    from stochastic_depth_lab.after.baselines import yardsticks
 
     return yardsticks(runs, data_root)
 
@@ -191,8 +191,8 @@ def _sweep(arguments: Sequence[str]) -> int:
         experiments = _of_study(study, run, many)
         if options.grid:
             raise ValueError(f"--grid changes one experiment, but {options.name} is a table of several.")
-    _load("sweep", "report")
-    from stochastic_depth_lab import sweep
+    _load("training.sweep", "report")
+    from stochastic_depth_lab.training import sweep
 
     runs = with_seeds(experiments, run, many)
     if options.shard is not None:
@@ -228,8 +228,8 @@ def _run_jobs(jobs: "Sequence[Job]", options: RunOptions, many: ManyOptions, arg
 
     Of several processes that torchrun has started each takes its share.
     """
-    from stochastic_depth_lab import processes, sweep
-    from stochastic_depth_lab.sweep_display import watching_sweep
+    from stochastic_depth_lab.training import processes, sweep
+    from stochastic_depth_lab.training.sweep_display import watching_sweep
 
     if options.weights is not None or options.tensorboard or options.cuda_graphs:
         raise ValueError("--weights, --tensorboard and --cuda-graphs are for train, and for reproduce of one pair.")
@@ -277,9 +277,9 @@ def _evaluate(arguments: Sequence[str]) -> int:
         return _evaluate_monte_carlo(options, options.monte_carlo)
     if options.out is not None:
         return _complain("--out is for --subnetworks and --monte-carlo.")
-    _load("evaluation")
-    from stochastic_depth_lab.build import find_device
-    from stochastic_depth_lab.evaluation import evaluate_run
+    _load("training.evaluation")
+    from stochastic_depth_lab.training.evaluation import evaluate_run
+    from stochastic_depth_lab.training.setup import find_device
 
     evaluations = evaluate_run(options.folder, device=find_device(options.device, "fp32"), data_root=options.data_root)
     if "best" not in evaluations:
@@ -301,10 +301,10 @@ def _analyse(options: Evaluate) -> int:
         return _complain("--analyse, --subnetworks and --monte-carlo exclude each other.")
     if options.out is not None:
         return _complain("--out is for --subnetworks and --monte-carlo: --analyse writes to the run folder.")
-    _load("analysis")
-    from stochastic_depth_lab.analysis import analyse
-    from stochastic_depth_lab.build import find_device
+    _load("after.analysis")
+    from stochastic_depth_lab.after.analysis import analyse
     from stochastic_depth_lab.report.analysis import analysis_text
+    from stochastic_depth_lab.training.setup import find_device
 
     analysis = analyse(
         options.folder,
@@ -322,11 +322,11 @@ def _evaluate_subnetworks(options: Evaluate) -> int:
     if options.finetune_epochs is not None and options.finetune_epochs < 1:
         return _complain(f"--finetune-epochs must be at least 1, but is {options.finetune_epochs}.")
     _refuse_file(options.out)
-    _load("finetuning", "subnetworks", "observers")
-    from stochastic_depth_lab.build import find_device
-    from stochastic_depth_lab.finetuning import finetune
+    _load("after.finetuning", "after.subnetworks", "training.progress")
+    from stochastic_depth_lab.after.finetuning import finetune
+    from stochastic_depth_lab.after.subnetworks import subnetwork_curve
     from stochastic_depth_lab.report.subnetwork_curve import curve_text, write_curve
-    from stochastic_depth_lab.subnetworks import subnetwork_curve
+    from stochastic_depth_lab.training.setup import find_device
 
     name = options.folder.resolve().name
     twin = options.folder.resolve().with_name(name.removesuffix("-stochastic") + "-constant")
@@ -366,10 +366,10 @@ def _evaluate_subnetworks(options: Evaluate) -> int:
 
 def _evaluate_monte_carlo(options: Evaluate, num_samples: int) -> int:
     _refuse_file(options.out)
-    _load("uncertainty")
-    from stochastic_depth_lab.build import find_device
+    _load("after.uncertainty")
+    from stochastic_depth_lab.after.uncertainty import uncertainty
     from stochastic_depth_lab.report.reliability import reliability_text, write_reliability
-    from stochastic_depth_lab.uncertainty import uncertainty
+    from stochastic_depth_lab.training.setup import find_device
 
     device = find_device(options.device, "fp32")
     measured = uncertainty(options.folder, num_samples, device=device, data_root=options.data_root)
@@ -387,8 +387,8 @@ def _export(arguments: Sequence[str]) -> int:
         _refuse_file(options.out.parent)
         if options.out.is_dir():
             return _complain(f"--out must be a file, but {options.out} is a folder.")
-    _load("export")
-    from stochastic_depth_lab.export import default_path, export_run
+    _load("after.export")
+    from stochastic_depth_lab.after.export import default_path, export_run
 
     made = export_run(
         options.folder,
@@ -422,7 +422,7 @@ def _report(arguments: Sequence[str]) -> int:
 
 def _schedule(arguments: Sequence[str]) -> int:
     options = parse(Schedule, "schedule", arguments)
-    _load("build", "report")
+    _load("training.setup", "report")
     import torch
 
     import stochastic_depth as sd
@@ -450,9 +450,9 @@ def _named_schedule(name: str, final_survival_prob: float) -> "sd.Schedule":
 
 def _inspect(arguments: Sequence[str]) -> int:
     options = parse(Inspect, "inspect", arguments)
-    _load("inspect", "build")
-    from stochastic_depth_lab.build import find_device
-    from stochastic_depth_lab.inspect import inspect_model
+    _load("measure.inspect", "training.setup")
+    from stochastic_depth_lab.measure.inspect import inspect_model
+    from stochastic_depth_lab.training.setup import find_device
 
     schedule = None if options.schedule is None else _named_schedule(options.schedule, options.final_survival_prob)
     _print(
@@ -471,9 +471,9 @@ def _inspect(arguments: Sequence[str]) -> int:
 
 def _bench(arguments: Sequence[str]) -> int:
     options = parse(Bench, "bench", arguments)
-    _load("bench", "build")
-    from stochastic_depth_lab.bench import bench, bench_text
-    from stochastic_depth_lab.build import find_device
+    _load("measure.bench", "training.setup")
+    from stochastic_depth_lab.measure.bench import bench, bench_text
+    from stochastic_depth_lab.training.setup import find_device
 
     device = find_device(options.device, "fp32")
     measured = bench(
@@ -561,7 +561,7 @@ def _warnings_in_one_line() -> Generator[None]:
 @contextmanager
 def _observing() -> "Generator[Observer]":
     """Who shows progress: a bar on a terminal, plain lines elsewhere."""
-    from stochastic_depth_lab.observers import Lines, Terminal, terminal_progress
+    from stochastic_depth_lab.training.progress import Lines, Terminal, terminal_progress
 
     if sys.stderr.isatty():
         with terminal_progress() as progress:
@@ -572,8 +572,9 @@ def _observing() -> "Generator[Observer]":
 
 def _train_all(runs: Sequence[tuple[Experiment, Path]], options: RunOptions, observer: "Observer", stop: Stop) -> None:
     """Train one after the other, each with all the processes that torchrun has started, until a stop is requested."""
-    from stochastic_depth_lab import processes, records
-    from stochastic_depth_lab.build import find_device
+    from stochastic_depth_lab.runs import records
+    from stochastic_depth_lab.training import processes
+    from stochastic_depth_lab.training.setup import find_device
 
     devices = [find_device(options.device, experiment.precision, processes.local_rank()) for experiment, _ in runs]
     with processes.joined(devices[0]) as together:
@@ -613,8 +614,8 @@ def _train_one(
     stop: Stop,
     together: "Processes",
 ) -> None:
-    from stochastic_depth_lab import loop
-    from stochastic_depth_lab.observers import TensorBoard
+    from stochastic_depth_lab.training import loop
+    from stochastic_depth_lab.training.progress import TensorBoard
 
     observers = [observer] if together.is_first else []
     if options.tensorboard and together.is_first:
@@ -641,7 +642,7 @@ def _train_one(
 
 
 def _print_result(folder: Path) -> None:
-    from stochastic_depth_lab import records
+    from stochastic_depth_lab.runs import records
 
     result = records.read_json(folder / "result.json")
     _print(

@@ -15,12 +15,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Literal, Protocol
 
-from stochastic_depth_lab import loop, records
-from stochastic_depth_lab.atomic import write_json
-from stochastic_depth_lab.build import find_device
-from stochastic_depth_lab.config import Experiment
-from stochastic_depth_lab.observers import Lines
-from stochastic_depth_lab.processes import local_rank
+from stochastic_depth_lab.experiments.config import Experiment
+from stochastic_depth_lab.files import write_json
+from stochastic_depth_lab.runs import records
+from stochastic_depth_lab.training import loop
+from stochastic_depth_lab.training.processes import local_rank
+from stochastic_depth_lab.training.progress import Lines
+from stochastic_depth_lab.training.setup import find_device
 
 State = Literal["waiting", "running", "done", "failed", "stopped"]
 _INTERRUPTED = 128 + signal.SIGTERM
@@ -28,7 +29,7 @@ _INTERRUPTED = 128 + signal.SIGTERM
 # The processes are forked from a server that has imported PyTorch and nothing more: they begin at once, and have
 # neither this process's threads nor its CUDA.
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["stochastic_depth_lab.loop"])
+_PROCESSES.set_forkserver_preload(["stochastic_depth_lab.training.loop"])
 
 
 @dataclass

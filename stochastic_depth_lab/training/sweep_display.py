@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from stochastic_depth_lab.sweep import Job, SweepObserver, epochs_done
+from stochastic_depth_lab.training.sweep import Job, SweepObserver, epochs_done
 
 
 class SweepLines:

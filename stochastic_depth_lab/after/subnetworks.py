@@ -15,12 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import stochastic_depth as sd
 from stochastic_depth.deploy.branches import trained_branches
 from stochastic_depth.deploy.choice import Order, order_of_going
-from stochastic_depth_lab.build import reproducible
-from stochastic_depth_lab.config import Experiment
+from stochastic_depth_lab.after.trained import NUM_LESION, NUM_RECALIBRATION, Trained, load_trained
 from stochastic_depth_lab.data import batches
-from stochastic_depth_lab.evaluation import BATCH_SIZE, evaluate
+from stochastic_depth_lab.experiments.config import Experiment
 from stochastic_depth_lab.report.subnetwork_curve import Point
-from stochastic_depth_lab.trained import NUM_LESION, NUM_RECALIBRATION, Trained, load_trained
+from stochastic_depth_lab.training.evaluation import BATCH_SIZE, evaluate
+from stochastic_depth_lab.training.setup import reproducible
 
 _NUM_ROUNDS, _NUM_WARM_UP = 15, 3
 
@@ -46,7 +46,7 @@ def subnetwork_curve(
         order: which blocks go first, see `stochastic_depth.subnetwork`.
         num_points: sub-networks of each run, the whole network included.
         finetune: trains each of them on, given its experiment and network, and returns the test error in percent. See
-            `stochastic_depth_lab.finetuning`.
+            `stochastic_depth_lab.after.finetuning`.
         progress: is told of each sub-network.
 
     Raises:

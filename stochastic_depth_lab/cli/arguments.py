@@ -82,7 +82,7 @@ def options_of(kind: type, default: Any = MISSING) -> list[Option]:
         default: an object of it, or of anything that has some of its fields: defaults that the help shows.
 
     Example:
-        >>> from stochastic_depth_lab.config import Regularisers
+        >>> from stochastic_depth_lab.experiments.config import Regularisers
         >>> [option.flag for option in options_of(Regularisers)]
         ['--activation-survival-prob', '--filter-survival-prob', '--filter-penalty']
     """

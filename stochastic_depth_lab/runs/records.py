@@ -18,8 +18,8 @@ from typing import Any, cast
 
 import torch
 
-from stochastic_depth_lab.atomic import write_json, write_whole
-from stochastic_depth_lab.config import Experiment, as_json, check, differences, from_json, quick
+from stochastic_depth_lab.files import write_json, write_whole
+from stochastic_depth_lab.experiments.config import Experiment, as_json, check, differences, from_json, quick
 
 _LOCK = ".lock"
 
@@ -239,12 +239,12 @@ def _cpu() -> str:
 
 def _commit() -> str | None:
     """The commit this package runs from, with a + if files were changed since; None outside of a checkout."""
-    if not (Path(__file__).parents[1] / ".git").exists():
+    if not (Path(__file__).parents[2] / ".git").exists():
         return None
 
     def git(*arguments: str) -> str:
         # No lock: killed in the middle of it, a run would leave one in the user's repository.
-        command: Sequence[str] = ["git", "--no-optional-locks", "-C", str(Path(__file__).parents[1]), *arguments]
+        command: Sequence[str] = ["git", "--no-optional-locks", "-C", str(Path(__file__).parents[2]), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:

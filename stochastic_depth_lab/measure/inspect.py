@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import stochastic_depth as sd
-from stochastic_depth_lab.kept_bytes import kept_bytes
+from stochastic_depth_lab.measure.kept_bytes import kept_bytes
 
 _SOURCES = ("timm", "torchvision", "transformers")
 _NUM_MEASURED = 5

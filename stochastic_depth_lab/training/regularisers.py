@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import stochastic_depth as sd
-from stochastic_depth_lab.config import Regularisers
+from stochastic_depth_lab.experiments.config import Regularisers
 
 
 def add_dropout_(model: nn.Module, settings: Regularisers) -> None:

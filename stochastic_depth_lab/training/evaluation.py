@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stochastic_depth_lab import checkpoint, records
-from stochastic_depth_lab.build import build_network, load_images, reproducible, set_epoch
-from stochastic_depth_lab.config import Precision, as_json
 from stochastic_depth_lab.data import ImageData, batches
+from stochastic_depth_lab.experiments.config import Precision, as_json
+from stochastic_depth_lab.runs import checkpoint, records
+from stochastic_depth_lab.training.setup import build_network, load_images, reproducible, set_epoch
 
 BATCH_SIZE = 500
 """Images in a batch of evaluation; the result does not depend on it."""
