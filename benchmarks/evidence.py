@@ -190,7 +190,7 @@ def expected_s(experiment: Experiment) -> float:
 
 def report() -> None:
     """Draw every study of the plan that has a finished run into `results`, and write `docs/results/few-images.md`."""
-    from stochastic_depth_lab.after.baselines import yardsticks
+    from stochastic_depth_lab.after.baselines import baselines
     from stochastic_depth_lab.report import write_study  # every run imports this file: matplotlib takes seconds
     from stochastic_depth_lab.report.verdicts import RULE
 
@@ -209,7 +209,7 @@ def report() -> None:
             STUDIES[study],
             runs,
             RUNS.parent / "report",
-            yardsticks(experiment for experiment, _ in finished) if STUDIES[study].yardsticks else None,
+            baselines(experiment for experiment, _ in finished) if STUDIES[study].baselines else None,
             run_pages=False,
         )
         folder = RESULTS / study

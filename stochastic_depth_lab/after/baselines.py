@@ -1,4 +1,4 @@
-"""What other methods make of the same images, so that an error has something to be compared with."""
+"""Test errors of other methods on the same images, for comparison."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,18 +11,17 @@ from stochastic_depth_lab.experiments.config import Experiment
 from stochastic_depth_lab.training.setup import load_images
 
 
-def yardsticks(experiments: Iterable[Experiment], data_root: Path | None = None) -> dict[str, list[float]]:
+def baselines(experiments: Iterable[Experiment], data_root: Path | None = None) -> dict[str, list[float]]:
     """Test errors in percent of scikit-learn's nearest neighbor and support vector machine, one for each seed.
 
-    Both have scikit-learn's defaults and learn from the training images as the network sees them, normalized and
-    flattened.
+    Both use scikit-learn's defaults, and train on the network's training images, normalized and flattened.
 
     Args:
-        experiments: the first of each seed says which images.
-        data_root: where the data lie.
+        experiments: the first one of each seed determines the images.
+        data_root: folder of the data sets.
 
     Raises:
-        DataError: if the images are missing, or lie in files.
+        DataError: if the images are missing, or are not in memory.
     """
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.svm import SVC
@@ -33,7 +32,7 @@ def yardsticks(experiments: Iterable[Experiment], data_root: Path | None = None)
         parts: list[tuple[Any, Any]] = []
         for split in (images.data.train, images.data.test):
             if not isinstance(split, Split):
-                raise DataError(f"{experiment.data.dataset}: yardsticks are for images in memory.")
+                raise DataError(f"{experiment.data.dataset}: baselines are for images in memory.")
             parts.append((images.normalisation(split.images).flatten(1).numpy(), split.labels.numpy()))
         (inputs, labels), (test_inputs, test_labels) = parts
         for name, method in (("nearest neighbor", KNeighborsClassifier(1)), ("SVM (RBF)", SVC())):

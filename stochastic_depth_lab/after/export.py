@@ -1,4 +1,4 @@
-"""A run's network, whole or smaller, as a file that needs nothing of this project, checked on real images."""
+"""Exports a run's network, whole or smaller, to a file that works without this project, checked on real images."""
 
 import contextlib
 import importlib
@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import stochastic_depth as sd
-from stochastic_depth.deploy.choice import Order
-from stochastic_depth.deploy.subnetwork import branches_within
 from stochastic_depth_lab.after.trained import NUM_LESION, NUM_RECALIBRATION, Trained, load_trained
 from stochastic_depth_lab.data import Normalisation
+from stochastic_depth_lab.experiments.config import Order
 from stochastic_depth_lab.files import write_whole
 from stochastic_depth_lab.runs import records
 from stochastic_depth_lab.runs.checkpoint import as_safetensors
@@ -26,17 +25,12 @@ from stochastic_depth_lab.training.setup import build_network
 Format = Literal["onnx", "torch-export", "safetensors"]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}
 TOLERANCE = 1e-4
-"""Largest difference to the original that is accepted, relative to its largest output."""
+"""Largest accepted difference to the original, relative to its largest output."""
 _CHECKED_BATCHES = (1, 7, 64)
 
 
 class WithNormalisation(nn.Module):
-    """A network that takes images as they are stored, uint8 (N, C, H, W).
-
-    Args:
-        network: takes normalised images.
-        normalisation: of the run.
-    """
+    """A network that takes images as they are stored, uint8 (N, C, H, W)."""
 
     mean: Tensor
     std: Tensor
@@ -54,15 +48,15 @@ class WithNormalisation(nn.Module):
 
 @dataclass(frozen=True)
 class Exported:
-    """A file, and how far what it gives is from the original."""
+    """A file, and how far its outputs are from the original's."""
 
     path: Path
     keep: tuple[int, ...]
-    """The blocks that are in it, by their index in the run's network."""
+    """Its blocks, by their index in the run's network."""
     num_bytes: int
     num_parameters: int
     num_images: int
-    """Real images that it was compared on."""
+    """Number of images that it was compared on."""
     difference: float
     """Largest difference of an output, relative to the largest output of the original."""
 
@@ -78,35 +72,35 @@ def export_run(
     normalise: bool = False,
     data_root: Path | None = None,
 ) -> Exported:
-    """Write a run's network: plain weights, survival probabilities folded into them.
+    """Write a run's network as plain weights, with the survival probabilities folded in.
 
-    A smaller one (`keep`, `cost`) has its BatchNorm statistics taken anew on training images. What is written is
-    checked on test images first: an ONNX file is run by onnxruntime, an exported program by PyTorch, both in batches of
-    several sizes, and safetensors are loaded into a fresh network. A file that differs is not written.
+    The BatchNorm statistics of a smaller network (`keep`, `cost`) are computed again on training images. The content is
+    first checked on test images: onnxruntime runs an ONNX file, PyTorch an exported program, both in batches of several
+    sizes; safetensors are loaded into a new network. A file that differs is not written.
 
     Args:
         folder: the run folder.
         out: the file to write.
         form: onnx, torch-export (a program that PyTorch loads without any code) or safetensors (weights only).
         keep: blocks to keep, by their index. None: all.
-        cost: share of the FLOPs that may be left. None: all.
-        order: which blocks go first, see `stochastic_depth.subnetwork`.
+        cost: share of the FLOPs to keep. None: all.
+        order: which blocks to remove first, see `stochastic_depth.subnetwork`.
         normalise: whether the file takes images as they are stored, uint8.
-        data_root: where the data lie. None: where the run found them.
+        data_root: folder of the data sets. None: where the run found them.
 
     Raises:
-        ValueError: in one line, if it cannot be done, or the file is not equal to the network.
+        ValueError: in one line, if the export fails, or the file differs from the network.
     """
     _require(form)
     if form == "safetensors" and normalise:
-        raise ValueError("--normalise puts code into the file, and safetensors holds weights only: use another format.")
+        raise ValueError("--normalise adds code to the file, but safetensors holds weights only: use another format.")
     if keep is not None and cost is not None:
-        raise ValueError("--keep and --cost are two ways to say which blocks stay: give one.")
+        raise ValueError("--keep and --cost exclude each other.")
     run = load_trained(folder, device=torch.device("cpu"), data_root=data_root)
     if cost is not None:
         calibration = run.training_batches(NUM_LESION) if order == "lesion" else None
         example = run.inputs(run.images.data.test, 1)
-        keep = branches_within(run.model, cost, order=order, calibration=calibration, inputs=example)
+        keep = sd.branches_to_keep(run.model, cost=cost, order=order, calibration=calibration, inputs=example)
     kept = list(range(run.num_blocks)) if keep is None else sorted(keep)
     network, original = _plain(run, kept, recalibrate=keep is not None)
     if normalise:
@@ -130,7 +124,7 @@ def export_run(
 
 
 def _plain(run: Trained, kept: Sequence[int], *, recalibrate: bool) -> tuple[nn.Module, nn.Module]:
-    """The network without stochastic depth and the other blocks, and the one that it must be equal to."""
+    """The network without stochastic depth and without the other blocks, and the one that it must equal."""
     if not recalibrate:
         return (run.model if run.depth is None else sd.subnetwork(run.model, kept)), run.model
     network = sd.subnetwork(run.model, kept)
@@ -143,14 +137,11 @@ def _metadata(run: Trained, kept: Sequence[int], *, normalise: bool) -> dict[str
     return {
         "experiment": run.experiment.name,
         "classes": json.dumps(run.images.data.class_names),
-        "input": "uint8 images (N, C, H, W)" if normalise else "normalised images (N, C, H, W): (image - mean) / std",
+        "input": "uint8 images (N, C, H, W)" if normalise else "normalized images (N, C, H, W): (image - mean) / std",
         "mean": json.dumps(normalisation.mean.tolist()),
         "std": json.dumps(normalisation.std.tolist()),
         "keep": json.dumps(run.smaller(kept).model.keep),
     }
-
-
-# ---------------------------------------------------------------------------------------------- writing and reading
 
 
 def _require(form: Format) -> None:
@@ -172,7 +163,7 @@ def _program(network: nn.Module, example: Tensor) -> torch.export.ExportedProgra
     batch = torch.export.Dim("batch", min=1)
     try:
         return torch.export.export(network, (example,), dynamic_shapes=({0: batch},), strict=False)
-    except Exception as error:  # whatever of the network PyTorch cannot trace
+    except Exception as error:  # PyTorch cannot trace it
         raise ValueError(f"PyTorch cannot export this network: {_first_line(error)}") from error
 
 
@@ -180,18 +171,18 @@ def write_onnx(network: nn.Module, example: Tensor, metadata: dict[str, str]) ->
     """The bytes of an ONNX file of a network: input "images" of any batch size, output "logits".
 
     Raises:
-        ValueError: if an operator of the network has none in ONNX.
+        ValueError: if ONNX lacks an operator of the network.
     """
     program = _program(network, example)
     try:
-        # The exporter prints, and warns of its own means.
+        # The exporter prints and warns about itself.
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             made: Any = torch.onnx.export(
                 program, input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
             )
     except Exception as error:
-        raise ValueError(f"ONNX has no form of this network: {_first_line(error)}") from error
+        raise ValueError(f"ONNX cannot represent this network: {_first_line(error)}") from error
     proto = made.model_proto
     for key, value in metadata.items():
         entry = proto.metadata_props.add()
@@ -212,7 +203,7 @@ def write_weights(network: nn.Module, example: Tensor, metadata: dict[str, str])
 
 
 def run_onnx(content: bytes, inputs: Tensor) -> Tensor:
-    """What onnxruntime makes of an ONNX file, in batches of several sizes."""
+    """Outputs of an ONNX file in onnxruntime, in batches of several sizes."""
     import onnxruntime
 
     session: Any = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -224,7 +215,7 @@ def run_onnx(content: bytes, inputs: Tensor) -> Tensor:
 
 
 def run_program(content: bytes, inputs: Tensor) -> Tensor:
-    """What PyTorch makes of an exported program, in batches of several sizes."""
+    """Outputs of an exported program in PyTorch, in batches of several sizes."""
     return _in_batches(torch.export.load(io.BytesIO(content)).module(), inputs)
 
 
@@ -232,7 +223,7 @@ def _in_batches(forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
     first, *others = (torch.cat([forward(batch) for batch in inputs.split(size)]).detach() for size in _CHECKED_BATCHES)
     for other in others:
         if not torch.allclose(first, other, rtol=TOLERANCE, atol=TOLERANCE * float(first.abs().max())):
-            raise ValueError("the file gives other outputs for other batch sizes.")
+            raise ValueError("the outputs of the file depend on the batch size.")
     return first
 
 
@@ -261,6 +252,6 @@ _WRITE = {"onnx": write_onnx, "torch-export": write_program, "safetensors": writ
 
 
 def default_path(folder: Path, form: Format, *, smaller: bool) -> Path:
-    """Where a run's network goes if nothing else is said; a smaller one does not take the place of the whole."""
+    """The default path of a run's network. A smaller one does not replace the whole one."""
     experiment = records.read_json(folder / "config.json").get("name", "network")
     return folder / f"{experiment}{'-smaller' * smaller}{SUFFIXES[form]}"

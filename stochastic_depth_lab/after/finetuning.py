@@ -1,4 +1,4 @@
-"""Trains a sub-network on: a run like any other, from the weights that were left."""
+"""Fine-tunes a sub-network: a normal run that starts from its weights."""
 
 import hashlib
 from collections.abc import Sequence
@@ -25,23 +25,23 @@ def finetune(
     device: torch.device,
     data_root: Path | None = None,
 ) -> float:
-    """Train a sub-network on by its run's recipe, at constant depth, and return the test error in percent.
+    """Continue training a sub-network with its run's recipe, at constant depth, and return the test error in percent.
 
-    The learning rate goes up to a tenth of that recipe's highest one and down to nothing (`one_cycle`); the test error
-    is that at the lowest validation error. What was trained before, by the same recipe from the same weights, is not
-    trained again, and what was interrupted goes on.
+    The learning rate rises to a tenth of the recipe's highest rate and falls to zero (`one_cycle`). The test error is
+    that at the lowest validation error. A finished fine-tuning with the same recipe and weights is not repeated, an
+    interrupted one is resumed.
 
     Args:
-        experiment: of the sub-network, as `Trained.smaller` gives it.
+        experiment: of the sub-network, from `Trained.smaller`.
         network: the sub-network; it is not changed.
-        epochs: of training.
-        folder: gets a run folder, and beside it the weights that the run begins with.
-        observers: are told how it goes on.
-        device: where.
-        data_root: where the data lie.
+        epochs: number of epochs.
+        folder: where to write a run folder, and beside it the initial weights.
+        observers: receive progress callbacks.
+        device: where to train.
+        data_root: folder of the data sets.
 
     Raises:
-        ValueError: in one line, if it cannot be trained so.
+        ValueError: in one line, if it cannot be trained.
     """
     recipe = replace(
         experiment.recipe,

@@ -1,6 +1,5 @@
-"""How far a trained network can be cut: error against size of the sub-networks of one or several runs, side by side."""
+"""How small a trained network can get: error against size of the sub-networks of one or several runs."""
 
-import copy
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,13 +12,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import stochastic_depth as sd
-from stochastic_depth.deploy.branches import trained_branches
-from stochastic_depth.deploy.choice import Order, order_of_going
 from stochastic_depth_lab.after.trained import NUM_LESION, NUM_RECALIBRATION, Trained, load_trained
-from stochastic_depth_lab.data import batches
-from stochastic_depth_lab.experiments.config import Experiment
+from stochastic_depth_lab.experiments.config import Experiment, Order
 from stochastic_depth_lab.report.subnetwork_curve import Point
-from stochastic_depth_lab.training.evaluation import BATCH_SIZE, evaluate
+from stochastic_depth_lab.training.evaluation import evaluate_part
 from stochastic_depth_lab.training.setup import reproducible
 
 _NUM_ROUNDS, _NUM_WARM_UP = 15, 3
@@ -37,23 +33,23 @@ def subnetwork_curve(
 ) -> list[Point]:
     """Test error, parameters, FLOPs and latency of sub-networks of several depths, for each run.
 
-    Latency is that of one image, the median over interleaved rounds of all sub-networks (processor time on a CPU).
+    Latency is that of one image: the median over interleaved rounds of all sub-networks (process time on a CPU).
 
     Args:
         paths: the run folders.
-        device: where.
-        data_root: where the data lie. None: where the runs found them.
-        order: which blocks go first, see `stochastic_depth.subnetwork`.
-        num_points: sub-networks of each run, the whole network included.
-        finetune: trains each of them on, given its experiment and network, and returns the test error in percent. See
-            `stochastic_depth_lab.after.finetuning`.
-        progress: is told of each sub-network.
+        device: where to compute.
+        data_root: folder of the data sets. None: where the runs found them.
+        order: which blocks to remove first, see `stochastic_depth.subnetwork`.
+        num_points: number of sub-networks per run, including the whole network.
+        finetune: continues training a sub-network, given its experiment and network, and returns the test error in
+            percent, see `after.finetuning`.
+        progress: receives messages.
 
     Raises:
         ValueError: in one line, if a folder holds no run with weights, or a number is too small.
     """
     if num_points < 1:
-        raise ValueError(f"a curve has at least one point, but {num_points} are asked for.")
+        raise ValueError(f"--points must be at least 1, but is {num_points}.")
     points: list[Point] = []
     networks: list[nn.Module] = []
     example: Tensor | None = None
@@ -61,9 +57,10 @@ def subnetwork_curve(
         run = load_trained(path, device=device, data_root=data_root)
         num_blocks = run.num_blocks
         example = run.inputs(run.images.data.test, 1)
-        going = _going(run, order)
+        calibration = run.training_batches(NUM_LESION) if order == "lesion" else None
+        ranking = sd.branches_to_keep(run.model, num_blocks=num_blocks, order=order, calibration=calibration)
         for count in sorted({max(1, round(num_blocks * k / num_points)) for k in range(1, num_points + 1)}):
-            keep = sorted(going[num_blocks - count :])
+            keep = sorted(ranking[:count])
             point, network = _point(run, keep)
             if finetune is not None:
                 point = replace(point, finetuned_error=finetune(run.smaller(keep), network))
@@ -78,29 +75,17 @@ def subnetwork_curve(
     ]
 
 
-def _going(run: Trained, order: Order) -> list[int]:
-    """The blocks by their index, the first to go first."""
-    network = copy.deepcopy(run.model)
-    if run.depth is None:
-        sd.make_stochastic_(network, sd.uniform(1.0))
-    calibration = run.training_batches(NUM_LESION) if order == "lesion" else None
-    return order_of_going(network, trained_branches(network), order, calibration)
-
-
 def _point(run: Trained, keep: list[int]) -> tuple[Point, nn.Module]:
     with warnings.catch_warnings():
-        # That constant depth was never asked to do without a block is what the curve is about.
+        # The curve shows what happens to constant depth without a block.
         warnings.filterwarnings("ignore", message=".*was not trained with stochastic depth")
         network = sd.subnetwork(run.model, keep)
 
-    def error() -> float:
-        split = run.images.data.test
-        with reproducible(run.experiment.recipe):
-            return evaluate(network, batches(split, BATCH_SIZE, normalisation=run.images.normalisation)).error
-
-    plain = error()
+    with reproducible(run.experiment.recipe):
+        plain = evaluate_part(network, run.images, run.images.data.test).error
     sd.recalibrate_batchnorm_(network, run.training_batches(NUM_RECALIBRATION))
-    recalibrated = error()
+    with reproducible(run.experiment.recipe):
+        recalibrated = evaluate_part(network, run.images, run.images.data.test).error
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(run.inputs(run.images.data.test, 1))
     return (

@@ -10,19 +10,20 @@ from torch import Tensor, nn
 
 import stochastic_depth as sd
 from stochastic_depth_lab.data import PictureSplit, Split, batches
+from stochastic_depth_lab.errors import RunError
 from stochastic_depth_lab.experiments.config import Experiment, as_json
 from stochastic_depth_lab.runs import checkpoint, records
 from stochastic_depth_lab.training.setup import Images, branch_names, build_network, load_images, set_epoch
 
 NUM_RECALIBRATION = 1000
-"""Training images, not augmented, that BatchNorm statistics of a sub-network are taken from."""
+"""Number of training images, without augmentation, for the BatchNorm statistics of a sub-network."""
 NUM_LESION = 250
-"""Training images that lesions are measured on."""
+"""Number of training images on which lesions are measured."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A run's network, in evaluation mode, and what it was trained on."""
+    """A run's network, in evaluation mode, and its images."""
 
     experiment: Experiment
     images: Images
@@ -31,28 +32,28 @@ class Trained:
     """None at constant depth."""
 
     def inputs(self, split: Split | PictureSplit, num_images: int) -> Tensor:
-        """The first images of a part, as the network takes them, (N, C, H, W)."""
+        """The first images of a part, normalized, (N, C, H, W)."""
         return self.images.normalisation(split.first(num_images).images)
 
     def training_batches(self, num_images: int, batch_size: int = 250) -> list[tuple[Tensor, Tensor]]:
-        """The first training images, not augmented, with their labels."""
+        """The first training images, without augmentation, with their labels."""
         few = self.images.data.train.first(num_images)
         return list(batches(few, batch_size, normalisation=self.images.normalisation))
 
     @property
     def num_blocks(self) -> int:
-        """How many residual branches there are."""
+        """Number of residual branches."""
         return len(branch_names(self.model, self.depth))
 
     def smaller(self, keep: Sequence[int]) -> Experiment:
-        """The experiment whose network has only these of the blocks, at constant depth."""
+        """The experiment of the sub-network with these blocks, at constant depth."""
         numbers = self.experiment.model.keep or range(self.num_blocks)
         model = replace(self.experiment.model, keep=tuple(numbers[index] for index in keep))
         return replace(self.experiment, model=model, depth=None, published=None)
 
 
 def load_trained(path: Path, *, device: torch.device, data_root: Path | None = None) -> Trained:
-    """The network of a run with the weights of the lowest validation error, or the last if it has none yet.
+    """Load a run's network with the weights of the lowest validation error, or the last ones if there are none yet.
 
     Raises:
         ValueError: in one line, if the folder holds no run, no weights, or damaged ones.
@@ -64,7 +65,7 @@ def load_trained(path: Path, *, device: torch.device, data_root: Path | None = N
     if over_time or not weights:
         state, _ = checkpoint.load(path / "checkpoints", as_json(experiment))
         if state is None:
-            raise records.RunError(f"{path} holds no weights yet: its run has not come to a checkpoint.")
+            raise RunError(f"{path} holds no weights yet: its run has not reached a checkpoint.")
         weights, epoch = weights or state["model"], max(state["best"]["epoch"], 1)
     images = load_images(experiment, device, data_root or records.data_root_of(path))
     model, depth = build_network(experiment, images.data)

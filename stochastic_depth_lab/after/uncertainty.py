@@ -1,4 +1,4 @@
-"""Whether a network knows what it does not know: its single forward against random sub-networks of it."""
+"""Calibration of a network: a single forward compared with the mean of random sub-networks."""
 
 from pathlib import Path
 
@@ -18,14 +18,14 @@ NUM_BINS = 15
 def uncertainty(
     path: Path, num_samples: int, *, device: torch.device, data_root: Path | None = None
 ) -> list[Reliability]:
-    """Error, loss, calibration and ranking of mistakes on the test part: one forward, and the mean of sub-networks.
+    """Error, loss, calibration and ranking of mistakes on the test part, for one forward and for sub-networks.
 
     Raises:
         ValueError: in one line, if the folder holds no run with weights, or one of constant depth.
     """
     run = load_trained(path, device=device, data_root=data_root)
     if run.depth is None:
-        raise ValueError(f"{path} is of constant depth: it has no sub-networks that could disagree.")
+        raise ValueError(f"{path} has constant depth: it has no random sub-networks.")
     single: list[Tensor] = []
     mean: list[Tensor] = []
     information: list[Tensor] = []
@@ -49,16 +49,16 @@ def uncertainty(
 
 
 def reliability(name: str, probabilities: Tensor, labels: Tensor, doubt: Tensor | None = None) -> Reliability:
-    """How far confidence is from accuracy, and whether doubt finds the mistakes.
+    """How far confidence is from accuracy, and whether doubt ranks the mistakes.
 
     The expected calibration error is the mean over all samples of |accuracy - confidence| of their bin, in 15 bins of
     equal width (Guo et al. 2017).
 
     Args:
-        name: of the prediction.
+        name: name of the prediction.
         probabilities: (N, C).
         labels: (N,).
-        doubt: (N,), the larger the likelier a mistake; None: the entropy of the prediction.
+        doubt: (N,), larger for likelier mistakes. None: the entropy of the prediction.
     """
     confidence, answers = probabilities.double().max(1)
     right = (answers == labels).double()
@@ -82,7 +82,7 @@ def reliability(name: str, probabilities: Tensor, labels: Tensor, doubt: Tensor 
 
 
 def _ranked(wrong: Tensor, right: Tensor) -> float | None:
-    """The chance that a mistake has more doubt than a right answer, ties by half (area under the ROC curve)."""
+    """The probability that a mistake has more doubt than a right answer; ties count half (area under the ROC curve)."""
     if not len(wrong) or not len(right):
         return None
     difference = wrong[:, None] - right[None]

@@ -1,6 +1,6 @@
-"""Dataclasses as command lines: one option per field, its help from the docstring below the field.
+"""Dataclasses as command lines: one option per field, with the docstring below the field as its help.
 
-Python's argparse does the work: help and mistakes need no package, and look the same in a terminal and in a pipe.
+It uses Python's argparse, so that help and mistakes need no package, and look the same in a terminal and in a pipe.
 """
 
 import argparse
@@ -24,16 +24,12 @@ _METAVARS = {int: "N", float: "X", Path: "PATH", str: "NAME"}
 
 
 class UsageError(ValueError):
-    """Words that are no options of a command, in one line."""
+    """A mistake on the command line, in one line."""
 
 
 @dataclass(frozen=True)
 class Positional:
-    """Marks a field that is given without an option's name.
-
-    Args:
-        metavar: what the help calls it.
-    """
+    """Marks a field that is given without an option's name. `metavar` is its name in the help."""
 
     metavar: str
 
@@ -50,7 +46,7 @@ class Option:
     name: str
     """Path of the field: `recipe.batch_size`."""
     kind: Any
-    """Type of its value, or of one of its values."""
+    """Type of its value, or of each of its values."""
     many: bool
     optional: bool
     """Whether it can be None, which is written `none`."""
@@ -60,26 +56,26 @@ class Option:
     default: Any
     """MISSING if it must be given."""
     group: str
-    """Class docstring's first line, for options with a prefix."""
+    """First paragraph of the class docstring, for options with a prefix."""
 
     @property
     def flag(self) -> str:
-        """As it is written: `--recipe.batch-size`."""
+        """Its name on the command line: `--recipe.batch-size`."""
         return self.metavar if self.positional else f"--{self.name.replace('_', '-')}"
 
     @property
     def off(self) -> str | None:
-        """What switches it off, where an experiment may have it on: `--data.no-flip`."""
+        """The flag that turns it off, if an experiment may turn it on: `--data.no-flip`."""
         prefix, dot, last = self.flag.rpartition(".")
         return f"{prefix}.no-{last}" if self.kind is bool and dot else None
 
 
 def options_of(kind: type, default: Any = MISSING) -> list[Option]:
-    """Every option of a command.
+    """All options of a command.
 
     Args:
-        kind: its dataclass. Fields that are dataclasses themselves give options with the field's name as a prefix.
-        default: an object of it, or of anything that has some of its fields: defaults that the help shows.
+        kind: its dataclass. Fields that are dataclasses give options with the field's name as a prefix.
+        default: an object that has some of its fields: the defaults that the help shows.
 
     Example:
         >>> from stochastic_depth_lab.experiments.config import Regularisers
@@ -108,7 +104,7 @@ def _options(kind: type, default: Any, prefix: str) -> Iterator[Option]:
         many = get_origin(annotation) is tuple
         if many:
             annotation = get_args(annotation)[0]
-        place = next((mark for mark in marks if isinstance(mark, Positional)), None)
+        position = next((mark for mark in marks if isinstance(mark, Positional)), None)
         metavar = next((mark for mark in marks if isinstance(mark, str)), _METAVARS.get(annotation, ""))
         if get_origin(annotation) is Literal:
             metavar = "{" + ",".join(get_args(annotation)) + "}"
@@ -117,8 +113,8 @@ def _options(kind: type, default: Any, prefix: str) -> Iterator[Option]:
             kind=annotation,
             many=many,
             optional=optional,
-            positional=place is not None,
-            metavar=place.metavar if place else metavar,
+            positional=position is not None,
+            metavar=position.metavar if position else metavar,
             help=texts.get(field.name, ""),
             default=value,
             group=summary(kind) if prefix else "",
@@ -126,12 +122,12 @@ def _options(kind: type, default: Any, prefix: str) -> Iterator[Option]:
 
 
 def read(kind: type, program: str, words: Sequence[str]) -> dict[str, Any]:
-    """The fields that the words of a command line give, by their paths.
+    """The fields that a command line sets, by their paths.
 
     Args:
         kind: the command's dataclass.
-        program: opens its usage: `stochastic-depth train`.
-        words: after the command's name. Underscores in an option's name count as dashes.
+        program: the start of its usage: `stochastic-depth train`.
+        words: the words after the command. Underscores in an option's name count as dashes.
 
     Raises:
         UsageError: for a mistake.
@@ -160,16 +156,16 @@ def read(kind: type, program: str, words: Sequence[str]) -> dict[str, Any]:
 
 
 def build(kind: type[Kind], given: Mapping[str, Any], default: Any = MISSING, prefix: str = "") -> Kind:
-    """An object of a command's dataclass from the fields that were given.
+    """An object of a command's dataclass from the fields that the command line sets.
 
     Args:
         kind: the dataclass.
-        given: as `read` returns them.
-        default: an object of the dataclass that the fields given change; MISSING: its own defaults.
+        given: fields from `read`.
+        default: an object whose other fields are kept; MISSING: the defaults of the dataclass.
         prefix: of its fields in `given`.
 
     Raises:
-        UsageError: if a field that has no default was not given.
+        UsageError: if a field without a default is missing.
     """
     values: dict[str, Any] = {}
     options = {option.name: option for option in _options(kind, default, prefix)}
@@ -197,11 +193,11 @@ def build(kind: type[Kind], given: Mapping[str, Any], default: Any = MISSING, pr
 def help_text(
     kind: type, program: str, default: Any = MISSING, texts: Mapping[str, str] | None = None, *, prefixed_defaults: bool
 ) -> str:
-    """What `--help` shows, as wide as the terminal.
+    """The text of `--help`, as wide as the terminal.
 
     Args:
         kind: the command's dataclass.
-        program: opens the usage.
+        program: the start of the usage.
         default: as in `options_of`.
         texts: help of fields that have no docstring.
         prefixed_defaults: whether to show the defaults of options with a prefix.
@@ -242,12 +238,12 @@ def help_text(
 
 
 def summary(kind: type) -> str:
-    """First paragraph of a class's docstring, in one line."""
+    """The first paragraph of a class docstring, in one line."""
     return " ".join(inspect.cleandoc(kind.__doc__ or "").partition("\n\n")[0].split())
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A question for a misspelt word, with a space in front; nothing if no known word is like it.
+    """A question about a misspelled word, after a space; empty if no known word is similar.
 
     Example:
         >>> did_you_mean("trian", ["train", "report"])
@@ -259,7 +255,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Raise in place of leaving the program; argparse's words become ours."""
+        """Raise instead of exiting, in our words."""
         where, _, what = message.removeprefix("argument ").partition(": ")
         where = where.partition("/")[0]
         if what.startswith("must "):
@@ -272,7 +268,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Formatter(argparse.HelpFormatter):
-    """Keeps examples as they are written, and wraps everything else."""
+    """Keeps the line breaks of examples, and wraps everything else."""
 
     def __init__(self, prog: str) -> None:
         width = min(shutil.get_terminal_size().columns, _WIDEST) - 1
@@ -292,7 +288,7 @@ def _add(group: Any, option: Option, *, show_default: bool = True) -> None:
     if option.kind is bool:
         group.add_argument(option.flag, dest=option.name, action="store_true", help=text)
         if option.off:
-            group.add_argument(option.off, dest=option.name, action="store_false", help="The opposite.")
+            group.add_argument(option.off, dest=option.name, action="store_false", help=f"Turn {option.flag} off.")
         return
     group.add_argument(
         option.flag,

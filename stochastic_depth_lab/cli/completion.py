@@ -21,12 +21,12 @@ _ZSH = "autoload -U +X bashcompinit && bashcompinit\n"
 
 
 def completion(shell: str, program: str, words: Mapping[str, Sequence[str]]) -> str:
-    """A script that a shell reads when it starts.
+    """A completion script for a shell.
 
     Args:
         shell: bash, zsh or fish.
-        program: whose words are completed.
-        words: of each command, its options and names.
+        program: name of the program.
+        words: options and names of each command.
     """
     if shell == "fish":
         lines = [f"complete -c {program} -n __fish_use_subcommand -f -a '{' '.join(words)}'"]

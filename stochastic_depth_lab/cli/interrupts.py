@@ -1,6 +1,6 @@
-"""What Ctrl-C and SIGTERM do: end the process while nothing is at stake, ask a run to save itself while it trains.
+"""Ctrl-C and SIGTERM: they end the process at once, or, during training, ask the run to save and stop.
 
-The command imports this file first: it imports next to nothing itself.
+The command imports this file first, so it imports almost nothing.
 """
 
 import os
@@ -11,9 +11,9 @@ from types import FrameType
 
 
 class EndingAtOnce:
-    """Within, Ctrl-C ends the process on the spot.
+    """A context in which Ctrl-C ends the process at once.
 
-    For imports: a KeyboardInterrupt in the middle of one surfaces as any error, a RecursionError or an AttributeError.
+    For imports: a KeyboardInterrupt during an import can surface as a RecursionError or an AttributeError.
     """
 
     def __enter__(self) -> None:
@@ -29,14 +29,14 @@ def _end(_number: int, _frame: FrameType | None) -> None:
 
 
 class Stop:
-    """Whether the process was told to end, and by which signal."""
+    """The signal that asked the process to stop, or None."""
 
     signal: int | None = None
 
 
 @contextmanager
 def stopping() -> Generator[Stop]:
-    """Within, Ctrl-C and SIGTERM ask the run to save and stop; a second one ends the process as usual."""
+    """A context in which Ctrl-C and SIGTERM ask the run to save and stop; a second one ends the process as usual."""
     stop = Stop()
     signals = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in signals}

@@ -1,6 +1,6 @@
-"""What each command takes, and the experiments that come of it. No torch is needed.
+"""The options of each command, and the experiments they describe. Needs no torch.
 
-The docstring of a class is its command's help, that under a field the field's.
+The docstring of a class is the help of its command; the docstring below a field is the help of its option.
 """
 
 import itertools
@@ -16,11 +16,12 @@ from stochastic_depth_lab.experiments.config import (
     Depth,
     Experiment,
     Model,
+    Order,
     Precision,
     Recipe,
     Regularisers,
-    quick,
 )
+from stochastic_depth_lab.experiments.scales import quick
 
 PROGRAM = "stochastic-depth"
 
@@ -28,7 +29,6 @@ Options = TypeVar("Options")
 Folder = Annotated[Path, "FOLDER"]
 Run = Annotated[Path, Positional("RUN")]
 Device = Annotated[str, "DEVICE"]
-Order = Literal["last", "survival", "lesion"]
 ScheduleName = Literal["linear_decay", "uniform", "timm", "efficientnet", "convnext"]
 
 
@@ -43,34 +43,34 @@ class RunOptions:
     quick: bool = False
     """Train for five epochs on a few images, to see that everything works. The numbers mean nothing."""
     weights: Annotated[Path, "FILE"] | None = None
-    """Start from the state_dict of this network in FILE, instead of random weights."""
+    """Start from the state_dict in FILE instead of random weights."""
     seed: Annotated[int, "N"] | None = None
-    """Seed of the weights, the order of the images, their augmentation and the gates (default: the experiment's, 0)."""
+    """Seed of weights, order of images, augmentation and gates (default: the experiment's, 0)."""
     data_root: Folder | None = None
     """Folder of the data sets, and where to download them (default: $STOCHASTIC_DEPTH_DATA, else your cache)."""
     device: Device | None = None
     """cpu, cuda, cuda:N or mps (default: the GPU if there is one)."""
     precision: Precision | None = None
-    """fp32, or mixed precision with bf16 or fp16 (default: the experiment's, fp32; bf16 for small forms)."""
+    """fp32, or mixed precision with bf16 or fp16 (default: the experiment's)."""
     tensorboard: bool = False
-    """Write TensorBoard events too."""
+    """Also write TensorBoard events."""
     cuda_graphs: bool = False
-    """Replay each branch as a CUDA graph: same numbers, less time on a GPU."""
+    """Replay each branch as a CUDA graph: the same numbers in less time on a GPU."""
 
 
 @dataclass(frozen=True)
 class ManyOptions:
-    """How many runs, and where each of them runs."""
+    """Which runs to train, and how many at a time."""
 
     scale: Literal["full", "small"] = "full"
-    """Train the full networks, or ask the same question of few images: seconds to minutes per run."""
+    """Train the full networks, or smaller ones on few images, which takes seconds to minutes per run."""
     seeds: Annotated[int, "N"] | None = None
-    """Run each experiment with N seeds, from --seed up; none: 5 for digits, else 1 for most tables and figures."""
+    """Run each experiment with N seeds, starting at --seed (default: 5 for digits, 1 for most tables and figures)."""
     jobs: Annotated[int, "N"] | None = None
-    """Number of concurrent runs, each in its own process; none: 2 for digits, else 1."""
+    """Number of concurrent runs, each in its own process (default: 2 for digits, else 1)."""
 
     def check(self) -> None:
-        """Refuse what does not exist.
+        """Refuse numbers below 1.
 
         Raises:
             ValueError: in one line.
@@ -82,7 +82,7 @@ class ManyOptions:
 
 @dataclass(frozen=True)
 class Train:
-    """Train one experiment. Other options override its settings.
+    """Train one experiment; options override its settings.
 
     Examples:
       stochastic-depth train digits-stochastic --out runs/one
@@ -110,16 +110,16 @@ class Reproduce:
     """
 
     name: Annotated[str, Positional("NAME")]
-    """What two experiments have in common, such as digits, cifar10-110 or svhn-152; or a table or figure: table1,
-    table2, curves, gradients, survival, depth-survival, over-time, regularisers. Finished runs are not repeated, and
-    unfinished runs of a table are resumed."""
+    """A pair of experiments, such as digits, cifar10-110 or svhn-152; or a table or figure: table1, table2, curves,
+    gradients, survival, depth-survival, over-time, regularisers. Finished runs are skipped, and unfinished runs of a
+    table are resumed."""
     run: Annotated[RunOptions, Inline()]
     many: Annotated[ManyOptions, Inline()]
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Evaluate a run's weights again, its sub-networks, or its calibration.
+    """Evaluate a run's weights, its blocks, its sub-networks, or its calibration.
 
     Examples:
       stochastic-depth evaluate runs/one
@@ -133,7 +133,7 @@ class Evaluate:
     """Measure what each block adds to its shortcut, the error without it, and calibration; the next report shows it."""
     subnetworks: bool = False
     """Plot error against parameters, FLOPs and latency of sub-networks, with and without new BatchNorm statistics,
-    next to those of --against, or of the constant-depth run that it was reproduced with."""
+    next to those of --against, or of the constant-depth run in the same folder."""
     against: Annotated[Path, "RUN"] | None = None
     """Compare the sub-networks with those of another run folder."""
     order: Order = "last"
@@ -141,10 +141,10 @@ class Evaluate:
     points: int = 9
     """Number of sub-networks per run, the whole network included."""
     finetune_epochs: Annotated[int, "N"] | None = None
-    """Continue training each sub-network for N epochs at a tenth of the recipe's learning rate, as a run in the folder
-    finetuned of the output folder. Finished runs are not repeated."""
+    """Fine-tune each sub-network for N epochs at a tenth of the learning rate, as a run in the folder finetuned
+    of the output folder. Finished runs are skipped."""
     monte_carlo: Annotated[int, "N"] | None = None
-    """Compare the calibration of N random sub-networks together with that of a single forward."""
+    """Compare the calibration of the mean of N random sub-networks with that of a single forward."""
     out: Folder | None = None
     """Output folder for tables and figures (default: evaluation, in the run folder)."""
     data_root: Folder | None = None
@@ -173,7 +173,7 @@ class Export:
     order: Order = "last"
     """Remove first the last blocks, those that survive least, or those whose removal changes the outputs least."""
     normalise: bool = False
-    """Include the normalisation: the file takes images as they are stored, uint8."""
+    """Include the normalization, so that the file takes uint8 images."""
     out: Annotated[Path, "FILE"] | None = None
     """Output file (default: named after the experiment, in the run folder)."""
     data_root: Folder | None = None
@@ -226,7 +226,7 @@ class Schedule:
     """
 
     schedule: Annotated[ScheduleName, Positional("SCHEDULE")] = "linear_decay"
-    """linear_decay (the paper's) or uniform; timm, efficientnet or convnext count as those projects do."""
+    """linear_decay (the paper's) or uniform; or the schedule of timm, efficientnet or convnext."""
     num_layers: int = 110
     """Number of layers, 6n + 2."""
     final_survival_prob: float = 0.5
@@ -247,7 +247,7 @@ class Inspect:
     model: Annotated[str, Positional("MODEL")]
     """timm:NAME, torchvision:NAME or transformers:TYPE; the weights are random."""
     drop_path_rate: float = 0.1
-    """Rate that a model with drop paths is created with."""
+    """Drop rate of a model that has drop paths."""
     schedule: ScheduleName | None = None
     """Replace the model's own rates by a schedule, or give one to a model without drop paths."""
     final_survival_prob: float = 0.5
@@ -264,7 +264,7 @@ class Inspect:
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure what skipping saves on this machine: a training step of the paper's network, in ratios.
+    """Measure what skipping saves in a training step of the paper's network on this machine.
 
     Examples:
       stochastic-depth bench
@@ -274,11 +274,11 @@ class Bench:
     num_layers: int = 56
     """Number of layers, 6n + 2."""
     batch_size: int = 64
-    """Number of images in a step, 32x32, made up."""
+    """Number of images in a step, 32x32, random."""
     final_survival_prob: float = 0.5
     """Survival probability of the last block, in (0, 1], with linear decay."""
     rounds: int = 8
-    """Number of rounds; each takes every way of training once."""
+    """Number of rounds; each times one step of every method."""
     device: Device | None = None
     """cpu, cuda, cuda:N or mps (default: the GPU if there is one)."""
 
@@ -297,16 +297,16 @@ class Completion:
 
 
 def parse(kind: type[Options], command: str, words: Sequence[str]) -> Options:
-    """The options of a command, from its words.
+    """Parse the options of a command.
 
     Args:
         kind: the command's class.
-        command: what it is called.
-        words: after it.
+        command: its name.
+        words: the words after it.
 
     Raises:
         ValueError: for a mistake, in one line.
-        SystemExit: after the help was printed.
+        SystemExit: after printing the help.
     """
     _help_if_asked(kind, command, words)
     try:
@@ -316,11 +316,11 @@ def parse(kind: type[Options], command: str, words: Sequence[str]) -> Options:
 
 
 def parse_train(words: Sequence[str]) -> tuple[Experiment, RunOptions]:
-    """The experiment that the words of `train` name, changed as they say, and where to run it.
+    """Parse the words of `train`: the experiment, with its settings overridden, and where to run it.
 
     Raises:
         ValueError: for a mistake, in one line.
-        SystemExit: after the help was printed.
+        SystemExit: after printing the help.
     """
     _help_if_asked(Train, "train", words)
     try:
@@ -334,14 +334,14 @@ def parse_train(words: Sequence[str]) -> tuple[Experiment, RunOptions]:
 
 
 def changed(base: Experiment, given: Mapping[str, Any]) -> tuple[Experiment, RunOptions]:
-    """An experiment with the settings that were given, and where to run it.
+    """An experiment with some settings overridden, and where to run it.
 
     Args:
         base: the experiment to change.
         given: fields of `Train` by their paths.
 
     Raises:
-        UsageError: for a setting of stochastic depth where depth is constant, or if a field is missing.
+        UsageError: for a setting of stochastic depth at constant depth, or if a field is missing.
     """
     if base.depth is None and (setting := next((name for name in given if name.startswith("depth.")), None)):
         twin = base.name.removesuffix("-constant") + "-stochastic"
@@ -367,7 +367,7 @@ def _help_if_asked(kind: type, command: str, words: Sequence[str]) -> None:
     if {"-h", "--help"} & {*words}:
         named = next((EXPERIMENTS[word] for word in words if kind is Train and word in EXPERIMENTS), MISSING)
         names = {"experiment": f"Name of an experiment: {', '.join(EXPERIMENTS)}."}
-        # Without an experiment there is nothing that the defaults of its settings could be.
+        # Without an experiment, its settings have no defaults to show.
         known = kind is not Train or named is not MISSING
         print(help_text(kind, f"{PROGRAM} {command}", named, names, prefixed_defaults=known), end="", flush=True)  # noqa: T201
         raise SystemExit(0)
@@ -387,7 +387,7 @@ def with_options(experiment: Experiment, options: RunOptions) -> Experiment:
 
 
 def grid(base: Experiment, fields: Sequence[str]) -> list[Experiment]:
-    """Every combination of the values of some fields, parsed and checked as those of `train`.
+    """Every combination of the values of some fields, parsed like those of `train`.
 
     Args:
         base: the experiment to change.

@@ -1,4 +1,4 @@
-"""The `bench` command: what skipping is worth on this machine, in ratios to constant depth."""
+"""The `bench` command: what skipping saves on this machine, relative to constant depth."""
 
 from __future__ import annotations
 
@@ -22,17 +22,13 @@ _WIDTH = 20
 
 @dataclass(frozen=True)
 class Measured:
-    """One way of training, measured.
-
-    Attributes:
-        name: what it is.
-        ratio: median over the rounds of its step's time over that of constant depth.
-        expected_flops: share of the training FLOPs of constant depth that it executes on average.
-    """
+    """The cost of one way of training."""
 
     name: str
     ratio: float
+    """Time of a step relative to constant depth, the median over the rounds."""
     expected_flops: float
+    """Executed share of the training FLOPs of constant depth, on average."""
 
 
 def bench(
@@ -42,10 +38,10 @@ def bench(
 
     Args:
         num_layers: 6n + 2.
-        batch_size: images in a step, 32x32, made up.
+        batch_size: number of images in a step, 32x32, random.
         final_survival_prob: p_L of the linear decay.
-        rounds: number of rounds, each of which takes every step once.
-        device: where to train. On a processor the process time counts, else the time until the device has finished.
+        rounds: number of rounds; each takes every step once.
+        device: where to train. On a CPU process time counts, elsewhere the time until the device has finished.
 
     Raises:
         ValueError: if there is no round or no image, or the library refuses the network or its schedule.

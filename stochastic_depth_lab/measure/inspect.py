@@ -36,11 +36,11 @@ def inspect_model(
     Args:
         spec: `timm:NAME`, `torchvision:NAME` or `transformers:TYPE`, where the last is a configuration's model type,
             such as `beit`. Weights are random.
-        drop_path_rate: the rate that the model is created with; of no use to models without drop paths.
-        schedule: survival over depth; None keeps the model's own rates.
+        drop_path_rate: drop rate of the model; ignored by models without drop paths.
+        schedule: survival over depth. None: the model's own rates.
         measure: also measure time and memory of a step against the original model, on this machine.
-        batch_size: number of images that cost and time are measured with.
-        image_size: their width and height; None is the model's own.
+        batch_size: number of images in a measured step.
+        image_size: width and height of the images. None: the model's own.
         device: where to measure.
 
     Returns:
@@ -91,9 +91,9 @@ def _create(spec: str, rate: float) -> tuple[nn.Module, int]:
         return _CREATE[source](name, rate)
     except ImportError as error:
         raise ValueError(f"{spec} needs the package {source}: pip install {source}. ({error})") from error
-    except RuntimeError as error:  # torchvision that was built for another PyTorch, for one
+    except RuntimeError as error:  # for example torchvision that was built for another PyTorch
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{spec} cannot be created with the packages that are installed: {reason}") from error
+        raise ValueError(f"{spec} cannot be created with the installed packages: {reason}") from error
 
 
 def _timm(name: str, rate: float) -> tuple[nn.Module, int]:
@@ -138,7 +138,7 @@ _CREATE = {"timm": _timm, "torchvision": _torchvision, "transformers": _transfor
 
 
 def _measure(models: Sequence[nn.Module], images: Tensor) -> list[tuple[float, float]]:
-    """Of each model the median time of a training step in seconds, and the mean bytes kept for its backward."""
+    """For each model, the median time of a training step in seconds, and the mean bytes kept for its backward pass."""
     times: dict[nn.Module, list[float]] = {model.train(): [] for model in models}
     kept: dict[nn.Module, list[int]] = {model: [] for model in models}
     for _ in range(_NUM_MEASURED + 1):

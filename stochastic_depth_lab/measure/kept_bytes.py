@@ -1,4 +1,4 @@
-"""What a forward keeps for its backward, counted."""
+"""Counts the bytes that a forward pass keeps for its backward pass."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from torch.utils._pytree import tree_leaves
 
 
 def kept_bytes(forward: Callable[[], object]) -> int:
-    """Bytes of the tensors that a forward made and that are still there when it has ended.
+    """Bytes of the tensors that a forward pass created and that still exist when it has ended.
 
-    The forward runs as it would unobserved, unlike under `torch.autograd.graph.saved_tensors_hooks`.
+    The forward pass runs unchanged, unlike under `torch.autograd.graph.saved_tensors_hooks`.
 
     Args:
-        forward: gives what the backward starts from, such as the loss, which counts too.
+        forward: returns the start of the backward pass, such as the loss, which counts too.
     """
     with _Storages() as storages:
         output = forward()
-    # Only while the output is alive is what its backward needs.
+    # As long as the output is alive, so is what its backward pass needs.
     kept = sum(num_bytes for storage, num_bytes in storages.met.values() if not storage.expired())
     del output
     return kept
 
 
 class _Storages(TorchDispatchMode):
-    """Remembers the memory that operations meet, without holding it: what they make with its bytes, other with 0."""
+    """Records the storages that operators use without keeping them alive; those they did not make count 0 bytes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class _Storages(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is not torch.ops.aten.lift_fresh.default:  # which `torch.tensor` ends with: its argument is new
+        if func is not torch.ops.aten.lift_fresh.default:  # the last operation of `torch.tensor`, whose argument is new
             self._meet((args, kwargs), made=False)
         result = func(*args, **(kwargs or {}))
         self._meet(result, made=True)
@@ -48,6 +48,6 @@ class _Storages(TorchDispatchMode):
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
-                # As long as it is referred to, no other has its number.
+                # Unique as long as a reference exists.
                 number = storage._cdata  # pyright: ignore[reportPrivateUsage]
                 self.met.setdefault(number, (StorageWeakRef(storage), storage.nbytes() if made else 0))

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, the one before kept, damage noticed, nothing unpickled that could run."""
+"""Checkpoints: written whole or not at all, with the previous one kept; damage is noticed; no code is unpickled."""
 
 import hashlib
 import io
@@ -11,31 +11,27 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from stochastic_depth_lab.files import flush_folder, write_whole
+from stochastic_depth_lab.errors import CheckpointError
 from stochastic_depth_lab.experiments.config import differences
+from stochastic_depth_lab.files import flush_folder, write_whole
 
 FORMAT_VERSION = 3
 LAST, PREVIOUS, BEST, BEST_SAFETENSORS = "last.pt", "previous.pt", "best.pt", "best.safetensors"
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used: one line with the reason and the remedy."""
-
-
 def save(folder: Path, state: Mapping[str, Any], experiment: Mapping[str, Any]) -> None:
-    """Write a checkpoint; the one before becomes `previous.pt`.
+    """Write a checkpoint: the state, a format version, the configuration, and a SHA-256 digest of all that.
 
-    Beside the state it holds its format version, the configuration, and a SHA-256 digest of all that.
-
-    A kill between the two renames leaves `previous.pt` alone, from which a run continues just as exactly.
+    The last one becomes `previous.pt`. A kill between the two renames leaves only `previous.pt`, from which a run
+    resumes just as exactly.
 
     Args:
-        folder: the checkpoints' folder; it is made if need be.
+        folder: the checkpoints' folder; created if it does not exist.
         state: dictionaries, lists, numbers, strings and tensors.
         experiment: the run's configuration, which a resumed run must share.
 
     Raises:
-        OSError: if it cannot be written, such as on a full disk; the old ones are kept.
+        OSError: if it cannot be written, for example because the disk is full. The old ones are kept.
     """
     content: dict[str, Any] = {"format_version": FORMAT_VERSION, "experiment": dict(experiment), **state}
     content["digest"] = content_digest(content)
@@ -51,7 +47,7 @@ def save(folder: Path, state: Mapping[str, Any], experiment: Mapping[str, Any]) 
 def save_weights(folder: Path, weights: Mapping[str, Tensor], experiment: Mapping[str, Any]) -> None:
     """Write the weights of the lowest validation error: a plain `state_dict` as `best.pt`, and as safetensors.
 
-    `best.safetensors` holds format version and configuration as its metadata; nothing in it could ever run.
+    The metadata of `best.safetensors` holds format version and configuration.
     """
     folder.mkdir(exist_ok=True)
     metadata = {"format": "pt", "format_version": str(FORMAT_VERSION), "experiment": json.dumps(experiment)}
@@ -69,17 +65,16 @@ def as_safetensors(weights: Mapping[str, Tensor], metadata: dict[str, str] | Non
 def load(
     folder: Path, experiment: Mapping[str, Any], *, set_aside: bool = False
 ) -> tuple[dict[str, Any] | None, list[str]]:
-    """The newest checkpoint that is whole, on the CPU, or None; and remarks on those that are not.
+    """The newest intact checkpoint, on the CPU, or None; and remarks about damaged ones.
 
     Args:
-        folder: the checkpoints' folder; it need not exist.
-        experiment: the configuration of the run that wants to go on.
-        set_aside: rename a damaged newest one to `damaged.pt`, for a run that goes on: its next save would put it in
-            the place of the whole one before.
+        folder: the checkpoints' folder, which need not exist.
+        experiment: the configuration of the run to resume.
+        set_aside: rename a damaged newest one to `damaged.pt`: the next save would replace the intact previous one
+            with it.
 
     Raises:
-        CheckpointError: if the checkpoint is that of another configuration or format, or if there are some and all are
-            damaged.
+        CheckpointError: if the checkpoint is of another configuration or format, or if all are damaged.
     """
     remarks: list[str] = []
     for path in (folder / LAST, folder / PREVIOUS):
@@ -93,7 +88,7 @@ def load(
         if content.get("format_version") != FORMAT_VERSION:
             raise CheckpointError(
                 f"{path} has format {content.get('format_version')}, this version reads {FORMAT_VERSION}: "
-                "continue with the version that began the run."
+                "resume with the version that started the run."
             )
         stated = content.pop("digest", None)
         if stated != content_digest(content):
@@ -105,15 +100,15 @@ def load(
             (folder / LAST).replace(folder / "damaged.pt")
         return content, remarks
     if remarks:
-        raise CheckpointError(f"no checkpoint is whole: {' '.join(remarks)} Begin anew in another folder.")
+        raise CheckpointError(f"no checkpoint is intact: {' '.join(remarks)} Start again in another folder.")
     return None, []
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What a checkpoint or a file of weights, PyTorch's or safetensors, holds, on the CPU.
+    """The content of a checkpoint or of a file of weights, PyTorch's or safetensors, on the CPU.
 
     Raises:
-        CheckpointError: if it is damaged, or would need to run code to be read.
+        CheckpointError: if it is damaged, or if reading it would run code.
     """
     try:
         if path.suffix == ".safetensors":
@@ -122,7 +117,7 @@ def read(path: Path) -> dict[str, Any]:
             return load_file(path)
         with zipfile.ZipFile(path) as archive:
             _refuse_bomb(archive, path.stat().st_size)
-            # PyTorch does not compare the checksums of the parts (tried with 2.13): an altered byte would load.
+            # PyTorch (2.13) does not check the checksums of the parts: it would load an altered byte.
             damaged = archive.testzip()
         if damaged is not None:
             raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
@@ -132,13 +127,13 @@ def read(path: Path) -> dict[str, Any]:
         return cast("dict[str, Any]", content)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-    except Exception as error:  # whatever a damaged file makes zipfile, torch and pickle stumble over
+    except Exception as error:  # a damaged file can make zipfile, torch and pickle fail in any way
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path} is damaged ({reason}).") from error
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file of weights, by which a configuration knows it.
+    """SHA-256 of a file of weights, for the configuration.
 
     Raises:
         CheckpointError: if it cannot be read.
@@ -183,13 +178,13 @@ def content_digest(content: object) -> str:
 
 
 def _refuse_bomb(archive: zipfile.ZipFile, num_bytes: int) -> None:
-    """PyTorch packs nothing, so that an archive whose parts are larger than itself is made to fill the memory."""
+    """Refuse compressed parts. PyTorch compresses nothing: such an archive is made to fill the memory."""
     parts = archive.infolist()
     if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(p.file_size for p in parts) > num_bytes:
-        raise zipfile.BadZipFile("its parts are packed, which PyTorch never does")
+        raise zipfile.BadZipFile("its parts are compressed, which PyTorch never does")
 
 
 def _packed(content: Mapping[str, Any]) -> bytes:
-    file = io.BytesIO()  # in memory first: torch's own writer hides the reason of a failed write
+    file = io.BytesIO()  # in memory first: torch's own writer hides why a write failed
     torch.save(content, file)
     return file.getvalue()

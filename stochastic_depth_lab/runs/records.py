@@ -1,48 +1,96 @@
-"""The run folder: what a run is, where it ran, what it measured. Whoever reads it later needs nothing else."""
+"""The run folder: what a run is, where it ran, and what it measured."""
 
 import contextlib
 import fcntl
 import itertools
 import json
 import os
-import platform
-import shlex
-import subprocess
-import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
-
+from stochastic_depth_lab.errors import RunError
+from stochastic_depth_lab.experiments.checks import check
+from stochastic_depth_lab.experiments.config import Experiment, as_json, differences, from_json
+from stochastic_depth_lab.experiments.scales import quick
+from stochastic_depth_lab.files import from_json as parse
 from stochastic_depth_lab.files import write_json, write_whole
-from stochastic_depth_lab.experiments.config import Experiment, as_json, check, differences, from_json, quick
 
 _LOCK = ".lock"
 
 
-class RunError(ValueError):
-    """A run folder that cannot be used as asked: one line with the reason and the remedy."""
-
-
 class RunFolder:
-    """A run folder; `opened` makes it for who writes. Of several processes that train together only the first one does.
+    """A run folder. Of several processes that train together, only rank 0 uses it.
 
     Args:
         path: the folder.
-        experiment: what runs in it.
+        experiment: the experiment that runs in it.
     """
 
     def __init__(self, path: Path, experiment: Experiment) -> None:
         self.path = path
         self.experiment = as_json(experiment)
         self.checkpoints = path / "checkpoints"
+        self._experiment = experiment
 
-    def write_beginning(self, environment: Mapping[str, Any], branches: Mapping[str, Any]) -> None:
-        """Write `config.json`, `environment.json` and `branches.json`; a resumed run adds its environment."""
+    def check(self, *, resume: bool) -> dict[str, Any] | None:
+        """Check that the run may use the folder. Writes nothing.
+
+        Returns:
+            The result if the run is already finished, else None.
+
+        Raises:
+            RunError: if the folder is not empty and `resume` is false, or if it holds another run.
+        """
+        path = self.path
+        if path.exists() and not path.is_dir():
+            raise RunError(f"--out must be a folder, but {path} is a file.")
+        if not path.exists() or all(entry.name == _LOCK for entry in path.iterdir()):
+            return None
+        if not resume:
+            raise RunError(f"{path} exists and is not empty: give another folder, or --resume to resume its run.")
+        if not (path / "config.json").exists():
+            return None
+        found = as_json(read_experiment(path))
+        if others := differences(self.experiment, found):
+            if not differences(as_json(quick(self._experiment)), found):
+                raise RunError(f"{path} holds a --quick run of this experiment: add --quick, or give another folder.")
+            raise RunError(f"{path} holds another run: {'; '.join(others)} (there, not here). Give another folder.")
+        result = path / "result.json"
+        return read_json(result) if result.exists() else None
+
+    @contextmanager
+    def opened(self, *, resume: bool) -> Generator[None]:
+        """Open the folder for writing, so that no other process can open it.
+
+        Raises:
+            RunError: as `check`, or if another run is writing in it.
+        """
+        self.check(resume=resume)
+        self.path.mkdir(parents=True, exist_ok=True)
+        # The operating system drops this lock with the process that holds it: a lock is never stale.
+        with (self.path / _LOCK).open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                owner = file.read().strip() or "?"
+                raise RunError(f"another run is writing in {self.path} (process {owner}).") from None
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            yield
+
+    def begin(self, num_epochs: int, environment: Mapping[str, Any], branches: Mapping[str, Any]) -> None:
+        """Write `config.json`, `environment.json` and `branches.json`, and keep the epochs that are done.
+
+        A run that was killed may have written one more epoch than its checkpoint knows, or part of one: it is repeated.
+
+        Raises:
+            RunError: if one of the epochs is missing or damaged.
+        """
+        self.keep_epochs(num_epochs)
         path = self.path / "environment.json"
         if path.exists():
             first = read_json(path)
@@ -51,82 +99,50 @@ class RunFolder:
         write_json(self.path / "branches.json", branches)
         write_json(self.path / "config.json", self.experiment)
 
+    def keep_epochs(self, num_epochs: int) -> None:
+        """Drop all but the first epochs of `metrics.jsonl`, which the checkpoint knows."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True)[:num_epochs] if path.exists() else []
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith(b"\n") or _epoch_of(line) != number:
+                raise RunError(
+                    f"{path} is damaged: line {number} is not epoch {number}. Start again in another folder."
+                )
+        if len(lines) < num_epochs:
+            raise RunError(f"{path} has {len(lines)} epochs, the checkpoint {num_epochs}. Use another folder.")
+        write_whole(path, b"".join(lines))
+
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Add an epoch to `metrics.jsonl`; it is on the disk when this returns."""
+        """Append an epoch to `metrics.jsonl`, and flush it to disk."""
         with (self.path / "metrics.jsonl").open("ab") as file:
             file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 
-    def keep_epochs(self, num_epochs: int) -> None:
-        """Leave the first epochs of `metrics.jsonl`, those that the checkpoint knows, and drop the rest.
-
-        A run that was killed may have written one epoch more, or part of it, which it is about to repeat.
-
-        Raises:
-            RunError: if one of the epochs to keep is missing or damaged.
-        """
-        path = self.path / "metrics.jsonl"
-        lines = path.read_bytes().splitlines(keepends=True)[:num_epochs] if path.exists() else []
-        for number, line in enumerate(lines, start=1):
-            if not line.endswith(b"\n") or _epoch_of(line) != number:
-                raise RunError(f"{path} is damaged: line {number} is not epoch {number}. Begin anew in another folder.")
-        if len(lines) < num_epochs:
-            raise RunError(
-                f"{path} has {len(lines)} epochs, the checkpoint {num_epochs}. Begin anew in another folder."
-            )
-        write_whole(path, b"".join(lines))
-
     def metrics(self) -> list[dict[str, Any]]:
         """The epochs so far."""
         return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
 
-    def write_result(self, result: Mapping[str, Any]) -> None:
-        """Write `result.json`: the run is finished."""
+    def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Write `result.json`, which marks the run as finished, and return what it holds."""
         write_json(self.path / "result.json", result)
-
-
-def look(path: Path, experiment: Experiment, *, resume: bool) -> dict[str, Any] | None:
-    """Whether a run may go into a folder; nothing is written.
-
-    Returns:
-        The result if the run is finished already, else None.
-
-    Raises:
-        RunError: if there is something in the folder and `resume` is not asked for, or if it holds another run.
-    """
-    if path.exists() and not path.is_dir():
-        raise RunError(f"--out must be a folder, but {path} is a file.")
-    if not path.exists() or all(entry.name == _LOCK for entry in path.iterdir()):
-        return None
-    if not resume:
-        raise RunError(f"{path} exists and is not empty: give another folder, or --resume to resume its run.")
-    config = path / "config.json"
-    if not config.exists():
-        return None
-    found = read_experiment(path)
-    if others := differences(as_json(experiment), as_json(found)):
-        if not differences(as_json(quick(experiment)), as_json(found)):
-            raise RunError(f"{path} holds a --quick run of this experiment: add --quick, or give another folder.")
-        raise RunError(f"{path} holds another run: {'; '.join(others)} (there, not here). Give another folder.")
-    result = path / "result.json"
-    return read_json(result) if result.exists() else None
+        return read_json(self.path / "result.json")
 
 
 def folder_for(out: Path, experiment: Experiment) -> Path:
-    """Where a configuration runs among many: the folder in which it began, whatever its name, or a new one.
+    """The run folder of an experiment among many: the one that holds its configuration, or a new one.
 
-    Folders of other configurations, and of versions whose configurations this one cannot read, are left alone.
+    Folders of other configurations are left alone, and so are those of versions that this one cannot read.
 
     Raises:
-        ValueError: if its name could lead out of `out`.
+        ValueError: if the experiment's name could lead out of `out`.
     """
     check(experiment)
     ours = as_json(experiment)
     for config in sorted(out.glob("*/config.json")):
         with contextlib.suppress(ValueError):
             theirs = read_json(config)
-            # The seed first: among hundreds of runs a whole comparison with each takes a minute.
+            # The seed first: comparing hundreds of runs with each other takes a minute.
             if theirs.get("seed") == experiment.seed and not differences(ours, theirs):
                 return config.parent
     name = f"{experiment.name}-seed-{experiment.seed}"
@@ -134,49 +150,18 @@ def folder_for(out: Path, experiment: Experiment) -> Path:
     return next(out / name for name in names if not (out / name / "config.json").exists())
 
 
-@contextmanager
-def opened(path: Path, experiment: Experiment, *, resume: bool) -> Generator[RunFolder]:
-    """A run folder to write into; while it is open no other process can open it.
-
-    Raises:
-        RunError: as `look`, or if another run is writing in it.
-    """
-    look(path, experiment, resume=resume)
-    path.mkdir(parents=True, exist_ok=True)
-    with _locked(path):
-        yield RunFolder(path, experiment)
-
-
-@contextmanager
-def _locked(path: Path) -> Generator[None]:
-    # The operating system drops this lock with the process that holds it, however it ends: no lock is ever stale.
-    with (path / _LOCK).open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise RunError(f"another run is writing in {path} (process {file.read().strip() or '?'}).") from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield
-
-
 def read_json(path: Path) -> dict[str, Any]:
-    """An object from a file.
+    """An object from a file of a run folder.
 
     Raises:
         RunError: if the file is missing or holds no object.
     """
     try:
-        fields = json.loads(path.read_bytes())
+        return parse(dict[str, Any], path.read_bytes())
     except FileNotFoundError:
         raise RunError(f"{path.parent} is not a run folder: it has no {path.name}.") from None
-    except (ValueError, RecursionError):
-        raise RunError(f"{path} is damaged: not JSON.") from None
-    if not isinstance(fields, dict):
-        raise RunError(f"{path} is damaged: not an object.")
-    return cast("dict[str, Any]", fields)
+    except ValueError as error:
+        raise RunError(f"{path} is damaged: {error}.") from None
 
 
 def read_experiment(path: Path) -> Experiment:
@@ -193,64 +178,13 @@ def read_experiment(path: Path) -> Experiment:
 
 
 def data_root_of(path: Path) -> Path | None:
-    """Where a run found its data; None: where data lie by default.
+    """Where a run found its data; None: the default.
 
     Raises:
         RunError: as `read_json`.
     """
     found = read_json(path / "environment.json").get("data_root")
     return found and Path(found)
-
-
-def environment(device: torch.device, data_root: Path | None) -> dict[str, Any]:
-    """Versions, hardware, threads, data, command and time: what a number needs to be repeated."""
-    return {
-        "versions": {"python": platform.python_version(), **_versions()},
-        "system": platform.platform(),
-        "cpu": _cpu(),
-        "num_cpus": os.cpu_count(),
-        "num_threads": torch.get_num_threads(),
-        "device": str(device),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
-        "data_root": data_root and str(data_root.absolute()),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": _commit(),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _versions() -> dict[str, str]:
-    """Of the packages that numbers depend on; the last two read ImageNet, and may be missing."""
-    found: dict[str, str] = {}
-    for name in ("stochastic-depth", "torch", "numpy", "torchvision", "pillow"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _commit() -> str | None:
-    """The commit this package runs from, with a + if files were changed since; None outside of a checkout."""
-    if not (Path(__file__).parents[2] / ".git").exists():
-        return None
-
-    def git(*arguments: str) -> str:
-        # No lock: killed in the middle of it, a run would leave one in the user's repository.
-        command: Sequence[str] = ["git", "--no-optional-locks", "-C", str(Path(__file__).parents[2]), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def _epoch_of(line: bytes) -> int | None:

@@ -1,8 +1,10 @@
-"""Who is told how a run goes on: a terminal, a plain log, TensorBoard. See `loop.Observer`."""
+"""Progress of a run: on a terminal, in a plain log, in TensorBoard."""
 
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -10,46 +12,48 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from stochastic_depth_lab.experiments.config import Experiment
 
 
-class Lines:
-    """One plain line per epoch, for logs and pipes.
+class Observer(Protocol):
+    """Receives the progress of a run."""
 
-    Args:
-        stream: where to.
-    """
+    def on_start(self, experiment: Experiment, num_steps: int, epoch: int, step: int) -> None:
+        """The run starts with this epoch, after this step of it. An epoch has `num_steps` steps."""
+
+    def on_steps(self, epoch: int, step: int, train_loss: float) -> None:
+        """Called every few steps: `step` steps of the epoch are done, with this mean loss."""
+
+    def on_epoch(self, row: dict[str, Any]) -> None:
+        """An epoch is done. `row` is its line of `metrics.jsonl`."""
+
+    def on_remark(self, remark: str) -> None:
+        """A message, in one line."""
+
+
+class Lines(Observer):
+    """Prints one plain line per epoch, for logs and pipes."""
 
     def __init__(self, stream: TextIO = sys.stderr) -> None:
         self._stream = stream
         self._epochs = 0
 
     def on_start(self, experiment: Experiment, num_steps: int, epoch: int, step: int) -> None:
-        """Say what begins, and where."""
+        """Print what starts, and where."""
         self._epochs = experiment.recipe.epochs
         from_where = f", resuming in epoch {epoch} after step {step}" if (epoch, step) != (1, 0) else ""
-        self._print(f"{experiment.name}: {self._epochs} epochs of {num_steps} steps{from_where}")
-
-    def on_steps(self, epoch: int, step: int, train_loss: float) -> None:
-        """Nothing: a line per epoch is enough for a log."""
+        self.on_remark(f"{experiment.name}: {self._epochs} epochs of {num_steps} steps{from_where}")
 
     def on_epoch(self, row: dict[str, Any]) -> None:
-        """Its losses, errors and time."""
+        """Print losses, errors and time."""
         epoch, loss = f"epoch {row['epoch']}/{self._epochs}", f"loss {row['train_loss']:.4f}"
         errors = f"validation error {row['validation_error']:.2f} %  test error {row['test_error']:.2f} %"
-        self._print(f"{epoch}  {loss}  {errors}  {row['train_s']:.1f} s")
+        self.on_remark(f"{epoch}  {loss}  {errors}  {row['train_s']:.1f} s")
 
     def on_remark(self, remark: str) -> None:
-        """Pass it on."""
-        self._print(remark)
-
-    def _print(self, line: str) -> None:
-        print(line, file=self._stream, flush=True)
+        """Print it."""
+        print(remark, file=self._stream, flush=True)
 
 
-class Terminal:
-    """A moving bar with loss, errors and the time left, in the 80 columns of a small terminal.
-
-    Args:
-        progress: `terminal_progress(...)`, entered as a context.
-    """
+class Terminal(Observer):
+    """A progress bar with loss, errors and the time left, for terminals of 80 columns."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -58,7 +62,7 @@ class Terminal:
         self._bar: TaskID | None = None
 
     def on_start(self, experiment: Experiment, num_steps: int, epoch: int, step: int) -> None:
-        """Begin a bar over all steps."""
+        """Start a bar over all steps."""
         self._num_steps, self._epochs, self._errors = num_steps, experiment.recipe.epochs, ""
         self.on_remark(f"{experiment.name}: error in % on the validation part (test part)")
         self._bar = self._progress.add_task("", total=self._epochs * num_steps, state="")
@@ -69,7 +73,7 @@ class Terminal:
         self._show(epoch, step, f"loss {train_loss:.4f}")
 
     def on_epoch(self, row: dict[str, Any]) -> None:
-        """Show its losses and errors."""
+        """Show losses and errors."""
         self._errors = f"error {row['validation_error']:.2f} ({row['test_error']:.2f})"
         self._show(row["epoch"], self._num_steps, f"loss {row['train_loss']:.4f}")
 
@@ -84,7 +88,7 @@ class Terminal:
 
 
 def terminal_progress() -> Progress:
-    """The bars of a terminal, on the error stream: results go to the other one."""
+    """The bars of a terminal, on stderr: results go to stdout."""
     return Progress(
         BarColumn(bar_width=10),
         TextColumn("{task.fields[state]}"),
@@ -94,29 +98,33 @@ def terminal_progress() -> Progress:
     )
 
 
-class TensorBoard:
-    """Scalars of every epoch as TensorBoard events.
+@contextmanager
+def showing_progress() -> Generator[Observer]:
+    """Show progress on stderr: a bar on a terminal, plain lines elsewhere."""
+    if sys.stderr.isatty():
+        with terminal_progress() as progress:
+            yield Terminal(progress)
+    else:
+        yield Lines(sys.stderr)
 
-    Args:
-        folder: of the events.
+
+class TensorBoard(Observer):
+    """Writes the scalars of every epoch as TensorBoard events.
 
     Raises:
         ModuleNotFoundError: if TensorBoard is not installed.
     """
 
     def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard.writer import SummaryWriter  # an extra of its own
+        from torch.utils.tensorboard.writer import SummaryWriter  # an optional package
 
         self._folder = folder
-        self._writer_of = SummaryWriter
+        self._writer_type = SummaryWriter
         self._writer: SummaryWriter | None = None
 
     def on_start(self, experiment: Experiment, num_steps: int, epoch: int, step: int) -> None:  # noqa: ARG002
-        """Open the events; those of epochs that are repeated are superseded."""
-        self._writer = self._writer_of(str(self._folder), purge_step=epoch)
-
-    def on_steps(self, epoch: int, step: int, train_loss: float) -> None:
-        """Nothing: TensorBoard gets what `metrics.jsonl` gets."""
+        """Open the events and drop those of epochs that are repeated."""
+        self._writer = self._writer_type(str(self._folder), purge_step=epoch)
 
     def on_epoch(self, row: dict[str, Any]) -> None:
         """Write its numbers."""
@@ -125,6 +133,3 @@ class TensorBoard:
                 if name != "epoch" and isinstance(value, int | float):
                     self._writer.add_scalar(name, value, row["epoch"])
             self._writer.flush()
-
-    def on_remark(self, remark: str) -> None:
-        """Nothing: it is no number."""

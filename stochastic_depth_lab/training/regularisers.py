@@ -1,8 +1,7 @@
-"""What stochastic depth is compared with: dropout, dropping filters, and a penalty on filters. All are off by default.
+"""Regularizers to compare stochastic depth with: dropout, dropped filters, and a penalty on filters. Off by default.
 
-None of them is the paper's method. Dropout gains little next to BatchNorm (Huang et al. 2016). A public explainer
-describes stochastic depth as dropping filters plus the penalty below, which it is not: here both can be seen for what
-they do.
+None of them is the paper's method. Dropout gains little with BatchNorm (Huang et al. 2016). A public explainer presents
+dropped filters plus the penalty below as stochastic depth, which they are not.
 """
 
 from typing import Any, cast
@@ -16,14 +15,10 @@ from stochastic_depth_lab.experiments.config import Regularisers
 
 
 def add_dropout_(model: nn.Module, settings: Regularisers) -> None:
-    """Drop activations or filters in training, between the two convolutions of each branch, in place.
+    """Drop activations or filters in training, in place, after the ReLU between the two convolutions of each branch.
 
-    Srivastava et al. 2014 for activations, and for filters whole channels of a sample (Tompson et al. 2015). What
-    survives is divided by its survival probability. The place, after the ReLU, is that of Zagoruyko and Komodakis 2016.
-
-    Args:
-        model: with the library's `Residual`s, whose branches have a `relu` between two convolutions.
-        settings: says how often activations and filters survive.
+    Activations: Srivastava et al. 2014; whole channels of a sample: Tompson et al. 2015; the place: Zagoruyko and
+    Komodakis 2016. Survivors are divided by their survival probability.
     """
 
     def drop(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
@@ -40,19 +35,14 @@ def add_dropout_(model: nn.Module, settings: Regularisers) -> None:
 
 
 def filter_penalty(model: nn.Module, strength: float) -> Tensor:
-    """A penalty on the weights of every convolution: lambda * sum(W^2) / (sum_i sigma_i(W_i)^2 + lambda).
+    """The penalty lambda * sum(W^2) / (sum_i sigma_i(W_i)^2 + lambda), summed over the convolutions of a model.
 
-    sigma_i, the magnitude of filter i, is taken as its Euclidean norm. Then both sums are the same S, and what is left
-    is lambda * S / (S + lambda): weight decay that fades where weights are large, with gradient
-    2 W (lambda / (S + lambda))^2.
+    sigma_i, the magnitude of filter i, is its Euclidean norm. Both sums then equal S, which leaves
+    lambda * S / (S + lambda): weight decay that fades for large weights, with gradient 2 W (lambda / (S + lambda))^2.
 
     Args:
-        model: whose `Conv2d` weights count, each layer for itself.
+        model: the network.
         strength: lambda, positive.
     """
-    penalties: list[Tensor] = []
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            total = module.weight.square().sum()
-            penalties.append(strength * total / (total + strength))
-    return torch.stack(penalties).sum()
+    totals = [module.weight.square().sum() for module in model.modules() if isinstance(module, nn.Conv2d)]
+    return torch.stack([strength * total / (total + strength) for total in totals]).sum()

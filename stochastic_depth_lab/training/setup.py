@@ -1,8 +1,8 @@
-"""From an experiment's words to its objects: images on the device, network, gates, optimiser, settings of PyTorch."""
+"""From an experiment's settings to its objects: images on the device, network, gates, optimizer, PyTorch's settings."""
 
 import os
 import warnings
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 
 import stochastic_depth as sd
-from stochastic_depth.cost import Cost
 from stochastic_depth_lab import data
 from stochastic_depth_lab.data import Augmentation, ImageData, Normalisation, import_torchvision
-from stochastic_depth_lab.experiments.config import Experiment, Model, Precision, Recipe
+from stochastic_depth_lab.experiments.config import Experiment, Precision, Recipe
+from stochastic_depth_lab.runs import checkpoint
 from stochastic_depth_lab.training.regularisers import add_dropout_
-from stochastic_depth_lab.training.survival_schedules import mean_survival_probs, survival_probs
+from stochastic_depth_lab.training.schedules import mean_survival_probs, survival_probs
 
 
 @dataclass(frozen=True)
 class Images:
-    """The images of an experiment on its device, and what happens to them on the way to the network."""
+    """The images of an experiment on its device, their normalization and their augmentation."""
 
     data: ImageData
     normalisation: Normalisation
@@ -30,26 +30,68 @@ class Images:
 
 
 @dataclass(frozen=True)
-class Branches:
-    """The residual branches of a network and what a schedule makes of them; `branches.json` of a run."""
+class BranchTable:
+    """The residual branches of a network and their schedule: `branches.json` of a run."""
 
     names: list[str]
     survival_probs: list[float]
+    """Means over the epochs, if they change over time. So are the expectations below."""
     expected_depth: float
     expected_cost: float
     """Expected share of the training FLOPs of constant depth."""
 
 
+@dataclass(frozen=True)
+class Setup:
+    """Everything that an experiment trains with."""
+
+    experiment: Experiment
+    images: Images
+    model: nn.Module
+    depth: sd.Controller | None
+    """None: constant depth."""
+    cost: sd.Cost | None
+    """Cost of the branches. None: constant depth."""
+    branches: BranchTable
+
+
+def prepare(
+    experiment: Experiment,
+    device: torch.device,
+    *,
+    data_root: Path | None = None,
+    data: ImageData | None = None,
+    weights: Path | None = None,
+    cuda_graphs: bool = False,
+) -> Setup:
+    """Load an experiment's images and build its network. See `training.loop.train` for the arguments.
+
+    Raises:
+        ValueError: in one line, for what is missing or does not fit together.
+    """
+    images = load_images(experiment, device, data_root, data)
+    model, depth = build_network(experiment, images.data)
+    if weights is not None:
+        load_weights(model, checkpoint.read(weights), str(weights))
+    example = images.normalisation(images.data.train.first(2).images)
+    branches, cost = describe_branches(experiment, model, depth, example)
+    if depth is not None:
+        depth.set_costs(cost)  # draw="equal_cost" needs them
+    if cuda_graphs:
+        capture_branches(experiment, model, depth)
+    return Setup(experiment, images, model, depth, cost, branches)
+
+
 def load_images(
     experiment: Experiment, device: torch.device, data_root: Path | None = None, given: ImageData | None = None
 ) -> Images:
-    """The experiment's images, normalised by what its training part shows.
+    """The experiment's images on a device, with the normalization of their training part.
 
     Args:
-        experiment: says which, how many, and what happens to them.
-        device: where they are to be.
-        data_root: where the data lie.
-        given: images in place of those that the experiment names.
+        experiment: the experiment.
+        device: where to put them.
+        data_root: folder of the data sets.
+        given: images to use instead of the experiment's.
 
     Raises:
         DataError: if they are missing or damaged.
@@ -67,13 +109,15 @@ def load_images(
         images = images.few(settings.images_per_class, experiment.seed)
     if settings.num_test is not None:
         images = replace(images, test=images.test.first(settings.num_test))
-    images = (images if settings.limit is None else images.limited(settings.limit)).to(device)
-    augmentation = None
-    if settings.translation >= min(images.train.image_shape[1:]):
-        height, width = images.train.image_shape[1:]
+    if settings.limit is not None:
+        images = images.limited(settings.limit)
+    images = images.to(device)
+    _, height, width = images.train.image_shape
+    if settings.translation >= min(height, width):
         raise ValueError(
             f"data.translation must be smaller than the images, {height}x{width} pixels, but is {settings.translation}."
         )
+    augmentation = None
     if settings.translation or settings.flip:
         augmentation = Augmentation(translation=settings.translation, flip=settings.flip)
     normalisation = images.normalisation or Normalisation.fit(images.train.images, settings.normalisation)
@@ -81,7 +125,7 @@ def load_images(
 
 
 def build_network(experiment: Experiment, images: ImageData) -> tuple[nn.Module, sd.Controller | None]:
-    """The network on the images' device, with gates unless it has constant depth.
+    """The network on the images' device, and its controller; None at constant depth.
 
     The same seed gives the same weights with and without gates.
 
@@ -89,58 +133,49 @@ def build_network(experiment: Experiment, images: ImageData) -> tuple[nn.Module,
         ValueError: if its depth, a block to keep or a survival probability is not allowed.
     """
     torch.manual_seed(experiment.seed)
-    model = _plain_network(experiment.model, images)
-    if experiment.model.keep is not None:
-        model = _without_the_other_blocks(model, experiment.model.keep)
-    # Convolutions pass the layout of their weights on; channels last halves the time of a step on CPUs.
+    settings, depth = experiment.model, experiment.depth
+    if settings.family == "imagenet":
+        create = getattr(import_torchvision("torchvision.models"), f"resnet{settings.num_layers}")
+        model = cast(nn.Module, create(num_classes=images.num_classes))
+    else:
+        model = sd.models.cifar_resnet(
+            settings.num_layers,
+            images.num_classes,
+            shortcut=settings.shortcut,
+            init=settings.init,
+            in_channels=images.train.image_shape[0],
+        )
+    if settings.keep is not None:
+        with warnings.catch_warnings():  # it has not been trained at all yet
+            warnings.filterwarnings("ignore", message=".*was not trained with stochastic depth")
+            model = sd.subnetwork(model, settings.keep)
+    # Convolutions pass on the layout of their weights; channels last halves the time of a step on CPUs.
     # PyTorch's annotations lack the argument.
     model = model.to(images.train.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     add_dropout_(model, experiment.regularisers)
-    settings = experiment.depth
-    if settings is None:
+    if depth is None:
         return model, None
-    depth = sd.make_stochastic_(
+    return model, sd.make_stochastic_(
         model,
-        sd.SCHEDULES[settings.schedule](settings.final_survival_prob),
-        granularity=settings.granularity,
-        rescale=settings.rescale,
-        skipped_grad=settings.skipped_grad,
-        draw=settings.draw,
+        sd.SCHEDULES[depth.schedule](depth.final_survival_prob),
+        granularity=depth.granularity,
+        rescale=depth.rescale,
+        skipped_grad=depth.skipped_grad,
+        draw=depth.draw,
         seed=experiment.seed,
     )
-    return model, depth
-
-
-def _plain_network(settings: Model, images: ImageData) -> nn.Module:
-    if settings.family == "imagenet":
-        models = import_torchvision("torchvision.models")
-        return cast(nn.Module, getattr(models, f"resnet{settings.num_layers}")(num_classes=images.num_classes))
-    return sd.models.cifar_resnet(
-        settings.num_layers,
-        images.num_classes,
-        shortcut=settings.shortcut,
-        init=settings.init,
-        in_channels=images.train.image_shape[0],
-    )
-
-
-def _without_the_other_blocks(model: nn.Module, keep: Sequence[int]) -> nn.Module:
-    with warnings.catch_warnings():
-        # It was not trained at all so far.
-        warnings.filterwarnings("ignore", message=".*was not trained with stochastic depth")
-        return sd.subnetwork(model, keep)
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, object], where: str) -> None:
-    """Begin with somebody's weights: a `state_dict`, whether of a plain or of a stochastic network.
+    """Load a `state_dict` of a plain or a stochastic network.
 
     Args:
         model: the network.
         weights: names and tensors.
-        where: opens the message of an error.
+        where: start of the error message.
 
     Raises:
-        ValueError: if they are not those of this network; nothing is changed.
+        ValueError: if names or shapes differ. The network is unchanged then.
     """
     own = model.state_dict()
     if wrong := [name for name in {**own, **weights} if _shape(own.get(name)) != _shape(weights.get(name))]:
@@ -157,7 +192,7 @@ def _shape(value: object) -> str:
 
 
 def branch_names(model: nn.Module, depth: sd.Controller | None) -> list[str]:
-    """The residual branches of a network, with stochastic or constant depth."""
+    """Names of the residual branches of a network, with stochastic or constant depth."""
     if depth is not None:
         return depth.names
     names = sd.make_stochastic_(model, sd.uniform(1.0)).names
@@ -167,21 +202,18 @@ def branch_names(model: nn.Module, depth: sd.Controller | None) -> list[str]:
 
 def describe_branches(
     experiment: Experiment, model: nn.Module, depth: sd.Controller | None, inputs: Tensor
-) -> tuple[Branches, Cost | None]:
-    """The branches, and what they cost, counted on an example; None at constant depth.
-
-    Where survival changes over time, probabilities and expectations are means over the epochs.
-    """
+) -> tuple[BranchTable, sd.Cost | None]:
+    """The branches, and their cost, counted on an example; None at constant depth."""
     if depth is None or experiment.depth is None:
         names = branch_names(model, depth)
-        return Branches(names, [1.0] * len(names), float(len(names)), 1.0), None
+        return BranchTable(names, [1.0] * len(names), float(len(names)), 1.0), None
     cost = depth.cost(inputs)
     probs = mean_survival_probs(depth.survival_probs, experiment.depth, experiment.recipe.epochs)
-    return Branches(depth.names, probs, sd.expected_depth(probs), cost.share(probs)), cost
+    return BranchTable(depth.names, probs, sd.expected_depth(probs), cost.share(probs)), cost
 
 
 def set_epoch(experiment: Experiment, depth: sd.Controller | None, epoch: int) -> None:
-    """Give the gates the survival probabilities of an epoch, from 1, where they change over time."""
+    """Set the survival probabilities of an epoch, from 1, if they change over time."""
     if depth is None or experiment.depth is None or experiment.depth.over_time == "constant":
         return
     over_depth = sd.SCHEDULES[experiment.depth.schedule](experiment.depth.final_survival_prob)(len(depth.names))
@@ -189,21 +221,21 @@ def set_epoch(experiment: Experiment, depth: sd.Controller | None, epoch: int) -
 
 
 def capture_branches(experiment: Experiment, model: nn.Module, depth: sd.Controller | None) -> None:
-    """Replay the branches as CUDA graphs from now on; at constant depth all of them in every step.
+    """Replay the branches as CUDA graphs; at constant depth all of them in every step.
 
     Raises:
-        ValueError: if there is no GPU, or a branch does what a graph cannot repeat exactly.
+        ValueError: if there is no GPU, or a branch does something that a graph cannot repeat exactly.
     """
     device = next(model.parameters()).device
     if device.type != "cuda":
         raise ValueError(f"--cuda-graphs needs a GPU, but the device is {device.type}.")
     if experiment.recipe.batch_norm == "synchronised":
-        raise ValueError("--cuda-graphs does not go with recipe.batch_norm synchronised, which waits for other ranks.")
+        raise ValueError("--cuda-graphs cannot be used with recipe.batch_norm synchronised, which waits for others.")
     (depth or sd.make_stochastic_(model, sd.uniform(1.0))).capture()
 
 
 def build_optimiser(model: nn.Module, experiment: Experiment) -> torch.optim.SGD:
-    """SGD with Nesterov momentum; decay on every parameter, BatchNorm and biases too (Huang et al. 2016)."""
+    """SGD with Nesterov momentum and decay on every parameter, BatchNorm and biases included (Huang et al. 2016)."""
     recipe = experiment.recipe
     some_without_gradients = experiment.depth is not None and experiment.depth.skipped_grad == "none"
     return torch.optim.SGD(
@@ -213,21 +245,21 @@ def build_optimiser(model: nn.Module, experiment: Experiment) -> torch.optim.SGD
         dampening=0,
         nesterov=True,
         weight_decay=recipe.weight_decay,
-        # One kernel for all parameters; PyTorch's raises where some have had no gradient yet.
+        # One kernel for all parameters. It raises if some have not had a gradient yet.
         fused=not some_without_gradients,
     )
 
 
 @contextmanager
 def reproducible(recipe: Recipe) -> Generator[None]:
-    """Within, the same numbers every time: an operation that has no such algorithm raises."""
+    """Use deterministic algorithms, and raise where an operation has none."""
     # cuBLAS reads this when it starts; without it PyTorch refuses deterministic matrix products.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     settings: Any = torch.utils.deterministic
     enabled, fill = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     num_threads = torch.get_num_threads()
     torch.use_deterministic_algorithms(True)
-    settings.fill_uninitialized_memory = False  # it helps to find bugs, and costs a pass over every buffer
+    settings.fill_uninitialized_memory = False  # for debugging only, and it costs a pass over every buffer
     if recipe.num_threads is not None:
         torch.set_num_threads(recipe.num_threads)
     try:
@@ -238,16 +270,16 @@ def reproducible(recipe: Recipe) -> Generator[None]:
         torch.set_num_threads(num_threads)
 
 
-def find_device(name: str | None, precision: Precision, local_rank: int | None = None) -> torch.device:
-    """The device of that name; without one the GPU, or the CPU where there is none.
+def find_device(name: str | None, precision: Precision = "fp32", local_rank: int | None = None) -> torch.device:
+    """The device of that name; by default the GPU, or the CPU if there is none.
 
     Args:
-        name: cpu, cuda, cuda:NUMBER or None.
-        precision: what it must compute in.
-        local_rank: number of this process on its machine: it takes the GPU of that number, unless one is named.
+        name: cpu, cuda, cuda:NUMBER, mps or None.
+        precision: of the computation.
+        local_rank: rank of this process on its machine: it uses the GPU of that number, unless one is named.
 
     Raises:
-        ValueError: if there is no such device, or it does not know the precision.
+        ValueError: if there is no such device, or it does not support the precision.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -263,10 +295,8 @@ def find_device(name: str | None, precision: Precision, local_rank: int | None =
     if local_rank is not None and not index:
         name, index = f"cuda:{local_rank}", str(local_rank)
     if int(index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"There is no device {name!r}: {torch.cuda.device_count()} CUDA devices are visible to PyTorch."
-        )
+        raise ValueError(f"There is no device {name!r}: PyTorch sees {torch.cuda.device_count()} CUDA devices.")
     device = torch.device("cuda", int(index or 0))
     if precision == "bf16" and torch.cuda.get_device_capability(device) < (8, 0):
-        raise ValueError(f"{torch.cuda.get_device_name(device)} does not compute in bf16: use --precision fp16.")
+        raise ValueError(f"{torch.cuda.get_device_name(device)} does not support bf16: use --precision fp16.")
     return device

@@ -1,7 +1,7 @@
-"""Many runs, each in a process of its own: one that crashes loses itself and nothing else.
+"""Many runs, each in its own process: a crash does not affect the other runs.
 
-What is finished is passed over, what is unfinished goes on from its checkpoint. What a process prints is in `log.txt`
-of its run folder; how a failed one ended is in `failed.json` there until it begins again.
+Finished runs are skipped, unfinished ones resume. Each run writes its output to `log.txt` in its folder; `failed.json`
+there says how a failed run ended, until it starts again.
 """
 
 import multiprocessing
@@ -26,15 +26,15 @@ from stochastic_depth_lab.training.setup import find_device
 State = Literal["waiting", "running", "done", "failed", "stopped"]
 _INTERRUPTED = 128 + signal.SIGTERM
 
-# The processes are forked from a server that has imported PyTorch and nothing more: they begin at once, and have
-# neither this process's threads nor its CUDA.
+# The processes fork from a server that has only imported PyTorch: they start at once, without this process's threads
+# and CUDA context.
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["stochastic_depth_lab.training.loop"])
 
 
 @dataclass
 class Job:
-    """One run of a sweep, and how it stands."""
+    """One run of a sweep, and its state."""
 
     experiment: Experiment
     folder: Path
@@ -44,19 +44,18 @@ class Job:
 
 
 class SweepObserver(Protocol):
-    """What is told how a sweep goes on, to show it."""
+    """Receives the progress of a sweep."""
 
     def on_change(self, jobs: Sequence[Job]) -> None:
-        """Called when a job begins or ends, and about every second in between."""
-        ...
+        """Called when a job starts or ends, and about every second in between."""
 
 
 def jobs_for(experiments: Sequence[Experiment], out: Path) -> list[Job]:
-    """The jobs of a sweep; those that are finished are done already.
+    """The jobs of a sweep, with finished runs marked as done.
 
     Args:
-        experiments: what is to run. No configuration twice.
-        out: the folder of their run folders.
+        experiments: the runs, all different.
+        out: the folder of the run folders.
     """
     jobs = [Job(experiment, records.folder_for(out, experiment)) for experiment in experiments]
     for job in jobs:
@@ -65,8 +64,8 @@ def jobs_for(experiments: Sequence[Experiment], out: Path) -> list[Job]:
     return jobs
 
 
-def look_again(jobs: Sequence[Job]) -> None:
-    """Bring the states of jobs that other processes run to what their folders say: done or failed."""
+def update_states(jobs: Sequence[Job]) -> None:
+    """Update the states of jobs that other processes ran, from their folders: done or failed."""
     for job in jobs:
         if (job.folder / "result.json").exists():
             job.state = "done"
@@ -75,10 +74,10 @@ def look_again(jobs: Sequence[Job]) -> None:
 
 
 def shard(experiments: Sequence[Experiment], text: str) -> Sequence[Experiment]:
-    """The share of one machine out of several, `"i/n"` with i from 0: every n-th, from the i-th on.
+    """The share of one machine, `"i/n"` with i from 0: every n-th experiment, starting with the i-th.
 
     Raises:
-        ValueError: if the text is something else.
+        ValueError: if the text has another form.
 
     Example:
         >>> [list(shard("abcde", f"{i}/2")) for i in range(2)]
@@ -99,15 +98,15 @@ def run(
     data_root: Path | None,
     stop_requested: Callable[[], bool],
 ) -> None:
-    """Run the jobs that wait, so many at a time, until all have ended; their states say how.
+    """Run the waiting jobs until all have ended, and set their states.
 
     Args:
         jobs: from `jobs_for`.
-        observer: is told how it goes on.
-        num_processes: at a time.
-        device: of all of them.
-        data_root: where the data lie.
-        stop_requested: asked now and then; the runs save themselves, and the rest is not begun.
+        observer: receives progress callbacks.
+        num_processes: number of concurrent runs.
+        device: device of all runs.
+        data_root: folder of the data sets.
+        stop_requested: called about every second; running jobs then save and stop, and waiting jobs do not start.
     """
     running: dict[BaseProcess, Job] = {}
     waiting = [job for job in jobs if job.state == "waiting"]
@@ -130,8 +129,8 @@ def run(
 def _begin(job: Job, device: str | None, data_root: Path | None) -> BaseProcess:
     job.state = "running"
     process = _PROCESSES.Process(target=_train, args=(job.experiment, job.folder, device, data_root))
-    # Ctrl-C reaches every process of a terminal: the new one must not hear it while it imports, which would leave a
-    # traceback. It inherits that from us.
+    # Ctrl-C reaches every process of a terminal. The new one inherits from us that it ignores it: during its imports it
+    # would leave a traceback.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         process.start()
@@ -157,14 +156,14 @@ def _end(job: Job, process: BaseProcess) -> None:
 
 
 def _train(experiment: Experiment, folder: Path, device: str | None, data_root: Path | None) -> None:
-    """What each process does."""
+    """Train one run in its own process."""
     stop = False
 
     def note(*_: object) -> None:
         nonlocal stop
         stop = True
 
-    # Ctrl-C reaches every process of a terminal; the parent decides, and tells with SIGTERM.
+    # Ctrl-C reaches every process of a terminal; the parent decides, and sends SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, note)
     folder.mkdir(parents=True, exist_ok=True)
@@ -189,7 +188,7 @@ def _train(experiment: Experiment, folder: Path, device: str | None, data_root: 
 
 
 def epochs_done(job: Job) -> int:
-    """Epochs that a job has finished."""
+    """Number of finished epochs of a job."""
     try:
         return (job.folder / "metrics.jsonl").read_bytes().count(b"\n")
     except FileNotFoundError:

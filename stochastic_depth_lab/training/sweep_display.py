@@ -1,4 +1,4 @@
-"""How a sweep is shown while it runs: a table on a terminal, plain lines elsewhere. See `sweep.SweepObserver`."""
+"""Progress of a sweep: a table on a terminal, plain lines elsewhere."""
 
 import itertools
 import sys
@@ -15,41 +15,33 @@ from stochastic_depth_lab.training.sweep import Job, SweepObserver, epochs_done
 
 
 class SweepLines:
-    """One plain line for each run of a sweep that begins or ends.
-
-    Args:
-        stream: where to.
-    """
+    """Prints one plain line for each run that starts or ends."""
 
     def __init__(self, stream: TextIO = sys.stderr) -> None:
         self._stream = stream
-        self._told: dict[Path, str] = {}
+        self._printed: dict[Path, str] = {}
 
     def on_change(self, jobs: Sequence[Job]) -> None:
-        """Tell what has changed."""
+        """Print what has changed."""
         for job in jobs:
-            if job.state not in ("waiting", self._told.get(job.folder)):
-                self._told[job.folder] = job.state
+            if job.state not in ("waiting", self._printed.get(job.folder)):
+                self._printed[job.folder] = job.state
                 count = sum(each.state == "done" for each in jobs)
                 reason = f": {job.reason}" if job.reason else ""
                 print(f"[{count}/{len(jobs)}] {job.folder.name}: {job.state}{reason}", file=self._stream, flush=True)
 
 
 class SweepTable:
-    """A table of all the runs of a sweep with their epochs, for a terminal.
-
-    Args:
-        live: a display, entered as a context.
-    """
+    """Shows a table of the runs with their epochs, on a terminal."""
 
     def __init__(self, live: Live) -> None:
         self._live = live
 
     def on_change(self, jobs: Sequence[Job]) -> None:
-        """Draw it again; what waits and what is done beyond a screen is only counted."""
+        """Draw the table again. Runs beyond a screen are only counted."""
         done = sum(job.state == "done" for job in jobs)
         table = Table(title=f"{done} of {len(jobs)} runs done", title_justify="left")
-        # A line each, whatever they hold: of what is too long the end is left out.
+        # One line per run: long cells are cut.
         for column, widest in (("run", 36), ("state", 28), ("epoch", 9)):
             table.add_column(column, no_wrap=True, overflow="ellipsis", max_width=widest)
         names = _told_apart([job.folder.name for job in jobs])
@@ -62,7 +54,7 @@ class SweepTable:
 
 
 def _told_apart(names: Sequence[str]) -> dict[str, str]:
-    """What is shown of each name: long ones without the words at the front that all of them share.
+    """Short names: if they are long, without the words at the front that all share.
 
     Example:
         >>> both = ["digits-stochastic-weight-decay-1e-4-seed-0", "digits-stochastic-weight-decay-0-seed-0"]
@@ -80,7 +72,7 @@ def _told_apart(names: Sequence[str]) -> dict[str, str]:
 
 @contextmanager
 def watching_sweep(*, alone: bool) -> Generator[SweepObserver]:
-    """Who shows a sweep: a table on a terminal, plain lines elsewhere, and where several processes share a terminal."""
+    """Show a sweep: a table on a terminal, plain lines elsewhere, and if several processes share a terminal."""
     console = Console(stderr=True)
     if alone and console.is_terminal:
         with Live(console=console) as live:

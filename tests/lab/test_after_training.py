@@ -282,7 +282,7 @@ class NoOnnx(nn.Module):
 
 
 def test_an_operator_that_onnx_lacks_is_named_in_one_line() -> None:
-    with pytest.raises(ValueError, match=r"ONNX has no form of this network: .*(airy|svd)") as error:
+    with pytest.raises(ValueError, match=r"ONNX cannot represent this network: .*(airy|svd)") as error:
         export.write_onnx(NoOnnx(), torch.ones(2, 1, 3, 3), {})
     assert "\n" not in str(error.value)
 

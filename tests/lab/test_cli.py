@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from small_runs import assert_same, outcome
 
-from stochastic_depth_lab.cli import main as cli
 from stochastic_depth_lab.cli.main import main
 from stochastic_depth_lab.cli.options import parse_train
+from stochastic_depth_lab.experiments import PAIRS
 from stochastic_depth_lab.training.progress import Lines
 
 SMALL = shlex.split(
@@ -166,7 +166,7 @@ MISTAKES = {
     "evaluate NOWHERE": "is not a run folder",
     "report FULL": "is not a run folder",
     "report": "Missing RUN",
-    "evaluate FULL --analyse --out OUT": "--analyse writes to the run folder",
+    "evaluate FULL --analyse --out OUT": "--out is for --subnetworks and --monte-carlo",
     "evaluate FULL --out OUT": "--out is for --subnetworks and --monte-carlo",
     "sweep digits-stochastic --quick --out /proc/nowhere": "/proc/nowhere",
     "reproduce gradients --quick --out /proc/nowhere": "/proc/nowhere",
@@ -256,19 +256,15 @@ def test_train_reports_and_evaluates(tmp_path, capsys):
 
 
 def test_reproduce_trains_both_and_reports(tmp_path, capsys, monkeypatch):
-    for name in ("digits-110-constant", "digits-110-stochastic"):
-        experiment, _ = parse_train([name, "--out", "x", *SMALL])
-        monkeypatch.setitem(cli.EXPERIMENTS, name, experiment)
+    names = "digits-110-constant", "digits-110-stochastic"
+    monkeypatch.setitem(PAIRS, "digits-110", tuple(parse_train([name, "--out", "x", *SMALL])[0] for name in names))
     assert main(["reproduce", "digits-110", "--out", str(tmp_path / "runs"), "--seed", "2"]) == 0
     shown = capsys.readouterr()
     assert "digits-110-constant" in shown.out
     assert "digits-110-stochastic" in shown.out
     assert (tmp_path / "runs" / "report.html").exists()
     assert len(list((tmp_path / "runs" / "figures").glob("*.png"))) >= 3
-    rows = [
-        json.loads((tmp_path / "runs" / name / "config.json").read_text())["seed"]
-        for name in ("digits-110-constant", "digits-110-stochastic")
-    ]
+    rows = [json.loads((tmp_path / "runs" / name / "config.json").read_text())["seed"] for name in names]
     assert rows == [2, 2]
     assert main(["reproduce", "digits-110", "--out", str(tmp_path / "runs"), "--seed", "2"]) == 2
     assert main(["reproduce", "digits-110", "--out", str(tmp_path / "runs"), "--seed", "2", "--resume"]) == 0

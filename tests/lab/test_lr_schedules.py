@@ -7,7 +7,7 @@ import torch
 
 from stochastic_depth_lab.experiments import find
 from stochastic_depth_lab.experiments.config import Recipe
-from stochastic_depth_lab.training.lr_schedules import learning_rate
+from stochastic_depth_lab.training.schedules import learning_rate
 
 
 def runs_of(recipe: Recipe) -> list[tuple[float, int]]:

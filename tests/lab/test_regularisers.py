@@ -7,7 +7,8 @@ import torch
 from small_runs import Silent, float64, small, train
 
 import stochastic_depth as sd
-from stochastic_depth_lab.experiments.config import Regularisers, check
+from stochastic_depth_lab.experiments.checks import check
+from stochastic_depth_lab.experiments.config import Regularisers
 from stochastic_depth_lab.training.regularisers import add_dropout_, filter_penalty
 
 

@@ -198,17 +198,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from small_runs import small
-from stochastic_depth_lab.cli import main as cli
+from stochastic_depth_lab.cli import training_commands
+from stochastic_depth_lab.cli.main import main
 from stochastic_depth_lab.experiments import EXPERIMENTS
 
 if __name__ == "__main__":  # the processes of the sweep's runs import this file
     EXPERIMENTS["small"] = small(epochs=1)
-    cli.find_pair = lambda _: [small(epochs=1), replace(small(None, epochs=1), name="constant")]
+    training_commands.find_pair = lambda _: [small(epochs=1), replace(small(None, epochs=1), name="constant")]
     out = Path(sys.argv[1])
     pair = ["reproduce", "pair", "--out", str(out / "pair"), "--device", "cpu"]
     # The first process has both runs that fail, the second both that do not, one of which is long.
     grid = ["--grid", "recipe.epochs=1,60", "recipe.learning-rate=1e30,0.02"]
-    sys.exit(cli.main(pair) or cli.main(["sweep", "small", *grid, "--out", str(out / "sweep"), "--device", "cpu"]))
+    sys.exit(main(pair) or main(["sweep", "small", *grid, "--out", str(out / "sweep"), "--device", "cpu"]))
 """
 
 

@@ -8,9 +8,9 @@ import torch
 from small_runs import CPU, Silent, small, train
 
 import stochastic_depth as sd
+from stochastic_depth_lab.after.evaluation import evaluate_run
 from stochastic_depth_lab.experiments.config import Depth
-from stochastic_depth_lab.training.evaluation import evaluate_run
-from stochastic_depth_lab.training.survival_schedules import mean_survival_probs, strength, survival_probs
+from stochastic_depth_lab.training.schedules import mean_survival_probs, strength, survival_probs
 
 BY_HAND = {  # strength at 0, 1/8, ..., 7/8 of a run that turns at 1/2
     "constant": [1, 1, 1, 1, 1, 1, 1, 1],

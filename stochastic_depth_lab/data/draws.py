@@ -1,9 +1,28 @@
-"""Which images go to which part: random draws that depend on a seed and on nothing else."""
+"""Random draws that depend on a seed and on what they are for, not on what was drawn before."""
 
+import random
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+
+def seed(*key: int | str) -> int:
+    """A seed, the same for the same key on every machine: `seed("dropout", seed, epoch, step)`.
+
+    The key is hashed: a CPU generator keeps only 32 bits of its seed (`manual_seed(5)` equals
+    `manual_seed(5 + 2**32)`), so that seeds combined by arithmetic would collide.
+
+    Example:
+        >>> seed("order", 0, 1) == seed("order", 0, 1), seed("order", 0, 1) == seed("order", 1, 0)
+        (True, False)
+    """
+    return random.Random(":".join(map(str, key))).getrandbits(32)
+
+
+def generator(*key: int | str) -> torch.Generator:
+    """A generator on the CPU with that `seed`: `generator("order", seed, epoch)`."""
+    return torch.Generator().manual_seed(seed(*key))
 
 
 def draw(num_images: int, num_drawn: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -40,7 +59,7 @@ def draw_per_class(labels: Tensor, num_drawn: Sequence[int], generator: torch.Ge
 
 
 def proportional(labels: Tensor, num_drawn: int) -> list[int]:
-    """How many of `num_drawn` images each class gives so that its share is that of the whole, by largest remainders.
+    """`num_drawn` divided among the classes in proportion to their sizes, by largest remainders.
 
     Example:
         >>> proportional(torch.tensor([0, 0, 0, 1, 1, 1, 1, 2]), 4)
