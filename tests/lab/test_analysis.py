@@ -74,7 +74,7 @@ def test_the_report_shows_it(analysed, tmp_path, capsys):
     assert main(["report", str(folder), "--out", str(tmp_path)]) == 0
     page = (tmp_path / "report.html").read_text()
     assert "What the blocks do: small" in page
-    assert ("How many blocks the steps ran" in page) == (depth is not None)
+    assert ("The number of blocks that the steps ran" in page) == (depth is not None)
     assert (tmp_path / "figures" / "blocks-1.svg").exists()
     lines = (tmp_path / "data" / "analysis.csv").read_text().splitlines()
     assert len(lines) == 7
