@@ -13,8 +13,10 @@ if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < _OLDEST:
     )
 
 from stochastic_depth import models
+from stochastic_depth.cost import Cost
 from stochastic_depth.deploy import (
     Prediction,
+    branches_to_keep,
     convert_rescale_,
     fold_,
     monte_carlo,
@@ -47,12 +49,14 @@ from stochastic_depth.schedules import (
 __all__ = [
     "SCHEDULES",
     "Controller",
+    "Cost",
     "DropPathRule",
     "MaskedBranchWarning",
     "Prediction",
     "Residual",
     "Schedule",
     "Verification",
+    "branches_to_keep",
     "controller",
     "convert_rescale_",
     "convnext",

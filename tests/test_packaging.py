@@ -164,7 +164,7 @@ try:
     import stochastic_depth
 except ImportError as error:
     print(error)
-from stochastic_depth_lab.cli import main
+from stochastic_depth_lab.cli.main import main
 sys.exit(main(["schedule"]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
