@@ -51,16 +51,16 @@ class Cost:
     """What a training step costs, in shares of the same step at constant depth.
 
     Attributes:
-        training_flops: expected share of the floating-point operations, in (0, 1].
-        activation_bytes: expected share of the bytes kept for the backward.
-        gradient_bytes: expected share of the gradients that are not known to be zero.
+        flops_share: expected share of the floating-point operations, in (0, 1].
+        activation_share: expected share of the bytes kept for the backward.
+        gradient_share: expected share of the gradients that are not known to be zero.
         branches: the absolute numbers of each branch.
         total: the absolute numbers of the whole step at constant depth.
     """
 
-    training_flops: float
-    activation_bytes: float
-    gradient_bytes: float
+    flops_share: float
+    activation_share: float
+    gradient_share: float
     branches: tuple[BranchCost, ...]
     total: BranchCost
 
@@ -75,15 +75,20 @@ class Cost:
     def __str__(self) -> str:
         rows = [
             f"{branch.name}  {branch.survival_prob:.3f}  "
-            + "  ".join(f"{getattr(branch, field) / max(getattr(self.total, field), 1):7.2%}" for field in _FIELDS)
+            + "  ".join(f"{getattr(branch, field) / max(getattr(self.total, field), 1):7.2%}" for field in _SHARES.values())
             for branch in self.branches
         ]
         header = "branch, survival probability, share of training FLOPs, activations, gradients when open"
-        expected = "  ".join(f"{getattr(self, field):7.2%}" for field in _FIELDS)
+        expected = "  ".join(f"{getattr(self, share):7.2%}" for share in _SHARES)
         return "\n".join([header, *rows, f"expected share of constant depth: {expected}"])
 
 
-_FIELDS = ("training_flops", "activation_bytes", "gradient_bytes")
+_SHARES = {
+    "flops_share": "training_flops",
+    "activation_share": "activation_bytes",
+    "gradient_share": "gradient_bytes",
+}
+"""Which count of the branches each share of `Cost` is taken of."""
 
 
 def measure_cost(root: nn.Module, draws: GateDraws, parts: Sequence[nn.Module], inputs: Sequence[Any]) -> Cost:
@@ -130,7 +135,7 @@ def measure_cost(root: nn.Module, draws: GateDraws, parts: Sequence[nn.Module], 
         activation_bytes=sum(meter.activation_bytes.values()),
         gradient_bytes=sum(_bytes(p) for p in root.parameters() if p.requires_grad),
     )
-    shares = {field: _share(branches, total, draws.survival_probs, field) for field in _FIELDS}
+    shares = {share: _share(branches, total, draws.survival_probs, field) for share, field in _SHARES.items()}
     return Cost(**shares, branches=branches, total=total)
 
 

@@ -433,7 +433,7 @@ def _schedule(arguments: Sequence[str]) -> int:
     depth = sd.make_stochastic_(model, schedule)
     blocks = range(1, len(depth.names) + 1)
     _print(schedule_text(blocks, depth.survival_probs))
-    share = depth.cost(torch.zeros(1, 3, 32, 32)).training_flops
+    share = depth.cost(torch.zeros(1, 3, 32, 32)).flops_share
     _print(
         f"training FLOPs, counted on the {options.num_layers} layers for 32x32 images: {share:.1%} of constant depth"
     )

@@ -330,12 +330,12 @@ def test_meta_device(granularity: str) -> None:
         output = net(x)
         output.sum().backward()
         assert output.shape == (5, 4)
-    assert depth.cost(x).training_flops == pytest.approx(_cost_on_cpu(), abs=1e-12)
+    assert depth.cost(x).flops_share == pytest.approx(_cost_on_cpu(), abs=1e-12)
 
 
 def _cost_on_cpu() -> float:
     net = conv_net()
-    return sd.make_stochastic_(net, SURVIVAL_PROBS).cost(images(5)).training_flops
+    return sd.make_stochastic_(net, SURVIVAL_PROBS).cost(images(5)).flops_share
 
 
 def test_made_on_meta_and_materialised_later() -> None:
