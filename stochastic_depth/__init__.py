@@ -45,6 +45,7 @@ from stochastic_depth.schedules import (
     linear_decay,
     uniform,
 )
+
 # Not in __all__: `from stochastic_depth import *` must not hide the package timm.
 from stochastic_depth.schedules import timm as timm
 

@@ -75,7 +75,9 @@ class Cost:
     def __str__(self) -> str:
         rows = [
             f"{branch.name}  {branch.survival_prob:.3f}  "
-            + "  ".join(f"{getattr(branch, field) / max(getattr(self.total, field), 1):7.2%}" for field in _SHARES.values())
+            + "  ".join(
+                f"{getattr(branch, field) / max(getattr(self.total, field), 1):7.2%}" for field in _SHARES.values()
+            )
             for branch in self.branches
         ]
         header = "branch, survival probability, share of training FLOPs, activations, gradients when open"

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import html
-import os.path
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +55,7 @@ class Overview:
     gates: Sequence[GateInfo]
     expected_depth: float
     flops_share: float | None
-    settings: dict[str, object]
+    settings: Mapping[str, object]
     notes: Sequence[str]
     num_draws: int
 
@@ -172,8 +171,10 @@ def _label(split: Sequence[tuple[str, str, str]]) -> str:
         return before + number + rest
     numbers = sorted({int(number) for _, number, _ in split})
     rests = sorted({rest for _, _, rest in split})
-    common = rests[0] if len(rests) == 1 else os.path.commonprefix(rests) + "*"
-    return f"{before}{_ranges(numbers)}{common}"
+    shared = rests[0]
+    while not all(rest.startswith(shared) for rest in rests):
+        shared = shared[:-1]
+    return f"{before}{_ranges(numbers)}{shared}{'*' if len(rests) > 1 else ''}"
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -231,7 +232,8 @@ _STYLE = """
 .stochastic-depth table tr, .stochastic-depth table tr:nth-child(even) { background: none; }
 .stochastic-depth th, .stochastic-depth td, .stochastic-depth summary > span {
   text-align: left; padding: 2px 6px; overflow-wrap: anywhere; vertical-align: middle; }
-.stochastic-depth summary { display: grid; grid-template-columns: 34% 24% 18% 11% 13%; align-items: center; cursor: pointer; }
+.stochastic-depth summary {
+  display: grid; grid-template-columns: 34% 24% 18% 11% 13%; align-items: center; cursor: pointer; }
 .stochastic-depth summary > span:first-child::before { content: "\\25B8\\00A0"; }
 .stochastic-depth details[open] > summary > span:first-child::before { content: "\\25BE\\00A0"; }
 .stochastic-depth details, .stochastic-depth td { border-top: 1px solid rgba(128, 128, 128, 0.3); }

@@ -8,7 +8,7 @@ has its name here, so that a recipe can be repeated exactly.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -191,14 +191,14 @@ def to_survival_prob(value: Any, name: str) -> float:
     return float(number)
 
 
-def to_survival_probs(values: Values | Iterable[float]) -> list[float]:
+def to_survival_probs(values: Values) -> list[float]:
     """Numbers in (0, 1], in a list, a tuple, a numpy array or a torch tensor, as a list of floats.
 
     Raises:
         TypeError: if an entry is not a number.
         ValueError: if an entry is outside (0, 1].
     """
-    entries = values.tolist() if hasattr(values, "tolist") else values  # pyright: ignore
+    entries: Any = values.tolist() if hasattr(values, "tolist") else values  # pyright: ignore
     return [to_survival_prob(entry, f"survival_probs[{index}]") for index, entry in enumerate(entries)]
 
 

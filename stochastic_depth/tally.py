@@ -79,5 +79,5 @@ def metrics(
         if cost_share is not None:
             found["cost_share"] = cost_share(frequencies)
         for name, frequency in zip(names, frequencies, strict=True):
-            found["frequency/" + name.replace("#", "/").replace("()", "")] = frequency
+            found["frequency/" + name.replace("#", "/").replace("()", "/function")] = frequency
     return {f"stochastic_depth/{name}": value for name, value in found.items()}

@@ -35,8 +35,9 @@ class Controller:
     """Draws the gates of a model that `make_stochastic_` made stochastic, and answers for them.
 
     Print it for a table of the branches, or show it in a notebook. `len(depth)` is the number of branches;
-    `depth["blocks.3.drop_path1"]`, `depth[0]` and iteration give `GateInfo`s. Attributes of interest: `names`,
-    `survival_probs`, `expected_depth`, `last_gates`. Once stochastic depth was taken off the model, what would change, count or run it raises RuntimeError.
+    `depth["blocks.3.drop_path1"]`, `depth[0]` and iteration give a `GateInfo` each. Attributes of interest: `names`,
+    `survival_probs`, `expected_depth`, `last_gates`. Once stochastic depth was taken off the model, what would change,
+    count or run it raises RuntimeError.
     """
 
     def __init__(
@@ -287,7 +288,7 @@ class Controller:
         self._passes.end_parts()
 
     def cost(self, *inputs: Any) -> Cost:
-        """What the schedule saves, counted on one forward and backward with every branch open; the model stays as it is.
+        """What the schedule saves, counted on one forward and backward with every branch open; nothing is changed.
 
         From then on `print`, the table in notebooks and `metrics` include the share of the training FLOPs.
 
@@ -358,12 +359,16 @@ class Controller:
     def metrics(self) -> dict[str, float]:
         """Scalars for TensorBoard, W&B or MLflow: how often gates were open since the last call.
 
-        Counted are the draws of this process: forwards in training mode without forced gates. Nothing is communicated.
-        Keys: `stochastic_depth/expected_depth`; `.../realised_depth`, the mean number of branches that ran;
-        `.../cost_share`, the share of the training FLOPs of constant depth at these frequencies, after `cost` was called
-        once; `.../frequency/NAME`, for each branch the mean share of the samples for which its gate was open. In NAME,
-        `layer1.0#2` is `layer1.0/2`, because MLflow does not allow `#`. Without a draw since the last call only the
-        expected depth is given.
+        Only draws count: forwards of this process in training mode, without forced gates. All keys start with
+        `stochastic_depth/`.
+
+        - `expected_depth`: sum of the survival probabilities.
+        - `realised_depth`: mean number of branches that ran.
+        - `cost_share`: share of the training FLOPs of constant depth at these frequencies, if `cost` was called before.
+        - `frequency/NAME`: for each branch, the mean share of the samples for which its gate was open. In NAME,
+          `#2` is `/2` and `()` is `/function`, because MLflow does not allow the former.
+
+        If there was no draw since the last call, only the expected depth is given.
         """
         return metrics(
             self._passes.tally.since_last_call(), self.names, self.expected_depth, self._cost and self._cost.share

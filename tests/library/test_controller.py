@@ -186,7 +186,7 @@ def test_print_lists_every_branch() -> None:
     for name, survival_prob in zip(depth.names, depth.survival_probs, strict=True):
         (line,) = [line for line in lines if line.startswith(name)]
         assert f"{survival_prob:.4f}" in line
-    assert "expected depth: 2.50 of 4" in lines[-1]
+    assert lines[0] == "4 branches, expected depth 2.50: an average step skips 37.5% of branch runs"
     assert "seed 17" in lines[-1]
     assert repr(depth) == "<Controller of 4 branches, expected depth 2.50>"
 
