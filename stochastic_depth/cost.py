@@ -26,8 +26,8 @@ _REST = -1
 
 
 @dataclass(frozen=True)
-class BranchCost:
-    """What one branch costs when it runs, not counting branches inside of it.
+class CostCounts:
+    """What one branch costs when it runs, in absolute numbers and without branches inside of it; or a whole step.
 
     Attributes:
         name: its name.
@@ -61,8 +61,8 @@ class Cost:
     flops_share: float
     activation_share: float
     gradient_share: float
-    branches: tuple[BranchCost, ...]
-    total: BranchCost
+    branches: tuple[CostCounts, ...]
+    total: CostCounts
 
     def share(self, gates: Sequence[float]) -> float:
         """Share of the training FLOPs of constant depth that a step with these gates executes.
@@ -119,7 +119,7 @@ def measure_cost(root: nn.Module, draws: GateDraws, parts: Sequence[nn.Module], 
             torch.autograd.grad([leaf.sum() for leaf in outputs], parameters, allow_unused=True)
     gradient_bytes = _gradient_bytes(root, parts, meter.outer)
     branches = tuple(
-        BranchCost(
+        CostCounts(
             name=name,
             survival_prob=draws.survival_probs[index],
             outer=meter.outer.get(index, ()),
@@ -129,7 +129,7 @@ def measure_cost(root: nn.Module, draws: GateDraws, parts: Sequence[nn.Module], 
         )
         for index, name in enumerate(draws.names)
     )
-    total = BranchCost(
+    total = CostCounts(
         name="constant depth",
         survival_prob=1.0,
         outer=(),
@@ -141,7 +141,7 @@ def measure_cost(root: nn.Module, draws: GateDraws, parts: Sequence[nn.Module], 
     return Cost(**shares, branches=branches, total=total)
 
 
-def _share(branches: Sequence[BranchCost], total: BranchCost, gates: Sequence[float], field: str) -> float:
+def _share(branches: Sequence[CostCounts], total: CostCounts, gates: Sequence[float], field: str) -> float:
     closed = 0.0
     for branch, gate in zip(branches, gates, strict=True):
         reached = gate

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import stochastic_depth as sd
-from stochastic_depth.deploy.branches import trained_branches
-from stochastic_depth.deploy.choice import Order, order_of_going
+from stochastic_depth.deploy.branches import branches_with_gates
+from stochastic_depth.deploy.choice import Order, removal_order
 from stochastic_depth_lab.build import reproducible
 from stochastic_depth_lab.config import Experiment
 from stochastic_depth_lab.data import batches
@@ -61,9 +61,9 @@ def subnetwork_curve(
         run = load_trained(path, device=device, data_root=data_root)
         num_blocks = run.num_blocks
         example = run.inputs(run.images.data.test, 1)
-        going = _going(run, order)
+        removal = _removal_order(run, order)
         for count in sorted({max(1, round(num_blocks * k / num_points)) for k in range(1, num_points + 1)}):
-            keep = sorted(going[num_blocks - count :])
+            keep = sorted(removal[num_blocks - count :])
             point, network = _point(run, keep)
             if finetune is not None:
                 point = replace(point, finetuned_error=finetune(run.smaller(keep), network))
@@ -78,13 +78,13 @@ def subnetwork_curve(
     ]
 
 
-def _going(run: Trained, order: Order) -> list[int]:
-    """The blocks by their index, the first to go first."""
+def _removal_order(run: Trained, order: Order) -> list[int]:
+    """The blocks by their index, the first to be removed first."""
     network = copy.deepcopy(run.model)
     if run.depth is None:
         sd.make_stochastic_(network, sd.uniform(1.0))
     calibration = run.training_batches(NUM_LESION) if order == "lesion" else None
-    return order_of_going(network, trained_branches(network), order, calibration)
+    return removal_order(network, branches_with_gates(network), order, calibration)
 
 
 def _point(run: Trained, keep: list[int]) -> tuple[Point, nn.Module]:

@@ -21,7 +21,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm  # pyright: ignore[repor
 
 from stochastic_depth.copies import plain_class
 from stochastic_depth.deploy.batches import Call
-from stochastic_depth.deploy.branches import TrainedBranch
+from stochastic_depth.deploy.branches import BranchWithGate
 from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.cuts import CutError
@@ -98,7 +98,7 @@ Calls = Mapping[nn.Module, Sequence[Call]]
 """How blocks are called in an example."""
 
 
-def last_affine(model: nn.Module, branch: TrainedBranch, calls: Calls) -> list[Holder]:
+def last_affine(model: nn.Module, branch: BranchWithGate, calls: Calls) -> list[Holder]:
     """The parameters which, all multiplied (or divided) by one positive factor, multiply what a branch gives.
 
     Of a whole layer with drop paths inside, they multiply what each of their branches gives.
@@ -139,16 +139,16 @@ def num_places(model: nn.Module, module: nn.Module) -> int:
     return sum(other is module for _, other in model.named_modules(remove_duplicate=False))
 
 
-def _inner_branches(layer: TrainedBranch) -> list[TrainedBranch]:
+def _inner_branches(layer: BranchWithGate) -> list[BranchWithGate]:
     """The branches of the drop paths inside of a whole layer, each of which has the layer's factor."""
     try:
         inner = find_branches(layer.found.module, None, None, with_schedule=False)
     except ValueError as error:
         raise NotAffineError(f"the branches inside of the layer cannot be told: {error}") from None
-    return [TrainedBranch(each, layer.gated, inner.drop_paths.get(each.module, ())) for each in inner.branches]
+    return [BranchWithGate(each, layer.gated, inner.drop_paths.get(each.module, ())) for each in inner.branches]
 
 
-def last_child(model: nn.Module, branch: TrainedBranch, calls: Calls) -> tuple[nn.Module, tuple[int, ...]]:
+def last_child(model: nn.Module, branch: BranchWithGate, calls: Calls) -> tuple[nn.Module, tuple[int, ...]]:
     """The child of a foreign block whose output is what a branch gives, up to what passes a factor on.
 
     Returns:
@@ -214,7 +214,7 @@ def _refuse_own_way(module: nn.Module) -> None:
         raise NotAffineError(f"a {plain_class(module).__name__} at its end has a hook or a forward of its own")
 
 
-def _followed_everywhere(branch: TrainedBranch, calls: Calls) -> _Ends:
+def _followed_everywhere(branch: BranchWithGate, calls: Calls) -> _Ends:
     block, key = branch.found.module, branch.found.key
     if key is None:
         return _of_child(cast(Residual, block).branch, ((object(),), {}), ())

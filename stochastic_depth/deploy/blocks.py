@@ -310,13 +310,13 @@ def _with_signature(block: nn.Module, recording: Recording, values: Mapping[str,
     return made
 
 
-def hands_on(module: fx.GraphModule) -> bool:
+def is_identity(module: fx.GraphModule) -> bool:
     """Whether a module does nothing but give its first argument back."""
     end = next(iter(reversed(module.graph.nodes)))
-    return handed_on(module) == [end.args[0]]
+    return unchanged_outputs(module) == [end.args[0]]
 
 
-def handed_on(module: fx.GraphModule) -> list[fx.Node]:
+def unchanged_outputs(module: fx.GraphModule) -> list[fx.Node]:
     """What of a module's outputs is its first argument itself."""
     end = next(iter(reversed(module.graph.nodes)))
     return [node for node in end.all_input_nodes if _is_first_argument(node, module)]

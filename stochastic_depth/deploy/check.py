@@ -15,7 +15,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from stochastic_depth.copies import evaluating_
 from stochastic_depth.deploy.batches import Inputs, call_of, map_tensors, own_tensors
 from stochastic_depth.deploy.blocks import noted_calls
-from stochastic_depth.deploy.branches import TrainedBranch
+from stochastic_depth.deploy.branches import BranchWithGate
 from stochastic_depth.deploy.guess import guessed_calls
 from stochastic_depth.deploy.undo import without_traces
 from stochastic_depth.residual import Residual
@@ -62,7 +62,7 @@ class Check:
     def __init__(
         self,
         model: nn.Module,
-        branches: Sequence[TrainedBranch],
+        branches: Sequence[BranchWithGate],
         inputs: Inputs | None,
         *,
         remembered: RememberedCalls | None = None,
@@ -181,7 +181,7 @@ class Check:
 _WAY_OUT = "The model is as it was. Evaluate it as it is, or write the sum as Residual(branch, shortcut)."
 
 
-def _is_inside_another(branch: TrainedBranch, branches: Sequence[TrainedBranch]) -> bool:
+def _is_inside_another(branch: BranchWithGate, branches: Sequence[BranchWithGate]) -> bool:
     """Whether a block lies in the branch of another block, whose factor its output may have."""
     block = branch.found.module
     return any(

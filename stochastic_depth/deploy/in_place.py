@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from torch import fx, nn
 
 from stochastic_depth.copies import plain_class
-from stochastic_depth.deploy.blocks import handed_on, holders
+from stochastic_depth.deploy.blocks import holders, unchanged_outputs
 from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.readings import recordings
@@ -36,7 +36,7 @@ def put_copies_(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> N
 
 def _hands_on(new: nn.Module) -> bool:
     if isinstance(new, fx.GraphModule):
-        return bool(handed_on(new))
+        return bool(unchanged_outputs(new))
     return type(new) in (nn.Identity, nn.Sequential) and next(new.parameters(), None) is None
 
 
@@ -48,7 +48,7 @@ def _copying(new: nn.Module) -> nn.Module:
         graph.output(graph.placeholder("input"))
         new = fx.GraphModule(nn.Module(), graph, "Copy")
     end = next(iter(reversed(new.graph.nodes)))
-    for node in handed_on(new):
+    for node in unchanged_outputs(new):
         with new.graph.inserting_before(end):
             end.replace_input_with(node, new.graph.call_method("clone", (node,)))
     new.recompile()
