@@ -15,12 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from stochastic_depth.gate_draws import GateDraws, Observer
-from stochastic_depth.torch_private import evaluated_node, next_node, number_of
+from stochastic_depth.torch_private import (
+    TorchDispatchMode,
+    evaluated_node,
+    next_node,
+    number_of,
+    storage_number,
+    tree_leaves,
+)
 
 _REST = -1
 
@@ -181,11 +186,6 @@ def _gradient_bytes(root: nn.Module, parts: Sequence[nn.Module], outer: Mapping[
     return gradient_bytes
 
 
-def _storage(tensor: Tensor) -> int:
-    # Not data_ptr(), which is 0 for all tensors on the meta device.
-    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
-
-
 class Meter(TorchDispatchMode):
     """Counts FLOPs and saved bytes, and books them on the branch in whose call they arise (-1: on none)."""
 
@@ -198,7 +198,7 @@ class Meter(TorchDispatchMode):
         # From which autograd node on the nodes belong to which branch.
         self._first_nodes: list[int] = [0]
         self._owners: list[int] = [_REST]
-        self._seen = {_storage(tensor) for tensor in [*root.parameters(), *root.buffers()]}
+        self._seen = {storage_number(tensor) for tensor in [*root.parameters(), *root.buffers()]}
 
     def run_branch(self, index: int, branch: Callable[[Any], Any], x: Any) -> Any:
         """Run a branch, as an observer of the draws."""
@@ -220,7 +220,7 @@ class Meter(TorchDispatchMode):
 
     def save(self, tensor: Tensor) -> Tensor:
         """Book a tensor that is kept for the backward, as the first of `saved_tensors_hooks`."""
-        storage = _storage(tensor)
+        storage = storage_number(tensor)
         if storage not in self._seen:
             self._seen.add(storage)
             owner = self._owner()
@@ -230,7 +230,7 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        count = flop_registry.get(func._overloadpacket)
+        count = flop_registry.get(func.overloadpacket)
         if count is None and func is not torch.ops.prim.device.default:
             with self:
                 decomposed = func.decompose(*args, **kwargs)

@@ -341,7 +341,7 @@ class GateDraws:
             # How many samples of a batch a branch takes is agreed in any case, so that no rank waits for another;
             # only which samples they are differs between decorrelated ranks.
             rank = self._rank() if self.granularity == "batch" else None
-            is_first = not this.counts
+            is_first = not this.counts and num_samples > 0
             counts = this.counts[num_samples] = draw_counts(
                 this.survival_probs,
                 num_samples,

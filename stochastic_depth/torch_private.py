@@ -1,4 +1,10 @@
-"""The private PyTorch calls of the library: what each is for, and what breaks without it. The tests pin them."""
+"""Every private PyTorch name that the library uses, why, and what breaks without it.
+
+No other module uses one. `tests/library/test_torch_private.py` has a test for each, which fails first when PyTorch
+changes it.
+"""
+
+# pyright: reportPrivateUsage=false
 
 from __future__ import annotations
 
@@ -6,7 +12,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 _autograd = torch._C._autograd  # pyright: ignore
 
@@ -48,6 +59,32 @@ def number_of(node: Node) -> int:
 def next_node() -> int:
     """Number that the next autograd node of this thread gets: where a forward begins and ends among the nodes."""
     return torch.autograd._get_sequence_nr()  # pyright: ignore
+
+
+def keeps_its_result(tensor: Tensor) -> bool:
+    """Whether the function that made a tensor keeps it for its backward, as ReLU does.
+
+    Without it, samples that were taken from such a tensor would be kept twice.
+    """
+    return hasattr(type(tensor.grad_fn), "_saved_result")
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was changed in place.
+
+    Without it, a branch that changes its input in place would compute wrong sums, and nothing would tell.
+    """
+    return tensor._version
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """What `function.apply` does, without binding the arguments to their names.
+
+    The binding takes 40 to 60 us of each call, more than the rest of a gate. A step of a ResNet-110 makes 108 calls.
+    """
+    if torch.compiler.is_compiling() or transforms_are_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # pyright: ignore
 
 
 def is_reentrant_checkpoint(node: Node) -> bool:
@@ -136,17 +173,124 @@ Asking costs less than PyTorch's way out of compilation, which is only taken whe
 
 
 def outside_compiler(function: Callable[..., Any], *, recursive: bool) -> Callable[..., Any]:
-    """`function`, not compiled; what it calls is compiled unless `recursive`. The public form is always recursive."""
+    """`function`, not compiled; what it calls is compiled unless `recursive`.
+
+    The public `torch.compiler.disable` does the same, but imports the compiler at once, which would make
+    `import stochastic_depth` take seconds longer.
+    """
     return torch._disable_dynamo(function, recursive=recursive)  # pyright: ignore
 
 
-def _is_never_exporting() -> bool:
-    return False
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module was compiled: wrapped by `torch.compile(module)`, or in place by `module.compile()`.
+
+    Without it, a compiled model would be made stochastic, and its graph would go on without gates.
+    """
+    return is_compiled_wrapper(module) or module._compiled_call_impl is not None
 
 
-is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", _is_never_exporting)
-"""Whether torch.export is tracing. The name is public, but PyTorch 2.6 does not have it and cannot tell."""
+def is_compiled_wrapper(module: nn.Module) -> bool:
+    """Whether a module is what `torch.compile(module)` gives; its calls are those of the module inside."""
+    return hasattr(module, "_orig_mod")
 
+
+# TorchDispatchMode, imported above, sees every operation: FLOPs and memory are counted with it. PyTorch documents it in
+# a private module.
 
 disable_current_modes = cast("Callable[[], Any]", _disable_current_modes)
-"""Within, no FLOP counter or other dispatch mode sees what runs."""
+"""Within, no FLOP counter or other dispatch mode sees what runs. A dry run would be counted without it."""
+
+
+# ------------------------------------------------------------------------------------------ torch.func
+
+
+transforms_are_active: Callable[[], bool] = torch._C._are_functorch_transforms_active  # pyright: ignore
+"""Whether `vmap` or `grad` of `torch.func` is transforming what runs: `apply` would skip what makes them work."""
+
+
+# ------------------------------------------------------------------------------------------ modules
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The dictionary of a module's own parameters.
+
+    The public iterators are too slow for each step, pass over repeated ones, and cannot replace one.
+    """
+    return module._parameters
+
+
+def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """The dictionary of a module's own buffers, see `own_parameters`."""
+    return module._buffers
+
+
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The dictionary of a module's children. `named_children` passes over a child that is held twice."""
+    return module._modules
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def hooks_of(module: nn.Module) -> list[dict[int, Callable[..., Any]]]:
+    """The dictionaries of the hooks that run with a module's forward and backward.
+
+    Nothing public lists them. Without them, a branch with hooks would be replayed, folded or copied, and its hooks
+    would not run, or run in a dry run.
+    """
+    return [getattr(module, name) for name in _HOOKS]
+
+
+def forward_hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
+    """The hooks that run with a module's forward."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
+BatchNorm = _BatchNorm
+"""The class that every batch normalization is derived from, those of other libraries as well."""
+
+InstanceNorm = _InstanceNorm
+"""The same for instance normalization; the public classes have one number of dimensions each."""
+
+RunningNorm = _NormBase
+"""The base of both: what may have running statistics."""
+
+
+# ------------------------------------------------------------------------------------------ tensors and structures
+
+
+def storage_number(tensor: Tensor) -> int:
+    """A number of the memory that a tensor lies in, shared with its views.
+
+    Not `data_ptr()`, which is 0 for all tensors on the meta device. Without it, activations would be counted twice.
+    """
+    return tensor.untyped_storage()._cdata
+
+
+foreach_zero_: Callable[[list[Tensor]], None] = torch._foreach_zero_
+"""Fills many tensors with zeros at once: a GPU would be called for each parameter of a closed branch without it."""
+
+foreach_copy_: Callable[[list[Tensor], list[Tensor]], None] = torch._foreach_copy_
+"""Copies many tensors at once, see `foreach_zero_`."""
+
+tree_leaves: Callable[[Any], list[Any]] = _pytree.tree_leaves
+"""The leaves of nested lists, tuples, dictionaries and what PyTorch's users have registered, such as model outputs.
+
+PyTorch's own is used, because models register their output classes there; the public form came after PyTorch 2.8.
+"""
+
+tree_map: Callable[[Callable[[Any], Any], Any], Any] = _pytree.tree_map
+"""The same structure with a function of each leaf, see `tree_leaves`."""
+
+assert_in_graph: Callable[[Any, str], None] = torch._assert
+"""An assertion that `torch.fx` records: a smaller network would accept inputs that its code was not recorded for."""
+
+
+# ------------------------------------------------------------------------------------------ many processes
+
+
+def keys_of_fsdp() -> tuple[str, str]:
+    """Under which names FSDP2 keeps its state in a module. A dry run would copy it, which fails."""
+    from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+
+    return REGISTRY_KEY, STATE_KEY

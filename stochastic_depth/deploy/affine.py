@@ -16,8 +16,6 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase  # pyright: ignore[reportPrivateUsage]
-from torch.nn.modules.instancenorm import _InstanceNorm  # pyright: ignore[reportPrivateUsage]
 
 from stochastic_depth.copies import plain_class
 from stochastic_depth.deploy.batches import Call
@@ -30,6 +28,7 @@ from stochastic_depth.retrofit.readings import recordings
 from stochastic_depth.retrofit.rules import drop_path_rule
 from stochastic_depth.retrofit.sums import Key, inlined_of, known_sums
 from stochastic_depth.retrofit.trace import TraceError, is_size
+from stochastic_depth.torch_private import BatchNorm, InstanceNorm, RunningNorm, forward_hooks_of
 
 
 class NotAffineError(Exception):
@@ -56,7 +55,7 @@ _AFFINE: set[Callable[..., Any]] = {
     cls.forward
     for cls in (
         nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-        _BatchNorm, nn.SyncBatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm,
+        BatchNorm, nn.SyncBatchNorm, InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm,
     )
 }  # fmt: skip
 _LINEAR: set[Callable[..., Any]] = {cls.forward for cls in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
@@ -203,8 +202,7 @@ def has_own_way(module: nn.Module) -> bool:
     """Whether a call of a module does more than its class's forward says: hooks, or a forward of its own."""
     return (
         "forward" in module.__dict__
-        or bool(module._forward_hooks)  # pyright: ignore[reportPrivateUsage]
-        or bool(module._forward_pre_hooks)  # pyright: ignore[reportPrivateUsage]
+        or bool(forward_hooks_of(module))
         or type(module).__call__ is not nn.Module.__call__
     )
 
@@ -471,7 +469,7 @@ def _weight_and_bias(module: nn.Module) -> list[Holder]:
     plain = dict(module.named_parameters(recurse=False))
     holders = [Holder(module, name) for name in ("weight", "bias") if name in plain]
     if not holders or holders[0].name != "weight":
-        what = "without weights" if isinstance(module, _NormBase) else "whose weight is no plain parameter"
+        what = "without weights" if isinstance(module, RunningNorm) else "whose weight is no plain parameter"
         raise NotAffineError(f"it ends in a {type(module).__name__} {what}")
     if len(holders) == 1 and getattr(module, "bias", None) is not None:
         raise NotAffineError(f"it ends in a {type(module).__name__} whose bias is no plain parameter")

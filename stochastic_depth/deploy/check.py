@@ -21,6 +21,7 @@ from stochastic_depth.deploy.undo import without_traces
 from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit import controller
 from stochastic_depth.retrofit.remembered import Call, RememberedCalls
+from stochastic_depth.torch_private import is_compiled_wrapper
 
 Origin = Literal["given", "remembered", "guessed"]
 Context = Callable[[], AbstractContextManager[Any]]
@@ -74,7 +75,7 @@ class Check:
         depth = controller(model)
         self._kind = type(depth.root).__name__
         self._root = next(name for name, module in model.named_modules() if module is depth.root)
-        self._is_wrapped = isinstance(model, (DataParallel, DistributedDataParallel)) or hasattr(model, "_orig_mod")
+        self._is_wrapped = isinstance(model, (DataParallel, DistributedDataParallel)) or is_compiled_wrapper(model)
         self._branch_of = {
             branch.found.block_name: branch.found.name
             for branch in branches

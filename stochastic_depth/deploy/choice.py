@@ -7,7 +7,6 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from stochastic_depth.copies import evaluating_
@@ -16,6 +15,7 @@ from stochastic_depth.deploy.batches import arguments_of
 from stochastic_depth.deploy.branches import BranchWithGate
 from stochastic_depth.gate_draws import GateDraws, Observer
 from stochastic_depth.retrofit.remembered import Call
+from stochastic_depth.torch_private import tree_leaves
 
 Order = Literal["last", "survival", "lesion"]
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from stochastic_depth.compiling import eager
 from stochastic_depth.copies import plain_class
@@ -20,6 +19,7 @@ from stochastic_depth.residual import Residual, compiled_inside
 from stochastic_depth.retrofit.block import Key
 from stochastic_depth.retrofit.cuts import CutError
 from stochastic_depth.retrofit.trace import PLAIN_TYPES, TraceError, flatten, remember
+from stochastic_depth.torch_private import tree_leaves
 
 
 class Scale(nn.Module):

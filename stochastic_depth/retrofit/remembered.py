@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from stochastic_depth.compiling import eager
 from stochastic_depth.retrofit.trace import PLAIN_TYPES
-from stochastic_depth.torch_private import is_exporting
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of a call, by position and by name."""
@@ -48,7 +47,7 @@ class RememberedCalls:
     @eager
     def note(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remember a call of the root that has succeeded, if it is the first in its mode."""
-        if root.training in self._calls or self._is_paused or is_exporting() or torch.jit.is_tracing():
+        if root.training in self._calls or self._is_paused or torch.compiler.is_exporting() or torch.jit.is_tracing():
             return
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             return
