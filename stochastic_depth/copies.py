@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.torch_private import hooks_of, keys_of_fsdp, own_buffers, own_parameters
+from stochastic_depth.torch_private import buffer_dict, hooks_of, keys_of_fsdp, parameter_dict
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -72,10 +72,10 @@ def plain_copy(
     """A copy with these parameters, that need no gradients, and buffers in place of the module's own."""
     memo: dict[int, Any] = {}
     for part in module.modules():
-        for parameter in own_parameters(part).values():
+        for parameter in parameter_dict(part).values():
             if parameter is not None:
                 memo[id(parameter)] = nn.Parameter(parameter_of(parameter), False)
-        for buffer in own_buffers(part).values():
+        for buffer in buffer_dict(part).values():
             if buffer is not None:
                 memo[id(buffer)] = buffer_of(buffer)
         for hooks in hooks_of(part):

@@ -18,9 +18,9 @@ from stochastic_depth.samples import add_samples, kept_once, take, take_and_carr
 from stochastic_depth.torch_private import (
     BatchNorm,
     apply,
-    children_of,
+    child_dict,
     foreach_zero_,
-    own_parameters,
+    parameter_dict,
     saves_as_usual,
 )
 
@@ -250,8 +250,8 @@ def _parameters(module: nn.Module) -> list[nn.Parameter]:
     """What `module.parameters()` gives, without its names, which take longer than a gate."""
     if type(module).named_parameters is not nn.Module.named_parameters:
         return list(module.parameters())
-    found = [parameter for parameter in own_parameters(module).values() if parameter is not None]
-    for child in children_of(module).values():
+    found = [parameter for parameter in parameter_dict(module).values() if parameter is not None]
+    for child in child_dict(module).values():
         if child is not None:
             found += _parameters(child)
     return found

@@ -8,13 +8,16 @@ changes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes
@@ -208,10 +211,56 @@ transforms_are_active: Callable[[], bool] = torch._C._are_functorch_transforms_a
 """Whether `vmap` or `grad` of `torch.func` is transforming what runs: `apply` would skip what makes them work."""
 
 
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether a tensor is one of `torch.func`'s, which has no memory of its own that a copy could be made of."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore
+
+
+def outside_transforms() -> AbstractContextManager[Any]:
+    """Within, `vmap` and `grad` of `torch.func` do not see what runs; a proof within one would be a part of it."""
+    if not transforms_are_active():
+        return nullcontext()
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    return temporarily_clear_interpreter_stack()
+
+
 # ------------------------------------------------------------------------------------------ modules
 
+MODULE_ATTRIBUTES = frozenset({*vars(nn.Module()), "_compiled_call_impl"})
+"""The attributes that every module has, which say nothing of how its own code computes."""
 
-def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+TENSORS_AND_CHILDREN = ("_parameters", "_buffers", "_modules")
+"""Names of the dictionaries below among a module's attributes."""
+
+HOOKS = tuple(
+    name for name in vars(nn.Module()) if "forward" in name or name in ("_backward_hooks", "_backward_pre_hooks")
+)
+"""Names of the dictionaries of the hooks that run with a module's forward and backward, and of how they are called."""
+
+
+def call_instead(module: nn.Module, call: Callable[..., Any]) -> None:
+    """Let a call of a module be this function: the hooks of the process would count what runs for a proof only."""
+    module.__dict__["_compiled_call_impl"] = call
+
+
+def call_with_own_hooks(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A call of a module with its own hooks and without those of the process."""
+    for number, hook in list(module._forward_pre_hooks.items()):
+        if number in module._forward_pre_hooks_with_kwargs:
+            args, kwargs = hook(module, args, kwargs) or (args, kwargs)
+        else:
+            changed = hook(module, args)
+            args = args if changed is None else changed if isinstance(changed, tuple) else (changed,)
+    output = module.forward(*args, **kwargs)
+    for number, hook in list(module._forward_hooks.items()):
+        given = (args, kwargs) if number in module._forward_hooks_with_kwargs else (args,)
+        changed = hook(module, *given, output)
+        output = output if changed is None else changed
+    return output
+
+
+def parameter_dict(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """The dictionary of a module's own parameters.
 
     The public iterators are too slow for each step, pass over repeated ones, and cannot replace one.
@@ -219,12 +268,12 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
     return module._parameters
 
 
-def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
-    """The dictionary of a module's own buffers, see `own_parameters`."""
+def buffer_dict(module: nn.Module) -> dict[str, Tensor | None]:
+    """The dictionary of a module's own buffers, see `parameter_dict`."""
     return module._buffers
 
 
-def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+def child_dict(module: nn.Module) -> dict[str, nn.Module | None]:
     """The dictionary of a module's children. `named_children` passes over a child that is held twice."""
     return module._modules
 
@@ -241,9 +290,14 @@ def hooks_of(module: nn.Module) -> list[dict[int, Callable[..., Any]]]:
     return [getattr(module, name) for name in _HOOKS]
 
 
-def forward_hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
-    """The hooks that run with a module's forward."""
-    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+def pre_hook_dict(module: nn.Module) -> dict[int, Callable[..., Any]]:
+    """The dictionary of the hooks that run before a module's forward. Weight norm and pruning live in it."""
+    return module._forward_pre_hooks
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether hooks run with a module's forward: a weight that they use or change cannot be folded into."""
+    return bool(module._forward_pre_hooks or module._forward_hooks)
 
 
 BatchNorm = _BatchNorm
@@ -267,6 +321,11 @@ def storage_number(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and no data, as under torch.export: a stand-in cannot take its values from it."""
+    return isinstance(tensor, FakeTensor)
+
+
 foreach_zero_: Callable[[list[Tensor]], None] = torch._foreach_zero_
 """Fills many tensors with zeros at once: a GPU would be called for each parameter of a closed branch without it."""
 
@@ -282,6 +341,15 @@ PyTorch's own is used, because models register their output classes there; the p
 tree_map: Callable[[Callable[[Any], Any], Any], Any] = _pytree.tree_map
 """The same structure with a function of each leaf, see `tree_leaves`."""
 
+tree_map_only: Callable[[type, Callable[[Any], Any], Any], Any] = _pytree.tree_map_only
+"""The same structure with a function of the leaves of one type, see `tree_leaves`."""
+
+tree_flatten: Callable[[Any], tuple[list[Any], Any]] = _pytree.tree_flatten
+"""The leaves of a structure and its form, see `tree_leaves`."""
+
+tree_unflatten: Callable[[Sequence[Any], Any], Any] = _pytree.tree_unflatten
+"""The structure of this form with these leaves, see `tree_leaves`."""
+
 assert_in_graph: Callable[[Any, str], None] = torch._assert
 """An assertion that `torch.fx` records: a smaller network would accept inputs that its code was not recorded for."""
 
@@ -294,3 +362,12 @@ def keys_of_fsdp() -> tuple[str, str]:
     from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
 
     return REGISTRY_KEY, STATE_KEY
+
+
+def running_ddp() -> DistributedDataParallel | None:
+    """The `DistributedDataParallel` whose forward runs.
+
+    The model cannot see its wrapper. Without it, settings of the wrapper that do not work with gates would not be
+    refused.
+    """
+    return DistributedDataParallel._get_active_ddp_module()

@@ -28,7 +28,7 @@ from stochastic_depth.retrofit.readings import recordings
 from stochastic_depth.retrofit.rules import drop_path_rule
 from stochastic_depth.retrofit.sums import Key, inlined_of, known_sums
 from stochastic_depth.retrofit.trace import TraceError, is_size
-from stochastic_depth.torch_private import BatchNorm, InstanceNorm, RunningNorm, forward_hooks_of
+from stochastic_depth.torch_private import BatchNorm, InstanceNorm, RunningNorm, has_forward_hooks
 
 
 class NotAffineError(Exception):
@@ -200,11 +200,7 @@ def _passes_on(child: nn.Module) -> bool:
 
 def has_own_way(module: nn.Module) -> bool:
     """Whether a call of a module does more than its class's forward says: hooks, or a forward of its own."""
-    return (
-        "forward" in module.__dict__
-        or bool(forward_hooks_of(module))
-        or type(module).__call__ is not nn.Module.__call__
-    )
+    return "forward" in module.__dict__ or has_forward_hooks(module) or type(module).__call__ is not nn.Module.__call__
 
 
 def _refuse_own_way(module: nn.Module) -> None:

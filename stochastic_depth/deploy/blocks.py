@@ -36,7 +36,7 @@ from stochastic_depth.retrofit.trace import (
     is_size,
     record,
 )
-from stochastic_depth.torch_private import assert_in_graph, children_of, tree_map
+from stochastic_depth.torch_private import assert_in_graph, child_dict, tree_map
 
 _Recorded = TypeVar("_Recorded")
 
@@ -425,5 +425,5 @@ def replaced_(root: nn.Module, module: nn.Module, new: nn.Module) -> nn.Module:
 def holders(root: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
     """Which modules hold a module, and by which name."""
     return [
-        (parent, name) for parent in root.modules() for name, child in children_of(parent).items() if child is module
+        (parent, name) for parent in root.modules() for name, child in child_dict(parent).items() if child is module
     ]

@@ -16,7 +16,7 @@ from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.readings import recordings
 from stochastic_depth.retrofit.trace import TraceError
-from stochastic_depth.torch_private import children_of
+from stochastic_depth.torch_private import child_dict
 
 
 def put_copies_(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
@@ -71,7 +71,7 @@ def _writes_in_place(module: nn.Module) -> bool:
 def _is_written_behind(model: nn.Module, module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> bool:
     for parent, name in holders(model, module):
         if plain_class(parent).forward is nn.Sequential.forward:
-            children = list(children_of(parent).items())
+            children = list(child_dict(parent).items())
             position = [other for other, _ in children].index(name)
             written = _first_writes([child for _, child in children[position + 1 :] if child], replacements)
             if written or (written is None and _is_written_behind(model, parent, replacements)):

@@ -19,7 +19,7 @@ from stochastic_depth.deploy.fold import is_stochastic, remove_gates_, warn_of_s
 from stochastic_depth.deploy.undo import Snapshot
 from stochastic_depth.retrofit import controller, make_stochastic_
 from stochastic_depth.retrofit.remembered import Call
-from stochastic_depth.torch_private import children_of
+from stochastic_depth.torch_private import child_dict
 
 
 def subnetwork(
@@ -192,7 +192,7 @@ def _drop_idle_relus_(network: nn.Module) -> None:
 
 def _drop_idle_relus_in_(sequence: nn.Sequential, *, after_relu: bool) -> bool:
     """Whether what leaves the sequence comes from a ReLU, which for its input `after_relu` tells."""
-    for name, child in list(children_of(sequence).items()):  # repeated ones too
+    for name, child in list(child_dict(sequence).items()):  # repeated ones too
         if type(child) is nn.ReLU:
             if after_relu:
                 setattr(sequence, name, nn.Identity())

@@ -19,6 +19,7 @@ from stochastic_depth.retrofit.functional import FUNCTIONAL
 from stochastic_depth.retrofit.layers import GatedLayer, LayerDropPath, StochasticLayer, refuse_own_layerdrop
 from stochastic_depth.retrofit.root import StochasticRoot
 from stochastic_depth.schedules import SCHEDULES, Schedule, Values, to_survival_probs
+from stochastic_depth.torch_private import is_compiled
 
 _CONTROLLER = "_stochastic_depth"
 _BRANCH = "_stochastic_depth_branch"
@@ -250,8 +251,7 @@ def _refuse_wrapped(model: nn.Module) -> None:
         kind = type(module).__name__
         if isinstance(module, (DataParallel, DistributedDataParallel)) or kind.startswith(("FSDP", "FullySharded")):
             raise ValueError(f"The model is wrapped in {kind}. {order}")
-    # torch.compile(model) wraps it, model.compile() compiles it in place.
-    if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:  # pyright: ignore[reportPrivateUsage]
+    if is_compiled(model):
         raise ValueError(f"The model is compiled. {order}")
 
 

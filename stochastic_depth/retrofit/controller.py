@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map  # pyright: ignore
 
 from stochastic_depth.attribution import Pass, Scope
 from stochastic_depth.compiling import eager
@@ -26,6 +25,7 @@ from stochastic_depth.retrofit.remembered import RememberedCalls
 from stochastic_depth.retrofit.verify import Verification, verify
 from stochastic_depth.schedules import Values, expected_depth, to_survival_probs
 from stochastic_depth.tally import metrics
+from stochastic_depth.torch_private import tree_map
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

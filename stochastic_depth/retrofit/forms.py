@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from stochastic_depth.copies import plain_class
 from stochastic_depth.retrofit.rules import is_drop_path
 from stochastic_depth.retrofit.trace import PLAIN_TYPES
+from stochastic_depth.torch_private import MODULE_ATTRIBUTES, buffer_dict, child_dict, parameter_dict
 
 _PLAIN = (*PLAIN_TYPES, bytes, complex, enum.Enum, torch.memory_format, torch.layout)
 _MAX_DEPTH = 3
@@ -93,7 +94,7 @@ class Reads:
             if name in names and name not in _NOT_CONFIGURATION and not _is_plain(value)
         ]
         held = {name: block.__dict__[name] for name in self._own}
-        children = {name: child for name, child in block.__dict__["_modules"].items() if child is not None}
+        children = {name: child for name, child in child_dict(block).items() if child is not None}
         self._nested = [
             pair for value in (*held.values(), *children.values()) for pair in _parts_that_are_read(value, names)
         ]
@@ -125,19 +126,17 @@ class Reads:
 
     def children_now(self, block: nn.Module) -> tuple[nn.Module | None, ...]:
         """The modules whose calls the block's code makes, and the inlined ones."""
-        own = block.__dict__["_modules"].values()
+        own = child_dict(block).values()
         if not self._inlined:
             return tuple(own)
-        return tuple([child for part in _with_inlined(block, self._inlined) for child in part._modules.values()])
+        return tuple([child for part in _with_inlined(block, self._inlined) for child in child_dict(part).values()])
 
     def now(self, block: nn.Module) -> tuple[Any, ...]:
         """What the values are now."""
         state = block.__dict__
         plain = tuple([(name, value) for name, value in state.items() if _is_plain(value)])
-        empty = tuple(
-            [name for name, value in (*state["_parameters"].items(), *state["_buffers"].items()) if value is None]
-        )
-        parameters = [id(value) for value in state["_parameters"].values()]
+        empty = tuple([name for name, value in _tensors(block) if value is None])
+        parameters = [id(value) for value in parameter_dict(block).values()]
         return (
             plain,
             empty,
@@ -310,17 +309,11 @@ def _configuration(module: nn.Module) -> tuple[tuple[str, str], ...]:
 _POSITIONS = {"layer_idx", "layer_id", "layer_index", "layer_number"}
 
 
-_NOT_CONFIGURATION = {
-    "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_backward_pre_hooks", "_backward_hooks",
-    "_is_full_backward_hook", "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
-    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_state_dict_hooks", "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_stochastic_depth_branch", "_stochastic_depth",
-    "training", "_compiled_call_impl",
-}  # fmt: skip
+_NOT_CONFIGURATION = {*MODULE_ATTRIBUTES, "_stochastic_depth_branch", "_stochastic_depth"}
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor | None]]:
-    return [*module._parameters.items(), *module._buffers.items()]
+    return [*parameter_dict(module).items(), *buffer_dict(module).items()]
 
 
 def _identity_of(value: Any) -> str:

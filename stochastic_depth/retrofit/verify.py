@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from stochastic_depth.cost import Meter, observed, undisturbed
 from stochastic_depth.gate_draws import GateDraws
@@ -21,6 +20,7 @@ from stochastic_depth.retrofit.quiet import without_noise
 from stochastic_depth.retrofit.stand_in import untouched
 from stochastic_depth.retrofit.sums import BranchParts
 from stochastic_depth.tally import Tally
+from stochastic_depth.torch_private import BatchNorm, tree_leaves
 
 CauseOf = Callable[[Branch], str]
 """Says why a branch is masked; nothing where it is skipped."""
@@ -183,7 +183,7 @@ def _set_mode(root: nn.Module, *, training: bool) -> None:
     """Training or evaluation, in which BatchNorm uses its running statistics."""
     root.train(training)
     for module in root.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, BatchNorm):
             module.training = False
 
 
