@@ -10,6 +10,7 @@ import sys
 import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -436,3 +437,32 @@ def test_single_numbers_of_numpy_and_torch(value) -> None:
         sd.make_stochastic_(mlp(), value)
     with pytest.raises(TypeError, match="must be a number in"):
         sd.linear_decay(np.bool_(True))
+
+
+# ---------------------------------------------------------------------------------------------- documentation
+
+
+def test_the_recipes_for_loggers_log_every_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard itself, and stand-ins for W&B and MLflow that note what they are given."""
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    wandb, mlflow = MagicMock(), MagicMock()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "logging.md").read_text()
+    names: dict[str, object] = {}
+    blocks = re.findall(r"^```(?:python|py)\n(.*?)^```", page, re.M | re.S)
+    assert len(blocks) == 5
+    for block in blocks:
+        exec(block, names)
+    depth = names["depth"]
+    keys = {f"stochastic_depth/{name}" for name in ("expected_depth", "realised_depth", "cost_share")}
+    keys |= {f"stochastic_depth/frequency/{name}" for name in depth.names}
+    (run,) = (tmp_path / "runs").iterdir()
+    events = event_accumulator.EventAccumulator(str(run)).Reload()
+    assert set(events.Tags()["scalars"]) == keys
+    assert [event.step for event in events.Scalars("stochastic_depth/cost_share")] == [4, 9]
+    for log in (wandb.init().__enter__().log, mlflow.log_metrics):
+        assert [call.kwargs["step"] for call in log.call_args_list] == [4, 9]
+        assert all(set(call.args[0]) == keys for call in log.call_args_list)
+    assert all(f"`{name}`" in page for name in ("GateInfo", "depth.metrics()", "depth.plot()"))
