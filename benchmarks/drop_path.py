@@ -102,7 +102,7 @@ def main() -> None:
         f"Forward and backward, {args.model}, {args.image_size} pixels, batch {args.batch_size}, fp32",
         ["model", "process time, ms (median)", "ratio to rate 0 (median)", "ratio of means"],
         rows,
-        f"Expected share of the FLOPs {depth.cost(images).training_flops:.3f}; of the time, with perfect skipping, "
+        f"Expected share of the FLOPs {depth.cost(images).flops_share:.3f}; of the time, with perfect skipping, "
         f"{share_of_time(depth, times):.3f}. n = {args.rounds} interleaved rounds.",
     )
 

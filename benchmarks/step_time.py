@@ -100,7 +100,7 @@ def main() -> None:
         + (", channels last" if args.channels_last else ""),
         ["step", "process time, ms (median)", "ratio to constant depth (median)", "ratio of means"],
         rows,
-        f"Expected share of the FLOPs {depth.cost(images).training_flops:.3f}; of the time, with perfect skipping, "
+        f"Expected share of the FLOPs {depth.cost(images).flops_share:.3f}; of the time, with perfect skipping, "
         f"{expected:.3f}. n = {args.rounds} interleaved rounds.",
     )
 

@@ -4,6 +4,8 @@ import re
 
 import torch
 
+__version__ = "0.1.0"
+
 _OLDEST = (2, 8)
 # By its first two numbers: builds such as 2.8.0a0+34c6371 count as 2.8.
 if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < _OLDEST:
@@ -23,6 +25,7 @@ from stochastic_depth.deploy import (
     recalibrate_batchnorm_,
     subnetwork,
 )
+from stochastic_depth.display import GateInfo
 from stochastic_depth.distributed import shard_
 from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit import (
@@ -42,15 +45,18 @@ from stochastic_depth.schedules import (
     efficientnet,
     expected_depth,
     linear_decay,
-    timm,
     uniform,
 )
+
+# Not in __all__: `from stochastic_depth import *` must not hide the package timm.
+from stochastic_depth.schedules import timm as timm
 
 __all__ = [
     "SCHEDULES",
     "Controller",
     "Cost",
     "DropPathRule",
+    "GateInfo",
     "MaskedBranchWarning",
     "Prediction",
     "Residual",
@@ -72,6 +78,9 @@ __all__ = [
     "restore_",
     "shard_",
     "subnetwork",
-    "timm",
     "uniform",
 ]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__", "timm"]

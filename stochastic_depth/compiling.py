@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from stochastic_depth.torch_private import compiler_of_frames, is_exporting, outside_compiler
+from stochastic_depth.torch_private import compiler_of_frames, outside_compiler
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -28,7 +28,7 @@ def graph_break(function: Function, *, recursive: bool, exported: Callable[..., 
     @functools.wraps(function)
     def either(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            return ((exported or function) if is_exporting() else outside)(*args, **kwargs)
+            return ((exported or function) if torch.compiler.is_exporting() else outside)(*args, **kwargs)
         # PyTorch's way out of compilation costs several microseconds a call; here there is nothing to get out of.
         return (function if compiler_of_frames() is None else outside)(*args, **kwargs)
 

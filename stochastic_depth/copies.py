@@ -12,14 +12,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-Module = TypeVar("Module", bound=nn.Module)
+from stochastic_depth.torch_private import buffer_dict, hooks_of, keys_of_fsdp, parameter_dict
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody's function runs with each call of the module or with its backward."""
-    return any(getattr(module, hooks) for hooks in _HOOKS)
+    return any(hooks_of(module))
 
 
 def way_around(module: nn.Module) -> str:
@@ -28,7 +28,7 @@ def way_around(module: nn.Module) -> str:
     Returns:
         A description; empty where there is nothing. The library's own hooks do not count.
     """
-    hooks = [hook for kind in _HOOKS for hook in getattr(module, kind).values()]
+    hooks = [hook for hooks in hooks_of(module) for hook in hooks.values()]
     if any(not (getattr(hook, "__module__", None) or "").startswith("stochastic_depth.") for hook in hooks):
         return "hooks"
     return "a forward of its own" if "forward" in module.__dict__ else ""
@@ -72,14 +72,14 @@ def plain_copy(
     """A copy with these parameters, that need no gradients, and buffers in place of the module's own."""
     memo: dict[int, Any] = {}
     for part in module.modules():
-        for parameter in part._parameters.values():  # pyright: ignore[reportPrivateUsage]
+        for parameter in parameter_dict(part).values():
             if parameter is not None:
                 memo[id(parameter)] = nn.Parameter(parameter_of(parameter), False)
-        for buffer in part._buffers.values():  # pyright: ignore[reportPrivateUsage]
+        for buffer in buffer_dict(part).values():
             if buffer is not None:
                 memo[id(buffer)] = buffer_of(buffer)
-        for hooks in _HOOKS:
-            memo[id(getattr(part, hooks))] = OrderedDict[Any, Any]()
+        for hooks in hooks_of(part):
+            memo[id(hooks)] = OrderedDict[Any, Any]()
         own = part.__dict__.get("_stochastic_depth_branch")
         if own is not None:
             memo[id(own)] = None
@@ -98,11 +98,10 @@ def _copyable(module: nn.Module, memo: dict[int, Any]) -> Generator[None]:
     """
     sharded: list[tuple[nn.Module, type[nn.Module]]] = []
     if "torch.distributed.fsdp" in sys.modules:  # who has sharded something has imported it
-        from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
         from torch.distributed.fsdp import FSDPModule
 
         for part in module.modules():
-            for key in (REGISTRY_KEY, STATE_KEY):
+            for key in keys_of_fsdp():
                 memo[id(part.__dict__.get(key))] = None
             if isinstance(part, FSDPModule):
                 sharded.append((part, type(part)))

@@ -15,19 +15,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from stochastic_depth.gate_draws import GateDraws, Observer
-from stochastic_depth.torch_private import evaluated_node, next_node, number_of
+from stochastic_depth.torch_private import (
+    TorchDispatchMode,
+    evaluated_node,
+    next_node,
+    number_of,
+    storage_number,
+    tree_leaves,
+)
 
 _REST = -1
 
 
 @dataclass(frozen=True)
-class BranchCost:
-    """What one branch costs when it runs, not counting branches inside of it.
+class CostCounts:
+    """What one branch costs when it runs, in absolute numbers and without branches inside of it; or a whole step.
 
     Attributes:
         name: its name.
@@ -51,18 +56,18 @@ class Cost:
     """What a training step costs, in shares of the same step at constant depth.
 
     Attributes:
-        training_flops: expected share of the floating-point operations, in (0, 1].
-        activation_bytes: expected share of the bytes kept for the backward.
-        gradient_bytes: expected share of the gradients that are not known to be zero.
+        flops_share: expected share of the floating-point operations, in (0, 1].
+        activation_share: expected share of the bytes kept for the backward.
+        gradient_share: expected share of the gradients that are not known to be zero.
         branches: the absolute numbers of each branch.
         total: the absolute numbers of the whole step at constant depth.
     """
 
-    training_flops: float
-    activation_bytes: float
-    gradient_bytes: float
-    branches: tuple[BranchCost, ...]
-    total: BranchCost
+    flops_share: float
+    activation_share: float
+    gradient_share: float
+    branches: tuple[CostCounts, ...]
+    total: CostCounts
 
     def share(self, gates: Sequence[float]) -> float:
         """Share of the training FLOPs of constant depth that a step with these gates executes.
@@ -75,15 +80,22 @@ class Cost:
     def __str__(self) -> str:
         rows = [
             f"{branch.name}  {branch.survival_prob:.3f}  "
-            + "  ".join(f"{getattr(branch, field) / max(getattr(self.total, field), 1):7.2%}" for field in _FIELDS)
+            + "  ".join(
+                f"{getattr(branch, field) / max(getattr(self.total, field), 1):7.2%}" for field in _SHARES.values()
+            )
             for branch in self.branches
         ]
         header = "branch, survival probability, share of training FLOPs, activations, gradients when open"
-        expected = "  ".join(f"{getattr(self, field):7.2%}" for field in _FIELDS)
+        expected = "  ".join(f"{getattr(self, share):7.2%}" for share in _SHARES)
         return "\n".join([header, *rows, f"expected share of constant depth: {expected}"])
 
 
-_FIELDS = ("training_flops", "activation_bytes", "gradient_bytes")
+_SHARES = {
+    "flops_share": "training_flops",
+    "activation_share": "activation_bytes",
+    "gradient_share": "gradient_bytes",
+}
+"""Which count of the branches each share of `Cost` is taken of."""
 
 
 def measure_cost(root: nn.Module, draws: GateDraws, parts: Sequence[nn.Module], inputs: Sequence[Any]) -> Cost:
@@ -112,7 +124,7 @@ def measure_cost(root: nn.Module, draws: GateDraws, parts: Sequence[nn.Module], 
             torch.autograd.grad([leaf.sum() for leaf in outputs], parameters, allow_unused=True)
     gradient_bytes = _gradient_bytes(root, parts, meter.outer)
     branches = tuple(
-        BranchCost(
+        CostCounts(
             name=name,
             survival_prob=draws.survival_probs[index],
             outer=meter.outer.get(index, ()),
@@ -122,7 +134,7 @@ def measure_cost(root: nn.Module, draws: GateDraws, parts: Sequence[nn.Module], 
         )
         for index, name in enumerate(draws.names)
     )
-    total = BranchCost(
+    total = CostCounts(
         name="constant depth",
         survival_prob=1.0,
         outer=(),
@@ -130,11 +142,11 @@ def measure_cost(root: nn.Module, draws: GateDraws, parts: Sequence[nn.Module], 
         activation_bytes=sum(meter.activation_bytes.values()),
         gradient_bytes=sum(_bytes(p) for p in root.parameters() if p.requires_grad),
     )
-    shares = {field: _share(branches, total, draws.survival_probs, field) for field in _FIELDS}
+    shares = {share: _share(branches, total, draws.survival_probs, field) for share, field in _SHARES.items()}
     return Cost(**shares, branches=branches, total=total)
 
 
-def _share(branches: Sequence[BranchCost], total: BranchCost, gates: Sequence[float], field: str) -> float:
+def _share(branches: Sequence[CostCounts], total: CostCounts, gates: Sequence[float], field: str) -> float:
     closed = 0.0
     for branch, gate in zip(branches, gates, strict=True):
         reached = gate
@@ -174,11 +186,6 @@ def _gradient_bytes(root: nn.Module, parts: Sequence[nn.Module], outer: Mapping[
     return gradient_bytes
 
 
-def _storage(tensor: Tensor) -> int:
-    # Not data_ptr(), which is 0 for all tensors on the meta device.
-    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
-
-
 class Meter(TorchDispatchMode):
     """Counts FLOPs and saved bytes, and books them on the branch in whose call they arise (-1: on none)."""
 
@@ -191,7 +198,7 @@ class Meter(TorchDispatchMode):
         # From which autograd node on the nodes belong to which branch.
         self._first_nodes: list[int] = [0]
         self._owners: list[int] = [_REST]
-        self._seen = {_storage(tensor) for tensor in [*root.parameters(), *root.buffers()]}
+        self._seen = {storage_number(tensor) for tensor in [*root.parameters(), *root.buffers()]}
 
     def run_branch(self, index: int, branch: Callable[[Any], Any], x: Any) -> Any:
         """Run a branch, as an observer of the draws."""
@@ -213,7 +220,7 @@ class Meter(TorchDispatchMode):
 
     def save(self, tensor: Tensor) -> Tensor:
         """Book a tensor that is kept for the backward, as the first of `saved_tensors_hooks`."""
-        storage = _storage(tensor)
+        storage = storage_number(tensor)
         if storage not in self._seen:
             self._seen.add(storage)
             owner = self._owner()
@@ -223,7 +230,7 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        count = flop_registry.get(func._overloadpacket)
+        count = flop_registry.get(func.overloadpacket)
         if count is None and func is not torch.ops.prim.device.default:
             with self:
                 decomposed = func.decompose(*args, **kwargs)

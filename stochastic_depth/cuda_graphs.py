@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from stochastic_depth.compiling import eager
 from stochastic_depth.copies import has_hooks
+from stochastic_depth.torch_private import buffer_dict, child_dict, foreach_copy_, parameter_dict
 
 _NUM_WARM_UP = 3
 """Runs before a recording, for what libraries do only at first."""
@@ -246,13 +247,13 @@ class _State:
         while pending:
             part = pending.pop()
             training.append(part.training)
-            for parameter in part._parameters.values():  # pyright: ignore[reportPrivateUsage]
+            for parameter in parameter_dict(part).values():
                 if parameter is not None:
                     parameters[parameter] = None
-            for buffer in part._buffers.values():  # pyright: ignore[reportPrivateUsage]
+            for buffer in buffer_dict(part).values():
                 if buffer is not None:
                     places.append(buffer.data_ptr())
-            pending += [child for child in part._modules.values() if child is not None]  # pyright: ignore
+            pending += [child for child in child_dict(part).values() if child is not None]
         self.parameters = list(parameters)
         self.need_gradients = tuple([parameter.requires_grad for parameter in parameters])
         self.training = tuple(training)
@@ -316,7 +317,7 @@ class _Replay(torch.autograd.Function):
         written = [grad for grad in of_parameters if grad is not None]
         copies = [torch.empty_like(grad) for grad in written]
         if copies:
-            torch._foreach_copy_(copies, written)  # pyright: ignore
+            foreach_copy_(copies, written)
         given = iter(copies)
         return (
             None if of_input is None else of_input.clone(),
@@ -364,7 +365,7 @@ def _stand_ins(module: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
 
 @contextmanager
 def _with_parameters(module: nn.Module, stand_ins: Mapping[nn.Parameter, nn.Parameter]) -> Generator[None]:
-    own = [(part._parameters, dict(part._parameters)) for part in module.modules()]  # pyright: ignore
+    own = [(parameter_dict(part), dict(parameter_dict(part))) for part in module.modules()]
     try:
         for current, before in own:
             current.update({name: None if value is None else stand_ins[value] for name, value in before.items()})

@@ -28,6 +28,7 @@ from stochastic_depth.attribution import (
 )
 from stochastic_depth.compiling import eager, is_capturing
 from stochastic_depth.gates import Draw, draw_counts, draw_order
+from stochastic_depth.tally import Tally
 from stochastic_depth.torch_private import graph_task, top_saved_tensors_hooks
 
 Granularity = Literal["batch", "sample"]
@@ -117,6 +118,8 @@ class GateDraws:
         """Runs every branch in place of its plain call, while something is measured; see `observed`."""
         self.graphs: Replays | None = None
         """Replays branches, after `Controller.capture`."""
+        self.tally = Tally(len(self.names))
+        """How often the gates were open."""
         self._lock = threading.RLock()
         self._attribution = Attribution()
         self._forced = PerContext[Forced]()
@@ -134,6 +137,7 @@ class GateDraws:
         for name in (
             "observer",
             "graphs",
+            "tally",
             "_lock",
             "_attribution",
             "_forced",
@@ -337,6 +341,7 @@ class GateDraws:
             # How many samples of a batch a branch takes is agreed in any case, so that no rank waits for another;
             # only which samples they are differs between decorrelated ranks.
             rank = self._rank() if self.granularity == "batch" else None
+            is_first = not this.counts and num_samples > 0
             counts = this.counts[num_samples] = draw_counts(
                 this.survival_probs,
                 num_samples,
@@ -346,6 +351,8 @@ class GateDraws:
                 costs=self.costs,
                 rank=rank,
             )
+            if is_first:  # Branches may see batches of several sizes; a pass counts once.
+                self.tally.add([count / num_samples for count in counts])
         return counts
 
     def _order_of(self, this: Pass, num_samples: int, device: torch.device) -> Tensor:

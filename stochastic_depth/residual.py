@@ -10,13 +10,19 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from stochastic_depth.compiling import eager, graph_break
 from stochastic_depth.copies import tensor_without_data, without_data
 from stochastic_depth.gate_draws import CLOSED, Gate, GateDraws, Observer
-from stochastic_depth.samples import add_samples, apply, kept_once, take, take_and_carry, unchanged
-from stochastic_depth.torch_private import saves_as_usual
+from stochastic_depth.samples import add_samples, kept_once, take, take_and_carry, unchanged
+from stochastic_depth.torch_private import (
+    BatchNorm,
+    apply,
+    child_dict,
+    foreach_zero_,
+    parameter_dict,
+    saves_as_usual,
+)
 
 # The gated sum stays out of torch.compile's graphs, which would be one per pattern of gates; the branches that it calls
 # are compiled, one graph per shape.
@@ -244,8 +250,8 @@ def _parameters(module: nn.Module) -> list[nn.Parameter]:
     """What `module.parameters()` gives, without its names, which take longer than a gate."""
     if type(module).named_parameters is not nn.Module.named_parameters:
         return list(module.parameters())
-    found = [parameter for parameter in module._parameters.values() if parameter is not None]  # pyright: ignore
-    for child in module._modules.values():  # pyright: ignore
+    found = [parameter for parameter in parameter_dict(module).values() if parameter is not None]
+    for child in child_dict(module).values():
         if child is not None:
             found += _parameters(child)
     return found
@@ -260,7 +266,7 @@ def _plain_sum(shortcut: Tensor, branch: Tensor, factor: float) -> Tensor:
 
 
 def _batch_norms(module: nn.Module) -> list[nn.Module]:
-    return [part for part in module.modules() if isinstance(part, _BatchNorm) and part.training]
+    return [part for part in module.modules() if isinstance(part, BatchNorm) and part.training]
 
 
 class _WithZeroGradients(torch.autograd.Function):
@@ -284,7 +290,7 @@ class _WithZeroGradients(torch.autograd.Function):
         # All at once, so that a GPU is not called for each parameter. Where FSDP2 has gathered the rest of a model and
         # not this branch, a block's own gain is a plain tensor beside the shards of its modules.
         for kind in {type(zero) for zero in zeros}:
-            torch._foreach_zero_([zero for zero in zeros if type(zero) is kind])  # pyright: ignore
+            foreach_zero_([zero for zero in zeros if type(zero) is kind])
         return grad_outputs[0], *zeros
 
 
@@ -306,9 +312,8 @@ class StochasticResidual(Residual):
     def forward(self, x: Tensor) -> Tensor:
         """The gated sum. x: (N, ...)."""
         shortcut = x if self.shortcut is None else self.shortcut(x)
-        branch = cast(nn.Module, self._modules["branch"])  # Found faster than as an attribute.
         if masks_only.get():
-            return shortcut + masked(self._stochastic_depth_branch, branch(x), training=self.training)
+            return shortcut + masked(self._stochastic_depth_branch, self.branch(x), training=self.training)
         return self._stochastic_depth_branch.add(
-            shortcut, x, branch, nn.Module.__call__, parts=branch, training=self.training, repeatable=True
+            shortcut, x, self.branch, nn.Module.__call__, parts=self.branch, training=self.training, repeatable=True
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stochastic_depth.compiling import eager
-from stochastic_depth.torch_private import saves_as_usual
+from stochastic_depth.torch_private import apply, keeps_its_result, saves_as_usual, version_of
 
 
 def take(batch: Tensor, indices: Tensor) -> Tensor:
@@ -42,9 +42,9 @@ def kept_once(taken: Sequence[Tensor], batches: Sequence[Tensor], indices: Tenso
         indices: (K,), which of the batch they are.
     """
     sources = [
-        (samples, _Kept(batch.detach(), batch._version))
+        (samples, _Kept(batch.detach(), version_of(batch)))
         for samples, batch in zip(taken, batches, strict=True)
-        if hasattr(type(batch.grad_fn), "_saved_result")
+        if keeps_its_result(batch)
     ]
     if not sources or not torch.is_grad_enabled() or not saves_as_usual():
         return nullcontext()
@@ -75,7 +75,7 @@ class _KeptOnce(torch.autograd.graph.saved_tensors_hooks):
 def _unpack(indices: Tensor, packed: Tensor | _Kept) -> Tensor:
     if isinstance(packed, Tensor):
         return packed
-    if packed.batch._version != packed.version:
+    if version_of(packed.batch) != packed.version:
         raise RuntimeError(
             "The input of a residual branch was changed in place before its backward, which needs it as it was."
         )
@@ -99,26 +99,18 @@ def unchanged(taken: Sequence[Tensor], branch: str) -> AbstractContextManager[No
 class _Unchanged(AbstractContextManager[None]):
     def __init__(self, taken: Sequence[Tensor], branch: str) -> None:
         self._branch = branch
-        self._before = [(samples, samples._version) for samples in taken if not samples.is_inference()]
+        self._before = [(samples, version_of(samples)) for samples in taken if not samples.is_inference()]
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         # PyTorch itself refuses where the samples have gradients, and names neither the branch nor the cause.
         refused = isinstance(error, RuntimeError) and "modified inplace" in str(error)
-        changed = error is None and any(samples._version != version for samples, version in self._before)
+        changed = error is None and any(version_of(samples) != version for samples, version in self._before)
         if refused or changed:
             raise RuntimeError(
                 f"The branch {self._branch} changes its input in place (as ReLU(inplace=True) does). In the plain "
                 "network that changes the shortcut too; here it cannot, as the branch runs on some of the samples. "
                 "Make its first operation one that is not in place, or choose granularity='batch'."
             ) from error
-
-
-def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """What `function.apply` does, in less time."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():  # pyright: ignore
-        return function.apply(*args)
-    # Without binding the arguments to their names, which takes longer than all the rest.
-    return super(torch.autograd.Function, function).apply(*args)  # pyright: ignore
 
 
 # Samples are taken and added in the order of memory, forward and backward: PyTorch's own index_select and index_add

@@ -9,8 +9,48 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 Schedule = Callable[[int], list[float]]
+
+
+class Array(Protocol):
+    """What numpy arrays and torch tensors have in common."""
+
+    def tolist(self) -> Any:
+        """Its values as plain numbers."""
+        ...
+
+
+Values = Sequence[float] | Array
+
+
+@dataclass(frozen=True)
+class NamedSchedule:
+    """A schedule that prints as the call that made it.
+
+    Attributes:
+        name: the function of this module that made it.
+        survival_prob: the argument of that function.
+        formula: survival probability of a block, from `survival_prob`, the block 1..L and L.
+
+    Example:
+        >>> linear_decay(0.5)
+        linear_decay(0.5)
+    """
+
+    name: str
+    survival_prob: float
+    formula: Callable[[float, int, int], float]
+
+    def __call__(self, num_blocks: int) -> list[float]:
+        """The survival probabilities of `num_blocks` blocks, the one nearest to the input first."""
+        num_blocks = to_num_blocks(num_blocks)
+        return [self.formula(self.survival_prob, block, num_blocks) for block in range(1, num_blocks + 1)]
+
+    def __repr__(self) -> str:
+        return f"{self.name}({self.survival_prob!r})"
 
 
 def linear_decay(final_survival_prob: float) -> Schedule:
@@ -29,13 +69,11 @@ def linear_decay(final_survival_prob: float) -> Schedule:
         >>> linear_decay(0.5)(4)
         [0.875, 0.75, 0.625, 0.5]
     """
-    check_survival_prob(final_survival_prob, "final_survival_prob")
+    return NamedSchedule("linear_decay", to_survival_prob(final_survival_prob, "final_survival_prob"), _linear_decay)
 
-    def schedule(num_blocks: int) -> list[float]:
-        check_num_blocks(num_blocks)
-        return [1 - block / num_blocks * (1 - final_survival_prob) for block in range(1, num_blocks + 1)]
 
-    return schedule
+def _linear_decay(final: float, block: int, num_blocks: int) -> float:
+    return 1 - block / num_blocks * (1 - final)
 
 
 def uniform(survival_prob: float) -> Schedule:
@@ -51,13 +89,11 @@ def uniform(survival_prob: float) -> Schedule:
         >>> uniform(0.8)(3)
         [0.8, 0.8, 0.8]
     """
-    check_survival_prob(survival_prob, "survival_prob")
+    return NamedSchedule("uniform", to_survival_prob(survival_prob, "survival_prob"), _uniform)
 
-    def schedule(num_blocks: int) -> list[float]:
-        check_num_blocks(num_blocks)
-        return [survival_prob] * num_blocks
 
-    return schedule
+def _uniform(survival_prob: float, _block: int, _num_blocks: int) -> float:
+    return survival_prob
 
 
 def timm(final_survival_prob: float) -> Schedule:
@@ -76,13 +112,11 @@ def timm(final_survival_prob: float) -> Schedule:
         >>> timm(0.5)(3)
         [1.0, 0.75, 0.5]
     """
-    check_survival_prob(final_survival_prob, "final_survival_prob")
+    return NamedSchedule("timm", to_survival_prob(final_survival_prob, "final_survival_prob"), _timm)
 
-    def schedule(num_blocks: int) -> list[float]:
-        check_num_blocks(num_blocks)
-        return [1 - block / max(num_blocks - 1, 1) * (1 - final_survival_prob) for block in range(num_blocks)]
 
-    return schedule
+def _timm(final: float, block: int, num_blocks: int) -> float:
+    return 1 - (block - 1) / max(num_blocks - 1, 1) * (1 - final)
 
 
 convnext = timm
@@ -104,13 +138,11 @@ def efficientnet(final_survival_prob: float) -> Schedule:
         >>> efficientnet(0.5)(4)
         [1.0, 0.875, 0.75, 0.625]
     """
-    check_survival_prob(final_survival_prob, "final_survival_prob")
+    return NamedSchedule("efficientnet", to_survival_prob(final_survival_prob, "final_survival_prob"), _efficientnet)
 
-    def schedule(num_blocks: int) -> list[float]:
-        check_num_blocks(num_blocks)
-        return [1 - block / num_blocks * (1 - final_survival_prob) for block in range(num_blocks)]
 
-    return schedule
+def _efficientnet(final: float, block: int, num_blocks: int) -> float:
+    return 1 - (block - 1) / num_blocks * (1 - final)
 
 
 SCHEDULES: dict[str, Callable[[float], Schedule]] = {
@@ -123,7 +155,7 @@ SCHEDULES: dict[str, Callable[[float], Schedule]] = {
 """Every convention by its name, for configurations and command lines."""
 
 
-def expected_depth(survival_probs: Sequence[float]) -> float:
+def expected_depth(survival_probs: Values) -> float:
     """Expected number of blocks that run in a training step, the sum of the survival probabilities, in blocks.
 
     For linear decay to p_L = 0.5 it is (3L - 1) / 4: 40.25 of the paper's 54 blocks.
@@ -138,45 +170,53 @@ def expected_depth(survival_probs: Sequence[float]) -> float:
         >>> expected_depth(linear_decay(0.5)(54))
         40.25
     """
-    check_survival_probs(survival_probs)
-    return math.fsum(survival_probs)
+    return math.fsum(to_survival_probs(survival_probs))
 
 
-def check_survival_prob(survival_prob: float, name: str) -> None:
-    """Raise unless `survival_prob` is a number in (0, 1].
+def to_survival_prob(value: Any, name: str) -> float:
+    """A number in (0, 1] as a float; numpy's and torch's single numbers are numbers.
 
     Raises:
         TypeError: if it is not a number.
         ValueError: if it is outside (0, 1].
     """
-    if isinstance(survival_prob, bool) or not isinstance(survival_prob, (int, float)):
-        raise TypeError(f"{name} must be a number in (0, 1], but is {survival_prob!r}.")
-    if not 0 < survival_prob <= 1:
+    number = _plain(value)
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise TypeError(f"{name} must be a number in (0, 1], but is {value!r}.")
+    if not 0 < number <= 1:
         raise ValueError(
-            f"{name} must be in (0, 1], but is {survival_prob:g}. "
+            f"{name} must be in (0, 1], but is {number:g}. "
             "It is the chance to survive: a drop rate of 0.2 is a survival probability of 0.8."
         )
+    return float(number)
 
 
-def check_survival_probs(survival_probs: Sequence[float]) -> None:
-    """Raise unless every entry is a number in (0, 1].
+def to_survival_probs(values: Values) -> list[float]:
+    """Numbers in (0, 1], in a list, a tuple, a numpy array or a torch tensor, as a list of floats.
 
     Raises:
         TypeError: if an entry is not a number.
         ValueError: if an entry is outside (0, 1].
     """
-    for index, survival_prob in enumerate(survival_probs):
-        check_survival_prob(survival_prob, f"survival_probs[{index}]")
+    entries: Any = values.tolist() if hasattr(values, "tolist") else values  # pyright: ignore
+    return [to_survival_prob(entry, f"survival_probs[{index}]") for index, entry in enumerate(entries)]
 
 
-def check_num_blocks(num_blocks: int) -> None:
-    """Raise unless `num_blocks` is a whole number of at least 1.
+def to_num_blocks(value: Any) -> int:
+    """A whole number of at least 1 as an int.
 
     Raises:
         TypeError: if it is not a whole number.
         ValueError: if it is under 1.
     """
-    if isinstance(num_blocks, bool) or not isinstance(num_blocks, int):
-        raise TypeError(f"num_blocks must be a whole number of blocks, but is {num_blocks!r}.")
-    if num_blocks < 1:
-        raise ValueError(f"num_blocks must be at least 1, but is {num_blocks}.")
+    number = _plain(value)
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise TypeError(f"num_blocks must be a whole number of blocks, but is {value!r}.")
+    if number < 1:
+        raise ValueError(f"num_blocks must be at least 1, but is {number}.")
+    return number
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy's or torch's as Python's; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value

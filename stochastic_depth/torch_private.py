@@ -1,12 +1,26 @@
-"""The private PyTorch calls of the library: what each is for, and what breaks without it. The tests pin them."""
+"""Every private PyTorch name that the library uses, why, and what breaks without it.
+
+No other module uses one. `tests/library/test_torch_private.py` has a test for each, which fails first when PyTorch
+changes it.
+"""
+
+# pyright: reportPrivateUsage=false
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 _autograd = torch._C._autograd  # pyright: ignore
 
@@ -48,6 +62,32 @@ def number_of(node: Node) -> int:
 def next_node() -> int:
     """Number that the next autograd node of this thread gets: where a forward begins and ends among the nodes."""
     return torch.autograd._get_sequence_nr()  # pyright: ignore
+
+
+def keeps_its_result(tensor: Tensor) -> bool:
+    """Whether the function that made a tensor keeps it for its backward, as ReLU does.
+
+    Without it, samples that were taken from such a tensor would be kept twice.
+    """
+    return hasattr(type(tensor.grad_fn), "_saved_result")
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was changed in place.
+
+    Without it, a branch that changes its input in place would compute wrong sums, and nothing would tell.
+    """
+    return tensor._version
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """What `function.apply` does, without binding the arguments to their names.
+
+    The binding takes 40 to 60 us of each call, more than the rest of a gate. A step of a ResNet-110 makes 108 calls.
+    """
+    if torch.compiler.is_compiling() or transforms_are_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # pyright: ignore
 
 
 def is_reentrant_checkpoint(node: Node) -> bool:
@@ -136,17 +176,198 @@ Asking costs less than PyTorch's way out of compilation, which is only taken whe
 
 
 def outside_compiler(function: Callable[..., Any], *, recursive: bool) -> Callable[..., Any]:
-    """`function`, not compiled; what it calls is compiled unless `recursive`. The public form is always recursive."""
+    """`function`, not compiled; what it calls is compiled unless `recursive`.
+
+    The public `torch.compiler.disable` does the same, but imports the compiler at once, which would make
+    `import stochastic_depth` take seconds longer.
+    """
     return torch._disable_dynamo(function, recursive=recursive)  # pyright: ignore
 
 
-def _is_never_exporting() -> bool:
-    return False
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module was compiled: wrapped by `torch.compile(module)`, or in place by `module.compile()`.
+
+    Without it, a compiled model would be made stochastic, and its graph would go on without gates.
+    """
+    return is_compiled_wrapper(module) or module._compiled_call_impl is not None
 
 
-is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", _is_never_exporting)
-"""Whether torch.export is tracing. The name is public, but PyTorch 2.6 does not have it and cannot tell."""
+def is_compiled_wrapper(module: nn.Module) -> bool:
+    """Whether a module is what `torch.compile(module)` gives; its calls are those of the module inside."""
+    return hasattr(module, "_orig_mod")
 
+
+# TorchDispatchMode, imported above, sees every operation: FLOPs and memory are counted with it. PyTorch documents it in
+# a private module.
 
 disable_current_modes = cast("Callable[[], Any]", _disable_current_modes)
-"""Within, no FLOP counter or other dispatch mode sees what runs."""
+"""Within, no FLOP counter or other dispatch mode sees what runs. A dry run would be counted without it."""
+
+
+# ------------------------------------------------------------------------------------------ torch.func
+
+
+transforms_are_active: Callable[[], bool] = torch._C._are_functorch_transforms_active  # pyright: ignore
+"""Whether `vmap` or `grad` of `torch.func` is transforming what runs: `apply` would skip what makes them work."""
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether a tensor is one of `torch.func`'s, which has no memory of its own that a copy could be made of."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore
+
+
+def outside_transforms() -> AbstractContextManager[Any]:
+    """Within, `vmap` and `grad` of `torch.func` do not see what runs; a proof within one would be a part of it."""
+    if not transforms_are_active():
+        return nullcontext()
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    return temporarily_clear_interpreter_stack()
+
+
+# ------------------------------------------------------------------------------------------ modules
+
+MODULE_ATTRIBUTES = frozenset({*vars(nn.Module()), "_compiled_call_impl"})
+"""The attributes that every module has, which say nothing of how its own code computes."""
+
+TENSORS_AND_CHILDREN = ("_parameters", "_buffers", "_modules")
+"""Names of the dictionaries below among a module's attributes."""
+
+HOOKS = tuple(
+    name for name in vars(nn.Module()) if "forward" in name or name in ("_backward_hooks", "_backward_pre_hooks")
+)
+"""Names of the dictionaries of the hooks that run with a module's forward and backward, and of how they are called."""
+
+
+def call_instead(module: nn.Module, call: Callable[..., Any]) -> None:
+    """Let a call of a module be this function: the hooks of the process would count what runs for a proof only."""
+    module.__dict__["_compiled_call_impl"] = call
+
+
+def call_with_own_hooks(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A call of a module with its own hooks and without those of the process."""
+    for number, hook in list(module._forward_pre_hooks.items()):
+        if number in module._forward_pre_hooks_with_kwargs:
+            args, kwargs = hook(module, args, kwargs) or (args, kwargs)
+        else:
+            changed = hook(module, args)
+            args = args if changed is None else changed if isinstance(changed, tuple) else (changed,)
+    output = module.forward(*args, **kwargs)
+    for number, hook in list(module._forward_hooks.items()):
+        given = (args, kwargs) if number in module._forward_hooks_with_kwargs else (args,)
+        changed = hook(module, *given, output)
+        output = output if changed is None else changed
+    return output
+
+
+def parameter_dict(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The dictionary of a module's own parameters.
+
+    The public iterators are too slow for each step, pass over repeated ones, and cannot replace one.
+    """
+    return module._parameters
+
+
+def buffer_dict(module: nn.Module) -> dict[str, Tensor | None]:
+    """The dictionary of a module's own buffers, see `parameter_dict`."""
+    return module._buffers
+
+
+def child_dict(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The dictionary of a module's children. `named_children` passes over a child that is held twice."""
+    return module._modules
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def hooks_of(module: nn.Module) -> list[dict[int, Callable[..., Any]]]:
+    """The dictionaries of the hooks that run with a module's forward and backward.
+
+    Nothing public lists them. Without them, a branch with hooks would be replayed, folded or copied, and its hooks
+    would not run, or run in a dry run.
+    """
+    return [getattr(module, name) for name in _HOOKS]
+
+
+def pre_hook_dict(module: nn.Module) -> dict[int, Callable[..., Any]]:
+    """The dictionary of the hooks that run before a module's forward. Weight norm and pruning live in it."""
+    return module._forward_pre_hooks
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether hooks run with a module's forward: a weight that they use or change cannot be folded into."""
+    return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
+BatchNorm = _BatchNorm
+"""The class that every batch normalization is derived from, those of other libraries as well."""
+
+InstanceNorm = _InstanceNorm
+"""The same for instance normalization; the public classes have one number of dimensions each."""
+
+RunningNorm = _NormBase
+"""The base of both: what may have running statistics."""
+
+
+# ------------------------------------------------------------------------------------------ tensors and structures
+
+
+def storage_number(tensor: Tensor) -> int:
+    """A number of the memory that a tensor lies in, shared with its views.
+
+    Not `data_ptr()`, which is 0 for all tensors on the meta device. Without it, activations would be counted twice.
+    """
+    return tensor.untyped_storage()._cdata
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and no data, as under torch.export: a stand-in cannot take its values from it."""
+    return isinstance(tensor, FakeTensor)
+
+
+foreach_zero_: Callable[[list[Tensor]], None] = torch._foreach_zero_
+"""Fills many tensors with zeros at once: a GPU would be called for each parameter of a closed branch without it."""
+
+foreach_copy_: Callable[[list[Tensor], list[Tensor]], None] = torch._foreach_copy_
+"""Copies many tensors at once, see `foreach_zero_`."""
+
+tree_leaves: Callable[[Any], list[Any]] = _pytree.tree_leaves
+"""The leaves of nested lists, tuples, dictionaries and what PyTorch's users have registered, such as model outputs.
+
+PyTorch's own is used, because models register their output classes there; the public form came after PyTorch 2.8.
+"""
+
+tree_map: Callable[[Callable[[Any], Any], Any], Any] = _pytree.tree_map
+"""The same structure with a function of each leaf, see `tree_leaves`."""
+
+tree_map_only: Callable[[type, Callable[[Any], Any], Any], Any] = _pytree.tree_map_only
+"""The same structure with a function of the leaves of one type, see `tree_leaves`."""
+
+tree_flatten: Callable[[Any], tuple[list[Any], Any]] = _pytree.tree_flatten
+"""The leaves of a structure and its form, see `tree_leaves`."""
+
+tree_unflatten: Callable[[Sequence[Any], Any], Any] = _pytree.tree_unflatten
+"""The structure of this form with these leaves, see `tree_leaves`."""
+
+assert_in_graph: Callable[[Any, str], None] = torch._assert
+"""An assertion that `torch.fx` records: a smaller network would accept inputs that its code was not recorded for."""
+
+
+# ------------------------------------------------------------------------------------------ many processes
+
+
+def keys_of_fsdp() -> tuple[str, str]:
+    """Under which names FSDP2 keeps its state in a module. A dry run would copy it, which fails."""
+    from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+
+    return REGISTRY_KEY, STATE_KEY
+
+
+def running_ddp() -> DistributedDataParallel | None:
+    """The `DistributedDataParallel` whose forward runs.
+
+    The model cannot see its wrapper. Without it, settings of the wrapper that do not work with gates would not be
+    refused.
+    """
+    return DistributedDataParallel._get_active_ddp_module()

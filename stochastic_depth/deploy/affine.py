@@ -16,12 +16,10 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase  # pyright: ignore[reportPrivateUsage]
-from torch.nn.modules.instancenorm import _InstanceNorm  # pyright: ignore[reportPrivateUsage]
 
 from stochastic_depth.copies import plain_class
 from stochastic_depth.deploy.batches import Call
-from stochastic_depth.deploy.branches import TrainedBranch
+from stochastic_depth.deploy.branches import BranchWithGate
 from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.cuts import CutError
@@ -30,6 +28,7 @@ from stochastic_depth.retrofit.readings import recordings
 from stochastic_depth.retrofit.rules import drop_path_rule
 from stochastic_depth.retrofit.sums import Key, inlined_of, known_sums
 from stochastic_depth.retrofit.trace import TraceError, is_size
+from stochastic_depth.torch_private import BatchNorm, InstanceNorm, RunningNorm, has_forward_hooks
 
 
 class NotAffineError(Exception):
@@ -56,7 +55,7 @@ _AFFINE: set[Callable[..., Any]] = {
     cls.forward
     for cls in (
         nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-        _BatchNorm, nn.SyncBatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm,
+        BatchNorm, nn.SyncBatchNorm, InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm,
     )
 }  # fmt: skip
 _LINEAR: set[Callable[..., Any]] = {cls.forward for cls in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
@@ -98,7 +97,7 @@ Calls = Mapping[nn.Module, Sequence[Call]]
 """How blocks are called in an example."""
 
 
-def last_affine(model: nn.Module, branch: TrainedBranch, calls: Calls) -> list[Holder]:
+def last_affine(model: nn.Module, branch: BranchWithGate, calls: Calls) -> list[Holder]:
     """The parameters which, all multiplied (or divided) by one positive factor, multiply what a branch gives.
 
     Of a whole layer with drop paths inside, they multiply what each of their branches gives.
@@ -139,16 +138,16 @@ def num_places(model: nn.Module, module: nn.Module) -> int:
     return sum(other is module for _, other in model.named_modules(remove_duplicate=False))
 
 
-def _inner_branches(layer: TrainedBranch) -> list[TrainedBranch]:
+def _inner_branches(layer: BranchWithGate) -> list[BranchWithGate]:
     """The branches of the drop paths inside of a whole layer, each of which has the layer's factor."""
     try:
         inner = find_branches(layer.found.module, None, None, with_schedule=False)
     except ValueError as error:
         raise NotAffineError(f"the branches inside of the layer cannot be told: {error}") from None
-    return [TrainedBranch(each, layer.gated, inner.drop_paths.get(each.module, ())) for each in inner.branches]
+    return [BranchWithGate(each, layer.gated, inner.drop_paths.get(each.module, ())) for each in inner.branches]
 
 
-def last_child(model: nn.Module, branch: TrainedBranch, calls: Calls) -> tuple[nn.Module, tuple[int, ...]]:
+def last_child(model: nn.Module, branch: BranchWithGate, calls: Calls) -> tuple[nn.Module, tuple[int, ...]]:
     """The child of a foreign block whose output is what a branch gives, up to what passes a factor on.
 
     Returns:
@@ -201,12 +200,7 @@ def _passes_on(child: nn.Module) -> bool:
 
 def has_own_way(module: nn.Module) -> bool:
     """Whether a call of a module does more than its class's forward says: hooks, or a forward of its own."""
-    return (
-        "forward" in module.__dict__
-        or bool(module._forward_hooks)  # pyright: ignore[reportPrivateUsage]
-        or bool(module._forward_pre_hooks)  # pyright: ignore[reportPrivateUsage]
-        or type(module).__call__ is not nn.Module.__call__
-    )
+    return "forward" in module.__dict__ or has_forward_hooks(module) or type(module).__call__ is not nn.Module.__call__
 
 
 def _refuse_own_way(module: nn.Module) -> None:
@@ -214,7 +208,7 @@ def _refuse_own_way(module: nn.Module) -> None:
         raise NotAffineError(f"a {plain_class(module).__name__} at its end has a hook or a forward of its own")
 
 
-def _followed_everywhere(branch: TrainedBranch, calls: Calls) -> _Ends:
+def _followed_everywhere(branch: BranchWithGate, calls: Calls) -> _Ends:
     block, key = branch.found.module, branch.found.key
     if key is None:
         return _of_child(cast(Residual, block).branch, ((object(),), {}), ())
@@ -471,7 +465,7 @@ def _weight_and_bias(module: nn.Module) -> list[Holder]:
     plain = dict(module.named_parameters(recurse=False))
     holders = [Holder(module, name) for name in ("weight", "bias") if name in plain]
     if not holders or holders[0].name != "weight":
-        what = "without weights" if isinstance(module, _NormBase) else "whose weight is no plain parameter"
+        what = "without weights" if isinstance(module, RunningNorm) else "whose weight is no plain parameter"
         raise NotAffineError(f"it ends in a {type(module).__name__} {what}")
     if len(holders) == 1 and getattr(module, "bias", None) is not None:
         raise NotAffineError(f"it ends in a {type(module).__name__} whose bias is no plain parameter")

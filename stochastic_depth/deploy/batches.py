@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from stochastic_depth.retrofit.remembered import Call
+from stochastic_depth.torch_private import tree_map
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 """An example of a call: the argument of a forward, several in a tuple or list, or a mapping of arguments by name."""

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_map
 
 from stochastic_depth.copies import plain_class
 from stochastic_depth.deploy.affine import drop_path_call
@@ -37,6 +36,7 @@ from stochastic_depth.retrofit.trace import (
     is_size,
     record,
 )
+from stochastic_depth.torch_private import assert_in_graph, child_dict, tree_map
 
 _Recorded = TypeVar("_Recorded")
 
@@ -310,13 +310,13 @@ def _with_signature(block: nn.Module, recording: Recording, values: Mapping[str,
     return made
 
 
-def hands_on(module: fx.GraphModule) -> bool:
+def is_identity(module: fx.GraphModule) -> bool:
     """Whether a module does nothing but give its first argument back."""
     end = next(iter(reversed(module.graph.nodes)))
-    return handed_on(module) == [end.args[0]]
+    return unchanged_outputs(module) == [end.args[0]]
 
 
-def handed_on(module: fx.GraphModule) -> list[fx.Node]:
+def unchanged_outputs(module: fx.GraphModule) -> list[fx.Node]:
     """What of a module's outputs is its first argument itself."""
     end = next(iter(reversed(module.graph.nodes)))
     return [node for node in end.all_input_nodes if _is_first_argument(node, module)]
@@ -385,7 +385,7 @@ def _assert(graph: fx.Graph, holds: fx.Node, what: str, block: nn.Module) -> Non
         f"This {plain_class(block).__name__} was recorded for another call: {what}. Give subnetwork inputs, an example "
         "of what the model is called with."
     )
-    graph.call_function(torch._assert, (holds, message))  # pyright: ignore[reportPrivateUsage]
+    graph.call_function(assert_in_graph, (holds, message))
 
 
 def _of_same_form(value: Any) -> Any:
@@ -425,8 +425,5 @@ def replaced_(root: nn.Module, module: nn.Module, new: nn.Module) -> nn.Module:
 def holders(root: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
     """Which modules hold a module, and by which name."""
     return [
-        (parent, name)
-        for parent in root.modules()
-        for name, child in parent._modules.items()  # pyright: ignore[reportPrivateUsage]
-        if child is module
+        (parent, name) for parent in root.modules() for name, child in child_dict(parent).items() if child is module
     ]

@@ -13,7 +13,7 @@ from stochastic_depth.retrofit.find import Branch
 
 
 @dataclass(frozen=True, eq=False)
-class TrainedBranch:
+class BranchWithGate:
     """A branch of a stochastic model.
 
     Attributes:
@@ -32,18 +32,18 @@ class TrainedBranch:
         return self.gated.survival_prob if self.gated.rescale == "eval" else 1.0
 
 
-def trained_branches(model: nn.Module) -> list[TrainedBranch]:
+def branches_with_gates(model: nn.Module) -> list[BranchWithGate]:
     """The branches of a stochastic model, in the order of its controller's names.
 
     Raises:
         ValueError: if the model is not stochastic.
     """
-    branches: list[TrainedBranch] = []
+    branches: list[BranchWithGate] = []
     for found in controller(model).branches:
         own: GatedBranch | BlockBranches = found.module._stochastic_depth_branch  # pyright: ignore
         if isinstance(own, BlockBranches):
             assert found.key is not None
-            branches.append(TrainedBranch(found, own.gated[found.key], own.drop_paths))
+            branches.append(BranchWithGate(found, own.gated[found.key], own.drop_paths))
         else:
-            branches.append(TrainedBranch(found, own))
+            branches.append(BranchWithGate(found, own))
     return branches

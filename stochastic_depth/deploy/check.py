@@ -15,12 +15,13 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from stochastic_depth.copies import evaluating_
 from stochastic_depth.deploy.batches import Inputs, call_of, map_tensors, own_tensors
 from stochastic_depth.deploy.blocks import noted_calls
-from stochastic_depth.deploy.branches import TrainedBranch
+from stochastic_depth.deploy.branches import BranchWithGate
 from stochastic_depth.deploy.guess import guessed_calls
 from stochastic_depth.deploy.undo import without_traces
 from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit import controller
 from stochastic_depth.retrofit.remembered import Call, RememberedCalls
+from stochastic_depth.torch_private import is_compiled_wrapper
 
 Origin = Literal["given", "remembered", "guessed"]
 Context = Callable[[], AbstractContextManager[Any]]
@@ -62,7 +63,7 @@ class Check:
     def __init__(
         self,
         model: nn.Module,
-        branches: Sequence[TrainedBranch],
+        branches: Sequence[BranchWithGate],
         inputs: Inputs | None,
         *,
         remembered: RememberedCalls | None = None,
@@ -74,7 +75,7 @@ class Check:
         depth = controller(model)
         self._kind = type(depth.root).__name__
         self._root = next(name for name, module in model.named_modules() if module is depth.root)
-        self._is_wrapped = isinstance(model, (DataParallel, DistributedDataParallel)) or hasattr(model, "_orig_mod")
+        self._is_wrapped = isinstance(model, (DataParallel, DistributedDataParallel)) or is_compiled_wrapper(model)
         self._branch_of = {
             branch.found.block_name: branch.found.name
             for branch in branches
@@ -181,7 +182,7 @@ class Check:
 _WAY_OUT = "The model is as it was. Evaluate it as it is, or write the sum as Residual(branch, shortcut)."
 
 
-def _is_inside_another(branch: TrainedBranch, branches: Sequence[TrainedBranch]) -> bool:
+def _is_inside_another(branch: BranchWithGate, branches: Sequence[BranchWithGate]) -> bool:
     """Whether a block lies in the branch of another block, whose factor its output may have."""
     block = branch.found.module
     return any(

@@ -1,4 +1,4 @@
-"""Which branches a smaller network keeps: an order in which they go, and a budget that says how many."""
+"""Which branches a smaller network keeps: an order in which they are removed, and a budget that says how many."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from stochastic_depth.copies import evaluating_
 from stochastic_depth.cost import all_gates_open, observed, undisturbed
 from stochastic_depth.deploy.batches import arguments_of
-from stochastic_depth.deploy.branches import TrainedBranch
+from stochastic_depth.deploy.branches import BranchWithGate
 from stochastic_depth.gate_draws import GateDraws, Observer
 from stochastic_depth.retrofit.remembered import Call
+from stochastic_depth.torch_private import tree_leaves
 
 Order = Literal["last", "survival", "lesion"]
 
 
-def order_of_going(
-    model: nn.Module, branches: Sequence[TrainedBranch], order: Order, calibration: Iterable[Any] | None
+def removal_order(
+    model: nn.Module, branches: Sequence[BranchWithGate], order: Order, calibration: Iterable[Any] | None
 ) -> list[int]:
-    """Indices of the branches, the first to go first.
+    """Indices of the branches, the first to be removed first.
 
     Raises:
         ValueError: if the order needs data and there are none.
@@ -40,7 +40,7 @@ def order_of_going(
 
 
 @torch.no_grad()
-def lesions(model: nn.Module, branches: Sequence[TrainedBranch], calibration: Iterable[Any]) -> list[float]:
+def lesions(model: nn.Module, branches: Sequence[BranchWithGate], calibration: Iterable[Any]) -> list[float]:
     """How much the outputs change when a single branch is taken out of the evaluated network (Veit et al. 2016).
 
     Returns:
@@ -75,7 +75,7 @@ def _values(output: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def without(branches: Sequence[TrainedBranch], dropped: Collection[int]) -> Observer:
+def without(branches: Sequence[BranchWithGate], dropped: Collection[int]) -> Observer:
     """Observer of a model's passes that lets some of its branches give zero, and whole layers hand their input on."""
 
     def run(index: int, branch: Callable[[Any], Any], x: Any) -> Any:
@@ -105,8 +105,8 @@ class Budget:
         self._remaining = remaining
         self._what = what
 
-    def keep(self, share: float, going: Sequence[int], branches: Sequence[TrainedBranch]) -> list[int]:
-        """The branches that are kept when they go in this order until at most `share` of the cost is left.
+    def keep(self, share: float, removal: Sequence[int], branches: Sequence[BranchWithGate]) -> list[int]:
+        """The branches that are kept when others are removed in this order until at most `share` of the cost is left.
 
         At least one is kept, and those that cannot be taken out.
 
@@ -115,7 +115,7 @@ class Budget:
         """
         if not 0 < share <= 1:
             raise ValueError(f"{self._what} must be a share of the whole network's in (0, 1], but is {share}.")
-        droppable = [index for index in going if branches[index].found.treatment != "mask"]
+        droppable = [index for index in removal if branches[index].found.treatment != "mask"]
         if len(droppable) == len(branches):
             droppable.pop()  # an empty network is none
         dropped: set[int] = set()
@@ -164,7 +164,7 @@ def forward_flops(model: nn.Module, draws: GateDraws, call: Call) -> Budget:
     return Budget(total, remaining, "cost")
 
 
-def num_parameters(model: nn.Module, branches: Sequence[TrainedBranch]) -> Budget:
+def num_parameters(model: nn.Module, branches: Sequence[BranchWithGate]) -> Budget:
     """The budget in parameters."""
     holders: dict[nn.Parameter, set[int]] = {parameter: set() for parameter in model.parameters()}
     inside: dict[nn.Module, set[int]] = {}

@@ -25,20 +25,20 @@ from stochastic_depth.deploy.affine import (
 )
 from stochastic_depth.deploy.batches import Inputs
 from stochastic_depth.deploy.blocks import (
-    hands_on,
     holders,
+    is_identity,
     replaced_,
     takes_one_argument,
     with_branches_taken_out,
     without_layer,
 )
-from stochastic_depth.deploy.branches import TrainedBranch, trained_branches
+from stochastic_depth.deploy.branches import BranchWithGate, branches_with_gates
 from stochastic_depth.deploy.check import Check
 from stochastic_depth.deploy.in_place import put_copies_
 from stochastic_depth.deploy.scalars import (
+    BranchFactors,
     Scale,
     ScaledBlock,
-    ScaledBranches,
     ScaledLayer,
     ScaledOutput,
     ScaledResidual,
@@ -98,13 +98,13 @@ def fold_(model: nn.Module, *, inputs: Inputs | None = None) -> None:
             stacklevel=2,
         )
         return
-    branches = trained_branches(model)
+    branches = branches_with_gates(model)
     check = Check(model, branches, inputs)
     if any(branch.test_factor != 1 for branch in branches):
         check.warn_if_impossible("fold_", stacklevel=2)
     before = _snapshot(model)
     try:
-        kept, _ = take_off_(model, range(len(branches)), check.calls, before)
+        kept, _ = remove_gates_(model, range(len(branches)), check.calls, before)
         check.refuse_difference(model, "fold_")
     except BaseException:
         before.put_back_()
@@ -142,7 +142,7 @@ def convert_rescale_(model: nn.Module, rescale: Literal["eval", "train"], *, inp
     if rescale not in ("eval", "train"):
         raise ValueError(f"rescale must be 'eval' or 'train', but is {rescale!r}.")
     depth = controller(model)
-    branches = trained_branches(model)
+    branches = branches_with_gates(model)
     if without := [branch.found.name for branch in branches if branch.gated.rescale == "none"]:
         raise ValueError(
             f"{len(without)} branches have rescale 'none' ({without[0]}, ...): neither training nor evaluation has a "
@@ -180,7 +180,7 @@ def convert_rescale_(model: nn.Module, rescale: Literal["eval", "train"], *, inp
 
 
 def _snapshot(model: nn.Module) -> Snapshot:
-    return Snapshot(model, [controller(model), *(branch.gated for branch in trained_branches(model))])
+    return Snapshot(model, [controller(model), *(branch.gated for branch in branches_with_gates(model))])
 
 
 def warn_of_scalars(kept: Sequence[tuple[str, float, str]], *, stacklevel: int) -> None:
@@ -198,7 +198,7 @@ def is_stochastic(model: nn.Module) -> bool:
     return any("_stochastic_depth" in module.__dict__ for module in model.modules())
 
 
-def take_off_(
+def remove_gates_(
     model: nn.Module, keep: Collection[int], calls: Calls, before: Snapshot
 ) -> tuple[list[tuple[str, float, str]], nn.Module]:
     """Remove stochastic depth, with test-time factors in the weights of the branches kept and without the others.
@@ -217,9 +217,9 @@ def take_off_(
         ValueError: if a branch cannot be dropped, or a factor kept; the model is then as it was.
     """
     modes = {module: module.training for module in model.modules()}
-    branches = trained_branches(model)
+    branches = branches_with_gates(model)
     weights: list[tuple[list[Holder], float]] = []
-    scalars: dict[TrainedBranch, str] = {}
+    scalars: dict[BranchWithGate, str] = {}
     for index in keep:
         branch = branches[index]
         if branch.test_factor != 1:
@@ -249,7 +249,7 @@ def take_off_(
         child.register_forward_hook(ScaledOutput(branch.test_factor, path))
     for block, scaled in in_code.items():
         swap_class_(block, ScaledBlock)
-        block._scaled_branches = scaled  # pyright: ignore
+        block._branch_factors = scaled  # pyright: ignore
     for branch in left:
         found = branch.found
         if found.kind == "layer" and not found.drop_paths:
@@ -273,8 +273,8 @@ def _keep_scalar_(module: nn.Module, behaviour: type[nn.Module], factor: float) 
 
 
 def _replacements(
-    model: nn.Module, dropped: list[TrainedBranch], scaled: list[TrainedBranch], calls: Calls
-) -> tuple[dict[nn.Module, nn.Module], dict[nn.Module, ScaledBranches]]:
+    model: nn.Module, dropped: list[BranchWithGate], scaled: list[BranchWithGate], calls: Calls
+) -> tuple[dict[nn.Module, nn.Module], dict[nn.Module, BranchFactors]]:
     """What is to be put in the place of which modules, and which blocks have factors in their code instead."""
     new: dict[nn.Module, nn.Module] = {}
     dropped_keys: dict[nn.Module, set[Key]] = {}
@@ -293,13 +293,13 @@ def _replacements(
             new[found.module] = _without_branch(cast(Residual, found.module))
     own = {branch: _own_drop_paths(model, branch) for branch in scaled}
     in_code = {branch.found.module for branch in scaled if branch.found.key is not None and not own[branch]}
-    scaled_blocks: dict[nn.Module, ScaledBranches] = {}
+    factors_of_blocks: dict[nn.Module, BranchFactors] = {}
     for branch in scaled:
         block, key = branch.found.module, branch.found.key
         if key is not None and block in dropped_keys:
             factors.setdefault(block, {})[key] = branch.test_factor
         elif key is not None and block in in_code:
-            made = scaled_blocks.setdefault(block, ScaledBranches(branch.drop_paths, {}))
+            made = factors_of_blocks.setdefault(block, BranchFactors(branch.drop_paths, {}))
             made.factors[key] = branch.test_factor
         else:
             new.update({drop_path: Scale(branch.test_factor) for drop_path in own[branch]})
@@ -311,10 +311,10 @@ def _replacements(
         except ValueError as error:
             name = next(branch.found.block_name for branch in dropped if branch.found.module is block)
             raise ValueError(f"{name or 'the model'}: {error}") from error
-        is_idle = hands_on(made) and _is_alone(model, block) and takes_one_argument(block)
+        is_idle = is_identity(made) and _is_alone(model, block) and takes_one_argument(block)
         new[block] = nn.Identity() if is_idle else made
     put_copies_(model, new)
-    return new, scaled_blocks
+    return new, factors_of_blocks
 
 
 def _first(calls: Sequence[Call] | None) -> Call | None:
@@ -323,13 +323,13 @@ def _first(calls: Sequence[Call] | None) -> Call | None:
 
 def _last_children(
     model: nn.Module,
-    dropped: Sequence[TrainedBranch],
-    scaled: Sequence[TrainedBranch],
+    dropped: Sequence[BranchWithGate],
+    scaled: Sequence[BranchWithGate],
     calls: Calls,
-) -> dict[TrainedBranch, tuple[nn.Module, tuple[int, ...]]]:
+) -> dict[BranchWithGate, tuple[nn.Module, tuple[int, ...]]]:
     """Of foreign blocks that keep all branches, the children whose outputs can have the factor: their code stays."""
     changed = {branch.found.module for branch in dropped}
-    children: dict[TrainedBranch, tuple[nn.Module, tuple[int, ...]]] = {}
+    children: dict[BranchWithGate, tuple[nn.Module, tuple[int, ...]]] = {}
     for branch in scaled:
         if branch.found.key is not None and branch.found.module not in changed:
             try:
@@ -356,7 +356,7 @@ def _is_alone(model: nn.Module, module: nn.Module) -> bool:
     return all(type(parent).forward is nn.Sequential.forward for parent, _ in holders(model, module))
 
 
-def _own_drop_paths(model: nn.Module, branch: TrainedBranch) -> tuple[nn.Module, ...]:
+def _own_drop_paths(model: nn.Module, branch: BranchWithGate) -> tuple[nn.Module, ...]:
     """The drop paths that multiply this branch and no other, so that a scalar can take their place."""
     found = branch.found
     if found.kind == "layer":

@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from torch import fx, nn
 
 from stochastic_depth.copies import plain_class
-from stochastic_depth.deploy.blocks import handed_on, holders
+from stochastic_depth.deploy.blocks import holders, unchanged_outputs
 from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.readings import recordings
 from stochastic_depth.retrofit.trace import TraceError
+from stochastic_depth.torch_private import child_dict
 
 
 def put_copies_(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
@@ -36,7 +37,7 @@ def put_copies_(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> N
 
 def _hands_on(new: nn.Module) -> bool:
     if isinstance(new, fx.GraphModule):
-        return bool(handed_on(new))
+        return bool(unchanged_outputs(new))
     return type(new) in (nn.Identity, nn.Sequential) and next(new.parameters(), None) is None
 
 
@@ -48,7 +49,7 @@ def _copying(new: nn.Module) -> nn.Module:
         graph.output(graph.placeholder("input"))
         new = fx.GraphModule(nn.Module(), graph, "Copy")
     end = next(iter(reversed(new.graph.nodes)))
-    for node in handed_on(new):
+    for node in unchanged_outputs(new):
         with new.graph.inserting_before(end):
             end.replace_input_with(node, new.graph.call_method("clone", (node,)))
     new.recompile()
@@ -70,7 +71,7 @@ def _writes_in_place(module: nn.Module) -> bool:
 def _is_written_behind(model: nn.Module, module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> bool:
     for parent, name in holders(model, module):
         if plain_class(parent).forward is nn.Sequential.forward:
-            children = list(parent._modules.items())  # pyright: ignore[reportPrivateUsage]
+            children = list(child_dict(parent).items())
             position = [other for other, _ in children].index(name)
             written = _first_writes([child for _, child in children[position + 1 :] if child], replacements)
             if written or (written is None and _is_written_behind(model, parent, replacements)):

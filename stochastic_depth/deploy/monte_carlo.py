@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from stochastic_depth.copies import evaluating_
 from stochastic_depth.cost import observed, undisturbed
 from stochastic_depth.deploy.batches import Inputs, call_of
-from stochastic_depth.deploy.branches import TrainedBranch, trained_branches
+from stochastic_depth.deploy.branches import BranchWithGate, branches_with_gates
 from stochastic_depth.gates import draw_counts
 from stochastic_depth.retrofit import controller
 from stochastic_depth.retrofit.block import BranchParts
@@ -86,7 +86,7 @@ def monte_carlo(
     if outputs not in get_args(Outputs):
         raise ValueError(f"outputs must be one of {', '.join(map(repr, get_args(Outputs)))}, but is {outputs!r}.")
     depth = controller(model)
-    branches = trained_branches(model)
+    branches = branches_with_gates(model)
     draws = branches[0].gated.passes
     args, kwargs = call_of(inputs)
     mean = deviations = entropy = None
@@ -129,7 +129,7 @@ class _Watch:
         branches: the branches of the model.
     """
 
-    def __init__(self, branches: Sequence[TrainedBranch]) -> None:
+    def __init__(self, branches: Sequence[BranchWithGate]) -> None:
         self._branches = branches
         self._open: set[int] = set()
         self._asked: set[int] = set()

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from stochastic_depth.copies import evaluating_
 from stochastic_depth.deploy.batches import arguments_of
+from stochastic_depth.torch_private import BatchNorm
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def recalibrate_batchnorm_(model: nn.Module, batches: Iterable[Any]) -> None:
         raise TypeError(f"batches must be batches, not a tensor {tuple(batches.shape)}: put it into a list, [images].")
     while isinstance(model, (DataParallel, DistributedDataParallel)):  # their forwards talk to other ranks
         model = model.module
-    layers = [each for each in model.modules() if isinstance(each, _BatchNorm) and each.running_mean is not None]
+    layers = [each for each in model.modules() if isinstance(each, BatchNorm) and each.running_mean is not None]
     if not layers:
         warnings.warn(
             f"{type(model).__name__} has no BatchNorm with running statistics: there is nothing to recalibrate.",
@@ -87,7 +87,7 @@ def recalibrate_batchnorm_(model: nn.Module, batches: Iterable[Any]) -> None:
 class _Statistics:
     """Number, mean and sum of squared deviations of all values that a layer has seen, per channel, in float64."""
 
-    def __init__(self, layer: _BatchNorm) -> None:
+    def __init__(self, layer: BatchNorm) -> None:
         assert layer.running_mean is not None
         self._layer = layer
         self._before = [buffer.clone() for buffer in layer.buffers()]
@@ -97,7 +97,7 @@ class _Statistics:
 
     def see(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Forward pre-hook: adds a batch, and lets the layer normalise by it."""
-        assert isinstance(layer, _BatchNorm)
+        assert isinstance(layer, BatchNorm)
         assert layer.running_mean is not None
         assert layer.running_var is not None
         x = args[0]

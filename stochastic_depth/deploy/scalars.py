@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from stochastic_depth.compiling import eager
 from stochastic_depth.copies import plain_class
@@ -20,6 +19,7 @@ from stochastic_depth.residual import Residual, compiled_inside
 from stochastic_depth.retrofit.block import Key
 from stochastic_depth.retrofit.cuts import CutError
 from stochastic_depth.retrofit.trace import PLAIN_TYPES, TraceError, flatten, remember
+from stochastic_depth.torch_private import tree_leaves
 
 
 class Scale(nn.Module):
@@ -93,7 +93,7 @@ class ScaledLayer(nn.Module):
 
 
 @dataclass
-class ScaledBranches:
+class BranchFactors:
     """The branches of a foreign block that are multiplied by numbers, and its code with them, for each form of call.
 
     Attributes:
@@ -164,10 +164,10 @@ def _is_close(a: Tensor, b: Tensor) -> bool:
 class ScaledBlock(nn.Module):
     """Behaviour of a foreign block with scaled branches that neither its weights nor one of its children can scale."""
 
-    _scaled_branches: ScaledBranches
+    _branch_factors: BranchFactors
 
     @compiled_inside
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The block's own forward, with its branches scaled."""
-        forward, leaves = self._scaled_branches.forward_for(self, args, kwargs)
+        forward, leaves = self._branch_factors.forward_for(self, args, kwargs)
         return forward(self, *leaves)

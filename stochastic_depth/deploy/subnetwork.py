@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from stochastic_depth.cost import observed
 from stochastic_depth.deploy.batches import Inputs, call_of
-from stochastic_depth.deploy.branches import trained_branches
+from stochastic_depth.deploy.branches import branches_with_gates
 from stochastic_depth.deploy.check import Check
-from stochastic_depth.deploy.choice import Order, forward_flops, num_parameters, order_of_going, without
-from stochastic_depth.deploy.fold import is_stochastic, take_off_, warn_of_scalars
+from stochastic_depth.deploy.choice import Order, forward_flops, num_parameters, removal_order, without
+from stochastic_depth.deploy.fold import is_stochastic, remove_gates_, warn_of_scalars
 from stochastic_depth.deploy.undo import Snapshot
 from stochastic_depth.retrofit import controller, make_stochastic_
 from stochastic_depth.retrofit.remembered import Call
+from stochastic_depth.torch_private import child_dict
 
 
 def subnetwork(
@@ -82,7 +83,7 @@ def subnetwork(
     if order not in get_args(Order):
         raise ValueError(f"order must be one of {', '.join(map(repr, get_args(Order)))}, but is {order!r}.")
     network = _stochastic_copy(model)
-    branches = trained_branches(network)
+    branches = branches_with_gates(network)
     if all(branch.gated.survival_prob == 1 for branch in branches):
         warnings.warn(
             f"{type(model).__name__} was not trained with stochastic depth: without some of its branches it may be far "
@@ -101,7 +102,7 @@ def subnetwork(
     check.warn_if_impossible("subnetwork", stacklevel=2)
     # A guess is good enough to compare on, but not to fix the code of blocks for calls like it.
     calls = {} if check.origin == "guessed" else check.calls
-    scalars, network = take_off_(network, kept, calls, Snapshot(network))
+    scalars, network = remove_gates_(network, kept, calls, Snapshot(network))
     _drop_idle_relus_(network)
     check.refuse_difference(network, "subnetwork")
     warn_of_scalars(scalars, stacklevel=3)
@@ -170,19 +171,19 @@ def _within_budget(
     calibration: Iterable[Any] | None,
     example: Call | None,
 ) -> list[int]:
-    branches = trained_branches(network)
-    going = order_of_going(network, branches, order, calibration)
+    branches = branches_with_gates(network)
+    removal = removal_order(network, branches, order, calibration)
     if num_blocks is not None:
         if isinstance(num_blocks, bool) or not isinstance(num_blocks, int) or not 1 <= num_blocks <= len(branches):
             raise ValueError(f"num_blocks must be a whole number in 1..{len(branches)}, but is {num_blocks!r}.")
-        return going[len(branches) - num_blocks :][::-1]
+        return removal[len(branches) - num_blocks :][::-1]
     if cost is not None:
         call = (_guessed_example(network), {}) if example is None else example
-        kept = forward_flops(network, branches[0].gated.passes, call).keep(cost, going, branches)
+        kept = forward_flops(network, branches[0].gated.passes, call).keep(cost, removal, branches)
     else:
         assert parameters is not None
-        kept = num_parameters(network, branches).keep(parameters, going, branches)
-    return [index for index in reversed(going) if index in kept]
+        kept = num_parameters(network, branches).keep(parameters, removal, branches)
+    return [index for index in reversed(removal) if index in kept]
 
 
 def _guessed_example(model: nn.Module) -> tuple[Tensor]:
@@ -209,7 +210,7 @@ def _drop_idle_relus_(network: nn.Module) -> None:
 
 def _drop_idle_relus_in_(sequence: nn.Sequential, *, after_relu: bool) -> bool:
     """Whether what leaves the sequence comes from a ReLU, which for its input `after_relu` tells."""
-    for name, child in list(sequence._modules.items()):  # pyright: ignore[reportPrivateUsage] -- repeated ones too
+    for name, child in list(child_dict(sequence).items()):  # repeated ones too
         if type(child) is nn.ReLU:
             if after_relu:
                 setattr(sequence, name, nn.Identity())

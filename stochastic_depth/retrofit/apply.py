@@ -18,7 +18,8 @@ from stochastic_depth.retrofit.find import Branch, Found, Where, find_branches
 from stochastic_depth.retrofit.functional import FUNCTIONAL
 from stochastic_depth.retrofit.layers import GatedLayer, LayerDropPath, StochasticLayer, refuse_own_layerdrop
 from stochastic_depth.retrofit.root import StochasticRoot
-from stochastic_depth.schedules import SCHEDULES, Schedule, check_survival_probs
+from stochastic_depth.schedules import SCHEDULES, Schedule, Values, to_survival_probs
+from stochastic_depth.torch_private import is_compiled
 
 _CONTROLLER = "_stochastic_depth"
 _BRANCH = "_stochastic_depth_branch"
@@ -26,7 +27,7 @@ _BRANCH = "_stochastic_depth_branch"
 
 def make_stochastic_(
     model: nn.Module,
-    schedule: Schedule | Sequence[float] | None = None,
+    schedule: Schedule | Values | None = None,
     *,
     granularity: Granularity | None = None,
     rescale: Rescale | None = None,
@@ -49,8 +50,8 @@ def make_stochastic_(
 
     Args:
         model: the model, not yet wrapped or compiled.
-        schedule: survival over depth, such as `linear_decay(0.5)`, or one survival probability per branch. None keeps
-            the rates of the model's drop paths.
+        schedule: survival over depth, such as `linear_decay(0.5)`, or one survival probability per branch, in a list, a
+            tuple, a numpy array or a tensor. None keeps the rates of the model's drop paths.
         granularity: "batch": one gate per mini-batch and branch (the paper). "sample": each sample its own; a branch
             runs on floor or ceil of p * N of the N samples, with mean p * N exactly, all equally likely. None: "batch"
             with a schedule, else what the model's drop paths do.
@@ -168,11 +169,11 @@ def _make_layer_stochastic(branch: Branch, gated: GatedLayer) -> None:
         setattr(module, _BRANCH, gated)
 
 
-def _own_rescale(branch: Branch, schedule: Schedule | Sequence[float] | None) -> Rescale:
+def _own_rescale(branch: Branch, schedule: Schedule | Values | None) -> Rescale:
     return "eval" if schedule is not None or branch.rule is None else branch.rule.rescale
 
 
-def _default_granularity(branches: Sequence[Branch], schedule: Schedule | Sequence[float] | None) -> Granularity:
+def _default_granularity(branches: Sequence[Branch], schedule: Schedule | Values | None) -> Granularity:
     if schedule is not None:
         return "batch"
     granularities: set[Granularity] = {branch.rule.granularity for branch in branches if branch.rule is not None}
@@ -221,11 +222,11 @@ def restore_(model: nn.Module) -> None:
             delattr(module, name)
 
 
-def _survival_probs(schedule: Schedule | Sequence[float] | None, branches: Sequence[Branch]) -> list[float]:
+def _survival_probs(schedule: Schedule | Values | None, branches: Sequence[Branch]) -> list[float]:
     if schedule is None:
         return [1 - branch.rule.drop_rate for branch in branches if branch.rule is not None]
     num_branches = len(branches)
-    if isinstance(schedule, (int, float)):
+    if isinstance(schedule, (int, float)) or getattr(schedule, "ndim", None) == 0:
         raise TypeError(
             f"schedule must be a schedule, such as linear_decay({schedule}) or uniform({schedule}), or one survival "
             f"probability per branch, but is the number {schedule}. (A drop rate r is a survival probability of 1 - r.)"
@@ -235,14 +236,13 @@ def _survival_probs(schedule: Schedule | Sequence[float] | None, branches: Seque
     name = next((name for name, known in SCHEDULES.items() if known is schedule), None)
     if name is not None:
         raise TypeError(f"schedule must be a schedule, such as {name}(0.5), but is {name} itself.")
-    survival_probs = schedule(num_branches) if callable(schedule) else list(schedule)
+    survival_probs = to_survival_probs(schedule(num_branches) if callable(schedule) else schedule)
     if len(survival_probs) != num_branches:
         raise ValueError(
             f"The schedule must give one survival probability per branch, {num_branches} in all, "
             f"but gives {len(survival_probs)}."
         )
-    check_survival_probs(survival_probs)
-    return [float(survival_prob) for survival_prob in survival_probs]
+    return survival_probs
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
@@ -251,8 +251,7 @@ def _refuse_wrapped(model: nn.Module) -> None:
         kind = type(module).__name__
         if isinstance(module, (DataParallel, DistributedDataParallel)) or kind.startswith(("FSDP", "FullySharded")):
             raise ValueError(f"The model is wrapped in {kind}. {order}")
-    # torch.compile(model) wraps it, model.compile() compiles it in place.
-    if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:  # pyright: ignore[reportPrivateUsage]
+    if is_compiled(model):
         raise ValueError(f"The model is compiled. {order}")
 
 

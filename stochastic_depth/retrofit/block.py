@@ -32,7 +32,6 @@ from stochastic_depth.retrofit.rules import drop_path_rule
 from stochastic_depth.retrofit.stand_in import stand_in
 from stochastic_depth.retrofit.sums import BranchParts, DropPaths, Identity, Key, Paths, find_sums
 from stochastic_depth.retrofit.trace import StoredError, TraceError, flatten, own_forward, unflatten
-from stochastic_depth.torch_private import is_exporting
 
 __all__ = ["BlockBranches", "BranchParts", "Key", "StochasticBlock", "StochasticDropPath", "Treatment", "find_sums"]
 
@@ -203,7 +202,7 @@ class BlockBranches:
         """
         leaves: list[Any] = []
         signature = flatten((args, kwargs), leaves)
-        if is_exporting():
+        if torch.compiler.is_exporting():
             return self._known_for_export(block, leaves), leaves
         self._refuse_ways_around(block)
         reads = self._reads

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+import difflib
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map  # pyright: ignore
 
 from stochastic_depth.attribution import Pass, Scope
 from stochastic_depth.compiling import eager
 from stochastic_depth.cost import Cost, measure_cost
 from stochastic_depth.cuda_graphs import BranchGraphs, refuse_unrecordable
+from stochastic_depth.display import GateInfo, Overview, as_html, as_text, plot
 from stochastic_depth.gate_draws import GateDraws
 from stochastic_depth.residual import SkippedGrad
 from stochastic_depth.retrofit.block import BlockBranches
@@ -22,14 +23,21 @@ from stochastic_depth.retrofit.find import Branch
 from stochastic_depth.retrofit.proof import copy_of_object
 from stochastic_depth.retrofit.remembered import RememberedCalls
 from stochastic_depth.retrofit.verify import Verification, verify
-from stochastic_depth.schedules import check_survival_probs, expected_depth
+from stochastic_depth.schedules import Values, expected_depth, to_survival_probs
+from stochastic_depth.tally import metrics
+from stochastic_depth.torch_private import tree_map
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 class Controller:
     """Draws the gates of a model that `make_stochastic_` made stochastic, and answers for them.
 
-    Print it for a table of the branches. Attributes of interest: `names`, `survival_probs`, `expected_depth`,
-    `last_gates`. Once stochastic depth was taken off the model, what would change, count or run it raises RuntimeError.
+    Print it for a table of the branches, or show it in a notebook. `len(depth)` is the number of branches;
+    `depth["blocks.3.drop_path1"]`, `depth[0]` and iteration give a `GateInfo` each. Attributes of interest: `names`,
+    `survival_probs`, `expected_depth`, `last_gates`. Once stochastic depth was taken off the model, what would change,
+    count or run it raises RuntimeError.
     """
 
     def __init__(
@@ -50,6 +58,7 @@ class Controller:
         self._notes = tuple(notes)
         self._detached = False
         self._calls = RememberedCalls()
+        self._cost: Cost | None = None
 
     @eager
     def scope(self, training: bool, gates: Pass | None) -> Scope | None:
@@ -150,16 +159,18 @@ class Controller:
         """Run every branch without graphs again, and give their memory back: undoes `capture`."""
         self._passes.graphs = None
 
-    def set_survival_probs(self, survival_probs: Sequence[float]) -> None:
+    def set_survival_probs(self, survival_probs: Values) -> None:
         """Change the survival probabilities, from the next forward on. Schedules over time use it.
+
+        Args:
+            survival_probs: one per branch, in a list, a tuple, a numpy array or a tensor.
 
         Raises:
             ValueError: if there is not one number in (0, 1] per branch.
         """
         self._refuse_detached()
         _check_length(survival_probs, len(self.names), "survival_probs", "survival probabilities")
-        check_survival_probs(survival_probs)
-        self._passes.survival_probs = tuple(float(survival_prob) for survival_prob in survival_probs)
+        self._passes.survival_probs = tuple(to_survival_probs(survival_probs))
         self._passes.end_parts()
 
     def set_costs(self, costs: Cost | Sequence[float] | None) -> None:
@@ -279,11 +290,14 @@ class Controller:
     def cost(self, *inputs: Any) -> Cost:
         """What the schedule saves, counted on one forward and backward with every branch open; nothing is changed.
 
+        From then on `print`, the table in notebooks and `metrics` include the share of the training FLOPs.
+
         Args:
             *inputs: arguments of a forward. Shares depend on their shapes only, and hardly on the batch size.
         """
         self._refuse_detached()
-        return measure_cost(self._root, self._passes, [branch.parts for branch in self._branches], inputs)
+        self._cost = measure_cost(self._root, self._passes, [branch.parts for branch in self._branches], inputs)
+        return self._cost
 
     def verify(self, *inputs: Any, **named: Any) -> Verification:
         """Run an example and prove that the model does what its own code does under masks.
@@ -310,42 +324,105 @@ class Controller:
 
         return verify(self._root, self._passes, self._branches, call, _cause_of_mask, self._skipped_grad)
 
-    def __str__(self) -> str:
-        rows = [("branch", "survival", "treatment")]
-        rows += [
-            (branch.name, f"{survival_prob:.4f}", self._treatment(branch, survival_prob))
-            for branch, survival_prob in zip(self._branches, self.survival_probs, strict=True)
-        ]
-        width = max(len(row[0]) for row in rows)
-        lines = [f"{name:<{width}}  {survival:>8}  {treatment}" for name, survival, treatment in rows]
-        lines.append(
-            f"expected depth: {self.expected_depth:.2f} of {len(self.names)} branches; rescale {self._rescale!r}, "
-            f"skipped_grad {self._skipped_grad!r}, draw {self._passes.draw!r}, ranks {self._passes.ranks!r}, "
-            f"seed {self._passes.seed}"
+    # -------------------------------------------------------------------------------------- looking
+
+    def __len__(self) -> int:
+        """Number of branches."""
+        return len(self._branches)
+
+    def __iter__(self) -> Iterator[GateInfo]:
+        """The gates, in the order of `names`."""
+        frequencies = self._passes.tally.count.frequencies or [None] * len(self)
+        for branch, survival_prob, frequency in zip(self._branches, self.survival_probs, frequencies, strict=True):
+            cause = _cause_of_mask(branch)
+            treatment = "mask" if cause else self._treatment(branch, survival_prob)
+            yield GateInfo(branch.name, survival_prob, treatment, cause, frequency)
+
+    def __getitem__(self, key: str | int) -> GateInfo:
+        """The gate of a branch, by name or by position.
+
+        Raises:
+            KeyError: if no branch has this name.
+            IndexError: if there are fewer branches.
+        """
+        if isinstance(key, str) and key not in self._passes.names:
+            close = difflib.get_close_matches(key, self._passes.names, n=1)
+            raise KeyError(f"No branch is called {key!r}." + (f" Did you mean {close[0]!r}?" if close else ""))
+        return list(self)[self._passes.names.index(key) if isinstance(key, str) else key]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._passes.names
+
+    def __dir__(self) -> list[str]:
+        return [name for name in super().__dir__() if not name.startswith("_") and name not in _INTERNAL]
+
+    def metrics(self) -> dict[str, float]:
+        """Scalars for TensorBoard, W&B or MLflow: how often gates were open since the last call.
+
+        Only draws count: forwards of this process in training mode, without forced gates. All keys start with
+        `stochastic_depth/`.
+
+        - `expected_depth`: sum of the survival probabilities.
+        - `realised_depth`: mean number of branches that ran.
+        - `cost_share`: share of the training FLOPs of constant depth at these frequencies, if `cost` was called before.
+        - `frequency/NAME`: for each branch, the mean share of the samples for which its gate was open. In NAME,
+          `#2` is `/2` and `()` is `/function`, because MLflow does not allow the former.
+
+        If there was no draw since the last call, only the expected depth is given.
+        """
+        return metrics(
+            self._passes.tally.since_last_call(), self.names, self.expected_depth, self._cost and self._cost.share
         )
-        lines += [f"no branch: {note}" for note in self._notes]
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Plot survival probabilities, and how often each gate was open in this process.
+
+        Args:
+            ax: matplotlib axes to draw in; None makes a new figure.
+
+        Raises:
+            ImportError: if matplotlib is not installed.
+        """
+        return plot(self._overview(), ax)
+
+    def _overview(self) -> Overview:
         blocks = {own.name: own for branch in self._branches if (own := _block_of(branch))}
-        lines += [
-            f"no branch: {name or 'the model'} also adds what {used} gives, which was not found before: it has no "
-            "gate and always runs"
+        late = [
+            f"{name or 'the model'} also adds what {used} gives, which was not found before: it has no gate and always "
+            "runs"
             for name, own in blocks.items()
             for used in own.ungated
         ]
-        return "\n".join(lines)
+        flops_share = self._cost and self._cost.share(self.survival_probs)
+        settings = {
+            "granularity": self._passes.granularity,
+            "rescale": self._rescale,
+            "skipped_grad": self._skipped_grad,
+            "draw": self._passes.draw,
+            "ranks": self._passes.ranks,
+            "seed": self._passes.seed,
+        }
+        num_draws = self._passes.tally.count.num_draws
+        return Overview(list(self), self.expected_depth, flops_share, settings, [*self._notes, *late], num_draws)
 
     def _treatment(self, branch: Branch, survival_prob: float) -> str:
-        if cause := _cause_of_mask(branch):
-            return f"mask, nothing is saved: {cause}"
         if survival_prob == 1:
             return "always runs"
-        batch = self._passes.granularity == "batch"
-        how = "skip: one gate per mini-batch" if batch else "subset: each sample its own gate"
-        if branch.drop_paths:
-            how += f", and for the {len(branch.drop_paths)} drop paths of the whole layer"
-        return how
+        how = "skip" if self._passes.granularity == "batch" else "subset"
+        return f"{how}, with its {len(branch.drop_paths)} drop paths" if branch.drop_paths else how
+
+    def __str__(self) -> str:
+        return as_text(self._overview())
+
+    def _repr_html_(self) -> str:
+        return as_html(self._overview())
 
     def __repr__(self) -> str:
         return f"<Controller of {len(self.names)} branches, expected depth {self.expected_depth:.2f}>"
+
+
+_INTERNAL = {"branches", "calls", "detach", "note_rescales", "passes", "root", "scope"}
+"""Names without an underscore that are for the library's other modules, not for users."""
 
 
 def _cause_of_mask(branch: Branch) -> str:
@@ -359,7 +436,7 @@ def _block_of(branch: Branch) -> BlockBranches | None:
     return own if isinstance(own, BlockBranches) else None
 
 
-def _check_length(values: Sequence[object], num_branches: int, name: str, what: str) -> None:
+def _check_length(values: Any, num_branches: int, name: str, what: str) -> None:
     if not hasattr(values, "__len__"):
         raise TypeError(f"{name} must have one entry per branch, {num_branches} in all, but is {values!r}.")
     if len(values) != num_branches:

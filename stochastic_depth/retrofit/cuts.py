@@ -485,7 +485,7 @@ def move_behind_what_commutes(drop_path: fx.Node, block: nn.Module) -> None:
     linear: list[fx.Node] = []
     while (user := _only_user(linear[-1] if linear else drop_path)) is not None:
         module = block.get_submodule(user.target) if user.op == "call_module" else None  # pyright: ignore
-        if type(module) is nn.Sequential and not _has_hooks(module):
+        if type(module) is nn.Sequential and not has_hooks(module):
             _call_children(user, module)
         elif type(module) in _LINEAR and getattr(module, "bias", None) is None:
             linear.append(user)
@@ -510,10 +510,6 @@ _LINEAR = (
 def _only_user(node: fx.Node) -> fx.Node | None:
     users = [user for user in node.users if not is_size(user)]
     return users[0] if len(users) == 1 else None
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(getattr(module, hooks) for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"))
 
 
 def _call_children(call: fx.Node, sequential: nn.Sequential) -> None:

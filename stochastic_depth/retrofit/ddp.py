@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from stochastic_depth.compiling import eager
 from stochastic_depth.gate_draws import GateDraws, has_several_ranks
 from stochastic_depth.residual import SkippedGrad
+from stochastic_depth.torch_private import running_ddp
 
 
 @eager
@@ -34,7 +34,7 @@ def refuse_unsound(draws: GateDraws, skipped_grad: SkippedGrad, parts: Sequence[
                     "or plain BatchNorm."
                 )
     # The wrapper is not to be seen from the model; PyTorch notes which one is running.
-    wrapper: DistributedDataParallel | None = DistributedDataParallel._get_active_ddp_module()  # pyright: ignore
+    wrapper = running_ddp()
     if wrapper is None or not torch.is_grad_enabled():
         return
     if wrapper.static_graph:

@@ -15,12 +15,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from stochastic_depth.retrofit.called import Called
 from stochastic_depth.retrofit.reads import Reads, code_of, places_of_children
 from stochastic_depth.retrofit.stand_in import is_data, snapshot
 from stochastic_depth.retrofit.trace import StoredError, TraceError
+from stochastic_depth.torch_private import tree_leaves
 
 CONSTANTS = (
     type(None), bool, int, float, complex, str, bytes, type(...), torch.dtype, torch.device, torch.layout,
@@ -82,7 +82,7 @@ def _remembers(now: Any, value: Any, before: Any) -> bool:
             isinstance(leaf, (Tensor, fx.Node, bool, int, float, str)) or hasattr(type(leaf), "__torch_function__")
             for key, item in cast("dict[Any, Any]", value).items()
             if key not in before
-            for leaf in pytree.tree_leaves(item)
+            for leaf in tree_leaves(item)
         )
     )
 

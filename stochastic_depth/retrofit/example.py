@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_map  # pyright: ignore
 
 from stochastic_depth.cost import undisturbed
 from stochastic_depth.retrofit.effects import ChangedObjectError
@@ -17,6 +16,7 @@ from stochastic_depth.retrofit.quiet import without_noise
 from stochastic_depth.retrofit.recorder import run_block
 from stochastic_depth.retrofit.stand_in import stand_in, untouched
 from stochastic_depth.retrofit.trace import TraceError, flatten, unflatten
+from stochastic_depth.torch_private import tree_map
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 

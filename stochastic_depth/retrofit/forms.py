@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from stochastic_depth.copies import plain_class
 from stochastic_depth.retrofit.rules import is_drop_path
 from stochastic_depth.retrofit.trace import PLAIN_TYPES
+from stochastic_depth.torch_private import MODULE_ATTRIBUTES, buffer_dict, parameter_dict
 
 PLAIN = (*PLAIN_TYPES, bytes, complex, enum.Enum, torch.memory_format, torch.layout)
 _MAX_DEPTH = 3
@@ -134,17 +135,11 @@ def _configuration(module: nn.Module) -> tuple[tuple[str, str], ...]:
 _POSITIONS = {"layer_idx", "layer_id", "layer_index", "layer_number"}
 
 
-NOT_CONFIGURATION = {
-    "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_backward_pre_hooks", "_backward_hooks",
-    "_is_full_backward_hook", "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
-    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_state_dict_hooks", "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_stochastic_depth_branch", "_stochastic_depth",
-    "training", "_compiled_call_impl",
-}  # fmt: skip
+NOT_CONFIGURATION = {*MODULE_ATTRIBUTES, "_stochastic_depth_branch", "_stochastic_depth"}
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor | None]]:
-    return [*module._parameters.items(), *module._buffers.items()]
+    return [*parameter_dict(module).items(), *buffer_dict(module).items()]
 
 
 def _identity_of(value: Any) -> str:

@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map_only
 
 from stochastic_depth.compiling import eager
 from stochastic_depth.copies import evaluating_, plain_class, plain_copy, tensor_without_data
@@ -17,6 +16,7 @@ from stochastic_depth.gate_draws import CLOSED, Gate
 from stochastic_depth.residual import GatedBranch, compiled_inside, masks_only
 from stochastic_depth.retrofit.shapes import samples_among
 from stochastic_depth.retrofit.trace import Recording, TraceError, decide_by, flatten, record, remember, unflatten
+from stochastic_depth.torch_private import tree_map_only
 
 
 @dataclass(eq=False)

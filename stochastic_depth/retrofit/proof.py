@@ -13,8 +13,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore
 
 from stochastic_depth.gate_draws import CLOSED, Gate
 from stochastic_depth.residual import GatedBranch
@@ -27,6 +25,7 @@ from stochastic_depth.retrofit.rewrite import Code, GatedUse, edits_of
 from stochastic_depth.retrofit.stand_in import sample_leaf, uniform
 from stochastic_depth.retrofit.sums import Key
 from stochastic_depth.retrofit.trace import TraceError
+from stochastic_depth.torch_private import disable_current_modes, outside_transforms, tree_leaves, version_of
 
 Pattern = Mapping[Key, "bool | Tensor | None"]
 """A gate for each branch: open or closed, (n,) one for each sample, or None for the rule of evaluation."""
@@ -85,10 +84,10 @@ def private() -> Generator[None]:
     """Within, what runs leaves no trace: not in random states, not in what autograd keeps for somebody else."""
     grad = torch.is_grad_enabled()
     with (
-        _outside_transforms(),
+        outside_transforms(),
         torch.inference_mode(False),
         torch.set_grad_enabled(grad),
-        _disable_current_modes(),
+        disable_current_modes(),
         torch.autograd.graph.saved_tensors_hooks(_pack, _unpack),
         _without_autocast_cache(),
         quiet(),
@@ -96,32 +95,13 @@ def private() -> Generator[None]:
         yield
 
 
-@contextmanager
-def _outside_transforms() -> Generator[None]:
-    if not torch._C._are_functorch_transforms_active():  # pyright: ignore
-        yield
-        return
-    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-
-    # They forbid hooks of saved tensors, by which a proof sees what is changed in place.
-    autograd: Any = torch._C._autograd
-    message = autograd._saved_tensors_hooks_get_disabled_error_message()
-    with temporarily_clear_interpreter_stack():
-        autograd._saved_tensors_hooks_enable()
-        try:
-            yield
-        finally:
-            if message is not None:
-                autograd._saved_tensors_hooks_disable(message)
-
-
 def _pack(tensor: Tensor) -> tuple[Tensor, int]:
-    return tensor.detach(), tensor._version
+    return tensor.detach(), version_of(tensor)
 
 
 def _unpack(packed: tuple[Tensor, int]) -> Tensor:
     tensor, version = packed
-    if tensor._version != version:
+    if version_of(tensor) != version:
         raise RuntimeError("a value that its backward needs was changed in place")
     return tensor
 
@@ -256,7 +236,7 @@ def _with_gradients(
     """Outputs of a run, and gradients of its inputs and of the block's parameters, of all outputs but `absent`."""
     # Not the leaves themselves, which code in place could not change.
     given = [leaf.clone() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf for leaf in leaves]
-    outputs = pytree.tree_leaves(run(given))
+    outputs = tree_leaves(run(given))
     sources = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
     sources += [parameter for parameter in block.parameters() if parameter.requires_grad]
     ends = [

@@ -20,7 +20,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from stochastic_depth.retrofit.called import Called, method_of, watched
 from stochastic_depth.retrofit.checkpoints import Regions, kept
@@ -41,6 +40,16 @@ from stochastic_depth.retrofit.maps import is_attention_map
 from stochastic_depth.retrofit.reads import Place, Reads
 from stochastic_depth.retrofit.rules import is_drop_path
 from stochastic_depth.retrofit.trace import StoredError, TraceError
+from stochastic_depth.torch_private import (
+    TENSORS_AND_CHILDREN,
+    buffer_dict,
+    parameter_dict,
+    tree_flatten,
+    tree_leaves,
+    tree_map_only,
+    tree_unflatten,
+    version_of,
+)
 
 # Where a tensor is stored is another place in another call of the same form.
 _ORIGIN = {"storage_offset", "data_ptr", "untyped_storage", "is_set_to"}
@@ -311,7 +320,7 @@ class _Recorder(TorchFunctionMode):
             if node.target is operator.getitem and cast(fx.Node, node.args[0]).op == "call_module":
                 node.meta["attention_map"] = is_attention_map(value)
             if not value.is_inference():
-                self._versions[id(value)] = (value, value._version)
+                self._versions[id(value)] = (value, version_of(value))
         elif not isinstance(value, CONSTANTS):
             self._alive.append(value)
             self._objects[id(value)] = node
@@ -377,8 +386,8 @@ class _Recorder(TorchFunctionMode):
             return self._get_attribute(self._held_objects[id(value)])
         if isinstance(value, nn.Module):
             raise TraceError("the block passes a module on")
-        if pytree.tree_leaves(value) != [value]:
-            leaves, spec = pytree.tree_flatten(value)
+        if tree_leaves(value) != [value]:
+            leaves, spec = tree_flatten(value)
             built = self.graph.call_function(_unflatten, cast(Any, ([self._argument(leaf) for leaf in leaves], spec)))
             return built
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -544,9 +553,9 @@ class _Recorder(TorchFunctionMode):
                 node.meta["settings"] = context
             result = self._result(node, output)
             if _gives_sizes_of_values(func, args, kwargs) or any(
-                id(leaf) in self._valued for leaf in pytree.tree_leaves((args, kwargs))
+                id(leaf) in self._valued for leaf in tree_leaves((args, kwargs))
             ):
-                self._valued.update(id(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
+                self._valued.update(id(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
         finally:
             self._inside -= 1
         return None if target is _set_item else result
@@ -556,7 +565,7 @@ class _Recorder(TorchFunctionMode):
         number = self._num_calls
         self._num_calls += 1
         node.meta["call"] = number
-        changed = [tensor for tensor, version in self._versions.values() if tensor._version != version]
+        changed = [tensor for tensor, version in self._versions.values() if version_of(tensor) != version]
         node.meta["writes"] = [self._nodes[id(tensor)] for tensor in changed]
         for tensor in changed:
             if id(tensor) in self._held and node.op != "call_module":
@@ -588,8 +597,8 @@ class _Recorder(TorchFunctionMode):
         if type(output) in (tuple, list) and output and isinstance(output[0], Tensor):
             first, *others = cast("list[Any]", output)
             return output if new(first) is first else type(output)([new(first), *others])
-        if any(isinstance(leaf, Tensor) and new(leaf) is not leaf for leaf in pytree.tree_leaves(output)):
-            return pytree.tree_map_only(Tensor, new, output)
+        if any(isinstance(leaf, Tensor) and new(leaf) is not leaf for leaf in tree_leaves(output)):
+            return tree_map_only(Tensor, new, output)
         return output
 
     def end(self, output: Any) -> None:
@@ -609,11 +618,11 @@ def _name_of(path: tuple[Any, ...]) -> str:
 def _held_tensors(block: nn.Module) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
     for path, module in block.named_modules():
         prefix = tuple(path.split(".")) if path else ()
-        for name, value in (*module._parameters.items(), *module._buffers.items()):
+        for name, value in (*parameter_dict(module).items(), *buffer_dict(module).items()):
             if value is not None:
                 yield (*prefix, name), value
         for name, value in module.__dict__.items():
-            if name not in ("_parameters", "_buffers", "_modules"):
+            if name not in TENSORS_AND_CHILDREN:
                 for inner, tensor in _tensors_in(value, 3):
                     yield (*prefix, name, *inner), tensor
 
@@ -707,7 +716,7 @@ def _method(name: str) -> Callable[..., Any]:
 
 
 def _unflatten(leaves: list[Any], spec: Any) -> Any:
-    return pytree.tree_unflatten(leaves, spec)
+    return tree_unflatten(leaves, spec)
 
 
 def _replaced(kind: Any, values: Mapping[str, Any]) -> Any:

@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from stochastic_depth.compiling import eager, is_capturing
 from stochastic_depth.retrofit.trace import PLAIN_TYPES
-from stochastic_depth.torch_private import is_exporting
+from stochastic_depth.torch_private import disable_current_modes, is_transformed, tree_flatten, tree_unflatten
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of a call, by position and by name."""
@@ -48,12 +46,12 @@ class RememberedCalls:
     @eager
     def note(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remember a call of the root that has succeeded, if it is the first in its mode."""
-        if root.training in self._calls or self._is_paused or is_exporting() or torch.jit.is_tracing():
+        if root.training in self._calls or self._is_paused or torch.compiler.is_exporting() or torch.jit.is_tracing():
             return
         if is_capturing():
             return
         # Neither counters of operations nor inference mode have anything to do with the copies.
-        with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+        with disable_current_modes(), torch.inference_mode(False), torch.no_grad():
             self._calls[root.training] = _copied(args, kwargs)
 
     def evaluation_first(self) -> list[Call]:
@@ -85,5 +83,4 @@ def _is_copyable(leaf: Any) -> bool:
     if not isinstance(leaf, Tensor):
         return isinstance(leaf, PLAIN_TYPES)
     is_own_kind = type(leaf) in (Tensor, nn.Parameter) and leaf.layout is torch.strided and not leaf.is_nested
-    is_transformed = torch._C._functorch.is_functorch_wrapped_tensor(leaf)  # pyright: ignore
-    return is_own_kind and not leaf.is_meta and not is_transformed
+    return is_own_kind and not leaf.is_meta and not is_transformed(leaf)

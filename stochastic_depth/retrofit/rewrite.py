@@ -32,6 +32,7 @@ from stochastic_depth.retrofit.sums import (
     paths_of,
 )
 from stochastic_depth.retrofit.trace import TraceError, is_size
+from stochastic_depth.torch_private import child_dict
 
 Code = Callable[..., Any]
 
@@ -464,7 +465,7 @@ def in_training(block: nn.Module, key: Key) -> bool:
         return block.training
     module: Any = block
     for name in key[0].split("."):
-        module = module._modules.get(name)
+        module = child_dict(module).get(name)
         if module is None:
             break
     if module is None or "_stochastic_depth_branch" not in module.__dict__:

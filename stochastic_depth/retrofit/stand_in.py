@@ -21,19 +21,26 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from stochastic_depth.copies import own_class
 from stochastic_depth.retrofit.called import Called
 from stochastic_depth.retrofit.classes import Unannounced
 from stochastic_depth.retrofit.rules import is_drop_path
 from stochastic_depth.retrofit.trace import bound_anew, own_forward
+from stochastic_depth.torch_private import (
+    HOOKS,
+    TENSORS_AND_CHILDREN,
+    BatchNorm,
+    buffer_dict,
+    call_instead,
+    call_with_own_hooks,
+    child_dict,
+    is_fake,
+    is_transformed,
+    parameter_dict,
+    pre_hook_dict,
+)
 
-_HOOKS = (
-    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_forward_hooks_with_kwargs",
-    "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called",
-)  # fmt: skip
 # Larger parameters are used as they are, unless they are zero: a stand-in should not take the memory of a large block.
 _MAX_RANDOM = 2**16
 
@@ -75,7 +82,7 @@ def stand_in(block: nn.Module, *, own_parameters: bool = False) -> nn.Module:
             return made[id(module)]
         if isinstance(module, torch.jit.ScriptModule):
             return module
-        inner = module._modules.get("_orig_mod")
+        inner = child_dict(module).get("_orig_mod")
         if inner is not None and type(module).__name__ == "OptimizedModule":
             return module_of(inner)
         plain = own_class(module)
@@ -87,23 +94,23 @@ def stand_in(block: nn.Module, *, own_parameters: bool = False) -> nn.Module:
             # Rewritten code asks for it.
             new.__dict__["_stochastic_depth_branch"] = None
         new.__dict__.pop("_stochastic_depth", None)
-        for name in _HOOKS:
+        for name in HOOKS:
             new.__dict__[name] = OrderedDict[Any, Any]()
         # Those of PyTorch's own that compute a weight before each call: weight_norm, spectral_norm, pruning.
-        for number, hook in module._forward_pre_hooks.items():
+        for number, hook in pre_hook_dict(module).items():
             if type(hook).__module__.startswith("torch.nn.utils"):
-                new.__dict__["_forward_pre_hooks"][number] = hook
-        new.__dict__["_compiled_call_impl"] = functools.partial(_call, new)
+                pre_hook_dict(new)[number] = hook
+        call_instead(new, functools.partial(call_with_own_hooks, new))
         new.__dict__["_parameters"] = {
-            name: None if value is None else parameter_of(value) for name, value in module._parameters.items()
+            name: None if value is None else parameter_of(value) for name, value in parameter_dict(module).items()
         }
         new.__dict__["_buffers"] = {
-            name: None if value is None else buffer_of(value) for name, value in module._buffers.items()
+            name: None if value is None else buffer_of(value) for name, value in buffer_dict(module).items()
         }
         new.__dict__["_modules"] = {
-            name: None if value is None else module_of(value) for name, value in module._modules.items()
+            name: None if value is None else module_of(value) for name, value in child_dict(module).items()
         }
-        if isinstance(module, _BatchNorm) and module.track_running_stats:
+        if isinstance(module, BatchNorm) and module.track_running_stats:
             new.__dict__["training"] = False
         for name, value in new.__dict__.items():
             if isinstance(value, (types.MethodType, functools.partial)):
@@ -115,41 +122,24 @@ def stand_in(block: nn.Module, *, own_parameters: bool = False) -> nn.Module:
     return module_of(block)
 
 
-def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """A call of a stand-in: with its own hooks, and without the process's, which may count or compute something."""
-    state = module.__dict__
-    for number, hook in list(state["_forward_pre_hooks"].items()):
-        if number in state["_forward_pre_hooks_with_kwargs"]:
-            args, kwargs = hook(module, args, kwargs) or (args, kwargs)
-        else:
-            changed = hook(module, args)
-            args = args if changed is None else changed if isinstance(changed, tuple) else (changed,)
-    output = module.forward(*args, **kwargs)
-    for number, hook in list(state["_forward_hooks"].items()):
-        given = (args, kwargs) if number in state["_forward_hooks_with_kwargs"] else (args,)
-        changed = hook(module, *given, output)
-        output = output if changed is None else changed
-    return output
-
-
 @contextmanager
 def untouched(model: nn.Module) -> Generator[None]:
     """Within, the modules of a model have copies of their attributes, which code may change; afterwards, their own."""
     memo: dict[int, Any] = {}
-    before = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
+    before = [(module, dict(module.__dict__), dict(buffer_dict(module))) for module in model.modules()]
     for module, own, _ in before:
         module.__dict__.update({n: _private_copy(v, memo) for n, v in own.items() if n not in _NOT_COPIED})
     try:
         yield
     finally:
         for module, own, buffers in before:
-            module._buffers.clear()
-            module._buffers.update(buffers)
+            buffer_dict(module).clear()
+            buffer_dict(module).update(buffers)
             module.__dict__.clear()
             module.__dict__.update(own)
 
 
-_NOT_COPIED = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training", *_HOOKS}
+_NOT_COPIED = {*TENSORS_AND_CHILDREN, "_non_persistent_buffers_set", "training", *HOOKS}
 
 
 def copied(attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -225,8 +215,7 @@ def _passing(plain: type[nn.Module]) -> type[nn.Module]:
 
 
 def _has_no_data(tensor: Tensor) -> bool:
-    wrapped: Any = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore
-    return tensor.is_meta or isinstance(tensor, FakeTensor) or wrapped(tensor)
+    return tensor.is_meta or is_fake(tensor) or is_transformed(tensor)
 
 
 def _awake(tensor: Tensor, generator: torch.Generator) -> Tensor:

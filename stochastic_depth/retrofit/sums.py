@@ -12,6 +12,7 @@ from torch import fx, nn
 from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.cuts import CutError, Sum
 from stochastic_depth.retrofit.functional import FUNCTIONAL, functional_drop_path
+from stochastic_depth.torch_private import child_dict, parameter_dict
 
 Key = tuple[str, int]
 """A branch of a block: the path of its drop path, `FUNCTIONAL` for a function, "" for a plain addition; and which of
@@ -77,7 +78,7 @@ class BranchParts(nn.Module):
         yield from super().named_parameters(prefix, recurse, remove_duplicate)
         for path, name in self.direct:
             holder = _submodule(self._block[0], path)
-            parameter = None if holder is None else holder._parameters.get(name)
+            parameter = None if holder is None else parameter_dict(holder).get(name)
             if parameter is not None:
                 yield f"{prefix}direct.{name}", parameter
 
@@ -85,7 +86,7 @@ class BranchParts(nn.Module):
 def _submodule(block: nn.Module, path: str) -> nn.Module | None:
     module: nn.Module | None = block
     for name in path.split(".") if path else ():
-        module = None if module is None else module._modules.get(name)
+        module = None if module is None else child_dict(module).get(name)
     return module
 
 

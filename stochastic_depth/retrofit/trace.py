@@ -27,11 +27,19 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import GraphAppendingTracer
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from stochastic_depth.copies import own_class
 from stochastic_depth.retrofit.classes import Unannounced
+from stochastic_depth.torch_private import (
+    TENSORS_AND_CHILDREN,
+    TorchDispatchMode,
+    assert_in_graph,
+    buffer_dict,
+    child_dict,
+    parameter_dict,
+    storage_number,
+    tree_leaves,
+)
 
 PLAIN_TYPES = (type(None), bool, int, float, str, torch.dtype, torch.device)
 _SIZE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda"}
@@ -170,7 +178,7 @@ def record(
     for node in reversed(list(graph.nodes)):
         # What is unpacked and not used is no use of the whole, nor is a parameter that is only looked at.
         # Assertions about sizes go: the views that they announce fail by themselves.
-        unused = node.op == "get_attr" or node.target is operator.getitem or node.target is torch._assert  # pyright: ignore
+        unused = node.op == "get_attr" or node.target is operator.getitem or node.target is assert_in_graph
         if unused and not node.users:
             graph.erase_node(node)
     return Recording(graph, conditions)
@@ -216,19 +224,19 @@ def _put_symbols(
     inlined: Collection[str],
 ) -> None:
     """Symbols in place of the parameters of a block's shadow, and callable stand-ins in place of its children."""
-    for name, parameter in module._parameters.items():
+    for name, parameter in parameter_dict(module).items():
         if parameter is not None:
-            shadow._parameters[name] = tracer.attribute(f"{path}{name}", parameter)  # pyright: ignore
-    for name, buffer in module._buffers.items():
+            parameter_dict(shadow)[name] = tracer.attribute(f"{path}{name}", parameter)  # pyright: ignore
+    for name, buffer in buffer_dict(module).items():
         if buffer is not None and with_buffers:
-            shadow._buffers[name] = tracer.attribute(f"{path}{name}", buffer)  # pyright: ignore
+            buffer_dict(shadow)[name] = tracer.attribute(f"{path}{name}", buffer)  # pyright: ignore
         elif buffer is not None:
             tracer.buffers[id(buffer)] = f"{path}{name}"
-    for name, child in module._modules.items():
+    for name, child in child_dict(module).items():
         if child is None:
             continue
         if child in tracer.stand_ins:
-            shadow._modules[name] = tracer.stand_ins[child]
+            child_dict(shadow)[name] = tracer.stand_ins[child]
             continue
         plain = nn.Module if isinstance(child, torch.jit.ScriptModule) else own_class(child)
         kind = _inlined_class(plain) if f"{path}{name}" in inlined else _called_class(plain)
@@ -236,9 +244,9 @@ def _put_symbols(
         stand_in.__dict__.update(_private(child.__dict__))
         stand_in.__dict__.pop("forward", None)
         stand_in.__dict__["_symbolic_call"] = (tracer, f"{path}{name}")
-        for group in _GROUPS:
+        for group in TENSORS_AND_CHILDREN:
             stand_in.__dict__[group] = dict(child.__dict__.get(group, {}))
-        shadow._modules[name] = stand_in
+        child_dict(shadow)[name] = stand_in
         _put_symbols(stand_in, child, tracer, f"{path}{name}.", with_buffers=with_buffers, inlined=inlined)
 
 
@@ -300,7 +308,7 @@ class _Call:
         # A shallow copy: what the forward assigns to `self`, or puts into a cache of its own, does not stay.
         shadow = object.__new__(plain)
         shadow.__dict__.update(_private(block.__dict__))
-        for name in _GROUPS:
+        for name in TENSORS_AND_CHILDREN:
             shadow.__dict__[name] = dict(block.__dict__[name])
         # Layers of transformers checkpoint their own forward; what is recorded is what they checkpoint.
         shadow.__dict__["gradient_checkpointing"] = False
@@ -361,9 +369,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, fx.Proxy) and value.node.op != "placeholder" and may_be_size(value.node)
 
 
-_GROUPS = ("_parameters", "_buffers", "_modules")
-
-
 def _copied(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value.copy() if type(value) in (dict, list) else value for name, value in attributes.items()}
 
@@ -377,7 +382,7 @@ def _private(attributes: Mapping[str, Any]) -> dict[str, Any]:
 def _attributes(module: nn.Module) -> dict[str, Any]:
     """All attributes of a module with what they hold now."""
     found = _copied(module.__dict__)
-    for group in _GROUPS:
+    for group in TENSORS_AND_CHILDREN:
         found.update(found.pop(group))
     return found
 
@@ -414,7 +419,7 @@ class _UnchangedBuffers(TorchDispatchMode):
 
 def _storage(tensor: Tensor) -> int:
     try:
-        return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
+        return storage_number(tensor)
     except NotImplementedError:  # a sparse tensor, or one of torch.func
         return id(tensor)
 

@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from stochastic_depth.cost import Meter, observed, undisturbed
 from stochastic_depth.gate_draws import GateDraws
@@ -20,6 +19,8 @@ from stochastic_depth.retrofit.proof import deviation, tolerance
 from stochastic_depth.retrofit.quiet import without_noise
 from stochastic_depth.retrofit.stand_in import uniform, untouched
 from stochastic_depth.retrofit.sums import BranchParts
+from stochastic_depth.tally import Tally
+from stochastic_depth.torch_private import BatchNorm, tree_leaves
 
 CauseOf = Callable[[Branch], str]
 """Says why a branch is masked; nothing where it is skipped."""
@@ -84,7 +85,8 @@ def verify(
         skipped_grad: what the parameters of a branch that did not run get.
     """
     every = range(len(branches))
-    before = passes.forced, passes.counter, passes.latest
+    before = passes.forced, passes.counter, passes.latest, passes.tally
+    passes.tally = Tally(len(branches))  # its draws are no training steps
     with undisturbed(root), untouched(root):
         try:
             of_outputs, of_gradients = _compare_with_masks(root, passes, branches, call, skipped_grad)
@@ -104,7 +106,7 @@ def verify(
                 _refuse(passes, set(every) - first.branches, "not run in evaluation")
                 second = watch.run(root, call, None)
         finally:
-            passes.forced, passes.counter, passes.latest = before
+            passes.forced, passes.counter, passes.latest, passes.tally = before
     if not all(_same(a, b) for a, b in zip(first.outputs, second.outputs, strict=True)):
         raise RuntimeError("Two evaluations of one input differ: something in the model draws in evaluation mode.")
     causes = [cause_of(branch) for branch in branches]
@@ -181,7 +183,7 @@ def _set_mode(root: nn.Module, *, training: bool) -> None:
     """Training or evaluation, in which BatchNorm uses its running statistics."""
     root.train(training)
     for module in root.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, BatchNorm):
             module.training = False
 
 

@@ -23,7 +23,7 @@ def schedule(arguments: Sequence[str]) -> int:
     depth = sd.make_stochastic_(model, _named_schedule(options.schedule, options.final_survival_prob))
     blocks = range(1, len(depth.names) + 1)
     show(schedule_text(blocks, depth.survival_probs))
-    share = depth.cost(torch.zeros(1, 3, 32, 32)).training_flops
+    share = depth.cost(torch.zeros(1, 3, 32, 32)).flops_share
     show(f"training FLOPs, counted on the {options.num_layers} layers for 32x32 images: {share:.1%} of constant depth")
     if options.out is not None:
         show(str(schedule_figure(blocks, depth.survival_probs, options.out)))

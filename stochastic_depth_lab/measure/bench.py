@@ -62,7 +62,7 @@ def bench(
     for name, schedule, granularity in ways:
         net = copy.deepcopy(plain)
         depth = sd.make_stochastic_(net, schedule, granularity=granularity)
-        expected[name] = depth.cost(images[:2]).training_flops
+        expected[name] = depth.cost(images[:2]).flops_share
         steps[name] = _step_of(net, images, labels)
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds + 1):

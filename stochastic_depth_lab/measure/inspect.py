@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 import stochastic_depth as sd
+from stochastic_depth.torch_private import tree_leaves
 from stochastic_depth_lab.measure.kept_bytes import kept_bytes
 
 _SOURCES = ("timm", "torchvision", "transformers")

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from stochastic_depth.torch_private import TorchDispatchMode, storage_number, tree_leaves
 
 
 def kept_bytes(forward: Callable[[], object]) -> int:
@@ -48,6 +48,6 @@ class _Storages(TorchDispatchMode):
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
-                # Unique as long as a reference exists.
-                number = storage._cdata  # pyright: ignore[reportPrivateUsage]
+                # As long as it is referred to, no other has its number.
+                number = storage_number(tensor)
                 self.met.setdefault(number, (StorageWeakRef(storage), storage.nbytes() if made else 0))

@@ -99,7 +99,7 @@ def test_the_cost_is_that_of_the_gates(tmp_path):
         assert row["realised_cost"] == pytest.approx(cost.share(mean_gates))  # linear in the gates of unnested branches
     branches = json.loads((tmp_path / "run" / "branches.json").read_text())
     assert branches["survival_probs"] == sd.linear_decay(0.5)(6)
-    assert branches["expected_cost"] == pytest.approx(cost.training_flops)
+    assert branches["expected_cost"] == pytest.approx(cost.flops_share)
 
 
 @pytest.fixture(scope="module")

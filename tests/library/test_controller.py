@@ -186,7 +186,7 @@ def test_print_lists_every_branch() -> None:
     for name, survival_prob in zip(depth.names, depth.survival_probs, strict=True):
         (line,) = [line for line in lines if line.startswith(name)]
         assert f"{survival_prob:.4f}" in line
-    assert "expected depth: 2.50 of 4" in lines[-1]
+    assert lines[0] == "4 branches, expected depth 2.50: an average step skips 37.5% of branch runs"
     assert "seed 17" in lines[-1]
     assert repr(depth) == "<Controller of 4 branches, expected depth 2.50>"
 
@@ -330,12 +330,12 @@ def test_meta_device(granularity: str) -> None:
         output = net(x)
         output.sum().backward()
         assert output.shape == (5, 4)
-    assert depth.cost(x).training_flops == pytest.approx(_cost_on_cpu(), abs=1e-12)
+    assert depth.cost(x).flops_share == pytest.approx(_cost_on_cpu(), abs=1e-12)
 
 
 def _cost_on_cpu() -> float:
     net = conv_net()
-    return sd.make_stochastic_(net, SURVIVAL_PROBS).cost(images(5)).training_flops
+    return sd.make_stochastic_(net, SURVIVAL_PROBS).cost(images(5)).flops_share
 
 
 def test_made_on_meta_and_materialised_later() -> None:

@@ -80,7 +80,7 @@ def test_flops_by_hand(kind: str, by_hand, num_samples: int) -> None:
     assert cost.total.training_flops == total
     assert [branch.training_flops for branch in cost.branches] == branches
     expected = (total - sum((1 - p) * flops for p, flops in zip(SURVIVAL_PROBS, branches, strict=True))) / total
-    assert cost.training_flops == pytest.approx(expected, abs=1e-14)
+    assert cost.flops_share == pytest.approx(expected, abs=1e-14)
 
 
 @both_nets
@@ -123,8 +123,8 @@ def test_expected_share_is_the_mean_over_all_subnetworks(make, inputs) -> None:
     for gates in every_pattern(4):
         with depth.gates(gates):
             mean += pattern_prob(gates, SURVIVAL_PROBS) * step_flops(net, x)
-    assert cost.training_flops == pytest.approx(mean / cost.total.training_flops, abs=1e-12)
-    assert cost.share(SURVIVAL_PROBS) == pytest.approx(cost.training_flops, abs=1e-14)
+    assert cost.flops_share == pytest.approx(mean / cost.total.training_flops, abs=1e-12)
+    assert cost.share(SURVIVAL_PROBS) == pytest.approx(cost.flops_share, abs=1e-14)
     assert cost.share([1.0] * 4) == 1.0
 
 
@@ -147,7 +147,7 @@ def test_a_branch_inside_a_branch() -> None:
             executed = step_flops(net, x)
         assert executed == pytest.approx(cost.share(gates) * cost.total.training_flops, rel=1e-12)
         mean += pattern_prob(gates, probs) * executed
-    assert cost.training_flops == pytest.approx(mean / cost.total.training_flops, abs=1e-12)
+    assert cost.flops_share == pytest.approx(mean / cost.total.training_flops, abs=1e-12)
 
 
 def test_a_residual_used_twice_costs_twice() -> None:
@@ -179,7 +179,7 @@ def test_the_papers_network() -> None:
     assert [branch.training_flops for branch in cost.branches] == by_hand
     total = conv_flops(1, 3, 16, 3, 32, grad_input=False) + sum(by_hand) + linear_flops(1, 64, 10)
     assert cost.total.training_flops == total
-    assert cost.training_flops == pytest.approx(0.745, abs=0.005)
+    assert cost.flops_share == pytest.approx(0.745, abs=0.005)
 
 
 # ---------------------------------------------------------------------------------------------- bytes
@@ -214,7 +214,7 @@ def test_activation_bytes_are_those_really_saved(make, inputs) -> None:
         closed = sum(branch.activation_bytes for branch, gate in zip(cost.branches, gates, strict=True) if not gate)
         assert saved == cost.total.activation_bytes - closed, gates
         mean += pattern_prob(gates, SURVIVAL_PROBS) * saved
-    assert cost.activation_bytes == pytest.approx(mean / cost.total.activation_bytes, abs=1e-12)
+    assert cost.activation_share == pytest.approx(mean / cost.total.activation_bytes, abs=1e-12)
 
 
 def test_gradient_bytes() -> None:
@@ -230,7 +230,7 @@ def test_gradient_bytes() -> None:
     total = 4 * sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
     assert cost.total.gradient_bytes == total
     expected = 1 - sum((1 - p) * nbytes for p, nbytes in zip(SURVIVAL_PROBS, by_hand, strict=True)) / total
-    assert cost.gradient_bytes == pytest.approx(expected, abs=1e-14)
+    assert cost.gradient_share == pytest.approx(expected, abs=1e-14)
 
 
 def test_shared_parameters_have_gradients_whatever_one_gate_says() -> None:
@@ -238,7 +238,7 @@ def test_shared_parameters_have_gradients_whatever_one_gate_says() -> None:
     net = nn.Sequential(nn.Linear(5, 6), sd.Residual(shared), nn.Tanh(), sd.Residual(shared)).double()
     cost = sd.make_stochastic_(net, [0.5, 0.5]).cost(vectors(2))
     assert [branch.gradient_bytes for branch in cost.branches] == [0, 0]
-    assert cost.gradient_bytes == 1.0
+    assert cost.gradient_share == 1.0
     assert [branch.training_flops for branch in cost.branches] == [linear_flops(2, 6, 6)] * 2
 
 
@@ -307,7 +307,7 @@ def test_cost_follows_survival_probs() -> None:
     depth = sd.make_stochastic_(net, SURVIVAL_PROBS)
     depth.set_survival_probs([1.0] * 4)
     cost = depth.cost(x)
-    assert (cost.training_flops, cost.activation_bytes, cost.gradient_bytes) == (1.0, 1.0, 1.0)
+    assert (cost.flops_share, cost.activation_share, cost.gradient_share) == (1.0, 1.0, 1.0)
 
 
 def test_cost_prints_every_branch() -> None:
@@ -316,7 +316,7 @@ def test_cost_prints_every_branch() -> None:
     cost = depth.cost(vectors(3))
     lines = str(cost).splitlines()
     assert [line.split()[0] for line in lines[1:-1]] == depth.names
-    assert f"{cost.training_flops:.2%}" in lines[-1]
+    assert f"{cost.flops_share:.2%}" in lines[-1]
 
 
 def test_no_training_step_is_an_error() -> None:

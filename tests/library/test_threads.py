@@ -122,13 +122,13 @@ def test_evaluation_beside_training(first: str) -> None:
     """A server's replica in evaluation mode never sees gates, and the training step never misses them."""
     net, plain, _ = pair()
     net.eval()
-    served = replica_of(net)
+    replica = replica_of(net)
     net.train()
     x = vectors(3)
-    runs = {"training": lambda: [net(x) for _ in range(10)], "evaluation": lambda: [served(x) for _ in range(10)]}
+    runs = {"training": lambda: [net(x) for _ in range(10)], "evaluation": lambda: [replica(x) for _ in range(10)]}
     order = [first, *(name for name in runs if name != first)]
     with meeting_inside(net), torch.no_grad():  # a replica has the hooks of its module
-        served.blocks[2]._forward_pre_hooks = net.blocks[2]._forward_pre_hooks
+        replica.blocks[2]._forward_pre_hooks = net.blocks[2]._forward_pre_hooks
         outputs = dict(zip(order, in_threads(*[runs[name] for name in order]), strict=True))
     for step in range(10):
         torch.testing.assert_close(outputs["training"][step], reference.forward(plain, x, drawn(step)))

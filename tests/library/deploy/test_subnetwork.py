@@ -132,11 +132,11 @@ def test_lesion_drops_what_changes_the_outputs_least() -> None:
         change.append(((reference.forward(plain, x, factors=factors) - whole).square().sum() / 8).item())
     going = sorted(range(4), key=change.__getitem__)
     sd.make_stochastic_(net, P)
-    from stochastic_depth.deploy.branches import trained_branches
+    from stochastic_depth.deploy.branches import branches_with_gates
     from stochastic_depth.deploy.choice import lesions
 
     batches = [(x[:5], torch.zeros(5)), (x[5:], torch.zeros(3))]
-    torch.testing.assert_close(lesions(net, trained_branches(net), batches), change, rtol=1e-9, atol=0)
+    torch.testing.assert_close(lesions(net, branches_with_gates(net), batches), change, rtol=1e-9, atol=0)
     small = sd.subnetwork(net, num_blocks=2, order="lesion", calibration=batches)
     kept = [index for index, block in enumerate(small.blocks) if isinstance(block.residual, sd.Residual)]
     assert kept == sorted(going[2:])

@@ -209,7 +209,7 @@ def test_verify_and_cost() -> None:
     depth = sd.make_stochastic_(model)
     assert depth.verify(images(2)).num_branches == 4
     cost = depth.cost(images(2))
-    assert 0.6 < cost.training_flops < 0.9
+    assert 0.6 < cost.flops_share < 0.9
 
 
 def test_drop_paths_that_never_act_are_mentioned() -> None:
