@@ -38,6 +38,8 @@ class Branches:
     expected_depth: float
     expected_cost: float
     """Expected share of the training FLOPs of constant depth."""
+    expected_time: float
+    """Expected share of the time of constant depth if closed branches took none, measured where the run began."""
 
 
 def load_images(
@@ -168,16 +170,25 @@ def branch_names(model: nn.Module, depth: sd.Controller | None) -> list[str]:
 def describe_branches(
     experiment: Experiment, model: nn.Module, depth: sd.Controller | None, inputs: Tensor
 ) -> tuple[Branches, Cost | None]:
-    """The branches, and what they cost, counted on an example; None at constant depth.
+    """The branches, and what they cost, counted; None at constant depth.
 
     Where survival changes over time, probabilities and expectations are means over the epochs.
+
+    Args:
+        experiment: what runs.
+        model: its network.
+        depth: the network's controller.
+        inputs: images that the time of a step is measured with.
     """
     if depth is None or experiment.depth is None:
         names = branch_names(model, depth)
-        return Branches(names, [1.0] * len(names), float(len(names)), 1.0), None
-    cost = depth.cost(inputs)
+        return Branches(names, [1.0] * len(names), float(len(names)), 1.0, 1.0), None
+    # Times are no part of the cost, which `draw="equal_cost"` evens out: the same run would draw other gates.
+    cost = depth.cost(inputs[:2])
     probs = mean_survival_probs(depth.survival_probs, experiment.depth, experiment.recipe.epochs)
-    return Branches(depth.names, probs, sd.expected_depth(probs), cost.share(probs)), cost
+    time_share = depth.cost(inputs, measure=True).share_of_time(probs)
+    assert time_share is not None
+    return Branches(depth.names, probs, sd.expected_depth(probs), cost.share(probs), time_share), cost
 
 
 def set_epoch(experiment: Experiment, depth: sd.Controller | None, epoch: int) -> None:

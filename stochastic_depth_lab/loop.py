@@ -40,6 +40,8 @@ from stochastic_depth_lab.processes import Processes
 from stochastic_depth_lab.regularisers import filter_penalty
 
 _ALONE = Processes()
+_MOST_TIMED = 64
+"""Images that the expected time is measured with: no more memory than training needs, and a few seconds."""
 _LOOK_EVERY = 20
 """Steps after which losses are read: reading one waits for the device."""
 
@@ -120,9 +122,9 @@ def train(
         model, depth = build_network(experiment, images.data)
         if weights is not None:
             load_weights(model, checkpoint.read(weights), str(weights))
-        branches, cost = describe_branches(
-            experiment, model, depth, images.normalisation(images.data.train.first(2).images)
-        )
+        few = images.data.train.first(min(_MOST_TIMED, experiment.recipe.batch_size)).images
+        with autocast(device, experiment.precision):
+            branches, cost = describe_branches(experiment, model, depth, images.normalisation(few))
         if depth is not None:
             depth.set_costs(cost)  # what draw="equal_cost" evens out
         if cuda_graphs:

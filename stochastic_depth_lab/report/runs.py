@@ -74,6 +74,8 @@ class Run:
     published: Published | None
     result: Result | None
     notes: tuple[str, ...]
+    expected_time: float | None = None
+    """Share of constant depth's time if closed blocks took none; None in runs of older versions."""
 
     @property
     def name(self) -> str:
@@ -205,6 +207,7 @@ def read_run(folder: Path) -> Run:
         published=_read_published(config),
         result=result,
         notes=notes,
+        expected_time=branches.number("expected_time") if "expected_time" in branches.fields else None,
     )
 
 
