@@ -284,7 +284,7 @@ def test_a_device_that_is_not_there(name):
         find_device(name, "fp32")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_run_on_the_gpu_resumes_bit_for_bit(tmp_path, precision, cuda_graphs):

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import stochastic_depth as sd
 from stochastic_depth import branch_times
 
-ON_GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
+ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
 class Work(TorchDispatchMode):
