@@ -109,7 +109,7 @@ def test_pieces_that_failed_before_come_last(tmp_path: Path) -> None:
 
 
 def test_nothing_is_begun_that_does_not_fit_or_has_no_data_yet(tmp_path: Path) -> None:
-    waiting = piece("waiting", kept("waiting"), is_ready=lambda setting: (tmp_path / "data").exists())
+    waiting = piece("waiting", kept("waiting"), is_ready=lambda _: (tmp_path / "data").exists())
     long = gpu.Piece("long", kept("long"), 600, 500)
     assert not follow(tmp_path, waiting, long, piece("short", kept("short")))
     assert gpu.Results(tmp_path / "gpu.json").of("tries") == {"short": 1}
@@ -197,6 +197,7 @@ def test_each_half_of_the_data_travels_once(halves: list[Path]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # the script runs without this file's filters
 def test_the_rehearsal_survives_being_killed_in_each_piece(
     halves: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
