@@ -755,7 +755,7 @@ def run(kind: str, seconds: float, setting: Setting) -> bool:
 # ---------------------------------------------------------------------------------------------- the plan
 
 
-def about(setting: Setting) -> bool:
+def machine(setting: Setting) -> bool:
     """What everything runs on."""
     if setting.device.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("There is no GPU: with --device cpu --tiny the script can be rehearsed without.")
@@ -763,7 +763,7 @@ def about(setting: Setting) -> bool:
     smi = None
     if setting.device.type == "cuda":
         smi = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
-    machine = {
+    found_here = {
         "device": torch.cuda.get_device_name() if setting.device.type == "cuda" else platform.machine(),
         "nvidia-smi": smi,
         "num_cpus": os.cpu_count(),
@@ -774,11 +774,11 @@ def about(setting: Setting) -> bool:
         "scale": json.loads(json.dumps(asdict(setting.scale))),
     }
     known = setting.results.of("machine")
-    for name, value in machine.items():
+    for name, value in found_here.items():
         if name in known and known[name] != value:
             # A pair may go on elsewhere; then both machines are told.
-            machine_of_call = f"{name}, since {time.strftime('%Y-%m-%d %H:%M')}"
-            setting.results.keep("machine", machine_of_call, value)
+            since = f"{name}, since {time.strftime('%Y-%m-%d %H:%M')}"
+            setting.results.keep("machine", since, value)
         elif name not in known:
             setting.results.keep("machine", name, value)
     return True
@@ -791,7 +791,7 @@ def plan(pair_s: float) -> list[Piece]:
         for kind in ("constant", "stochastic")
     ]
     return [
-        Piece("about", about, 30, 1),
+        Piece("machine", machine, 30, 1),
         Piece("tests", tests, 110, 20),
         Piece("timm", timm_models, 230, 30),
         Piece("steps", steps, 75, 20),
