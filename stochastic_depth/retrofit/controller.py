@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,7 @@ from stochastic_depth.retrofit.find import Branch
 from stochastic_depth.retrofit.proof import copy_of_object
 from stochastic_depth.retrofit.remembered import RememberedCalls
 from stochastic_depth.retrofit.verify import Verification, verify
-from stochastic_depth.schedules import check_survival_probs, expected_depth
+from stochastic_depth.schedules import at_progress, check_survival_probs, expected_depth
 
 
 class Controller:
@@ -41,6 +41,7 @@ class Controller:
         rescale: str,
         skipped_grad: SkippedGrad,
         notes: Sequence[str] = (),
+        over_time: tuple[Sequence[float], Callable[[float], float]] | None = None,
     ) -> None:
         self._root = root
         self._branches = tuple(branches)
@@ -48,6 +49,7 @@ class Controller:
         self._rescale = rescale
         self._skipped_grad: SkippedGrad = skipped_grad
         self._notes = tuple(notes)
+        self._over_time = over_time
         self._detached = False
         self._calls = RememberedCalls()
 
@@ -161,6 +163,27 @@ class Controller:
         check_survival_probs(survival_probs)
         self._passes.survival_probs = tuple(float(survival_prob) for survival_prob in survival_probs)
         self._passes.end_parts()
+
+    def set_progress(self, progress: float) -> None:
+        """Set the survival probabilities to those of the schedule at this point of the training.
+
+        For schedules with a part over time, such as `layerskip(0.2, over_time="exponential")`. They are a function of
+        the progress alone: a resumed run needs nothing else.
+
+        Args:
+            progress: share of the training that is done, in [0, 1]: step / (num_steps - 1), steps counted from 0.
+
+        Raises:
+            TypeError: if it is not a number.
+            ValueError: if it is not in [0, 1], or the schedule has no part over time.
+        """
+        if self._over_time is None:
+            raise ValueError(
+                "The schedule does not change over time. Give make_stochastic_ one that does, such as "
+                "layerskip(0.2, over_time='exponential'), or use set_survival_probs."
+            )
+        survival_probs, over_time = self._over_time
+        self.set_survival_probs(at_progress(survival_probs, over_time, progress))
 
     def set_costs(self, costs: Cost | Sequence[float] | None) -> None:
         """Tell `draw="equal_cost"` what the branches cost, from the next forward on.
@@ -323,6 +346,9 @@ class Controller:
             f"skipped_grad {self._skipped_grad!r}, draw {self._passes.draw!r}, ranks {self._passes.ranks!r}, "
             f"seed {self._passes.seed}"
         )
+        if self._over_time is not None:
+            full = expected_depth(self._over_time[0])
+            lines.append(f"over time: set_progress lowers the expected depth to {full:.2f} at full strength")
         lines += [f"no branch: {note}" for note in self._notes]
         blocks = {own.name: own for branch in self._branches if (own := _block_of(branch))}
         lines += [
