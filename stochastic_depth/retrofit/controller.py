@@ -232,7 +232,7 @@ class Controller:
         self._refuse_detached()
         _check_length(gates, len(self.names), "gates", "gates")
         forced = tuple(self._checked_gate(index, gate) for index, gate in enumerate(gates))
-        before = self._passes.forced
+        before = self._passes.forced_here
         try:
             self._passes.forced = forced
             yield

@@ -1,0 +1,282 @@
+"""Does a language model trained with dropped layers and early exits draft well enough for its own full depth?
+
+    python benchmarks/language_model.py run --out runs/language-model --until 11:00
+    python benchmarks/language_model.py report --out runs/language-model     # writes results/language-model
+
+A small Llama, from random weights, on the sources of Python's standard library (PSF License 2.0; a few files have
+licenses of their own, named in them). Four kinds: plain; layers dropped (LayerSkip's rates and curriculum); early exits
+supervised (LayerSkip's rotation and weights); both. All see the same batches in the same order, whatever the seed, which
+sets the weights and the gates. `run` appends one JSON line per finished run to OUT/runs.jsonl, seed by seed, and goes on
+where it was stopped: only an unfinished run is repeated.
+
+The baseline is an interpolated Kneser-Ney 5-gram (discount 0.75) of the same tokens: of as many as a run sees, and of
+all of them. Times are process time of one thread, without validation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import datetime
+import hashlib
+import json
+import math
+import random
+import sysconfig
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision_schemas  # noqa: F401
+from protocol import processor
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import stochastic_depth as sd
+
+KINDS = ("plain", "layer dropout", "early-exit loss", "both")
+SEEDS = (0, 1, 2)
+VOCABULARY, LENGTH, BATCH, STEPS = 512, 128, 4, 800
+LEARNING_RATE = 3e-3
+LAYERS = "model.layers.*"
+MAX_DROP_RATE, EVERY, EXIT_SCALE = 0.2, 4, 1.0
+NUM_VALIDATION = 400  # sequences
+EXITS = (1, 2, 3, 4, 6)  # number of layers that draft
+DRAFT, PROMPT, NEW, NUM_PROMPTS = 4, 64, 64, 6
+OTHERS = {"test", "tests", "idle_test", "site-packages", "idlelib", "lib2to3", "encodings", "turtledemo", "ensurepip"}
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+def sources() -> tuple[list[str], list[str]]:
+    """The files of the standard library for training and, by a hash of the name, one in twenty for validation."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(path for path in root.rglob("*.py") if not OTHERS & set(path.relative_to(root).parts))
+    parts: tuple[list[str], list[str]] = ([], [])
+    for file in files:
+        is_validation = hashlib.sha256(file.relative_to(root).as_posix().encode()).digest()[0] < 13
+        parts[is_validation].append(file.read_text(encoding="utf-8", errors="ignore"))
+    return parts
+
+
+def tokens(folder: Path) -> dict[str, Any]:
+    """Tokens of both parts, by a byte-pair encoding of the training files; computed once and kept in `folder`."""
+    cached = folder / "tokens.pt"
+    if cached.exists():
+        return torch.load(cached)
+    train, validation = sources()
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(train, trainer)
+    random.Random(0).shuffle(train)
+
+    def encoded(texts: list[str]) -> Tensor:
+        return torch.tensor([token for one in tokenizer.encode_batch(texts) for token in [*one.ids, 0]])
+
+    made: dict[str, Any] = {"train": encoded(train), "validation": encoded(validation)}
+    made["bytes_per_token"] = sum(len(text.encode()) for text in validation) / len(made["validation"])
+    torch.save(made, cached)
+    return made
+
+
+def five_gram(train: Sequence[int], validation: Sequence[int], *, n: int = 5, discount: float = 0.75) -> float:
+    """Loss per token, in nats, of an interpolated Kneser-Ney n-gram: lower orders count in how many contexts."""
+    counts: list[collections.Counter[tuple[int, ...]]] = [collections.Counter() for _ in range(n + 1)]
+    counts[n].update(zip(*(train[i:] for i in range(n)), strict=False))
+    for order in range(n - 1, 0, -1):
+        counts[order].update(gram[1:] for gram in counts[order + 1])
+    totals: dict[tuple[int, ...], int] = collections.Counter()
+    types: dict[tuple[int, ...], int] = collections.Counter()
+    for order in range(1, n + 1):  # contexts of different lengths differ
+        for gram, count in counts[order].items():
+            totals[gram[:-1]] += count
+            types[gram[:-1]] += 1
+    loss = 0.0
+    for end in range(n, len(validation) + 1):
+        prob = 1 / VOCABULARY
+        for order in range(1, n + 1):
+            gram = tuple(validation[end - order : end])
+            total = totals.get(gram[:-1], 0)
+            if not total:
+                break
+            prob = max(counts[order][gram] - discount, 0) / total + discount * types[gram[:-1]] / total * prob
+        loss -= math.log(prob)
+    return loss / (len(validation) - n + 1)
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def small_llama(seed: int) -> LlamaForCausalLM:
+    """8 layers of 128 features, 1.6 million parameters."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=320, num_hidden_layers=8, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=True, use_cache=False,
+        bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def batches(train: Tensor, num_steps: int) -> Iterator[Tensor]:
+    """Each token is seen once, in the order of the shuffled files."""
+    for step in range(num_steps):
+        first = step * BATCH * LENGTH
+        yield train[first : first + BATCH * LENGTH].view(BATCH, LENGTH)
+
+
+def train(kind: str, seed: int, data: Tensor, num_steps: int) -> tuple[LlamaForCausalLM, dict[str, Any]]:
+    """Train one model; returns it with what its training took."""
+    model = small_llama(seed).train()
+    depth = None
+    if kind != "plain":
+        rate = MAX_DROP_RATE if kind in ("layer dropout", "both") else 0.0
+        schedule = sd.layerskip(rate, over_time="exponential")
+        depth = sd.make_stochastic_(model, schedule, layers=[LAYERS], seed=seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
+    warm_up = 0.05 * num_steps
+    lr_schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm_up, 1 - step / num_steps)
+    )
+    num_layers_run, losses = 0.0, []
+    begin = time.process_time()
+    for step, ids in enumerate(batches(data, num_steps)):
+        inputs = {"input_ids": ids, "labels": ids}
+        if depth is not None:
+            depth.set_progress(step / (num_steps - 1))
+        if kind in ("early-exit loss", "both"):
+            exits = sd.rotating_exits(8, every=EVERY, step=step)
+            loss = sd.early_exit_loss(model, inputs, exits, scale=EXIT_SCALE)
+        else:
+            loss = model(**inputs).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        lr_schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        num_layers_run += 8 if depth is None else sum(depth.last_gates or ())
+    seconds = time.process_time() - begin
+    if depth is not None:
+        sd.fold_(model)  # no scaling: stochastic depth is removed, nothing else changes
+    return model.eval(), {"train_s": seconds, "layers_per_step": num_layers_run / num_steps, "losses": losses[::20]}
+
+
+# ------------------------------------------------------------------------------------------------ measures
+
+
+@torch.no_grad()
+def validate(model: LlamaForCausalLM, data: Tensor) -> dict[str, Any]:
+    """Loss when leaving after layer 1..L, and how often the best token is that of the whole model."""
+    sequences = data[: NUM_VALIDATION * LENGTH].view(-1, LENGTH)
+    num_layers = model.config.num_hidden_layers
+    losses, agreements = torch.zeros(num_layers), torch.zeros(num_layers)
+    parts = sequences.split(20)
+    for ids in parts:
+        states = model(ids, output_hidden_states=True).hidden_states
+        # The last of transformers' hidden states has been through the norm already.
+        logits = [model.lm_head(model.model.norm(state)) for state in states[1:-1]] + [model.lm_head(states[-1])]
+        best = logits[-1].argmax(-1)
+        for layer, own in enumerate(logits):
+            flat = own[:, :-1].flatten(0, 1)
+            losses[layer] += torch.nn.functional.cross_entropy(flat, ids[:, 1:].flatten()) / len(parts)
+            agreements[layer] += (own.argmax(-1) == best).float().mean() / len(parts)
+    return {"exit_losses": losses.tolist(), "agreements": agreements.tolist()}
+
+
+def generate(model: LlamaForCausalLM, data: Tensor) -> list[dict[str, Any]]:
+    """Self-speculative decoding by the first k layers against greedy decoding, in interleaved turns."""
+    model.config.use_cache = True
+    config = model.generation_config
+    config.num_assistant_tokens, config.num_assistant_tokens_schedule = DRAFT, "constant"
+    config.assistant_confidence_threshold = 0.0  # always DRAFT tokens: acceptance is then a plain share
+    calls = collections.Counter[int]()
+    hooks = [
+        layer.register_forward_hook(lambda *_, index=index: calls.update([index]))
+        for index, layer in enumerate(model.model.layers)
+    ]
+    rows = {k: collections.Counter() for k in (0, *EXITS)}
+    prompts = data[len(data) // 2 :][: NUM_PROMPTS * PROMPT].view(NUM_PROMPTS, 1, PROMPT)
+    last = len(model.model.layers) - 1
+    for prompt in prompts:
+        expected = None
+        for k, row in rows.items():
+            calls.clear()
+            begin = time.process_time()
+            options: dict[str, Any] = {"assistant_early_exit": k} if k else {}
+            output = model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, do_sample=False, **options
+            )
+            row["seconds"] += time.process_time() - begin
+            row["tokens"] += output.shape[1] - PROMPT
+            row["whole"] += calls[last]
+            row["drafted"] += calls[0] - calls[last] if k < last else 0
+            row["layer_calls"] += sum(calls.values())
+            expected = output if expected is None else expected
+            row["identical"] += int(torch.equal(output, expected))
+    for hook in hooks:
+        hook.remove()
+    model.config.use_cache = False
+    return [{"k": k, **row} for k, row in rows.items()]
+
+
+def run(out: Path, until: datetime.datetime | None, num_steps: int) -> None:
+    """Train and measure what is not done yet."""
+    torch.set_num_threads(1)
+    out.mkdir(parents=True, exist_ok=True)
+    data, rows = tokens(out), out / "runs.jsonl"
+    validation = data["validation"][: NUM_VALIDATION * LENGTH]
+    baseline = out / "baseline.json"
+    if not baseline.exists():
+        num_seen = num_steps * BATCH * LENGTH
+        seen, held_out = data["train"].tolist(), validation.tolist()
+        losses = {
+            "seen": five_gram(seen[:num_seen], held_out), "all": five_gram(seen, held_out), "num_seen": num_seen,
+            "num_all": len(seen), "num_validation": len(held_out), "bytes_per_token": data["bytes_per_token"],
+        }  # fmt: skip
+        baseline.write_text(json.dumps(losses))
+    done = {(row["kind"], row["seed"]) for row in map(json.loads, rows.read_text().splitlines())} if rows.exists() else ()
+    for seed in SEEDS:
+        for kind in KINDS:
+            if (kind, seed) in done:
+                continue
+            if until is not None and datetime.datetime.now() >= until:
+                return
+            model, row = train(kind, seed, data["train"], num_steps)
+            model.save_pretrained(out / f"{kind.replace(' ', '-')}-{seed}")
+            row = {
+                "kind": kind, "seed": seed, "num_steps": num_steps, **row, **validate(model, validation),
+                "generation": generate(model, validation), "processor": processor(), "torch": torch.__version__,
+            }  # fmt: skip
+            with rows.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(kind, seed, f"{row['train_s']:.0f} s", [f"{loss:.3f}" for loss in row["exit_losses"]], flush=True)
+
+
+def main() -> None:
+    """Run or report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("run", "report"))
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--until", help="start no further run after this time of day, HH:MM")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps per run (default {STEPS})")
+    options = parser.parse_args()
+    until = None
+    if options.until:
+        until = datetime.datetime.combine(datetime.date.today(), datetime.time.fromisoformat(options.until))
+    run(options.out, until, options.steps)
+
+
+if __name__ == "__main__":
+    main()
