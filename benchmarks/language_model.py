@@ -5,12 +5,12 @@
 
 A small Llama, from random weights, on the sources of Python's standard library (PSF License 2.0; a few files have
 licenses of their own, named in them). Four kinds: plain; layers dropped (LayerSkip's rates and curriculum); early exits
-supervised (LayerSkip's rotation and weights); both. All see the same batches in the same order, whatever the seed, which
-sets the weights and the gates. `run` appends one JSON line per finished run to OUT/runs.jsonl, seed by seed, and goes on
+supervised (LayerSkip's rotation and weights); both. A seed sets the weights, the gates and the order of the sequences,
+each of which is seen once. `run` appends one JSON line per finished run to OUT/runs.jsonl, seed by seed, and resumes
 where it was stopped: only an unfinished run is repeated.
 
-The baseline is an interpolated Kneser-Ney 5-gram (discount 0.75) of the same tokens: of as many as a run sees, and of
-all of them. Times are process time of one thread, without validation.
+The baselines are interpolated Kneser-Ney 5-grams (discount 0.75): of the same tokens, of the same text as bytes, and of
+all tokens. Times are process time of one thread, without validation.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ import stochastic_depth as sd
 
 KINDS = ("plain", "layer dropout", "early-exit loss", "both")
 SEEDS = (0, 1, 2)
-VOCABULARY, LENGTH, BATCH, STEPS = 512, 128, 4, 800
-LEARNING_RATE = 3e-3
+VOCABULARY, LENGTH, BATCH, STEPS = 512, 128, 4, 600
+NUM_LAYERS, WIDTH, HEADS, LEARNING_RATE = 6, 96, 3, 4e-3
 LAYERS = "model.layers.*"
-MAX_DROP_RATE, EVERY, EXIT_SCALE = 0.2, 4, 1.0
+MAX_DROP_RATE, EVERY, EXIT_SCALE = 0.2, 3, 1.0
 NUM_VALIDATION = 400  # sequences
-EXITS = (1, 2, 3, 4, 6)  # number of layers that draft
+EXITS = (1, 2, 3, 4)  # number of layers that draft
 DRAFT, PROMPT, NEW, NUM_PROMPTS = 4, 64, 64, 6
 OTHERS = {"test", "tests", "idle_test", "site-packages", "idlelib", "lib2to3", "encodings", "turtledemo", "ensurepip"}
 
@@ -85,12 +85,32 @@ def tokens(folder: Path) -> dict[str, Any]:
         return torch.tensor([token for one in tokenizer.encode_batch(texts) for token in [*one.ids, 0]])
 
     made: dict[str, Any] = {"train": encoded(train), "validation": encoded(validation)}
-    made["bytes_per_token"] = sum(len(text.encode()) for text in validation) / len(made["validation"])
+    made["tokenizer"] = tokenizer.to_str()
     torch.save(made, cached)
     return made
 
 
-def five_gram(train: Sequence[int], validation: Sequence[int], *, n: int = 5, discount: float = 0.75) -> float:
+def baselines(data: dict[str, Any], num_seen: int) -> dict[str, float]:
+    """Losses of the 5-grams, in bits per byte of the validation text; and the number of bytes per token in it."""
+    tokenizer = Tokenizer.from_str(data["tokenizer"])
+    held_out = data["validation"][: NUM_VALIDATION * LENGTH].tolist()
+    everything = data["train"].tolist()
+    seen = everything[:num_seen]
+    as_bytes, held_out_bytes = (list(tokenizer.decode(one).encode()) for one in (seen, held_out))
+    per_token = len(held_out_bytes) / len(held_out)
+    return {
+        "tokens": five_gram(seen, held_out, VOCABULARY) / math.log(2) / per_token,
+        "bytes": five_gram(as_bytes, held_out_bytes, 256) / math.log(2),
+        "all_tokens": five_gram(everything, held_out, VOCABULARY) / math.log(2) / per_token,
+        "num_seen": num_seen,
+        "num_all": len(everything),
+        "bytes_per_token": per_token,
+    }
+
+
+def five_gram(
+    train: Sequence[int], validation: Sequence[int], vocabulary: int, *, n: int = 5, discount: float = 0.75
+) -> float:
     """Loss per token, in nats, of an interpolated Kneser-Ney n-gram: lower orders count in how many contexts."""
     counts: list[collections.Counter[tuple[int, ...]]] = [collections.Counter() for _ in range(n + 1)]
     counts[n].update(zip(*(train[i:] for i in range(n)), strict=False))
@@ -104,7 +124,7 @@ def five_gram(train: Sequence[int], validation: Sequence[int], *, n: int = 5, di
             types[gram[:-1]] += 1
     loss = 0.0
     for end in range(n, len(validation) + 1):
-        prob = 1 / VOCABULARY
+        prob = 1 / vocabulary
         for order in range(1, n + 1):
             gram = tuple(validation[end - order : end])
             total = totals.get(gram[:-1], 0)
@@ -119,21 +139,22 @@ def five_gram(train: Sequence[int], validation: Sequence[int], *, n: int = 5, di
 
 
 def small_llama(seed: int) -> LlamaForCausalLM:
-    """8 layers of 128 features, 1.6 million parameters."""
+    """6 layers of 96 features, 0.8 million parameters."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=320, num_hidden_layers=8, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=True, use_cache=False,
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=256, num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=256, use_cache=False,
         bos_token_id=None, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     return LlamaForCausalLM(config)
 
 
-def batches(train: Tensor, num_steps: int) -> Iterator[Tensor]:
-    """Each token is seen once, in the order of the shuffled files."""
-    for step in range(num_steps):
-        first = step * BATCH * LENGTH
-        yield train[first : first + BATCH * LENGTH].view(BATCH, LENGTH)
+def batches(train: Tensor, seed: int, num_steps: int) -> Iterator[Tensor]:
+    """Each sequence is seen once, in random order: neighbors in a batch would be of one file."""
+    num_sequences = num_steps * BATCH
+    sequences = train[: num_sequences * LENGTH].view(-1, LENGTH)
+    order = torch.randperm(num_sequences, generator=torch.Generator().manual_seed(seed))
+    yield from sequences[order].split(BATCH)
 
 
 def train(kind: str, seed: int, data: Tensor, num_steps: int) -> tuple[LlamaForCausalLM, dict[str, Any]]:
@@ -151,12 +172,12 @@ def train(kind: str, seed: int, data: Tensor, num_steps: int) -> tuple[LlamaForC
     )
     num_layers_run, losses = 0.0, []
     begin = time.process_time()
-    for step, ids in enumerate(batches(data, num_steps)):
+    for step, ids in enumerate(batches(data, seed, num_steps)):
         inputs = {"input_ids": ids, "labels": ids}
         if depth is not None:
             depth.set_progress(step / (num_steps - 1))
         if kind in ("early-exit loss", "both"):
-            exits = sd.rotating_exits(8, every=EVERY, step=step)
+            exits = sd.rotating_exits(NUM_LAYERS, every=EVERY, step=step)
             loss = sd.early_exit_loss(model, inputs, exits, scale=EXIT_SCALE)
         else:
             loss = model(**inputs).loss
@@ -166,7 +187,7 @@ def train(kind: str, seed: int, data: Tensor, num_steps: int) -> tuple[LlamaForC
         lr_schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        num_layers_run += 8 if depth is None else sum(depth.last_gates or ())
+        num_layers_run += NUM_LAYERS if depth is None else sum(depth.last_gates or ())
     seconds = time.process_time() - begin
     if depth is not None:
         sd.fold_(model)  # no scaling: stochastic depth is removed, nothing else changes
@@ -199,6 +220,7 @@ def generate(model: LlamaForCausalLM, data: Tensor) -> list[dict[str, Any]]:
     """Self-speculative decoding by the first k layers against greedy decoding, in interleaved turns."""
     model.config.use_cache = True
     config = model.generation_config
+    config.use_cache = True  # False from the configuration of the training
     config.num_assistant_tokens, config.num_assistant_tokens_schedule = DRAFT, "constant"
     config.assistant_confidence_threshold = 0.0  # always DRAFT tokens: acceptance is then a plain share
     calls = collections.Counter[int]()
@@ -239,14 +261,9 @@ def run(out: Path, until: datetime.datetime | None, num_steps: int) -> None:
     validation = data["validation"][: NUM_VALIDATION * LENGTH]
     baseline = out / "baseline.json"
     if not baseline.exists():
-        num_seen = num_steps * BATCH * LENGTH
-        seen, held_out = data["train"].tolist(), validation.tolist()
-        losses = {
-            "seen": five_gram(seen[:num_seen], held_out), "all": five_gram(seen, held_out), "num_seen": num_seen,
-            "num_all": len(seen), "num_validation": len(held_out), "bytes_per_token": data["bytes_per_token"],
-        }  # fmt: skip
-        baseline.write_text(json.dumps(losses))
-    done = {(row["kind"], row["seed"]) for row in map(json.loads, rows.read_text().splitlines())} if rows.exists() else ()
+        baseline.write_text(json.dumps(baselines(data, num_steps * BATCH * LENGTH)))
+    finished = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+    done = {(row["kind"], row["seed"]) for row in finished}
     for seed in SEEDS:
         for kind in KINDS:
             if (kind, seed) in done:

@@ -17,9 +17,7 @@ from stochastic_depth.retrofit.controller import Controller
 _IGNORED = -100  # transformers and PyTorch's cross_entropy count no loss for labels of this value
 
 
-def early_exit_loss(
-    model: nn.Module, inputs: Mapping[str, Any], exits: Iterable[int], *, scale: float = 1.0
-) -> Tensor:
+def early_exit_loss(model: nn.Module, inputs: Mapping[str, Any], exits: Iterable[int], *, scale: float = 1.0) -> Tensor:
     """The training loss of LayerSkip: that of the whole model and those of early exits, by their weights.
 
     It is sum_l e(l) J(l) / sum_l e(l), over the given layers that ran and the last one, with the losses J(l) of
