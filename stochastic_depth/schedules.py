@@ -280,8 +280,8 @@ def _check_drop_rate(drop_rate: float, name: str) -> None:
         raise TypeError(f"{name} must be a number in [0, 1), but is {drop_rate!r}.")
     if not 0 <= drop_rate < 1:
         raise ValueError(
-            f"{name} must be in [0, 1), but is {drop_rate:g}. It is the chance to be dropped: a survival probability of "
-            "0.8 is a drop rate of 0.2."
+            f"{name} must be in [0, 1), but is {drop_rate:g}. It is the chance to be dropped: a survival "
+            "probability of 0.8 is a drop rate of 0.2."
         )
 
 

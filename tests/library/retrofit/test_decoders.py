@@ -1,4 +1,4 @@
-"""Whole layers of decoders: each family equals its masked self, generates as before, and trains with the usual tools."""
+"""Whole layers of decoders: each family equals its masked self, generates as before and trains with the usual tools."""
 
 import copy
 from pathlib import Path
@@ -88,7 +88,7 @@ def test_gradient_checkpointing_of_blocks_with_branches() -> None:
     model.gradient_checkpointing_enable()
     runs: list[int] = []
     for index, layer in enumerate(model.model.layers):
-        layer.mlp.down_proj.register_forward_hook(lambda *_, index=index: runs.append(index))
+        layer.mlp.gate_proj.register_forward_hook(lambda *_, index=index: runs.append(index))
     with depth.gates(gates):
         logits, gradients = loss_and_gradients(model)
     assert runs == [1, 2, 2, 1]
@@ -103,7 +103,7 @@ def test_generation_is_that_of_the_plain_model(family: str) -> None:
     """With a cache, in evaluation; and by its first layers, where transformers can leave early."""
     plain = decoder(family, use_cache=True).eval()
     model = copy.deepcopy(plain)
-    depth = sd.make_stochastic_(model, sd.layerskip(0.5), layers=[FAMILIES[family][1]])
+    sd.make_stochastic_(model, sd.layerskip(0.5), layers=[FAMILIES[family][1]])
     prompt = token_ids(1)
     options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 8, "do_sample": False}
     plain.generation_config.eos_token_id = model.generation_config.eos_token_id = None
