@@ -22,12 +22,14 @@ import hashlib
 import json
 import math
 import random
+import statistics
 import sysconfig
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import torch
 import torchvision_schemas  # noqa: F401
 from protocol import processor
@@ -281,6 +283,125 @@ def run(out: Path, until: datetime.datetime | None, num_steps: int) -> None:
             print(kind, seed, f"{row['train_s']:.0f} s", [f"{loss:.3f}" for loss in row["exit_losses"]], flush=True)
 
 
+# ------------------------------------------------------------------------------------------------ report
+
+
+def expected_tokens(acceptance: float, draft: int) -> float:
+    """Tokens per round, if each drafted token fits with this probability: 1 + a + ... + a^draft."""
+    return sum(acceptance**count for count in range(draft + 1))
+
+
+def break_even(cost_of_draft: float, draft: int) -> float:
+    """The acceptance rate at which a round of `draft` drafts and one check costs what its tokens cost one by one.
+
+    `cost_of_draft` is that of a draft in forwards of the whole model, a check counts 1; above 1 there is no such rate.
+    """
+    low, high = 0.0, 1.0
+    if expected_tokens(high, draft) < 1 + draft * cost_of_draft:
+        return math.inf
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (low, middle) if expected_tokens(middle, draft) > 1 + draft * cost_of_draft else (middle, high)
+    return high
+
+
+def acceptance_of(row: dict[str, Any]) -> float:
+    """The probability with which a drafted token fits, from the number of tokens per round: the a of 1 + a + ...
+
+    It counts each token once that was checked after tokens that fit; the plain share of those drafted would count the
+    tokens behind a wrong one too.
+    """
+    per_round = row["tokens"] / row["whole"]
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if expected_tokens(middle, DRAFT) < per_round else (low, middle)
+    return high
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean and, of several, the standard deviation."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def report(out: Path) -> None:
+    """Write runs, baselines, tables and the figure to results/language-model."""
+    results = Path(__file__).parents[1] / "results" / "language-model"
+    results.mkdir(parents=True, exist_ok=True)
+    for name in ("runs.jsonl", "baseline.json"):
+        if out != results:
+            (results / name).write_bytes((out / name).read_bytes())
+    rows = [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
+    baseline = json.loads((out / "baseline.json").read_text())
+    by_kind = {kind: [row for row in rows if row["kind"] == kind] for kind in KINDS}
+    by_kind = {kind: of_kind for kind, of_kind in by_kind.items() if of_kind}
+    to_bits = 1 / math.log(2) / baseline["bytes_per_token"]
+    lines = [
+        "| | n | loss, nats per token | bits per byte | training, process s | layers per step |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind, of_kind in by_kind.items():
+        losses = [row["exit_losses"][-1] for row in of_kind]
+        lines.append(
+            f"| {kind} | {len(of_kind)} | {spread(losses, 3)} | {spread([loss * to_bits for loss in losses], 3)} | "
+            f"{spread([row['train_s'] for row in of_kind], 1)} | "
+            f"{spread([row['layers_per_step'] for row in of_kind], 2)} |"
+        )
+    for name, text in (("tokens", "same tokens"), ("bytes", "same text, bytes"), ("all_tokens", "all tokens")):
+        lines.append(f"| 5-gram, {text} | | | {baseline[name]:.3f} | | |")
+    lines += [
+        "",
+        "| loss after layer | " + " | ".join(map(str, range(1, NUM_LAYERS + 1))) + " |",
+        "|" + "---|" * (NUM_LAYERS + 1),
+    ]
+    for kind, of_kind in by_kind.items():
+        exits = zip(*(row["exit_losses"] for row in of_kind), strict=True)
+        lines.append(f"| {kind} | " + " | ".join(spread(losses, 3) for losses in exits) + " |")
+    lines += [
+        "",
+        f"| drafts by k of {NUM_LAYERS} layers | k | acceptance | break-even by layers | best token agrees "
+        + "| layers per token | tokens per s / greedy | identical |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for kind, of_kind in by_kind.items():
+        for index, k in enumerate(EXITS, 1):
+            drafted = [row["generation"][index] for row in of_kind]
+            greedy = [row["generation"][0] for row in of_kind]
+            speeds = [
+                one["tokens"] / one["seconds"] / (other["tokens"] / other["seconds"])
+                for one, other in zip(drafted, greedy, strict=True)
+            ]
+            lines.append(
+                f"| {kind} | {k} | {spread([acceptance_of(row) for row in drafted], 2)} | "
+                f"{break_even(k / NUM_LAYERS, DRAFT):.2f} | "
+                f"{spread([row['agreements'][k - 1] for row in of_kind], 2)} | "
+                f"{spread([row['layer_calls'] / row['tokens'] for row in drafted], 2)} | {spread(speeds, 2)} | "
+                f"{sum(row['identical'] for row in drafted)} of {NUM_PROMPTS * len(drafted)} |"
+            )
+    text = "\n".join(lines) + "\n"
+    print(text)
+    (results / "tables.md").write_text(text)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
+    for kind, of_kind in by_kind.items():
+        curve = [statistics.mean(losses) for losses in zip(*(row["exit_losses"] for row in of_kind), strict=True)]
+        left.plot(range(1, NUM_LAYERS + 1), curve, marker="o", label=f"{kind} (n = {len(of_kind)})")
+        rates = [
+            statistics.mean(acceptance_of(row["generation"][index]) for row in of_kind)
+            for index in range(1, len(EXITS) + 1)
+        ]
+        right.plot(EXITS, rates, marker="o", label=kind)
+    right.plot(
+        EXITS, [break_even(k / NUM_LAYERS, DRAFT) for k in EXITS], color="black", linestyle=":", label="break-even"
+    )
+    left.set(xlabel="layers run", ylabel="validation loss, nats per token")
+    right.set(xlabel="layers that draft", ylabel="acceptance rate", ylim=(0, 1))
+    for axes in (left, right):
+        axes.legend(fontsize=8, frameon=False)
+    figure.tight_layout()
+    figure.savefig(results / "language-model.svg", metadata={"Date": None})
+
+
 def main() -> None:
     """Run or report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -292,7 +413,10 @@ def main() -> None:
     until = None
     if options.until:
         until = datetime.datetime.combine(datetime.date.today(), datetime.time.fromisoformat(options.until))
-    run(options.out, until, options.steps)
+    if options.command == "run":
+        run(options.out, until, options.steps)
+    else:
+        report(options.out)
 
 
 if __name__ == "__main__":

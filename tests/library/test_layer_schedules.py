@@ -17,7 +17,7 @@ def test_layerskip_is_its_formula(num_layers: int, rate: float) -> None:
     """p_{l,t} = S(t) D(l) p_max with D(l) = exp(l ln 2 / (L - 1)) - 1 and S(t) = exp(t ln 2 / (T - 1)) - 1."""
     num_steps = 5
     for name, strength in {
-        "constant": lambda t: 1.0,
+        "constant": lambda _: 1.0,
         "linear": lambda t: t / (num_steps - 1),
         "exponential": lambda t: math.exp(t * math.log(2) / (num_steps - 1)) - 1,
     }.items():
@@ -56,7 +56,8 @@ def test_progressive_layer_dropping_is_its_algorithm(num_layers: int) -> None:
 
 @pytest.mark.parametrize("make", [sd.layerskip, sd.layerdrop], ids=["layerskip", "layerdrop"])
 @pytest.mark.parametrize(
-    ("rate", "error"), [(1, ValueError), (-0.1, ValueError), (float("nan"), ValueError), (True, TypeError), ("a", TypeError)]
+    ("rate", "error"),
+    [(1, ValueError), (-0.1, ValueError), (float("nan"), ValueError), (True, TypeError), ("a", TypeError)],
 )
 def test_bad_drop_rates(make, rate: object, error: type[Exception]) -> None:
     with pytest.raises(error, match=r"drop_rate must be [^\n]*\[0, 1\)[^\n]*but is") as caught:
@@ -65,7 +66,7 @@ def test_bad_drop_rates(make, rate: object, error: type[Exception]) -> None:
 
 
 def test_other_bad_arguments() -> None:
-    with pytest.raises(ValueError, match="over_time must be one of 'constant', 'linear', 'exponential', but is 'cosine'"):
+    with pytest.raises(ValueError, match="one of 'constant', 'linear', 'exponential', but is 'cosine'"):
         sd.layerskip(0.2, over_time="cosine")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="gamma must be a positive number, but is 0"):
         sd.progressive_layer_dropping(gamma=0)
