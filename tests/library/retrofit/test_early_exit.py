@@ -150,6 +150,23 @@ def test_in_evaluation_and_in_a_wrapper() -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+def test_in_shards() -> None:
+    """The head runs again in the backward, on parameters that FSDP2 gathers."""
+    model, _ = stochastic(granularity="batch")
+    plain = copy.deepcopy(model)
+    inputs = {"input_ids": token_ids(), "labels": token_ids()}
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        sd.shard_(model, torch.distributed.init_device_mesh("cpu", (1,)))
+        for _ in range(3):
+            for each in (model, plain):
+                sd.early_exit_loss(each, inputs, [1]).backward()
+        for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(ours.grad.full_tensor(), theirs.grad)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
 def test_with_gradient_checkpointing() -> None:
     model, depth = stochastic()
