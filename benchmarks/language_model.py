@@ -326,7 +326,7 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 
 def report(out: Path) -> None:
-    """Write runs, baselines, tables and the figure to results/language-model."""
+    """Write runs, baselines and the figure to results/language-model, and the tables into the page of the results."""
     results = Path(__file__).parents[1] / "results" / "language-model"
     results.mkdir(parents=True, exist_ok=True)
     for name in ("runs.jsonl", "baseline.json"):
@@ -358,12 +358,9 @@ def report(out: Path) -> None:
     for kind, of_kind in by_kind.items():
         exits = zip(*(row["exit_losses"] for row in of_kind), strict=True)
         lines.append(f"| {kind} | " + " | ".join(spread(losses, 3) for losses in exits) + " |")
-    lines += [
-        "",
-        f"| drafts by k of {NUM_LAYERS} layers | k | acceptance | break-even by layers | best token agrees "
-        + "| layers per token | tokens per s / greedy | identical |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    columns = [f"drafts by k of {NUM_LAYERS} layers", "k", "acceptance", "break-even by layers", "best token agrees"]
+    columns += ["layers per token", "tokens per s / greedy", "identical"]
+    lines += ["", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for kind, of_kind in by_kind.items():
         for index, k in enumerate(EXITS, 1):
             drafted = [row["generation"][index] for row in of_kind]
@@ -381,7 +378,10 @@ def report(out: Path) -> None:
             )
     text = "\n".join(lines) + "\n"
     print(text)
-    (results / "tables.md").write_text(text)
+    page = results.parents[1] / "docs" / "results" / "language-model.md"
+    begin, end = "<!-- tables: benchmarks/language_model.py report -->\n\n", "\n<!-- end of tables -->"
+    before, _, rest = page.read_text().partition(begin)
+    page.write_text(before + begin + text + end + rest.partition(end)[2])
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
     for kind, of_kind in by_kind.items():
         curve = [statistics.mean(losses) for losses in zip(*(row["exit_losses"] for row in of_kind), strict=True)]
