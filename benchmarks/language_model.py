@@ -382,6 +382,7 @@ def report(out: Path) -> None:
     begin, end = "<!-- tables: benchmarks/language_model.py report -->\n\n", "\n<!-- end of tables -->"
     before, _, rest = page.read_text().partition(begin)
     page.write_text(before + begin + text + end + rest.partition(end)[2])
+    plt.rcParams["svg.hashsalt"] = "language-model"  # the same runs, the same file
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
     for kind, of_kind in by_kind.items():
         curve = [statistics.mean(losses) for losses in zip(*(row["exit_losses"] for row in of_kind), strict=True)]
