@@ -27,7 +27,15 @@ NAVIGATION = {
         "docs/recipes",
         "docs/faq",
     ],
-    "Guides": ["docs/how-it-works", "docs/retrofit", "docs/semantics", "docs/speed", "docs/scale", "docs/deploy"],
+    "Guides": [
+        "docs/how-it-works",
+        "docs/retrofit",
+        "docs/language-models",
+        "docs/semantics",
+        "docs/speed",
+        "docs/scale",
+        "docs/deploy",
+    ],
     "The paper": ["docs/reproduce", "docs/laboratory"],
     "Results": [
         "RESULTS",
