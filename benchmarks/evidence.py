@@ -210,6 +210,7 @@ def report() -> None:
             RUNS.parent / "report",
             yardsticks(experiment for experiment, _ in finished) if STUDIES[study].yardsticks else None,
             run_pages=False,
+            width=140,
         )
         folder = RESULTS / study
         folder.mkdir(parents=True, exist_ok=True)

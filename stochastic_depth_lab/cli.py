@@ -155,6 +155,8 @@ def _reproduce_study(study: Study, options: Reproduce, arguments: Sequence[str])
 
     run, many = _with_defaults(study, options.run, options.many)
     runs = with_seeds(_of_study(study, run, many), run, many)
+    if options.name not in STUDIES:  # a pair: of the networks that are trained, at either scale
+        study = replace(study, title=runs[0].title.removesuffix(", constant depth"))
     jobs = sweep.jobs_for(runs, run.out / "runs")
     code = _run_jobs(jobs, run, many, ["reproduce", *arguments])
     if _is_first() and any(job.state == "done" for job in jobs):
@@ -164,6 +166,7 @@ def _reproduce_study(study: Study, options: Reproduce, arguments: Sequence[str])
             run.out,
             _yardsticks(study, runs, run.data_root),
             run_pages=not run.quick,
+            width=shutil.get_terminal_size().columns,
         )
         _print(f"{report.text}\n\nreport: {report.page}")
     return code
@@ -233,14 +236,12 @@ def _run_jobs(jobs: "Sequence[Job]", options: RunOptions, many: ManyOptions, arg
 
     if options.weights is not None or options.tensorboard or options.cuda_graphs:
         raise ValueError("--weights, --tensorboard and --cuda-graphs are for train, and for reproduce of one pair.")
-    _refuse_file(options.out)
+    _refuse_unwritable(options.out)
     if not jobs:
         _print("This share has no run: there are fewer runs than shares.")
     for job in jobs:
         check(job.experiment)
     options.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=options.out):  # refuse a folder that cannot be written before processes start
-        pass
     if options.quick and _is_first():
         _note(_QUICK)
     rank, num_processes = processes.place()
@@ -290,10 +291,17 @@ def _evaluate(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _refuse_file(folder: Path | None) -> None:
-    """Refuse, before any work, a file where a folder is to be written."""
-    if folder is not None and any(path.is_file() for path in (folder, *folder.parents)):
+def _refuse_unwritable(folder: Path | None) -> None:
+    """Refuse, before any work, an output folder that is a file, lies under one, or cannot be written."""
+    if folder is None:
+        return
+    if any(path.is_file() for path in (folder, *folder.parents)):
         raise ValueError(f"--out must be a folder, but {folder} is a file or lies under one.")
+    try:
+        with tempfile.TemporaryFile(dir=next(path for path in (folder, *folder.parents) if path.exists())):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {folder} cannot be written: {error.strerror}.") from None
 
 
 def _analyse(options: Evaluate) -> int:
@@ -321,7 +329,7 @@ def _evaluate_subnetworks(options: Evaluate) -> int:
         return _complain("--subnetworks and --monte-carlo exclude each other.")
     if options.finetune_epochs is not None and options.finetune_epochs < 1:
         return _complain(f"--finetune-epochs must be at least 1, but is {options.finetune_epochs}.")
-    _refuse_file(options.out)
+    _refuse_unwritable(options.out)
     _load("finetuning", "subnetworks", "observers")
     from stochastic_depth_lab.build import find_device
     from stochastic_depth_lab.finetuning import finetune
@@ -365,7 +373,7 @@ def _evaluate_subnetworks(options: Evaluate) -> int:
 
 
 def _evaluate_monte_carlo(options: Evaluate, num_samples: int) -> int:
-    _refuse_file(options.out)
+    _refuse_unwritable(options.out)
     _load("uncertainty")
     from stochastic_depth_lab.build import find_device
     from stochastic_depth_lab.report.reliability import reliability_text, write_reliability
@@ -384,7 +392,7 @@ def _export(arguments: Sequence[str]) -> int:
     if options.order != "last" and options.cost is None:
         return _complain("--order needs --cost: it says which blocks are removed first.")
     if options.out is not None:
-        _refuse_file(options.out.parent)
+        _refuse_unwritable(options.out.parent)
         if options.out.is_dir():
             return _complain(f"--out must be a file, but {options.out} is a folder.")
     _load("export")
@@ -455,8 +463,8 @@ def _inspect(arguments: Sequence[str]) -> int:
     from stochastic_depth_lab.inspect import inspect_model
 
     schedule = None if options.schedule is None else _named_schedule(options.schedule, options.final_survival_prob)
-    _print(
-        inspect_model(
+    with EndingAtOnce():  # it imports the model's package
+        text = inspect_model(
             options.model,
             options.drop_path_rate,
             schedule=schedule,
@@ -465,7 +473,7 @@ def _inspect(arguments: Sequence[str]) -> int:
             image_size=options.image_size,
             device=find_device(options.device, "fp32"),
         )
-    )
+    _print(text)
     return 0
 
 

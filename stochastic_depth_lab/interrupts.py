@@ -13,7 +13,8 @@ from types import FrameType
 class EndingAtOnce:
     """Within, Ctrl-C ends the process on the spot.
 
-    For imports: a KeyboardInterrupt in the middle of one surfaces as any error, a RecursionError or an AttributeError.
+    For imports, where nothing can be lost: a KeyboardInterrupt in the middle of one surfaces as any error, a
+    RecursionError or an AttributeError.
     """
 
     def __enter__(self) -> None:

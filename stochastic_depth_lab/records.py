@@ -99,9 +99,10 @@ def look(path: Path, experiment: Experiment, *, resume: bool) -> dict[str, Any] 
         raise RunError(f"--out must be a folder, but {path} is a file.")
     if not path.exists() or all(entry.name == _LOCK for entry in path.iterdir()):
         return None
-    if not resume:
-        raise RunError(f"{path} exists and is not empty: give another folder, or --resume to resume its run.")
     config = path / "config.json"
+    if not resume:
+        remedy = "give another folder, or --resume to resume its run" if config.exists() else "give another folder"
+        raise RunError(f"{path} exists and is not empty: {remedy}.")
     if not config.exists():
         return None
     found = read_experiment(path)

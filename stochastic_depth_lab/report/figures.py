@@ -207,7 +207,7 @@ def _survival(series: Sequence[_Series]) -> Drawing:
     return Drawing(
         "survival",
         "survival",
-        "Survival probabilities and realised frequencies",
+        "Survival probabilities and realized frequencies",
         "How often each block was open, and how far that is from its survival probability. "
         + ("Band: 95 % of fair draws (exact binomial), so that one block in twenty may lie outside. " if counts else "")
         + " ".join(counts),
@@ -236,7 +236,7 @@ def _survival_figure(series: Sequence[_Series], *, narrow: bool) -> tuple[Figure
         left.set_title(f"{s.label}: share of {s.run.num_steps:,} steps")
         right.axhline(0, color=MUTED)
         right.plot(blocks, [frequency - prob for frequency, prob in zip(frequencies, probs, strict=True)], **dots)
-        right.set_title("realised frequency \N{MINUS SIGN} survival probability")
+        right.set_title("realized frequency \N{MINUS SIGN} survival probability")
         if bands:
             low, high = ([bounds[side] - prob for bounds, prob in zip(bands, probs, strict=True)] for side in (0, 1))
             right.stairs(high, edges, baseline=low, fill=True, color=MUTED, alpha=0.25)
@@ -250,7 +250,7 @@ def _survival_figure(series: Sequence[_Series], *, narrow: bool) -> tuple[Figure
         axes.set_xlabel("block, from the input")
     entries: list[tuple[Line2D | Patch, str]] = [
         (Line2D([], [], color=MUTED), "survival probability"),
-        (Line2D([], [], color=INK, marker="o", markersize=4, linestyle=""), "realised frequency"),
+        (Line2D([], [], color=INK, marker="o", markersize=4, linestyle=""), "realized frequency"),
     ]
     if counts:
         entries.append((Patch(color=MUTED, alpha=0.25, linewidth=0), "95 % band"))

@@ -107,6 +107,7 @@ def test_help_fits_the_terminal(line, width, variables):
 
 def test_help_names_what_is_meant():
     shown = Terminal("train --help", 100, {"TERM": "xterm"}).shown()
+    assert {*cli.EXPERIMENTS} <= {*re.findall(r"[\w-]+", shown)}  # no name is broken at a hyphen
     assert "Usage: stochastic-depth train EXPERIMENT --out FOLDER [options]" in shown
     assert "digits-stochastic" in shown.partition("Options:")[0]
     for words in (
@@ -171,6 +172,27 @@ def importing(name):
 cli.importlib.import_module = importing
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever this process has inherited
 sys.exit(cli.main(["schedule"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\nInterrupted.\n")
+
+
+def test_an_interrupted_inspection_ends_at_once():
+    """It imports the packages of others, which make anything of a KeyboardInterrupt."""
+    code = """
+import os, signal, sys
+from stochastic_depth_lab import cli, inspect
+
+def importing(name, rate):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.sigtimedwait([], 1)
+    except KeyboardInterrupt:
+        raise RuntimeError
+
+inspect._CREATE["timm"] = importing
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(cli.main(["inspect", "timm:resnet18"]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "\nInterrupted.\n")

@@ -218,7 +218,7 @@ def test_many_runs_have_an_index_that_leads_to_their_pages(write_run, tmp_path, 
     assert [(path.parent / unquote(urlsplit(link).path)).resolve() for link in links] == [
         each / "report.html" for each in folders
     ]
-    assert "realised frequency" in read_page(folders[1] / "report.html").text
+    assert "realized frequency" in read_page(folders[1] / "report.html").text
 
     # The next index writes the page of the run that has gone on, and no other.
     pages = [folder / "report.html" for folder in folders]

@@ -11,6 +11,7 @@ import pytest
 
 from stochastic_depth_lab.config import Regularisers
 from stochastic_depth_lab.report import read_run, text_table
+from stochastic_depth_lab.report.runs import labels
 from stochastic_depth_lab.report.table import NOTHING, constant_depth_of, html_table, rows, summary_csv, time_share
 
 PUBLISHED = {"test_error": 5.23, "source": "Huang et al. 2016"}
@@ -35,9 +36,9 @@ def test_text_table_word_for_word(published_pair):
         "training time, s                                             10.0                7.0",
         "training time per epoch, share of constant depth            1.000              0.700",
         "expected depth, blocks                                       4.00               2.75",
-        "realised depth, blocks                                       4.03               2.78",
+        "realized depth, blocks                                       4.03               2.78",
         "expected cost, share of training FLOPs                      1.000              0.688",
-        "realised cost, share of training FLOPs                      0.997              0.684",
+        "realized cost, share of training FLOPs                      0.997              0.684",
         "mean |gradient| of first convolution                      0.00310            0.00310",
         "parameters                                                173,210            173,210",
         "",
@@ -152,3 +153,28 @@ def test_many_runs_become_rows_that_can_be_sorted(write_run):
     assert many.count("<tr") == 8
     assert '<table class="sortable">' in many
     assert '<tr><th scope="row">digits-constant, seed 6</th><td>5.12</td>' in many
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_many_runs_are_a_line_each_as_wide_as_the_terminal(write_run, width):
+    settings = [(decay, size) for decay in (0.0, 1e-4, 1e-3, 1e-2) for size in (32, 64)]
+    runs = [
+        read_run(
+            write_run(
+                f"run-{decay}-{size}",
+                stochastic=True,
+                config={
+                    "name": f"digits-stochastic-weight-decay-{decay}-batch-size-{size}-epochs-4",
+                    "recipe": {"epochs": 4, "batch_size": size, "weight_decay": decay},
+                },
+            )
+        )
+        for decay, size in settings
+    ]
+    blocks = [block.splitlines() for block in text_table(runs, width).split("\n\n")]
+    assert all(len(line) <= width for block in blocks for line in block)
+    for block in blocks:
+        assert [line.split("  ")[0] for line in block if line.startswith("batch")] == list(labels(runs))
+    first = [line for block in blocks for line in block if line.startswith("batch 32 · wd 0 ")]
+    values = [cell for line in first for cell in line.removeprefix("batch 32 · wd 0 ").split()]
+    assert values == [row.cells[0] for row in rows(runs) if row.cells[0] != NOTHING]
