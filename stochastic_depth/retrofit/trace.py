@@ -460,8 +460,8 @@ class _Symbol(fx.Proxy):
         return id(self)
 
 
-# What every size is taken to be where code wants numbers, only to see which way it goes; and every type and device where
-# PyTorch takes no symbol for one.
+# What every size is taken to be where code wants numbers, only to see which way it goes; and every type and device
+# where PyTorch takes no symbol for one.
 _GUESS = 4
 _GUESSES = {"ndim": _GUESS, "dtype": torch.float32, "device": torch.device("cpu")}
 
