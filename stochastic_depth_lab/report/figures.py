@@ -262,7 +262,7 @@ def _depth(series: Sequence[_Series]) -> Drawing:
     return Drawing(
         "depth",
         "epochs",
-        "Realised depth",
+        "Realized depth",
         "How many blocks the steps ran: each is a network of another depth.",
         _depth_figure(series, narrow=False),
         _depth_figure(series, narrow=True),

@@ -156,6 +156,25 @@ def test_ctrl_c_leaves_no_traceback_at_any_moment(tmp_path):
             assert ("Stopped and saved. Resume with: " in shown) == saved, last
 
 
+def test_an_interrupt_of_the_first_import_is_silent():
+    """Python's own start, before the command's first line, is Python's own."""
+    code = """
+import _signal, os, sys
+from stochastic_depth_lab.__main__ import main
+
+class Interrupting:
+    def find_spec(self, name, *_):
+        if name == "stochastic_depth_lab.interrupts":
+            os.kill(os.getpid(), _signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting())
+_signal.signal(_signal.SIGINT, _signal.default_int_handler)  # whatever this process has inherited
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
 def test_an_interrupted_import_ends_at_once():
     """What an import makes of a KeyboardInterrupt, it is not seen."""
     code = """
