@@ -629,7 +629,9 @@ def _train_one(
         try:
             observers.append(TensorBoard(folder / "tensorboard"))
         except ModuleNotFoundError:
-            raise ValueError("--tensorboard needs TensorBoard: pip install 'stochastic-depth[tensorboard]'") from None
+            raise ValueError(
+                "--tensorboard needs TensorBoard: run pip install '.[tensorboard]' in a clone of the project."
+            ) from None
     try:
         loop.train(
             experiment,
