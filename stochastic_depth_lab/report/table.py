@@ -171,12 +171,12 @@ def fitted(lines: Sequence[Sequence[str]], width: int, least: int = 24) -> str:
 
     Example:
         >>> print(fitted([["", "error", "time"], ["constant depth, all layers", "12.50", "1.00"]], 32))
-                                  error
+                             error
         constant depth, all
-        layers                    12.50
+        layers               12.50
         <BLANKLINE>
-                                     time
-        constant depth, all layers   1.00
+                                    time
+        constant depth, all layers  1.00
     """
     titles, *columns = zip(*lines, strict=True)
     least = min(least, max(map(len, titles)))
