@@ -211,6 +211,7 @@ def report() -> None:
             RUNS.parent / "report",
             baselines(experiment for experiment, _ in finished) if STUDIES[study].baselines else None,
             run_pages=False,
+            width=140,
         )
         folder = RESULTS / study
         folder.mkdir(parents=True, exist_ok=True)

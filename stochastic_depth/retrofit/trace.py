@@ -27,6 +27,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import GraphAppendingTracer
+from torch.overrides import TorchFunctionMode
 
 from stochastic_depth.copies import own_class
 from stochastic_depth.retrofit.classes import Unannounced
@@ -195,7 +196,7 @@ def _traced(
         tracer.expected_state = _context()
         random_state = torch.get_rng_state(), random.getstate()
         try:
-            with _UnchangedBuffers(call.original), warnings.catch_warnings():
+            with _UnchangedBuffers(call.original), warnings.catch_warnings(), _SymbolsForNoise(tracer):
                 warnings.simplefilter("ignore")  # The arguments are none that anybody has given.
                 leaves = [tracer.create_proxy("placeholder", f"leaves_{i}", (), {}) for i in range(num_leaves)]
                 _put_symbols(call.block, call.original, tracer, with_buffers=with_buffers, inlined=call.inlined)
@@ -436,6 +437,11 @@ class _Symbol(fx.Proxy):
 
     _is_param = False
 
+    def __getattr__(self, name: str) -> Any:
+        if self.tracer.guess_sizes and name in _GUESSES and (name == "ndim" or not _takes_symbols()):  # pyright: ignore
+            return _GUESSES[name]
+        return super().__getattr__(name)
+
     @property
     def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
         # Only where code asks. PyTorch's own C++ would believe it, and take a symbol for a tensor in memory.
@@ -463,8 +469,35 @@ class _Symbol(fx.Proxy):
         return id(self)
 
 
-# What every size is taken to be where code wants numbers, only to see which way it goes.
+# What every size is taken to be where code wants numbers, only to see which way it goes; and every type and device
+# where PyTorch takes no symbol for one.
 _GUESS = 4
+_GUESSES = {"ndim": _GUESS, "dtype": torch.float32, "device": torch.device("cpu")}
+
+
+@functools.cache
+def _takes_symbols() -> bool:
+    """Whether PyTorch's functions take symbols for sizes, types and devices; through 2.8 they do not."""
+    x = GraphAppendingTracer(fx.Graph()).create_proxy("placeholder", "x", (), {})
+    try:
+        torch.empty([x.shape[0]], dtype=x.dtype, device=x.device)  # pyright: ignore
+    except TypeError:
+        return False
+    return True
+
+
+class _SymbolsForNoise(TorchFunctionMode):
+    """Within, what a functional drop path fills with noise is a symbol, where its guessed size has made it a tensor."""
+
+    def __init__(self, tracer: _BlockTracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.empty, torch.rand) and self._tracer.guess_sizes and not _takes_symbols():
+            return self._tracer.create_proxy("call_function", func, args, kwargs)
+        return func(*args, **kwargs)
 
 
 def _made_tensor() -> None:

@@ -155,7 +155,7 @@ def _require(form: Format) -> None:
             importlib.import_module(package)
         except ModuleNotFoundError:
             raise ValueError(
-                f"--format {form} needs the package {package}: pip install 'stochastic-depth[export]'"
+                f"--format {form} needs the package {package}: run pip install '.[export]' in a clone of the project."
             ) from None
 
 

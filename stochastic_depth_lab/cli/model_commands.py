@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from stochastic_depth_lab.cli.interrupts import EndingAtOnce
 from stochastic_depth_lab.cli.options import Bench, Inspect, Schedule, ScheduleName, parse
 from stochastic_depth_lab.cli.output import load, show
 
@@ -44,8 +45,8 @@ def inspect(arguments: Sequence[str]) -> int:
     from stochastic_depth_lab.training.setup import find_device
 
     schedule = None if options.schedule is None else _named_schedule(options.schedule, options.final_survival_prob)
-    show(
-        inspect_model(
+    with EndingAtOnce():  # It imports the model's package.
+        text = inspect_model(
             options.model,
             options.drop_path_rate,
             schedule=schedule,
@@ -54,7 +55,7 @@ def inspect(arguments: Sequence[str]) -> int:
             image_size=options.image_size,
             device=find_device(options.device),
         )
-    )
+    show(text)
     return 0
 
 

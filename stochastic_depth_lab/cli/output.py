@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -46,10 +47,17 @@ def fail(message: str, code: int = 2) -> int:
     return code
 
 
-def refuse_file(folder: Path | None) -> None:
-    """Raise ValueError, before any work, if an output folder is a file or lies under one."""
-    if folder is not None and any(path.is_file() for path in (folder, *folder.parents)):
+def refuse_unwritable(folder: Path | None) -> None:
+    """Raise ValueError, before any work, if an output folder is a file, lies under one, or cannot be written."""
+    if folder is None:
+        return
+    if any(path.is_file() for path in (folder, *folder.parents)):
         raise ValueError(f"--out must be a folder, but {folder} is a file or lies under one.")
+    try:
+        with tempfile.TemporaryFile(dir=next(path for path in (folder, *folder.parents) if path.exists())):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {folder} cannot be written: {error.strerror}.") from None
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import signal
 from collections.abc import Sequence
 
 from stochastic_depth_lab.cli.options import Evaluate, Export, Report, parse
-from stochastic_depth_lab.cli.output import fail, load, note, refuse_file, show
+from stochastic_depth_lab.cli.output import fail, load, note, refuse_unwritable, show
 from stochastic_depth_lab.cli.training_commands import show_report
 
 
@@ -19,7 +19,7 @@ def evaluate(arguments: Sequence[str]) -> int:
         return fail("--against, --order, --points and --finetune-epochs are for --subnetworks.")
     if options.out is not None and not options.subnetworks and options.monte_carlo is None:
         return fail("--out is for --subnetworks and --monte-carlo.")
-    refuse_file(options.out)
+    refuse_unwritable(options.out)
     if options.analyse:
         return _analyse(options)
     if options.subnetworks:
@@ -111,7 +111,7 @@ def export(arguments: Sequence[str]) -> int:
     if options.order != "last" and options.cost is None:
         return fail("--order needs --cost: it says which blocks are removed first.")
     if options.out is not None:
-        refuse_file(options.out.parent)
+        refuse_unwritable(options.out.parent)
         if options.out.is_dir():
             return fail(f"--out must be a file, but {options.out} is a folder.")
     load("after.export")

@@ -3,7 +3,6 @@
 import shlex
 import shutil
 import signal
-import tempfile
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from stochastic_depth_lab.cli.options import (
     with_options,
     with_seeds,
 )
-from stochastic_depth_lab.cli.output import QUICK, fail, is_first, load, note, refuse_file, show
+from stochastic_depth_lab.cli.output import QUICK, fail, is_first, load, note, refuse_unwritable, show
 from stochastic_depth_lab.experiments import EXPERIMENTS, STUDIES, find, find_pair, find_study
 from stochastic_depth_lab.experiments.checks import check
 from stochastic_depth_lab.experiments.config import Experiment, Study
@@ -67,6 +66,8 @@ def _reproduce_study(study: Study, options: Reproduce, arguments: Sequence[str])
 
     run, many = _with_defaults(study, options.run, options.many)
     runs = with_seeds(_of_study(study, run, many), run, many)
+    if options.name not in STUDIES:  # A pair is named after the networks that are trained, at either scale.
+        study = replace(study, title=runs[0].title.removesuffix(", constant depth"))
     jobs = sweep.jobs_for(runs, run.out / "runs")
     code = _run_jobs(jobs, run, many, ["reproduce", *arguments])
     if is_first() and any(job.state == "done" for job in jobs):
@@ -76,6 +77,7 @@ def _reproduce_study(study: Study, options: Reproduce, arguments: Sequence[str])
             run.out,
             _baselines(study, runs, run.data_root),
             run_pages=not run.quick,
+            width=shutil.get_terminal_size().columns,
         )
         show(f"{report.text}\n\nreport: {report.page}")
     return code
@@ -142,14 +144,12 @@ def _run_jobs(jobs: "Sequence[Job]", options: RunOptions, many: ManyOptions, arg
 
     if options.weights is not None or options.tensorboard or options.cuda_graphs:
         raise ValueError("--weights, --tensorboard and --cuda-graphs are for train, and for reproduce of one pair.")
-    refuse_file(options.out)
+    refuse_unwritable(options.out)
     if not jobs:
         show("This share has no run: there are fewer runs than shares.")
     for job in jobs:
         check(job.experiment)
     options.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=options.out):  # refuse a folder that cannot be written before processes start
-        pass
     if options.quick and is_first():
         note(QUICK)
     rank, num_processes = processes.rank_and_size()
@@ -236,7 +236,9 @@ def _train_one(
         try:
             observers.append(TensorBoard(folder / "tensorboard"))
         except ModuleNotFoundError:
-            raise ValueError("--tensorboard needs TensorBoard: pip install 'stochastic-depth[tensorboard]'") from None
+            raise ValueError(
+                "--tensorboard needs TensorBoard: run pip install '.[tensorboard]' in a clone of the project."
+            ) from None
     try:
         loop.train(
             experiment,

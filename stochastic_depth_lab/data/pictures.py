@@ -27,7 +27,9 @@ def import_torchvision(module: str = "torchvision") -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError:
-        raise DataError("imagenet needs torchvision: pip install 'stochastic-depth[imagenet]'") from None
+        raise DataError(
+            "imagenet needs torchvision: run pip install '.[imagenet]' in a clone of the project."
+        ) from None
     except (ImportError, OSError, RuntimeError) as error:
         raise DataError(f"torchvision was built for another PyTorch than {torch.__version__}: {error}") from error
 

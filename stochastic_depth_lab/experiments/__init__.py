@@ -33,6 +33,9 @@ def find(name: str) -> Experiment:
         >>> find("digit-constant")
         Traceback (most recent call last):
         ValueError: Unknown experiment 'digit-constant'. Did you mean 'digits-constant'?
+        >>> find("svhn")
+        Traceback (most recent call last):
+        ValueError: Unknown experiment 'svhn'. Did you mean one of svhn-152-constant, svhn-152-stochastic?
     """
     if name not in EXPERIMENTS:
         raise ValueError(f"Unknown experiment {name!r}. {_nearest(name, list(EXPERIMENTS))}")
@@ -70,5 +73,7 @@ def find_study(name: str) -> Study:
 
 
 def _nearest(name: str, names: list[str]) -> str:
+    if begun := [each for each in names if each.startswith(f"{name}-")]:
+        return f"Did you mean one of {', '.join(begun)}?"
     nearest = difflib.get_close_matches(name, names, n=1)
     return f"Did you mean {nearest[0]!r}?" if nearest else f"Choose from {', '.join(names)}."

@@ -70,7 +70,7 @@ def small(experiment: Experiment) -> Experiment:
     return replace(
         experiment,
         name=f"small-{experiment.name}",
-        title=experiment.title.replace(f"{model.num_layers} layers", f"{num_layers} layers for {model.num_layers}"),
+        title=experiment.title.replace(f"{model.num_layers} layers", f"{num_layers} layers"),
         data=data,
         model=replace(model, num_layers=num_layers),
         recipe=recipe,

@@ -101,7 +101,7 @@ def _timm(name: str, rate: float) -> tuple[nn.Module, int]:
 
     if not timm.is_model(name):
         similar = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=3))
-        raise ValueError(f"timm has no model {name!r}. Similar names: {similar or 'none; see timm.list_models()'}.")
+        raise ValueError(f"timm has no model {name!r}. Similar names: {similar or 'none'}.")
     try:
         model = timm.create_model(name, drop_path_rate=rate)
     except TypeError:

@@ -103,7 +103,7 @@ def link_to_page(folder: Path, index: Path) -> str:
 
 
 def _page(runs: Sequence[Run], figures: Sequence[Drawing], links: Sequence[str], tables: Mapping[str, str]) -> str:
-    return html_page(_title(runs), _lead(runs), html_table(runs, links), remarks(runs), figures, runs, tables=tables)
+    return html_page(_title(runs), _lead(runs), html_table(runs, links), remarks(runs), figures, runs, tables)
 
 
 def html_page(
@@ -113,8 +113,7 @@ def html_page(
     remarks: Sequence[str],
     figures: Sequence[Drawing],
     runs: Sequence[Run],
-    files: str = "",
-    tables: Mapping[str, str] | None = None,
+    tables: Mapping[str, str],
 ) -> str:
     """A self-contained page; call it inside `figure_style`.
 
@@ -125,8 +124,7 @@ def html_page(
         remarks: notes below the table.
         figures: figures below the table.
         runs: their configurations and environments are listed at the end.
-        files: prefix of the path of `data`, seen from the page: `"NAME/"`.
-        tables: content of CSV files by name, to embed in the page; others are linked.
+        tables: content of the figures' CSV files by name.
     """
     template = Template(
         resources.files("stochastic_depth_lab.report").joinpath("page.html").read_text(encoding="utf-8")
@@ -139,7 +137,7 @@ def html_page(
         about=_about(runs),
         table=table,
         remarks="".join(f"<li>{escape(remark)}</li>" for remark in remarks),
-        figures="\n".join(_figure(figure, files, tables or {}) for figure in figures),
+        figures="\n".join(_figure(figure, tables) for figure in figures),
         configuration=_settings(runs, [_flat(run.config) for run in runs], leave_out=("name", "title", "published")),
         environment=_settings(runs, [_flat(run.environment) for run in runs]),
     )
@@ -203,7 +201,7 @@ def _method(run: Run) -> str:
     return f"stochastic depth ({schedule} to {fields.get('final_survival_prob')}, one gate per {run.granularity})"
 
 
-def _figure(drawing: Drawing, files: str, tables: Mapping[str, str]) -> str:
+def _figure(drawing: Drawing, tables: Mapping[str, str]) -> str:
     wide = inline_svg(rendered(drawing.figure, "svg", transparent=True), drawing.name, drawing.title)
     if drawing.narrow is None:
         shown = f'<div class="wide">{wide}</div>'
@@ -211,15 +209,12 @@ def _figure(drawing: Drawing, files: str, tables: Mapping[str, str]) -> str:
         narrow = rendered(drawing.narrow, "svg", transparent=True)
         narrow = inline_svg(narrow, f"{drawing.name}-narrow", drawing.title)
         shown = f'<div class="wide wide-only">{wide}</div><div class="narrow-only">{narrow}</div>'
-    contents: dict[str, bytes] = {
+    contents = {
         f"{drawing.name}.svg": rendered(drawing.figure, "svg"),
         f"{drawing.name}.png": rendered(drawing.figure, "png"),
+        f"{drawing.data}.csv": tables[drawing.data].encode("utf-8", "replace"),
     }
-    if drawing.data in tables:
-        contents[f"{drawing.data}.csv"] = tables[drawing.data].encode("utf-8", "replace")
     links = [_download(name, content) for name, content in contents.items()]
-    if drawing.data not in tables:
-        links.append(f'<a href="{files}data/{drawing.data}.csv">CSV</a>')
     return (
         f"<figure>\n<h2>{escape(drawing.title)}</h2>\n{shown}\n"
         f'<figcaption>{escape(drawing.caption)} <span class="files">{" · ".join(links)}</span></figcaption>\n</figure>'

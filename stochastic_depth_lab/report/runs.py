@@ -350,7 +350,7 @@ def labels(runs: Sequence[Run]) -> tuple[str, ...]:
     candidates = (
         [run.name for run in runs],
         [f"{run.name}, seed {run.config.get('seed')}" for run in runs],
-        _differences(runs),
+        differing([run.config for run in runs]),
         [f"{run.name}, {run.folder.name}" for run in runs],
         [run.folder.name for run in runs],
     )
@@ -380,19 +380,24 @@ _SHORT = {
 """Names of fields in a label; empty if the value is enough."""
 
 
-def _differences(runs: Sequence[Run]) -> list[str]:
-    """The settings in which each run differs from the others."""
+def differing(configs: Sequence[Mapping[str, object]]) -> list[str]:
+    """What each configuration differs in from the others: `layers 14 · wd 1e-4 · equal cost`.
+
+    Args:
+        configs: as `config.json` holds them.
+    """
     flat = [
-        _flat({key: run.config[key] for key in run.config if key not in ("name", "title", "published")}) for run in runs
+        _flat({key: value for key, value in config.items() if key not in ("name", "title", "published")})
+        for config in configs
     ]
-    differing = [
+    keys = [
         key
         for key in dict.fromkeys(key for each in flat for key in each)
         if len({str(each.get(key)) for each in flat}) > 1
     ]
     return [
-        " · ".join(_said(key, each[key]) for key in differing if key in each) or run.name
-        for run, each in zip(runs, flat, strict=True)
+        " · ".join(_said(key, each[key]) for key in keys if key in each) or str(config["name"])
+        for config, each in zip(configs, flat, strict=True)
     ]
 
 

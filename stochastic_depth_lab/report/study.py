@@ -25,7 +25,7 @@ from stochastic_depth_lab.report.study_figures import (
     survival_curve,
     threshold,
 )
-from stochastic_depth_lab.report.table import NOTHING, constant_depth_of, records_csv, sortable_table
+from stochastic_depth_lab.report.table import NOTHING, constant_depth_of, fitted, records_csv, sortable_table
 from stochastic_depth_lab.report.theme import figure_style
 from stochastic_depth_lab.report.verdicts import RULE, Judged, Paired, judge
 
@@ -79,6 +79,7 @@ def write_study(
     baselines: Mapping[str, Sequence[float]] | None = None,
     *,
     run_pages: bool = True,
+    width: int = 80,
 ) -> StudyReport:
     """Write `NAME.html`, which links to a page of each run, and its figures and data under `NAME/`.
 
@@ -89,6 +90,7 @@ def write_study(
         out: output folder.
         baselines: test errors in percent, one per seed, of other methods on the same images.
         run_pages: whether to write pages of the runs, which takes many minutes for hundreds of runs.
+        width: characters per line of the text.
 
     Raises:
         ReportError: if no run is finished.
@@ -107,10 +109,11 @@ def write_study(
         for figure in figures:
             save(figure.figure, inner / "figures", figure.name)
         (inner / "data").mkdir(exist_ok=True, parents=True)
-        write_whole(inner / "data" / "runs.csv", _runs_csv(rows, others).encode())
-        write_whole(inner / "data" / "epochs.csv", epochs_csv(runs).encode())
+        tables = {"runs": _runs_csv(rows, others), "epochs": epochs_csv(runs)}
         if judged:
-            write_whole(inner / "data" / "verdicts.csv", _verdicts_csv(judged).encode())
+            tables["verdicts"] = _verdicts_csv(judged)
+        for name, text in tables.items():
+            write_whole(inner / "data" / f"{name}.csv", text.encode())
         page = out / f"{study.name}.html"
         lead = " ".join(part for part in (study.claim, _said(rows), *found) if part)
         links: list[dict[str, str]] = [{} for _ in rows]
@@ -118,13 +121,13 @@ def write_study(
             links = [{f"seed {run.config['seed']}": link_to_page(run.folder, out) for run in row.runs} for row in rows]
         cells = _cells(study, rows, others, lambda column: column.name)
         table = sortable_table(cells, links + [{} for _ in others]) + _verdicts_html(judged, rows)
-        write_whole(page, html_page(study.title, lead, table, remarks, figures, runs, f"{study.name}/").encode())
+        write_whole(page, html_page(study.title, lead, table, remarks, figures, runs, tables).encode())
     regime = _regime(rows)
-    text = [study.title, *([regime] if regime else []), "", _text(study, rows, others)]
+    text = [*_wrapped(study.title, width), *_wrapped(regime, width), "", _text(study, rows, others, width)]
     for each in judged:
-        text += ["", *_verdict_lines(each, rows)]
+        text += ["", *_verdict_lines(each, rows, width)]
     for sentence in (*found, *remarks):
-        text += ["", *_wrapped(sentence)] if sentence in found else _wrapped(sentence)
+        text += ["", *_wrapped(sentence, width)] if sentence in found else _wrapped(sentence, width)
     return StudyReport(page, "\n".join(text))
 
 
@@ -303,18 +306,11 @@ def _cells(
     return [[row[i] for i in kept] for row in table]
 
 
-def _text(study: Study, rows: Sequence[Seeds], others: Mapping[str, tuple[float, ...]]) -> str:
+def _text(study: Study, rows: Sequence[Seeds], others: Mapping[str, tuple[float, ...]], width: int) -> str:
     short = _short_titles(rows)
     above, *_ = _cells(study, rows, others, lambda column: column.short[0], lambda row: short[row.experiment.name])
     cells = _cells(study, rows, others, lambda column: column.short[1], lambda row: short[row.experiment.name])
-    cells = [["", *above[1:]], ["", *cells[0][1:]], *cells[1:]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        ).rstrip()
-        for row in cells
-    )
+    return fitted([["", *above[1:]], ["", *cells[0][1:]], *cells[1:]], width, least=width // 2)
 
 
 def _short_titles(rows: Sequence[Seeds]) -> dict[str, str]:
@@ -337,11 +333,11 @@ _MEASURES = {
 }
 
 
-def _verdict_lines(judged: Judged, rows: Sequence[Seeds]) -> list[str]:
-    """The verdict as plain text of at most 80 columns."""
-    lines = _wrapped(f"{judged.verdict.upper()}: {judged.claim.text}")
+def _verdict_lines(judged: Judged, rows: Sequence[Seeds], width: int) -> list[str]:
+    """The verdict as plain text."""
+    lines = _wrapped(f"{judged.verdict.upper()}: {judged.claim.text}", width)
     for paired in judged.paired:
-        lines += _wrapped(f"- {_sentence(paired, rows)}", indent="  ")
+        lines += _wrapped(f"- {_sentence(paired, rows)}", width, indent="  ")
     return lines
 
 
@@ -604,5 +600,6 @@ def _duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
-def _wrapped(text: str, indent: str = "") -> list[str]:
-    return textwrap.wrap(text, 80, initial_indent=indent, subsequent_indent=indent + "  " * bool(indent))
+def _wrapped(text: str, width: int, indent: str = "") -> list[str]:
+    """Lines to read: no longer than 100 characters on a wide terminal either."""
+    return textwrap.wrap(text, min(width, 100), initial_indent=indent, subsequent_indent=indent + "  " * bool(indent))

@@ -133,29 +133,65 @@ def text_table(runs: Sequence[Run], width: int = 80) -> str:
     """The table as aligned plain text, its remarks below.
 
     Args:
-        runs: the runs, as many side by side as fit.
-        width: characters per line; the names of the rows are wrapped.
+        runs: the runs: a column each, or a row each if they are many.
+        width: characters per line; labels are wrapped.
     """
     table = rows(runs)
-    columns = [[label, *(row.cells[i] for row in table)] for i, label in enumerate(labels(runs))]
+    if is_index(runs):
+        known = [row for row in table if any(value is not None for value in row.values)]
+        by_run = zip(labels(runs), *(row.cells for row in known), strict=True)
+        text = fitted([*_heads([row.label for row in known]), *by_run], width, least=width // 2)
+    else:
+        text = fitted([["", *labels(runs)], *([row.label, *row.cells] for row in table)], width)
+    notes = [textwrap.fill(remark, width, subsequent_indent="  ") for remark in remarks(runs)]
+    return "\n\n".join([text, *(["\n".join(notes)] if notes else [])])
+
+
+def _heads(names: Sequence[str]) -> list[list[str]]:
+    """The heads of columns of numbers, broken into lines that end at the bottom."""
+    broken = [textwrap.wrap(name, _WIDEST_HEAD) for name in names]
+    height = max(map(len, broken))
+    return [["", *(([""] * (height - len(name)) + name)[i] for name in broken)] for i in range(height)]
+
+
+_WIDEST_HEAD = 12
+
+
+def fitted(lines: Sequence[Sequence[str]], width: int, least: int = 24) -> str:
+    """Rows of a label and cells as aligned plain text in which no line is too long.
+
+    Labels are broken into lines, and columns that do not fit side by side follow below.
+
+    Args:
+        lines: head and rows.
+        width: characters of a line.
+        least: how many of them labels get at least, if they are so long.
+
+    Example:
+        >>> print(fitted([["", "error", "time"], ["constant depth, all layers", "12.50", "1.00"]], 32))
+                             error
+        constant depth, all
+        layers               12.50
+        <BLANKLINE>
+                                    time
+        constant depth, all layers  1.00
+    """
+    titles, *columns = zip(*lines, strict=True)
+    least = min(least, max(map(len, titles)))
     blocks: list[str] = []
     while columns:
         count = 1
-        while count < len(columns) and _widths(columns[: count + 1]) + _LEAST_LABEL <= width:
+        while count < len(columns) and _widths(columns[: count + 1]) + least <= width:
             count += 1
         shown, columns = columns[:count], columns[count:]
-        room = max(width - _widths(shown), _LEAST_LABEL)
-        lines: list[list[str]] = []
-        for title, *cells in zip(["", *(row.label for row in table)], *shown, strict=True):
+        room = max(width - _widths(shown), least)
+        broken: list[list[str]] = []
+        for title, *cells in zip(titles, *shown, strict=True):
             *above, last = textwrap.wrap(title, room) or [""]
-            lines += [[part, *[""] * count] for part in above]
-            lines.append([last, *cells])
-        blocks.append(aligned(lines, left=1))
-    notes = [textwrap.fill(remark, width, subsequent_indent="  ") for remark in remarks(runs)]
-    return "\n\n".join([*blocks, *(["\n".join(notes)] if notes else [])])
-
-
-_LEAST_LABEL = 24
+            broken += [[part, *[""] * count] for part in above]
+            broken.append([last, *cells])
+        blocks.append(aligned(broken, left=1))
+    return "\n\n".join(blocks)
 
 
 def _widths(columns: Sequence[Sequence[str]]) -> int:

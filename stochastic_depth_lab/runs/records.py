@@ -48,9 +48,11 @@ class RunFolder:
             raise RunError(f"--out must be a folder, but {path} is a file.")
         if not path.exists() or all(entry.name == _LOCK for entry in path.iterdir()):
             return None
+        has_run = (path / "config.json").exists()
         if not resume:
-            raise RunError(f"{path} exists and is not empty: give another folder, or --resume to resume its run.")
-        if not (path / "config.json").exists():
+            remedy = "give another folder, or --resume to resume its run" if has_run else "give another folder"
+            raise RunError(f"{path} exists and is not empty: {remedy}.")
+        if not has_run:
             return None
         found = as_json(read_experiment(path))
         if others := differences(self.experiment, found):

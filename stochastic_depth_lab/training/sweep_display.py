@@ -1,6 +1,5 @@
 """Progress of a sweep: a table on a terminal, plain lines elsewhere."""
 
-import itertools
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -11,7 +10,12 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from stochastic_depth_lab.experiments.config import as_json
+from stochastic_depth_lab.report.runs import differing
 from stochastic_depth_lab.training.sweep import Job, SweepObserver, epochs_done
+
+_LONGEST = 40
+"""Characters of a run's folder, beside its state and epoch in 80 columns."""
 
 
 class SweepLines:
@@ -36,38 +40,31 @@ class SweepTable:
 
     def __init__(self, live: Live) -> None:
         self._live = live
+        self._names: dict[Path, str] = {}
 
     def on_change(self, jobs: Sequence[Job]) -> None:
         """Draw the table again. Runs beyond a screen are only counted."""
         done = sum(job.state == "done" for job in jobs)
         table = Table(title=f"{done} of {len(jobs)} runs done", title_justify="left")
         # One line per run: long cells are cut.
-        for column, widest in (("run", 36), ("state", 28), ("epoch", 9)):
+        for column, widest in (("run", None), ("state", 28), ("epoch", None)):
             table.add_column(column, no_wrap=True, overflow="ellipsis", max_width=widest)
-        names = _told_apart([job.folder.name for job in jobs])
+        if not self._names:
+            self._names = dict(zip((job.folder for job in jobs), _names(jobs), strict=True))
         shown = [job for job in jobs if job.state in ("running", "failed", "stopped")]
         shown += [job for job in jobs if job.state == "waiting"]
         for job in shown[:20]:
             epochs = f"{epochs_done(job)}/{job.experiment.recipe.epochs}"
-            table.add_row(names[job.folder.name], job.reason or job.state, epochs)
+            table.add_row(self._names[job.folder], job.reason or job.state, epochs)
         self._live.update(table if shown else f"{done} of {len(jobs)} runs done")
 
 
-def _told_apart(names: Sequence[str]) -> dict[str, str]:
-    """Short names: if they are long, without the words at the front that all share.
-
-    Example:
-        >>> both = ["digits-stochastic-weight-decay-1e-4-seed-0", "digits-stochastic-weight-decay-0-seed-0"]
-        >>> list(_told_apart(both).values())
-        ['…-1e-4-seed-0', '…-0-seed-0']
-        >>> _told_apart(["digits-constant-seed-0", "digits-constant-seed-1"])["digits-constant-seed-1"]
-        'digits-constant-seed-1'
-    """
-    same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
-    shared = "".join(letter for letter, *_ in same).rpartition("-")[0]
-    if len(names) < 2 or max(map(len, names)) <= 40 or len(shared) < 2:
-        return {name: name for name in names}
-    return {name: f"…{name[len(shared) :]}" for name in names}
+def _names(jobs: Sequence[Job]) -> list[str]:
+    """What is shown of each run: its folder, or where those are long, what the runs differ in."""
+    folders = [job.folder.name for job in jobs]
+    if len(jobs) < 2 or max(map(len, folders)) <= _LONGEST:
+        return folders
+    return differing([as_json(job.experiment) for job in jobs])
 
 
 @contextmanager

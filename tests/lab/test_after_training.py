@@ -348,7 +348,7 @@ def test_a_package_that_is_not_installed_is_one_line(
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     assert main(["export", str(runs / "small-stochastic")]) == 2
-    assert "pip install 'stochastic-depth[export]'" in capsys.readouterr().err
+    assert "run pip install '.[export]' in a clone of the project." in capsys.readouterr().err
 
 
 def test_without_a_run_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

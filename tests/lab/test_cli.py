@@ -123,6 +123,7 @@ MISTAKES = {
     "train digits-stochastik --out OUT": "Unknown experiment 'digits-stochastik'. Did you mean 'digits-stochastic'?",
     "train digits-stochastik --out digits-stochastic": "Unknown experiment 'digits-stochastik'.",
     "train digits-constant": "Missing --out FOLDER",
+    "train digits --out OUT": "Unknown experiment 'digits'. Did you mean one of digits-constant, digits-stochastic, d",
     "train digits-constant --out": "--out needs a value",
     "train digits-constant --out=": "--out must not be empty",
     "train digits-constant again --out OUT": "Unexpected argument 'again'",
@@ -170,7 +171,9 @@ MISTAKES = {
     "evaluate FULL --out OUT": "--out is for --subnetworks and --monte-carlo",
     "sweep digits-stochastic --quick --out /proc/nowhere": "/proc/nowhere",
     "reproduce gradients --quick --out /proc/nowhere": "/proc/nowhere",
-    "reproduce digits --out /proc/nowhere": "/proc/nowhere",
+    "reproduce digits --out /proc/nowhere": "--out /proc/nowhere cannot be written: No such file or directory.",
+    "evaluate FULL --subnetworks --out /proc/nowhere": "--out /proc/nowhere cannot be written",  # before any work
+    "evaluate FULL --monte-carlo 4 --out /proc/nowhere": "--out /proc/nowhere cannot be written",
     "completion tcsh": "SHELL must be bash, zsh or fish, but is 'tcsh'",
     "inspect timm:vit_tiny_patch16_224 --device cuda:99": "There is no device 'cuda:99'",
     "inspect timm:vit_tiny_patch16_224 --device nonsense": "--device must be cpu, cuda, cuda:N or mps",
@@ -352,5 +355,5 @@ def test_tensorboard_events_on_request(tmp_path):
 def test_tensorboard_that_is_not_installed_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)
     assert main(["train", "digits-constant", *SMALL, "--out", str(tmp_path / "run"), "--tensorboard"]) == 2
-    assert "pip install 'stochastic-depth[tensorboard]'" in capsys.readouterr().err
+    assert "run pip install '.[tensorboard]' in a clone of the project." in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

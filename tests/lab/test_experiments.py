@@ -263,6 +263,7 @@ def test_a_small_form_has_few_images_and_fewer_layers():
     assert small(find("cifar10-1202-stochastic")).model.num_layers == 110
     assert small(find("imagenet-152-stochastic")).model.num_layers == 18
     assert small(find("digits-constant")) is find("digits-constant")
+    assert small(find("cifar10-110-stochastic")).title == "CIFAR-10, 32 layers, stochastic depth"
 
 
 def test_the_rates_are_those_that_validation_chooses():

@@ -52,9 +52,12 @@ def test_the_lock_is_free_after_the_run(tmp_path):
 
 def test_an_existing_folder_is_refused_and_untouched(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(RunError, match="exists and is not empty: give another folder, or --resume"):
+    with pytest.raises(RunError, match=r"exists and is not empty: give another folder\.$"):
         train(small(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    train(small(epochs=1), tmp_path / "run")
+    with pytest.raises(RunError, match=r"give another folder, or --resume to resume its run\.$"):
+        train(small(epochs=1), tmp_path / "run")
     with pytest.raises(RunError, match="is a file"):
         train(small(), tmp_path / "notes.txt")
 

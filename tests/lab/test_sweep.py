@@ -17,6 +17,7 @@ from stochastic_depth_lab.cli.main import main
 from stochastic_depth_lab.cli.options import grid
 from stochastic_depth_lab.experiments import STUDIES, find
 from stochastic_depth_lab.experiments.config import Experiment, Study
+from stochastic_depth_lab.report import StudyReport
 from stochastic_depth_lab.runs import records
 from stochastic_depth_lab.training import sweep
 
@@ -151,6 +152,23 @@ def test_reproduce_shows_what_there_is_when_a_run_fails(tiny_study, tmp_path, ca
     assert "small-tiny-stochastic, seed 0: failed" in shown.out
 
 
+def test_a_pair_of_a_small_scale_is_called_after_its_own_networks(tmp_path, monkeypatch):
+    shown = []
+
+    def write(study, *_arguments, **_options):
+        shown.append(study.title)
+        return StudyReport(tmp_path, "")
+
+    def done(experiments, out):
+        return [sweep.Job(each, out, "done") for each in experiments]
+
+    monkeypatch.setattr("stochastic_depth_lab.report.write_study", write)
+    monkeypatch.setattr(sweep, "jobs_for", done)
+    for scale in ("small", "full"):
+        assert main(["reproduce", "cifar10-110", "--scale", scale, "--seeds", "1", "--out", str(tmp_path)]) == 0
+    assert shown == ["CIFAR-10, 32 layers", "CIFAR-10, 110 layers"]
+
+
 def test_a_sweep_is_every_combination(tmp_path, capsys):
     combinations = grid(find("digits-stochastic"), ["model.num-layers=8,14", "recipe.weight-decay=0,1e-3"])
     found = [(each.model.num_layers, each.recipe.weight_decay) for each in combinations]
@@ -257,7 +275,10 @@ def test_a_sweep_of_long_names_keeps_a_line_for_each_run_and_ends_in_one(tmp_pat
     from stochastic_depth_lab.training.sweep_display import SweepTable
 
     name = "digits-stochastic-final-survival-prob-0.3-weight-decay-1e-4-draw"
-    runs = [replace(small(), name=f"{name}-{draw}") for draw in ("bernoulli", "equal_cost")]
+    runs = [
+        replace(small(), name=f"{name}-{draw}", depth=replace(small().depth, draw=draw))
+        for draw in ("bernoulli", "equal_cost")
+    ]
     jobs = sweep.jobs_for(runs, tmp_path)
     jobs[0].state, jobs[1].state = "running", "failed"
     jobs[1].reason = "the loss is nan in epoch 1, step 3 of 7: nothing was saved since the last checkpoint"
@@ -272,6 +293,6 @@ def test_a_sweep_of_long_names_keeps_a_line_for_each_run_and_ends_in_one(tmp_pat
         table.on_change(jobs)
         (last,) = live.console.render_lines(live.renderable, pad=False)
     assert "".join(segment.text for segment in last) == "2 of 2 runs done"
-    assert "-bernoulli-seed-0" in lines[0]
-    assert "-equal_cost-seed-0" in lines[1]
+    assert "│ bernoulli  │ running " in lines[0]
+    assert "│ equal cost │ the loss is nan in epoch 1,… " in lines[1]
     assert all(len(line) <= 80 for line in lines)

@@ -108,6 +108,7 @@ def test_help_fits_the_terminal(line, width, variables):
 
 def test_help_names_what_is_meant():
     shown = Terminal("train --help", 100, {"TERM": "xterm"}).shown()
+    assert {*cli.EXPERIMENTS} <= {*re.findall(r"[\w-]+", shown)}  # no name is broken at a hyphen
     assert "Usage: stochastic-depth train EXPERIMENT --out FOLDER [options]" in shown
     assert "digits-stochastic" in shown.partition("Options:")[0]
     for words in (
@@ -156,6 +157,25 @@ def test_ctrl_c_leaves_no_traceback_at_any_moment(tmp_path):
             assert ("Stopped and saved. Resume with: " in shown) == saved, last
 
 
+def test_an_interrupt_of_the_first_import_is_silent():
+    """Python's own start, before the command's first line, is Python's own."""
+    code = """
+import _signal, os, sys
+from stochastic_depth_lab.__main__ import main
+
+class Interrupting:
+    def find_spec(self, name, *_):
+        if name == "stochastic_depth_lab.interrupts":
+            os.kill(os.getpid(), _signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting())
+_signal.signal(_signal.SIGINT, _signal.default_int_handler)  # whatever this process has inherited
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
 def test_an_interrupted_import_ends_at_once():
     """What an import makes of a KeyboardInterrupt, it is not seen."""
     code = """
@@ -172,6 +192,27 @@ def importing(name):
 output.importlib.import_module = importing
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever this process has inherited
 sys.exit(cli.main(["schedule"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\nInterrupted.\n")
+
+
+def test_an_interrupted_inspection_ends_at_once():
+    """It imports the packages of others, which make anything of a KeyboardInterrupt."""
+    code = """
+import os, signal, sys
+from stochastic_depth_lab import cli, inspect
+
+def importing(name, rate):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.sigtimedwait([], 1)
+    except KeyboardInterrupt:
+        raise RuntimeError
+
+inspect._CREATE["timm"] = importing
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(cli.main(["inspect", "timm:resnet18"]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "\nInterrupted.\n")

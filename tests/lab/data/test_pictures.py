@@ -155,4 +155,4 @@ def test_torchvision_that_is_not_there_is_one_line(root, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
-    assert_refused(root, r"pip install 'stochastic-depth\[imagenet\]'$")
+    assert_refused(root, r"run pip install '\.\[imagenet\]' in a clone of the project\.$")

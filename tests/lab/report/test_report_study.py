@@ -67,6 +67,7 @@ def test_the_table_is_the_papers_with_ours_beside_it(folders, tmp_path):
     for link in re.findall(r'href="([^"#]+)"', page):
         held = link.startswith("data:") or link == "https://arxiv.org/abs/1603.09382"
         assert held or (tmp_path / "out" / link).is_file(), link
+        assert held or link.endswith("report.html"), link  # pages of runs; the page's own files are in it
     (row,) = re.findall(r'<th scope="row">Linear.*?</th>', page)
     pages = [(word, (tmp_path / "out" / link).resolve()) for link, word in re.findall(r'href="([^"]+)">([^<]+)<', row)]
     assert pages == [(f"seed {seed}", folders[2 + seed][1] / "report.html") for seed in (0, 1)]
@@ -155,3 +156,15 @@ def test_figures_of_several_networks_have_names_of_their_own(folders, tmp_path):
     write_study(STUDY, [(constant, first), (replace(other, name="other"), folders[2][1])], tmp_path / "out")
     names = {path.name for path in (tmp_path / "out" / "table" / "figures").glob("*.png")}
     assert names == {"curves-digits-110.png", "curves-digits-20.png", "survival_curve.png"}
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_wide_table_fits_the_terminal(folders, tmp_path, width):
+    titles = {"constant": "CIFAR-10 without augmentation, constant depth", "linear-0.5": "CIFAR-10, linear, p_L = 0.5"}
+    named = [(replace(each, title=titles[each.name]), folder) for each, folder in folders]
+    study = replace(STUDY, title="Test error " * 20, figures=("curves", "gradient"), claims=CLAIMS)
+    text = write_study(study, named, tmp_path / "out", run_pages=False, width=width).text
+    assert all(len(line) <= width for line in text.splitlines()), text
+    together = " ".join(text.split())
+    for number in ("6.41", "5.23", "11.00 ± 1.41", "9.25 ± 0.35", "20:42:00", "0.700", "2.75 / 2.78"):
+        assert number in together

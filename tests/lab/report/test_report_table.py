@@ -11,6 +11,7 @@ import pytest
 
 from stochastic_depth_lab.experiments.config import Regularisers
 from stochastic_depth_lab.report import read_run, text_table
+from stochastic_depth_lab.report.runs import labels
 from stochastic_depth_lab.report.table import NOTHING, constant_depth_of, html_table, rows, summary_csv, time_share
 
 PUBLISHED = {"test_error": 5.23, "source": "Huang et al. 2016"}
@@ -154,3 +155,28 @@ def test_many_runs_become_rows_that_can_be_sorted(write_run):
     assert many.count("<tr") == 8
     assert '<table class="sortable">' in many
     assert '<tr><th scope="row">digits-constant, seed 6</th><td>5.12</td>' in many
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_many_runs_are_a_line_each_as_wide_as_the_terminal(write_run, width):
+    settings = [(decay, size) for decay in (0.0, 1e-4, 1e-3, 1e-2) for size in (32, 64)]
+    runs = [
+        read_run(
+            write_run(
+                f"run-{decay}-{size}",
+                stochastic=True,
+                config={
+                    "name": f"digits-stochastic-weight-decay-{decay}-batch-size-{size}-epochs-4",
+                    "recipe": {"epochs": 4, "batch_size": size, "weight_decay": decay},
+                },
+            )
+        )
+        for decay, size in settings
+    ]
+    blocks = [block.splitlines() for block in text_table(runs, width).split("\n\n")]
+    assert all(len(line) <= width for block in blocks for line in block)
+    for block in blocks:
+        assert [line.split("  ")[0] for line in block if line.startswith("batch")] == list(labels(runs))
+    first = [line for block in blocks for line in block if line.startswith("batch 32 · wd 0 ")]
+    values = [cell for line in first for cell in line.removeprefix("batch 32 · wd 0 ").split()]
+    assert values == [row.cells[0] for row in rows(runs) if row.cells[0] != NOTHING]
