@@ -1,4 +1,4 @@
-"""What torch.compile and torch.export see of the library: never a draw."""
+"""What torch.compile, torch.export and CUDA graphs see of the library: never a draw."""
 
 from __future__ import annotations
 
@@ -36,3 +36,8 @@ def graph_break(function: Function, *, recursive: bool, exported: Callable[..., 
 
 
 eager = functools.partial(graph_break, recursive=True)
+
+
+def is_capturing() -> bool:
+    """Whether what runs is being captured as a CUDA graph, which repeats it without Python."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -26,7 +26,7 @@ from stochastic_depth.attribution import (
     innermost_scope,
     is_dry,
 )
-from stochastic_depth.compiling import eager
+from stochastic_depth.compiling import eager, is_capturing
 from stochastic_depth.gates import Draw, draw_counts, draw_order
 from stochastic_depth.tally import Tally
 from stochastic_depth.torch_private import graph_task, top_saved_tensors_hooks
@@ -187,7 +187,7 @@ class GateDraws:
         forced = self.forced
         if forced is not None:
             return Pass(self.counter, self.survival_probs, forced)
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        if is_capturing():
             raise RuntimeError(
                 "A CUDA graph of the step would freeze the gates: depth.capture() records each branch by itself."
             )

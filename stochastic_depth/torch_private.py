@@ -8,8 +8,8 @@ changes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -216,13 +216,25 @@ def is_transformed(tensor: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore
 
 
-def outside_transforms() -> AbstractContextManager[Any]:
-    """Within, `vmap` and `grad` of `torch.func` do not see what runs; a proof within one would be a part of it."""
+@contextmanager
+def outside_transforms() -> Generator[None]:
+    """Within, `vmap` and `grad` of `torch.func` do not see what runs; a proof within one would be a part of it.
+
+    They forbid hooks of saved tensors, by which a proof sees what is changed in place: within, hooks are allowed.
+    """
     if not transforms_are_active():
-        return nullcontext()
+        yield
+        return
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-    return temporarily_clear_interpreter_stack()
+    message = _autograd._saved_tensors_hooks_get_disabled_error_message()
+    with temporarily_clear_interpreter_stack():
+        _autograd._saved_tensors_hooks_enable()
+        try:
+            yield
+        finally:
+            if message is not None:
+                _autograd._saved_tensors_hooks_disable(message)
 
 
 # ------------------------------------------------------------------------------------------ modules

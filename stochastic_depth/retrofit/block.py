@@ -16,15 +16,16 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.compiling import eager
+from stochastic_depth.compiling import eager, is_capturing
 from stochastic_depth.copies import plain_class, way_around
 from stochastic_depth.residual import GatedBranch, compiled_inside, masked, masks_only
 from stochastic_depth.retrofit.called import called
 from stochastic_depth.retrofit.cuts import CutError
 from stochastic_depth.retrofit.effects import ChangedObjectError
-from stochastic_depth.retrofit.forms import Reads, fingerprint, form_of_leaves, settings
+from stochastic_depth.retrofit.forms import fingerprint, form_of_leaves, settings
 from stochastic_depth.retrofit.functional import FUNCTIONAL
 from stochastic_depth.retrofit.proof import FixedGates, ProofError, arguments_anew, private, prove
+from stochastic_depth.retrofit.reads import Reads
 from stochastic_depth.retrofit.recorder import Run, run_block, run_with_edits
 from stochastic_depth.retrofit.rewrite import Code, GatedUse, edits_of, generalize, in_training, rewrite, skeleton
 from stochastic_depth.retrofit.rules import drop_path_rule
@@ -58,6 +59,10 @@ class Prepared:
         masked: the branches that are computed and masked, each with the cause.
         stores: plain numbers that the block's own code sets on the block.
         uses: where its gated branches stand in its own code.
+        ungated: of each addition that was not found before the call, what it uses.
+        recorded: what the block's own code does with a few samples, and which rows of the arguments these are.
+        num_checked: how many calls any block has made when that was last compared with what the code does then.
+        refusal: why the form is refused, where what the code does has changed since.
     """
 
     code: Code | None
@@ -65,6 +70,17 @@ class Prepared:
     stores: dict[str, Any] = field(default_factory=dict[str, Any])
     uses: tuple[GatedUse, ...] = ()
     ungated: tuple[str, ...] = ()
+    recorded: tuple[Any, Mapping[int, Tensor]] | None = None
+    num_checked: int = 1
+    refusal: str = ""
+
+
+@dataclass
+class _Form:
+    """A form of a block's call, and how many calls it had."""
+
+    prepared: Prepared
+    num_calls: int = 0
 
 
 class KnownForms:
@@ -120,7 +136,7 @@ class BlockBranches:
     gated: dict[Key, GatedBranch] = field(default_factory=dict[Key, GatedBranch])
     parts: dict[Key, nn.Module] = field(default_factory=dict[Key, nn.Module])
     _parts_at: dict[Any, BranchParts] = field(default_factory=dict[Any, BranchParts], repr=False)
-    _own: dict[Any, Prepared] = field(default_factory=dict[Any, Prepared], repr=False)
+    _own: dict[Any, _Form] = field(default_factory=dict[Any, _Form], repr=False)
     _reads: Reads | None = field(default=None, repr=False)
     _fingerprint: Any = field(default=None, repr=False)
 
@@ -154,12 +170,12 @@ class BlockBranches:
 
     def cause_of_mask(self, key: Key) -> str:
         """Why a branch is masked in the calls that were made; empty where it is skipped in all of them."""
-        return next((prepared.masked[key] for prepared in self._own.values() if key in prepared.masked), "")
+        return next((own.prepared.masked[key] for own in self._own.values() if key in own.prepared.masked), "")
 
     @property
     def ungated(self) -> list[str]:
         """What the additions use that calls have shown, and that have no gate."""
-        return list(dict.fromkeys(used for prepared in self._own.values() for used in prepared.ungated))
+        return list(dict.fromkeys(used for own in self._own.values() for used in own.prepared.ungated))
 
     def is_plain(self, block: nn.Module) -> bool:
         """Whether the block's own code is right: the rule of evaluation holds, with no gate forced and no factor."""
@@ -191,8 +207,8 @@ class BlockBranches:
         if reads is None or reads.children != reads.children_now(block):
             reads = self._look_again(block)
         form = (signature, form_of_leaves(leaves, self.forms.called), settings(leaves), reads.now(block))
-        prepared = self._own.get(form)
-        if prepared is None:
+        own = self._own.get(form)
+        if own is None:
             if self._fingerprint is None:
                 self._fingerprint = self._make_fingerprint(block)
             key = (self._fingerprint, form)
@@ -202,8 +218,14 @@ class BlockBranches:
                 self.forms.remember(key, prepared)
             if len(self._own) >= _MAX_FORMS:
                 del self._own[next(iter(self._own))]
-            self._own[form] = prepared
-        return prepared, leaves
+            own = self._own[form] = _Form(prepared)
+        own.num_calls += 1
+        if not own.num_calls & (own.num_calls - 1) and own.num_calls > own.prepared.num_checked:
+            own.prepared.num_checked = own.num_calls
+            self._check_again(block, signature, leaves, own.prepared)
+        if own.prepared.refusal:
+            raise RuntimeError(own.prepared.refusal)
+        return own.prepared, leaves
 
     def masked_own_code(
         self, block: nn.Module, prepared: Prepared, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]
@@ -226,12 +248,12 @@ class BlockBranches:
         for branch in self.gated.values():
             branch.passes.gate(branch.index, 1, torch.device("cpu"), block.training)  # raises where gates would act
         shapes = [leaf.shape[1:] if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves]
-        for (_, of_leaves, _, state), prepared in self._own.items():
+        for (_, of_leaves, _, state), own in self._own.items():
             known = [
                 form[0][1:] if isinstance(form, tuple) and isinstance(form[0], tuple) else form for form in of_leaves
             ]
-            if prepared.code is not None and ("training", False) in state[0] and known == shapes:
-                return prepared
+            if own.prepared.code is not None and ("training", False) in state[0] and known == shapes:
+                return own.prepared
         raise RuntimeError(
             f"{self._described(block)} has not been proven in evaluation yet, which an "
             "export cannot do: run the evaluated model once on the example inputs, or fold_ it first."
@@ -276,7 +298,7 @@ class BlockBranches:
         )
 
     def _prepare(self, block: nn.Module, signature: Any, leaves: list[Any]) -> Prepared:
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        if is_capturing():
             raise RuntimeError(
                 f"{self._described(block)} is called in this form for the first time, which cannot be proven inside a "
                 "CUDA graph: run a few steps before you capture."
@@ -294,6 +316,35 @@ class BlockBranches:
         for key, cause in prepared.masked.items():
             self._warn(block, key, cause)
         return prepared
+
+    def _check_again(self, block: nn.Module, signature: Any, leaves: list[Any], prepared: Prepared) -> None:
+        """Record the block's own code again, after 2, 4, 8, … calls: it may read what cannot be seen from outside.
+
+        Where it does something else now, drop paths are masked from here on, and additions are refused.
+        """
+        if prepared.recorded is None or is_capturing():
+            return
+        before, rows = prepared.recorded
+
+        def now() -> Any:
+            try:
+                with private():
+                    run = self._recorded(stand_in(block), signature, leaves, rows)
+            except TraceError as error:
+                return str(error)
+            return skeleton(run.graph, with_numbers=True)
+
+        changed = now()
+        # What is another object in every recording tells nothing.
+        if changed == before or changed != now():
+            return
+        error = TraceError("its code does something else than in an earlier call, by what it reads from elsewhere")
+        if not self.drop_paths or any(key[0] == FUNCTIONAL for key in self.gated):
+            prepared.refusal = self._refusal(block, error)
+            return
+        prepared.code, prepared.masked = None, dict.fromkeys(self.gated, str(error))
+        for key, cause in prepared.masked.items():
+            self._warn(block, key, cause)
 
     def _described(self, block: nn.Module) -> str:
         return f"The block {self.name or 'the model'} ({plain_class(block).__name__})"
@@ -340,8 +391,11 @@ class BlockBranches:
             if again.stores:
                 raise StoredError(f"the forward stores {', '.join(whole.stores)} on the block")
             if [id(tensor) for tensor in again.constants] != [id(tensor) for tensor in whole.constants]:
-                raise TraceError("the forward makes a tensor in a way that cannot be followed (autograd.Function?)")
-        rows = self._generalize(trial, signature, leaves, whole)
+                raise TraceError(
+                    "the forward takes a tensor from where it cannot be followed (autograd.Function, another library)"
+                )
+        exact = skeleton(whole.graph, with_numbers=True)
+        rows, few = self._generalize(trial, signature, leaves, whole)
         draws = next(iter(self.gated.values())).passes
         fixed = FixedGates(draws)
         gated = {key: replace(branch, passes=fixed) for key, branch in self.gated.items()}
@@ -364,15 +418,21 @@ class BlockBranches:
                 inlined=self.inlined,
             )
             self.forms.proven.add(of)
-        return Prepared(code, {use.key: use.cause for use in uses if use.cause}, whole.stores, tuple(uses), ungated)
+        masked = {use.key: use.cause for use in uses if use.cause}
+        return Prepared(code, masked, whole.stores, tuple(uses), ungated, few or (exact, {}))
 
     def _recorded(self, trial: nn.Module, signature: Any, leaves: list[Any], rows: Mapping[int, Tensor]) -> Run:
         args, kwargs, own = arguments_anew(signature, leaves, rows, self.forms.called, unflatten)()
         self.forms.num_runs += 1
         return run_block(trial, args, kwargs, own, inlined=self.inlined)
 
-    def _generalize(self, trial: nn.Module, signature: Any, leaves: list[Any], whole: Run) -> dict[int, Tensor]:
-        """Let a recording hold for any number of samples, and say which rows of which arguments are a few of them.
+    def _generalize(
+        self, trial: nn.Module, signature: Any, leaves: list[Any], whole: Run
+    ) -> tuple[dict[int, Tensor], tuple[Any, Mapping[int, Tensor]] | None]:
+        """Let a recording hold for any number of samples.
+
+        Returns:
+            Which rows of which arguments are a few samples, and the other recording with the rows of its own.
 
         It is compared with a recording of the same call for another number of samples. Where an argument has as many
         rows as there are samples by chance only, the code fails unless it keeps all of them.
@@ -381,7 +441,7 @@ class BlockBranches:
             index: int(leaf.shape[0]) for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.dim()
         }
         if not lengths or 0 in lengths.values():
-            return {}
+            return {}, None
         first = next(iter(lengths))
         # Where patches are folded into the batch, an argument has several rows for each sample that another has.
         for num_samples in dict.fromkeys((lengths[first], *lengths.values())):
@@ -393,13 +453,15 @@ class BlockBranches:
             for num_whole in range(len(unsure) + 1):
                 for kept_whole in combinations(reversed(unsure), num_whole):
                     having_rows = {i: lengths[i] // num_samples for i in (first, *unsure) if i not in kept_whole}
+                    rows = _some_rows(having_rows, num, num_samples)
                     try:
-                        few = self._recorded(trial, signature, leaves, _some_rows(having_rows, num, num_samples))
+                        few = self._recorded(trial, signature, leaves, rows)
                     except TraceError:
                         continue
                     if generalize(whole.graph, few.graph):
-                        return _some_rows(having_rows, _NUM_SAMPLES, num_samples)
-        return {}
+                        recorded = skeleton(few.graph, with_numbers=True), rows
+                        return _some_rows(having_rows, _NUM_SAMPLES, num_samples), recorded
+        return {}, None
 
 
 def _some_rows(rows_per_sample: Mapping[int, int], num: int, num_samples: int) -> dict[int, Tensor]:

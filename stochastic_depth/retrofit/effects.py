@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from stochastic_depth.retrofit.called import Called
-from stochastic_depth.retrofit.forms import code_of
+from stochastic_depth.retrofit.reads import Reads, code_of, places_of_children
 from stochastic_depth.retrofit.stand_in import is_data, snapshot
 from stochastic_depth.retrofit.trace import StoredError, TraceError
 from stochastic_depth.torch_private import top_saved_tensors_hooks, tree_leaves
@@ -29,50 +29,47 @@ CONSTANTS = (
 
 
 @contextmanager
-def unchanged_globals(block: nn.Module, inlined: Collection[str] = ()) -> Generator[None]:
-    """Within, global variables that a block's code names must stay as they are; they are put back if they do not.
+def unchanged_surroundings(block: nn.Module, inlined: Collection[str] = ()) -> Generator[None]:
+    """Within, what a block's code may read outside of the block must stay as it is; it is put back if it does not.
 
-    The code of its `inlined` children counts as its own.
+    The code of its `inlined` children counts as its own. What other children change is put back, and no error: a call
+    of theirs does with it what it does.
 
     Raises:
-        StoredError: if one changes.
-        TraceError: if one, or an attribute of the block, is an iterator: looking at it would change it.
+        StoredError: if something changes.
+        TraceError: if it, or an attribute of the block, is an iterator: looking at it would change it.
     """
-    names, functions = code_of(block, inlined)
-    spaces = {id(function.__globals__): function.__globals__ for function in functions}.values()
-    named = [(space, name) for space in spaces for name in names if name in space]
-    of_children = [code_of(child) for child in block.modules() if child is not block and not _is_of_torch(child)]
-    inner = [(function.__globals__, name) for its, functions in of_children for function in functions for name in its]
-    for name, value in [(name, space[name]) for space, name in named] + list(block.__dict__.items()):
-        if name in names and hasattr(value, "__next__") and not isinstance(value, type):
+    modules = {id(module) for module in block.modules()}
+    own = dict.fromkeys(place for place in Reads(block, inlined).places if id(place.owner) not in modules)
+    names, _ = code_of(block, inlined)
+    values = [(place.description, place()) for place in own] + [
+        item for item in block.__dict__.items() if item[0] in names
+    ]
+    for name, value in values:
+        if isinstance(value, Iterator):
             raise TraceError(f"the forward may advance the iterator {name}")
     before = [
-        (space, name, space[name], snapshot(space[name]), copy.copy(space[name]))
-        # A child's are put back, and its call does with them what it does.
-        for space, name in {(id(s), n): (s, n) for s, n in (*named, *inner) if n in s}.values()
-        if isinstance(space[name], (*CONSTANTS, list, dict, set)) and not isinstance(space[name], type)
+        (place, value, snapshot(value), copy.copy(value))
+        for place in {**own, **dict.fromkeys(places_of_children(block))}
+        if isinstance(value := place(), (*CONSTANTS, list, dict, set)) and not isinstance(value, type)
     ]
     try:
         yield
     finally:
-        moved = [each for each in before if not is_same(each[3], snapshot(each[0].get(each[1])))]
+        moved = [each for each in before if not is_same(each[2], snapshot(each[0]()))]
         changed = [
-            name
-            for space, name, value, _, contents in moved
-            if name in names and not _remembers(space[name], value, contents)
+            place.description
+            for place, value, _, contents in moved
+            if place in own and not _remembers(place(), value, contents)
         ]
-        for space, name, value, _, contents in moved:
-            space[name] = value
+        for place, value, _, contents in moved:
+            place.put(value)
             if isinstance(value, (list, dict, set)):
                 held = cast(Any, value)
                 held.clear()
                 (held.extend if isinstance(value, list) else held.update)(contents)
     if changed:
-        raise StoredError(f"the forward changes the global variable {changed[0]}")
-
-
-def _is_of_torch(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.nn.")
+        raise StoredError(f"the forward changes {changed[0]}")
 
 
 def _remembers(now: Any, value: Any, before: Any) -> bool:
@@ -185,10 +182,9 @@ def is_same(a: Any, b: Any) -> bool:
 
 def generators_of(block: nn.Module, inlined: Collection[str]) -> list[Any]:
     """Random generators that a block's code may draw from, beside the global ones."""
-    names, functions = code_of(block, inlined)
-    spaces: list[Mapping[str, Any]] = [module.__dict__ for module in block.modules()]
-    spaces += [function.__globals__ for function in functions]
-    values = [value for space in spaces for name, value in space.items() if name in names]
+    names, _ = code_of(block, inlined)
+    values = [value for module in block.modules() for name, value in module.__dict__.items() if name in names]
+    values += [place() for place in Reads(block, inlined).places]
     values += [part for value in values for _, part in parts_of(value)]
     return [value for value in values if _state_of(value) is not None]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from stochastic_depth.gate_draws import CLOSED, Gate
 from stochastic_depth.residual import GatedBranch
 from stochastic_depth.retrofit.called import as_called
-from stochastic_depth.retrofit.effects import unchanged_globals
+from stochastic_depth.retrofit.effects import unchanged_surroundings
 from stochastic_depth.retrofit.maps import NotComputed
 from stochastic_depth.retrofit.quiet import quiet
 from stochastic_depth.retrofit.recorder import Edits, run_block
@@ -157,7 +157,7 @@ def prove(
         # Where a branch mixes what it is taken to keep apart, it fails or gives something else on some of the samples.
         mixes = ": its first dimension is not one of independent samples" if name == _SOME else ""
         try:
-            with unchanged_globals(block, inlined):
+            with unchanged_surroundings(block, inlined):
                 actual = _with_gradients(block, leaves, lambda given: code(block, *given))
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
             first = (str(error).splitlines() or [""])[0]

@@ -12,7 +12,7 @@ from torch import fx, nn
 from stochastic_depth.copies import plain_class, way_around
 from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.cuts import CutError
-from stochastic_depth.retrofit.effects import unchanged_globals
+from stochastic_depth.retrofit.effects import unchanged_surroundings
 from stochastic_depth.retrofit.example import Example, Reading
 from stochastic_depth.retrofit.functional import FUNCTIONAL, put_functional
 from stochastic_depth.retrofit.rules import DropPathRule
@@ -292,7 +292,7 @@ def recordings(
         taken: list[bool] = []
         try:
             decide = functools.partial(_explore, decisions, taken)
-            with unchanged_globals(block, inlined):
+            with unchanged_surroundings(block, inlined):
                 recording = record(
                     block,
                     signature,

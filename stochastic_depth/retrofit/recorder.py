@@ -33,9 +33,10 @@ from stochastic_depth.retrofit.effects import (
     outside,
     parts_of,
     stores_of,
-    unchanged_globals,
+    unchanged_surroundings,
 )
 from stochastic_depth.retrofit.maps import is_attention_map
+from stochastic_depth.retrofit.reads import Place, Reads
 from stochastic_depth.retrofit.trace import StoredError, TraceError
 from stochastic_depth.torch_private import (
     TENSORS_AND_CHILDREN,
@@ -88,6 +89,9 @@ class Edit:
         return value * weights.view(-1, *[1] * (value.dim() - 1))
 
 
+Step = tuple[str, Any]
+"""How a part of a structure is reached: as an ("item", key) or an ("attribute", name)."""
+
 Edits = Mapping[int, Sequence[Edit]]
 """Changes of calls, by the numbers of these; parallel branches may be two operands of one."""
 
@@ -138,7 +142,7 @@ def run_block(
     recorder = _Recorder(block, leaves, edits or {}, inlined)
     before = contents_of(block, (args, kwargs))
     with (
-        unchanged_globals(block, inlined),
+        unchanged_surroundings(block, inlined),
         recorder.watching(block),
         watched(recorder.called_objects, recorder),
     ):
@@ -198,19 +202,43 @@ def _under(target: Callable[..., Any], context: tuple[Any, ...]) -> Callable[...
     return under
 
 
-class Constant:
-    """Gives a tensor that code takes from somewhere else than its block, such as a table of its module."""
+class Outside:
+    """Gives a tensor that code takes from outside of its block: what is at a place now, or in a structure there."""
+
+    def __init__(self, place: Place, inner: tuple[Step, ...]) -> None:
+        self._place, self._inner = place, inner
+        self.__name__ = "outside"
+
+    def __call__(self) -> Tensor:
+        """The tensor."""
+        value = self._place()
+        for kind, key in self._inner:
+            value = value[key] if kind == "item" else getattr(value, key)
+        return value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Outside) and (self._place, self._inner) == (other._place, other._inner)
+
+    def __hash__(self) -> int:
+        return hash((self._place, self._inner))
+
+    def __repr__(self) -> str:
+        return f"outside({self._place.name}{self._inner})"
+
+
+class Cached:
+    """Gives a tensor that a cached function (`functools.cache`) has given to code: for the same arguments, the same."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
-        self.__name__ = "constant"
+        self.__name__ = "cached"
 
     def __call__(self) -> Tensor:
         """The tensor."""
         return self._tensor
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Constant) and other._tensor is self._tensor
+        return isinstance(other, Cached) and other._tensor is self._tensor
 
     def __hash__(self) -> int:
         return id(self._tensor)
@@ -248,6 +276,13 @@ class _Recorder(TorchFunctionMode):
         self._held: dict[int, tuple[Any, ...]] = {}
         for path, value in _held_tensors(block):
             self._held.setdefault(id(value), path)  # One that has several names goes by its first.
+        # Those of other modules and of plain structures, by place. What the stand-in has copied goes by its path.
+        self._reads = Reads(block, inlined)
+        self._outside = {
+            id(tensor): (place, inner)
+            for place in reversed(self._reads.places)
+            for inner, tensor in _tensors_in(place(), 3)
+        }
         self._valued: set[int] = set()
         self.constants: list[Tensor] = []
         self._generators = generators_of(block, inlined)
@@ -293,18 +328,25 @@ class _Recorder(TorchFunctionMode):
             path = self._held.get(id(tensor))
             if path is None and (tensor.grad_fn is not None or tensor.requires_grad):
                 raise TraceError("the forward uses a tensor that is neither an argument nor held by the block")
-            if path is None:
-                # One that was there before, such as a table, is the same in the next run; `constants` tells.
-                self.constants.append(tensor)
-                node = self.graph.call_function(Constant(tensor), ())
-            else:
+            if path is not None:
                 node = self._get_attribute(path)
+            elif id(tensor) in self._outside:
+                node = self.graph.call_function(Outside(*self._outside[id(tensor)]), ())
+            elif not self._reads.may_cache:
+                raise TraceError(
+                    "the forward takes a tensor from where it cannot be followed (autograd.Function, another library)"
+                )
+            else:
+                # One that is the same in the next run; `constants` tells.
+                self.constants.append(tensor)
+                node = self.graph.call_function(Cached(tensor), ())
             self._bind(tensor, node)
         return node
 
     def _get_attribute(self, path: tuple[Any, ...]) -> fx.Node:
-        self.called.add(".".join(map(str, path)))
-        node = self.graph.create_node("get_attr", ".".join(map(str, path)))
+        name = _name_of(path)
+        self.called.add(name)
+        node = self.graph.create_node("get_attr", name)
         node.meta["path"] = path
         return node
 
@@ -513,8 +555,7 @@ class _Recorder(TorchFunctionMode):
         node.meta["writes"] = [self._nodes[id(tensor)] for tensor in changed]
         for tensor in changed:
             if id(tensor) in self._held and node.op != "call_module":
-                path = ".".join(map(str, self._held[id(tensor)]))
-                raise StoredError(f"the forward changes its buffer {path} in place")
+                raise StoredError(f"the forward changes its buffer {_name_of(self._held[id(tensor)])} in place")
         for edit in self._edits.get(number, ()):
             if edit.operand is None:
                 output = edit.of(output)
@@ -552,6 +593,10 @@ class _Recorder(TorchFunctionMode):
                 self.graph.erase_node(node)
 
 
+def _name_of(path: tuple[Any, ...]) -> str:
+    return ".".join(str(part[1] if isinstance(part, tuple) else part) for part in path)
+
+
 def _held_tensors(block: nn.Module) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
     for path, module in block.named_modules():
         prefix = tuple(path.split(".")) if path else ()
@@ -560,17 +605,25 @@ def _held_tensors(block: nn.Module) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
                 yield (*prefix, name), value
         for name, value in module.__dict__.items():
             if name not in TENSORS_AND_CHILDREN:
-                for inner, tensor in _tensors_in(value, 2):
+                for inner, tensor in _tensors_in(value, 3):
                     yield (*prefix, name, *inner), tensor
 
 
-def _tensors_in(value: Any, depth: int) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+def _tensors_in(value: Any, depth: int) -> Iterator[tuple[tuple[Step, ...], Tensor]]:
     if isinstance(value, Tensor):
         yield (), value
-    elif depth and not isinstance(value, (*CONSTANTS, nn.Module)):
-        for (_, key), part in parts_of(value):
-            for inner, tensor in _tensors_in(part, depth - 1):
-                yield (key, *inner), tensor
+    elif depth and not isinstance(value, CONSTANTS):
+        for step, part in _tensors_of_module(value) if isinstance(value, nn.Module) else parts_of(value):
+            if isinstance(step[1], (str, int, tuple)):
+                for inner, tensor in _tensors_in(part, depth - 1):
+                    yield (step, *inner), tensor
+
+
+def _tensors_of_module(module: nn.Module) -> Iterator[tuple[Step, Tensor]]:
+    """Those of a module that is no child; its parameters are not the block's to train."""
+    for name, value in (*buffer_dict(module).items(), *module.__dict__.items()):
+        if isinstance(value, Tensor):
+            yield ("attribute", name), value
 
 
 def _is_structure(func: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.compiling import eager
+from stochastic_depth.compiling import eager, is_capturing
 from stochastic_depth.retrofit.trace import PLAIN_TYPES
 from stochastic_depth.torch_private import disable_current_modes, is_transformed, tree_flatten, tree_unflatten
 
@@ -48,7 +48,7 @@ class RememberedCalls:
         """Remember a call of the root that has succeeded, if it is the first in its mode."""
         if root.training in self._calls or self._is_paused or torch.compiler.is_exporting() or torch.jit.is_tracing():
             return
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        if is_capturing():
             return
         # Neither counters of operations nor inference mode have anything to do with the copies.
         with disable_current_modes(), torch.inference_mode(False), torch.no_grad():

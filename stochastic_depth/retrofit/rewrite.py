@@ -188,8 +188,13 @@ def _affine(graph: fx.Graph, rows: fx.Node, here: int, there: int, x: int, y: in
     return node
 
 
-def skeleton(graph: fx.Graph) -> tuple[Any, ...]:
-    """A recording without the real numbers in it: a factor that changes with every step changes nothing else."""
+def skeleton(graph: fx.Graph, *, with_numbers: bool = False) -> tuple[Any, ...]:
+    """What a recording does, to be compared with another.
+
+    Args:
+        graph: the recording.
+        with_numbers: whether the real numbers in it count; a factor that changes with every step changes nothing else.
+    """
     index = {node: position for position, node in enumerate(graph.nodes)}
 
     def of(value: Any) -> Any:
@@ -201,7 +206,7 @@ def skeleton(graph: fx.Graph) -> tuple[Any, ...]:
             return tuple((key, of(item)) for key, item in cast("dict[Any, Any]", value).items())
         if isinstance(value, slice):
             return "slice", of(value.start), of(value.stop), of(value.step)
-        return type(value).__name__ if type(value) is float else repr(value)
+        return type(value).__name__ if type(value) is float and not with_numbers else repr(value)
 
     return tuple(
         (
@@ -653,7 +658,10 @@ def compiled(graph: fx.Graph, description: str) -> Code:
 
 def _reached(owner: str, path: Sequence[Any]) -> str:
     for name in path:
-        if isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name):
+        if isinstance(name, tuple):
+            kind, key = cast("tuple[str, Any]", name)
+            owner += f"[{key!r}]" if kind == "item" else f".{key}"
+        elif isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name):
             owner += f".{name}"
         elif isinstance(name, str) and name.isdigit():
             owner = f"getattr({owner}, {name!r})"

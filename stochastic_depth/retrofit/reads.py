@@ -1,0 +1,389 @@
+"""Where a block's code reads something beside its arguments, and what is there: attributes, globals, closures, classes.
+
+What is read is found by name: whatever has a name that appears in the code of the block's class, in functions and
+methods that this code calls, and can be reached from there.
+"""
+
+# pyright: reportPrivateUsage=false
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import types
+import weakref
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextvars import ContextVar
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from stochastic_depth.copies import plain_class
+from stochastic_depth.retrofit.forms import NOT_CONFIGURATION, PLAIN, Same, form_of, is_plain
+from stochastic_depth.torch_private import buffer_dict, parameter_dict
+
+_MAX_DEPTH = 4
+_MAX_FUNCTIONS = 256
+# What happens to an object without its method being named.
+_PROTOCOLS = {"__call__", "__getitem__", "__getattr__", "__len__", "__iter__", "__bool__", "__contains__", "__float__"}
+
+
+class Place:
+    """Where code may read a value."""
+
+    __slots__ = ("_get", "name", "owner")
+
+    def __init__(self, get: Callable[[Any, Any], Any], owner: Any, name: str) -> None:
+        self._get, self.owner, self.name = get, owner, name
+
+    def __call__(self) -> Any:
+        """What is there now; None where nothing is."""
+        return self._get(self.owner, self.name)
+
+    @property
+    def description(self) -> str:
+        """What it is, for messages."""
+        if self._get is _item:
+            return f"the global variable {self.name}"
+        if self._get is _content:
+            return f"the variable {self.name} of a closure"
+        if self._get is _in_context:
+            return f"the context variable {self.name}"
+        kind = self.owner if isinstance(self.owner, type) else type(self.owner)
+        return f"{self.name} of {self.owner.__name__ if isinstance(self.owner, ModuleType) else kind.__name__}"
+
+    def put(self, value: Any) -> None:
+        """Put a value there."""
+        _PUT[self._get](self.owner, self.name, value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Place) and (self._get, id(self.owner), self.name) == (
+            other._get,
+            id(other.owner),
+            other.name,
+        )
+
+    def __hash__(self) -> int:
+        return hash((id(self.owner), self.name))
+
+
+def _attribute(owner: Any, name: str) -> Any:
+    return getattr(owner, name, None)
+
+
+def _own(owner: Any, name: str) -> Any:
+    return vars(owner).get(name)
+
+
+def _item(owner: dict[str, Any], name: str) -> Any:
+    return owner.get(name)
+
+
+def _content(owner: types.CellType, _name: str) -> Any:
+    try:
+        return owner.cell_contents
+    except ValueError:  # It has none yet.
+        return None
+
+
+def _in_context(owner: ContextVar[Any], _name: str) -> Any:
+    return owner.get(None)
+
+
+_PUT: dict[Callable[[Any, Any], Any], Callable[[Any, Any, Any], None]] = {
+    _attribute: object.__setattr__,
+    _own: setattr,
+    _item: dict.__setitem__,
+    _content: lambda owner, _name, value: setattr(owner, "cell_contents", value),
+    _in_context: lambda owner, _name, value: owner.set(value),
+}
+
+
+class Reads:
+    """The values outside of a call's arguments that a block's code may read: few, so that each call can look at them.
+
+    Attributes:
+        places: where they are.
+        children: the modules whose calls the block's code makes.
+        may_cache: whether any of them is a function that keeps what it has given (`functools.cache`).
+    """
+
+    def __init__(self, block: nn.Module, inlined: Collection[str] = ()) -> None:
+        names, functions = code_of(block, inlined)
+        modules = _with_inlined(block, inlined)
+        walk = _Walk(names)
+        self._own = [
+            name
+            for name, value in block.__dict__.items()
+            if name in names and name not in NOT_CONFIGURATION and not is_plain(value)
+        ]
+        for name in self._own:
+            walk.enter(block.__dict__[name])
+        for child in block.children():
+            walk.enter(child)
+        for module in modules:
+            walk.enter_class(plain_class(module))
+        for function in functions:
+            walk.enter_function(function)
+        self.places = tuple(walk.found)
+        self.may_cache = any(hasattr(place(), "cache_info") for place in self.places)
+        self._environment = "environ" in names or "getenv" in names
+        self._inlined = inlined
+        self.children = self.children_now(block)
+
+    def children_now(self, block: nn.Module) -> tuple[nn.Module | None, ...]:
+        """The modules whose calls the block's code makes, and the inlined ones."""
+        children: list[nn.Module | None] = []
+        for part in _with_inlined(block, self._inlined) if self._inlined else (block,):
+            for child in part.__dict__["_modules"].values():
+                children.append(child)
+                if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+                    children += child.__dict__["_modules"].values()
+        return tuple(children)
+
+    def now(self, block: nn.Module) -> tuple[Any, ...]:
+        """What the values are now."""
+        state = block.__dict__
+        plain = tuple([(name, value) for name, value in state.items() if is_plain(value)])
+        empty = tuple(
+            [name for name, value in (*state["_parameters"].items(), *state["_buffers"].items()) if value is None]
+        )
+        parameters = [id(value) for value in state["_parameters"].values()]
+        return (
+            plain,
+            empty,
+            len(parameters) - len(set(parameters)),  # how many are tied
+            tuple([_quick(state.get(name)) for name in self._own]),
+            tuple([_quick(place()) for place in self.places]),
+            tuple(os.environ.items()) if self._environment else (),
+        )
+
+
+def _quick(value: Any) -> Any:
+    """`form_of` for what is read with every call: objects count as themselves, what is read of them is looked at."""
+    if isinstance(value, PLAIN):
+        return value
+    if isinstance(value, Tensor):
+        return value.dtype, value.shape, value.device, value.requires_grad
+    if isinstance(value, (list, tuple, dict, set, deque)):
+        return form_of(value, _MAX_DEPTH)
+    if isinstance(value, nn.Module):
+        return id(value)
+    if type(value).__module__ == "numpy" and getattr(value, "nbytes", _MAX_BYTES) < _MAX_BYTES:
+        return form_of(value)
+    return Same(value)
+
+
+_MAX_BYTES = 4096
+
+
+class _Walk:
+    """Finds the places from which code with certain names in it may read."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        self.found: dict[Place, None] = {}
+        self._names = names
+        self._seen: set[int] = set()
+
+    def enter_class(self, kind: type[nn.Module]) -> None:
+        """Look at what code reads of its own class."""
+        for part in kind.__mro__:
+            if "forward" in vars(part) and part is not nn.Module:
+                self.found[Place(_own, part, "forward")] = None
+        self.enter(kind)
+
+    def enter_function(self, function: FunctionType) -> None:
+        """Look at what a function reads: global variables, its closure, and default values that may change."""
+        for name in names_of(function.__code__):
+            value = function.__globals__.get(name)
+            if value is not None and not name.startswith("__"):
+                self._read(Place(_item, function.__globals__, name), value)
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            if (value := _content(cell, name)) is not None:
+                self._read(Place(_content, cell, name), value)
+        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            if not isinstance(value, PLAIN):
+                self.enter(value)
+
+    def _read(self, place: Place, value: Any, depth: int = _MAX_DEPTH) -> None:
+        if not isinstance(value, (type, ModuleType, ContextVar)):
+            self.found[place] = None
+        self.enter(value, depth)
+
+    def enter(self, value: Any, depth: int = _MAX_DEPTH) -> None:
+        """Look at what can be reached from a value."""
+        if depth == 0 or isinstance(value, (Tensor, FunctionType, *PLAIN)) or id(value) in self._seen:
+            return
+        self._seen.add(id(value))
+        if isinstance(value, nn.Module):
+            parts = (*value.__dict__, *parameter_dict(value), *buffer_dict(value))
+            for name in parts:
+                if name in self._names and (name == "training" or name not in NOT_CONFIGURATION):
+                    self._read(Place(_attribute, value, name), getattr(value, name, None), depth - 1)
+            for child in value.children():
+                self.enter(child, depth - 1)
+        elif isinstance(value, (type, ModuleType)):
+            for part in value.__mro__ if isinstance(value, type) else (value,):
+                for name in list(vars(part)) if is_users(part) else ():
+                    if name in self._names and not name.startswith("__"):
+                        self._read(Place(_own, part, name), vars(part)[name], depth - 1)
+        elif isinstance(value, ContextVar):
+            self._read(Place(_in_context, value, value.name), cast("ContextVar[Any]", value).get(None), depth - 1)
+        elif isinstance(value, weakref.ref):
+            self.enter(cast("weakref.ref[Any]", value)(), depth)
+        else:
+            for part in _contents_of(value):
+                self.enter(part, depth - 1)
+            if not isinstance(value, (list, tuple, set, frozenset, deque, dict)):
+                self.enter(type(value), depth)
+                for name in _attributes_of(value):
+                    if name in self._names:
+                        self._read(Place(_attribute, value, name), getattr(value, name, None), depth - 1)
+
+
+def _contents_of(value: Any) -> list[Any]:
+    if isinstance(value, MethodType):
+        return [value.__self__]
+    if isinstance(value, functools.partial):
+        part = cast("functools.partial[Any]", value)
+        return [part.func, *part.args, *part.keywords.values()]
+    if isinstance(value, Mapping):
+        return list(cast("Mapping[Any, Any]", value).values())
+    return list(cast("list[Any]", value)) if isinstance(value, (list, tuple, set, frozenset, deque)) else []
+
+
+def _attributes_of(value: Any) -> Iterator[str]:
+    yield from getattr(value, "__dict__", {})
+    for part in type(value).__mro__:
+        slots = part.__dict__.get("__slots__", ())
+        yield from (slots,) if isinstance(slots, str) else slots
+
+
+def code_of(block: nn.Module, inlined: Collection[str] = ()) -> tuple[frozenset[str], tuple[FunctionType, ...]]:
+    """All names in the code of a block's class and of what this code calls or holds, and the functions.
+
+    The code of its `inlined` children counts as its own.
+    """
+    names: set[str] = set()
+    functions: dict[FunctionType, None] = {}
+    for module in _with_inlined(block, inlined):
+        held = dict.fromkeys(each for value in module.__dict__.values() for each in _code_in(value))
+        own = names_in_code(plain_class(module), *held)
+        names |= own[0]
+        functions.update(dict.fromkeys(own[1]))
+    return frozenset(names), tuple(functions)
+
+
+def places_of_children(block: nn.Module) -> list[Place]:
+    """Where the code of a block's children reads something outside of them."""
+    found: dict[Place, None] = {}
+    for kind in dict.fromkeys(plain_class(child) for child in block.modules() if child is not block):
+        if is_users(kind):
+            names, functions = names_in_code(kind)
+            walk = _Walk(names)
+            walk.enter_class(kind)
+            for function in functions:
+                walk.enter_function(function)
+            found.update(walk.found)
+    return list(found)
+
+
+def _with_inlined(block: nn.Module, inlined: Collection[str]) -> list[nn.Module]:
+    return [block, *(block.get_submodule(path) for path in inlined)]
+
+
+@functools.cache
+def names_in_code(kind: type[nn.Module], *held: FunctionType | type) -> tuple[frozenset[str], tuple[FunctionType, ...]]:
+    """All names in the forward of a class, and in the functions and methods that it calls by them.
+
+    Args:
+        kind: the class of a module.
+        *held: functions that it holds, and classes of objects that it holds.
+
+    Returns:
+        The names and the functions.
+    """
+    pending: list[FunctionType] = [each for each in held if isinstance(each, FunctionType)]
+    kinds = dict.fromkeys([kind, *(each for each in held if isinstance(each, type))])
+    pending += _methods_of([kind], {"forward"})
+    functions: dict[FunctionType, None] = {}
+    names: set[str] = set()
+    while pending and len(functions) < _MAX_FUNCTIONS:
+        function = pending.pop()
+        if function in functions:
+            continue
+        functions[function] = None
+        own = names_of(function.__code__)
+        names |= own
+        values = [function.__globals__.get(name) for name in own]
+        values += [value.__dict__.get(name) for value in values if _is_users_module(value) for name in own]
+        values += [_content(cell, "") for cell in function.__closure__ or ()]
+        for code in [each for value in values for each in _code_in(value)]:
+            if isinstance(code, FunctionType):
+                pending.append(code)
+            elif not issubclass(code, nn.Module):
+                kinds[code] = None
+        if not pending:
+            pending += [each for each in _methods_of(kinds, names) if each not in functions]
+    return frozenset(names), tuple(functions)
+
+
+def _code_in(value: Any, depth: int = 2) -> Iterator[FunctionType | type]:
+    """Functions that a value is, and classes of users' objects whose methods code may call that has the value."""
+    value = getattr(value, "__wrapped__", value) if callable(value) else value
+    if isinstance(value, (FunctionType, type)):
+        if is_users(value):
+            yield value
+    elif isinstance(value, MethodType):
+        yield from _code_in(value.__func__, depth - 1)
+        if depth:
+            yield from _code_in(value.__self__, depth - 1)
+    elif isinstance(value, functools.partial):
+        yield from _code_in(cast("functools.partial[Any]", value).func, depth - 1)
+    elif not isinstance(value, (nn.Module, Tensor, ModuleType, *PLAIN)):
+        if is_users(type(value)):
+            yield type(value)
+        if depth:
+            inner = [*_contents_of(value), *getattr(value, "__dict__", {}).values()]
+            yield from (each for part in inner for each in _code_in(part, depth - 1))
+
+
+def _methods_of(kinds: Collection[type], names: Collection[str]) -> list[FunctionType]:
+    return [
+        function
+        for kind in kinds
+        for part in kind.__mro__
+        if is_users(part) or (issubclass(part, nn.Module) and part is not nn.Module)
+        for name, value in vars(part).items()
+        if (name in names or name in _PROTOCOLS) and (function := _function_of(value))
+    ]
+
+
+def _function_of(value: Any) -> FunctionType | None:
+    """The function that a method, a property or a decorated method runs."""
+    value = getattr(value, "__wrapped__", getattr(value, "fget", None) or getattr(value, "__func__", value))
+    return value if isinstance(value, FunctionType) else None
+
+
+def is_users(value: Any) -> bool:
+    """Whether a class, function or module is neither of PyTorch, NumPy nor of Python itself."""
+    name = getattr(value, "__name__" if isinstance(value, ModuleType) else "__module__", None) or ""
+    top = name.partition(".")[0]
+    return top not in ("torch", "numpy", "stochastic_depth") and (
+        top == "__main__" or top not in sys.stdlib_module_names
+    )
+
+
+def _is_users_module(value: Any) -> bool:
+    return isinstance(value, ModuleType) and is_users(value)
+
+
+def names_of(code: CodeType) -> set[str]:
+    """All names in the code of a function and of the functions in it."""
+    names = {*code.co_names, *code.co_freevars}
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= names_of(constant)
+    return names
