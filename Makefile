@@ -1,11 +1,11 @@
-# The whole interface: make demo, make test, make check. Everything is installed into .venv on first use.
+# The whole interface: make demo, make test, make check, make docs. Everything is installed into .venv on first use.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := pip install --quiet --disable-pip-version-check
 # The oldest versions that are supported; the newest are in constraints.txt.
 OLDEST := torch==2.8.0 torchvision==0.23.0
 
-.PHONY: demo test test-oldest check faults format clean
+.PHONY: demo test test-oldest check docs faults format clean
 
 # What the demo needs, installed in a minute.
 .venv/lab: pyproject.toml constraints.txt
@@ -14,7 +14,7 @@ OLDEST := torch==2.8.0 torchvision==0.23.0
 	touch $@
 
 .venv/installed: .venv/lab
-	$(BIN)/$(PIP) --constraint constraints.txt --editable '.[lab,tensorboard,test,dev]'
+	$(BIN)/$(PIP) --constraint constraints.txt --editable '.[lab,tensorboard,test,dev,docs]'
 	touch $@
 
 demo: .venv/lab  ## train the same network with constant and with stochastic depth, and compare
@@ -39,6 +39,10 @@ check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-cache
+
+docs: .venv/installed  ## the documentation, in build/docs; a broken link or an unknown name is an error
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --builder html --conf-dir docs . build/docs
+	@echo "open build/docs/index.html"
 
 faults: .venv/installed  ## the long form of tests/faults: hundreds of kills and damaged files
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/hostile.py

@@ -24,10 +24,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from stochastic_depth_lab import records, sweep
-from stochastic_depth_lab.atomic import write_whole
-from stochastic_depth_lab.config import Experiment
 from stochastic_depth_lab.experiments import STUDIES, few
+from stochastic_depth_lab.experiments.config import Experiment
+from stochastic_depth_lab.files import write_whole
+from stochastic_depth_lab.runs import records
+from stochastic_depth_lab.training import sweep
 
 ROOT = Path(os.environ.get("EVIDENCE_ROOT") or Path(__file__).parent.parent)
 RUNS = ROOT / "runs" / "evidence"
@@ -189,9 +190,9 @@ def expected_s(experiment: Experiment) -> float:
 
 def report() -> None:
     """Draw every study of the plan that has a finished run into `results`, and write `docs/results/few-images.md`."""
+    from stochastic_depth_lab.after.baselines import baselines
     from stochastic_depth_lab.report import write_study  # every run imports this file: matplotlib takes seconds
     from stochastic_depth_lab.report.verdicts import RULE
-    from stochastic_depth_lab.yardsticks import yardsticks
 
     restore()
     sections: list[str] = []
@@ -208,7 +209,7 @@ def report() -> None:
             STUDIES[study],
             runs,
             RUNS.parent / "report",
-            yardsticks(experiment for experiment, _ in finished) if STUDIES[study].yardsticks else None,
+            baselines(experiment for experiment, _ in finished) if STUDIES[study].baselines else None,
             run_pages=False,
         )
         folder = RESULTS / study

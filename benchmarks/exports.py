@@ -20,7 +20,7 @@ from protocol import write_table
 from torch import Tensor, nn
 
 import stochastic_depth as sd
-from stochastic_depth_lab.export import run_onnx, write_onnx
+from stochastic_depth_lab.after.export import run_onnx, write_onnx
 
 OURS = [("cifar_resnet, 20 layers", 20, "pad"), ("cifar_resnet, 110 layers", 110, "pad"),
         ("cifar_resnet, 20 layers, subsample", 20, "subsample"),

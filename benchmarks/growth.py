@@ -22,7 +22,7 @@ from protocol import interleaved, write_table
 from torch import nn
 
 import stochastic_depth as sd
-from stochastic_depth_lab.kept_bytes import kept_bytes
+from stochastic_depth_lab.measure.kept_bytes import kept_bytes
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt

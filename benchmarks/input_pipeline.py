@@ -1,4 +1,4 @@
-"""What an image costs before the network sees it: crop, flip, normalise and batch, one by one and a batch at once.
+"""The cost of an image before the network sees it: crop, flip, normalize and batch, one by one and a batch at once.
 
     python benchmarks/input_pipeline.py
 
@@ -109,7 +109,7 @@ def main() -> None:
     ]
     write_table(
         "input_pipeline",
-        "Shuffle, crop with 4 pixels of padding, flip, normalise and batch: CIFAR's pictures",
+        "Shuffle, crop with 4 pixels of padding, flip, normalize and batch: CIFAR's pictures",
         ["pipeline", "process time per image, µs (median)", "ratio"],
         rows,
         f"{args.images} pictures of random bytes, batches of {args.batch_size}, in memory, in the process that trains; "

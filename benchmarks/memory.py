@@ -27,7 +27,7 @@ from protocol import write_table
 from torch import Tensor, nn
 
 import stochastic_depth as sd
-from stochastic_depth_lab.kept_bytes import kept_bytes
+from stochastic_depth_lab.measure.kept_bytes import kept_bytes
 
 VARIANTS = {
     "ResNet-110": ("constant depth", "linear 0.5, batch", "linear 0.5, sample", "uniform 0.5, batch"),

@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import stochastic_depth as sd
-from stochastic_depth_lab.kept_bytes import kept_bytes
+from stochastic_depth_lab.measure.kept_bytes import kept_bytes
 
 WAYS = (
     "constant depth",

@@ -48,10 +48,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import stochastic_depth as sd
 from stochastic_depth.samples import add_samples, take_and_carry
-from stochastic_depth_lab import loop
-from stochastic_depth_lab.config import Experiment, quick
 from stochastic_depth_lab.experiments import find
-from stochastic_depth_lab.observers import Lines
+from stochastic_depth_lab.experiments.config import Experiment, quick
+from stochastic_depth_lab.training import loop
+from stochastic_depth_lab.training.progress import Lines
 
 AGAIN = 75  # EX_TEMPFAIL
 H200 = {"bytes_per_s": 4.8e12, "bf16_flops_per_s": 989e12}

@@ -15,8 +15,10 @@ if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < _OLDEST:
     )
 
 from stochastic_depth import models
+from stochastic_depth.cost import Cost
 from stochastic_depth.deploy import (
     Prediction,
+    branches_to_keep,
     convert_rescale_,
     fold_,
     monte_carlo,
@@ -52,6 +54,7 @@ from stochastic_depth.schedules import timm as timm
 __all__ = [
     "SCHEDULES",
     "Controller",
+    "Cost",
     "DropPathRule",
     "GateInfo",
     "MaskedBranchWarning",
@@ -59,6 +62,7 @@ __all__ = [
     "Residual",
     "Schedule",
     "Verification",
+    "branches_to_keep",
     "controller",
     "convert_rescale_",
     "convnext",

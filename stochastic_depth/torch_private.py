@@ -20,7 +20,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
 _autograd = torch._C._autograd  # pyright: ignore
 
@@ -199,6 +199,9 @@ def is_compiled_wrapper(module: nn.Module) -> bool:
 
 # TorchDispatchMode, imported above, sees every operation: FLOPs and memory are counted with it. PyTorch documents it in
 # a private module.
+
+current_dispatch_mode = cast("Callable[[], object]", _get_current_dispatch_mode)
+"""The innermost mode that sees operations, None without one. A selective checkpoint would be taken for a plain one."""
 
 disable_current_modes = cast("Callable[[], Any]", _disable_current_modes)
 """Within, no FLOP counter or other dispatch mode sees what runs. A dry run would be counted without it."""

@@ -2,14 +2,14 @@
 
 import sys
 
-from stochastic_depth_lab.interrupts import EndingAtOnce
+from stochastic_depth_lab.cli.interrupts import EndingAtOnce
 
 
 def main() -> int:
     """Run the command; from the first import on, Ctrl-C leaves no traceback."""
     with EndingAtOnce():
-        from stochastic_depth_lab import cli
-    return cli.main()
+        from stochastic_depth_lab.cli.main import main as run
+    return run()
 
 
 if __name__ == "__main__":

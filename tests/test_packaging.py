@@ -2,13 +2,16 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tarfile
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -59,6 +62,65 @@ def test_the_sdist_holds_all_that_its_tests_and_its_readme_need(built: tuple[Pat
         assert tracked <= names
 
 
+def test_the_description_of_the_package_has_no_link_that_needs_the_repository(built: tuple[Path, Path]) -> None:
+    with zipfile.ZipFile(built[1]) as wheel:
+        (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+        description = wheel.read(name).decode()
+    assert "# stochastic-depth\n" in description
+    assert re.findall(r"\]\((?!https?:)[^)]*\)", description) == []
+
+
+@pytest.mark.parametrize(
+    ("repository", "expected"),
+    [
+        ("https://host/a/b", "[page](https://host/a/b/blob/v1.2/docs/a.md#x) ![plot](https://host/a/b/raw/v1.2/p.svg)"),
+        (None, "page "),
+    ],
+    ids=["with an address", "without one"],
+)
+def test_links_of_the_readme_become_absolute(repository: str | None, expected: str) -> None:
+    pytest.importorskip("hatchling")
+    readme_outside = runpy.run_path(str(ROOT / "hatch_build.py"))["readme_outside"]
+    assert readme_outside("[page](docs/a.md#x) ![plot](p.svg)", "1.2", repository) == expected
+    assert readme_outside("[a](https://b.c) [d](#e)", "1.2", repository) == "[a](https://b.c) [d](#e)"
+
+
+def test_the_workflows_use_the_versions_that_are_pinned() -> None:
+    workflow = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text())
+    tested = {
+        (entry["torch"], entry["torchvision"]) for entry in workflow["jobs"]["tests"]["strategy"]["matrix"]["include"]
+    }
+    pinned = dict(re.findall(r"^([\w-]+)==(.*)$", (ROOT / "constraints.txt").read_text(), flags=re.M))
+    oldest = re.findall(r"torch(?:vision)?==([\d.]+)", (ROOT / "Makefile").read_text())
+    assert {tuple(oldest), (pinned["torch"], pinned["torchvision"])} <= tested
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    (ruff,) = [repo["rev"] for repo in hooks if repo["repo"].endswith("ruff-pre-commit")]
+    assert ruff == f"v{pinned['ruff']}"
+    targets = [
+        step["run"].removeprefix("make ")
+        for job in workflow["jobs"].values()
+        for step in job["steps"][-1:]
+        if "run" in step
+    ]
+    assert {"check", "test"} <= set(targets)
+
+
+@pytest.mark.parametrize(
+    "form", sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("[!c]*.yml")), ids=lambda form: form.stem
+)
+def test_an_issue_form_is_one(form: Path) -> None:
+    """As far as the code host's rules can be checked here."""
+    content = yaml.safe_load(form.read_text())
+    assert content.keys() <= {"name", "description", "title", "labels", "assignees", "body"}
+    assert {"name", "description", "body"} <= content.keys()
+    ids = [field["id"] for field in content["body"]]
+    assert len(set(ids)) == len(ids)
+    for field in content["body"]:
+        assert field["type"] in ("textarea", "input", "dropdown", "checkboxes")
+        assert field.keys() <= {"type", "id", "attributes", "validations"}
+        assert field["attributes"].keys() <= {"label", "description", "placeholder", "render", "value"}
+
+
 @pytest.mark.slow
 def test_the_wheel_without_the_extra_shows_its_help_and_says_what_is_missing(
     built: tuple[Path, Path], tmp_path: Path
@@ -102,7 +164,7 @@ try:
     import stochastic_depth
 except ImportError as error:
     print(error)
-from stochastic_depth_lab.cli import main
+from stochastic_depth_lab.cli.main import main
 sys.exit(main(["schedule"]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -1,15 +1,17 @@
-"""The README's code and commands do what they say: each block of Python runs, each command runs."""
+"""The README's and the pages' code and commands do what they say: each block of Python and each command runs."""
 
 import re
 import shlex
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md"))]
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))]
 README = (ROOT / "README.md").read_text()
 
 
@@ -21,11 +23,21 @@ def commands() -> list[str]:
     return [line for block in blocks("README.md", "console") for line in block.splitlines() if line.startswith("$ ")]
 
 
+def without_numbers(text: str) -> str:
+    """Rounding differs between machines, and with it the last digits of what a page shows."""
+    return re.sub(r"\d[\d.]*(e-\d+)?", "#", text)
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
-def test_every_block_of_python_runs(page: str) -> None:
+def test_every_block_of_python_runs_and_prints_what_the_page_shows(page: str) -> None:
     namespace: dict[str, object] = {}
-    for block in blocks(page, "python"):
-        exec(compile(block, page, "exec"), namespace)  # The blocks of a page follow on each other, as a reader types.
+    # The blocks of a page follow on each other, as a reader types; a block of text right after one is its output.
+    fences = re.compile(r"^```python\n(.*?)^```(?:\n\n```text\n(.*?)^```)?", flags=re.M | re.S)
+    for block, shown in fences.findall((ROOT / page).read_text()):
+        with redirect_stdout(StringIO()) as printed:
+            exec(compile(block, page, "exec"), namespace)
+        if shown:
+            assert without_numbers(printed.getvalue()) == without_numbers(shown)
 
 
 def test_the_readme_has_code_and_commands() -> None:

@@ -94,7 +94,7 @@ def subnetwork(
     if keep is not None:
         kept = _checked(keep, len(branches))
     else:
-        kept = _within_budget(network, num_blocks, cost, parameters, order, calibration, example)
+        kept = sorted(_within_budget(network, num_blocks, cost, parameters, order, calibration, example))
     dropped = [index for index in range(len(branches)) if index not in kept]
     remembered = controller(model).calls if is_stochastic(model) else None
     context = partial(observed, branches[0].gated.passes, without(branches, dropped))
@@ -109,18 +109,34 @@ def subnetwork(
     return network
 
 
-def branches_within(
+def branches_to_keep(
     model: nn.Module,
-    cost: float,
     *,
+    num_blocks: int | None = None,
+    cost: float | None = None,
     order: Order = "last",
     calibration: Iterable[Any] | None = None,
     inputs: Inputs | None = None,
 ) -> list[int]:
-    """The branches that `subnetwork` keeps under a budget of FLOPs; see there."""
-    return _within_budget(
-        _stochastic_copy(model), None, cost, None, order, calibration, None if inputs is None else call_of(inputs)
-    )
+    """The indices of the branches that `subnetwork` keeps under a budget, most important first.
+
+    The last branch to be removed comes first.
+
+    Args:
+        model: a model with or without stochastic depth; it is not changed.
+        num_blocks: how many branches to keep. Or instead:
+        cost: share of the whole network's FLOPs in a forward that may be left, in (0, 1].
+        order: as in `subnetwork`.
+        calibration: as in `subnetwork`.
+        inputs: as in `subnetwork`.
+
+    Raises:
+        ValueError: if not exactly one budget is given, or it cannot be met.
+    """
+    if (num_blocks is None) == (cost is None):
+        raise ValueError("Give exactly one of num_blocks and cost.")
+    network, example = _stochastic_copy(model), None if inputs is None else call_of(inputs)
+    return _within_budget(network, num_blocks, cost, None, order, calibration, example)
 
 
 def _stochastic_copy(model: nn.Module) -> nn.Module:
@@ -160,12 +176,14 @@ def _within_budget(
     if num_blocks is not None:
         if isinstance(num_blocks, bool) or not isinstance(num_blocks, int) or not 1 <= num_blocks <= len(branches):
             raise ValueError(f"num_blocks must be a whole number in 1..{len(branches)}, but is {num_blocks!r}.")
-        return sorted(removal[len(branches) - num_blocks :])
+        return removal[len(branches) - num_blocks :][::-1]
     if cost is not None:
         call = (_guessed_example(network), {}) if example is None else example
-        return forward_flops(network, branches[0].gated.passes, call).keep(cost, removal, branches)
-    assert parameters is not None
-    return num_parameters(network, branches).keep(parameters, removal, branches)
+        kept = forward_flops(network, branches[0].gated.passes, call).keep(cost, removal, branches)
+    else:
+        assert parameters is not None
+        kept = num_parameters(network, branches).keep(parameters, removal, branches)
+    return [index for index in reversed(removal) if index in kept]
 
 
 def _guessed_example(model: nn.Module) -> tuple[Tensor]:

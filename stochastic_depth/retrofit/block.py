@@ -44,6 +44,8 @@ class MaskedBranchWarning(UserWarning):
 
 # How many samples of a call the proof runs on.
 _NUM_SAMPLES = 4
+# And where integers or booleans are among its arguments, at most.
+_MAX_SAMPLES = 64
 # A call that comes in more forms than this has the oldest ones forgotten.
 _MAX_FORMS = 128
 # Of how many arguments it is tried whether they hold samples.
@@ -326,17 +328,17 @@ class BlockBranches:
             return
         before, rows = prepared.recorded
 
-        def now() -> Any:
+        def now(rows: Mapping[int, Tensor] = rows) -> Any:
             try:
                 with private():
                     run = self._recorded(stand_in(block), signature, leaves, rows)
-            except TraceError as error:
-                return str(error)
+            except TraceError:
+                return None
             return skeleton(run.graph, with_numbers=True)
 
         changed = now()
-        # What is another object in every recording tells nothing.
-        if changed == before or changed != now():
+        # What is another object in every recording tells nothing, nor that a few samples do not fit to a full cache.
+        if changed == before or changed != now() or (changed is None and now({}) is not None):
             return
         error = TraceError("its code does something else than in an earlier call, by what it reads from elsewhere")
         if not self.drop_paths or any(key[0] == FUNCTIONAL for key in self.gated):
@@ -395,7 +397,7 @@ class BlockBranches:
                     "the forward takes a tensor from where it cannot be followed (autograd.Function, another library)"
                 )
         exact = skeleton(whole.graph, with_numbers=True)
-        rows, few = self._generalize(trial, signature, leaves, whole)
+        num_proven, rows, few = self._generalize(trial, signature, leaves, whole)
         draws = next(iter(self.gated.values())).passes
         fixed = FixedGates(draws)
         gated = {key: replace(branch, passes=fixed) for key, branch in self.gated.items()}
@@ -405,7 +407,7 @@ class BlockBranches:
         code, uses, ungated = rewrite(whole.graph, trial, own, draws.granularity)
         if of not in self.forms.proven:
             call = arguments_anew(signature, leaves, rows, self.forms.called, unflatten)
-            num_samples = _NUM_SAMPLES if rows and draws.granularity == "sample" else None
+            num_samples = num_proven if rows and draws.granularity == "sample" else None
             self.forms.num_runs += prove(
                 trial,
                 code,
@@ -428,11 +430,12 @@ class BlockBranches:
 
     def _generalize(
         self, trial: nn.Module, signature: Any, leaves: list[Any], whole: Run
-    ) -> tuple[dict[int, Tensor], tuple[Any, Mapping[int, Tensor]] | None]:
+    ) -> tuple[int, dict[int, Tensor], tuple[Any, Mapping[int, Tensor]] | None]:
         """Let a recording hold for any number of samples.
 
         Returns:
-            Which rows of which arguments are a few samples, and the other recording with the rows of its own.
+            How many samples to prove it with, which rows of which arguments these are, and the other recording with
+            the rows of its own.
 
         It is compared with a recording of the same call for another number of samples. Where an argument has as many
         rows as there are samples by chance only, the code fails unless it keeps all of them.
@@ -441,7 +444,7 @@ class BlockBranches:
             index: int(leaf.shape[0]) for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.dim()
         }
         if not lengths or 0 in lengths.values():
-            return {}, None
+            return 0, {}, None
         first = next(iter(lengths))
         # Where patches are folded into the batch, an argument has several rows for each sample that another has.
         for num_samples in dict.fromkeys((lengths[first], *lengths.values())):
@@ -460,8 +463,12 @@ class BlockBranches:
                         continue
                     if generalize(whole.graph, few.graph):
                         recorded = skeleton(few.graph, with_numbers=True), rows
-                        return _some_rows(having_rows, _NUM_SAMPLES, num_samples), recorded
-        return {}, None
+                        num_proven = _NUM_SAMPLES
+                        if not all(leaves[i].is_floating_point() for i in having_rows):
+                            # What is no value may be the number of another sample: the first few may know only few.
+                            num_proven = max(_NUM_SAMPLES, min(num_samples, _MAX_SAMPLES))
+                        return num_proven, _some_rows(having_rows, num_proven, num_samples), recorded
+        return 0, {}, None
 
 
 def _some_rows(rows_per_sample: Mapping[int, int], num: int, num_samples: int) -> dict[int, Tensor]:
@@ -569,8 +576,13 @@ class StochasticDropPath(nn.Module):
 
     _stochastic_depth_branch: DropPathUses
 
-    def forward(self, x: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The samples `x` (N, ...) times their gates."""
+        if any(isinstance(value, float) for value in (*args, *kwargs.values())):
+            raise RuntimeError(
+                f"The {plain_class(self).__name__} is given a number with its call, which would be its rate: its gates "
+                "have the rate that it was made with. Give it that rate as an attribute."
+            )
         if _passing.get():
             return x
         own, running = self._stochastic_depth_branch, _running.get()

@@ -20,7 +20,7 @@ from stochastic_depth.retrofit.called import Called
 from stochastic_depth.retrofit.reads import Reads, code_of, places_of_children
 from stochastic_depth.retrofit.stand_in import is_data, snapshot
 from stochastic_depth.retrofit.trace import StoredError, TraceError
-from stochastic_depth.torch_private import top_saved_tensors_hooks, tree_leaves
+from stochastic_depth.torch_private import tree_leaves
 
 CONSTANTS = (
     type(None), bool, int, float, complex, str, bytes, type(...), torch.dtype, torch.device, torch.layout,
@@ -204,10 +204,9 @@ def _state_of(generator: Any) -> Any:
 
 @dataclass
 class Outside:
-    """What must not move between the calls that are recorded: random states, and where autograd keeps what it saves."""
+    """What must not move between the calls that are recorded: random states."""
 
     random: list[Any]
-    hooks: Any
 
 
 def outside(generators: Sequence[Any] = ()) -> Outside:
@@ -219,7 +218,7 @@ def outside(generators: Sequence[Any] = ()) -> Outside:
     if numpy is not None:
         _, key, *rest = numpy.random.get_state()
         states.append((key.tobytes(), *rest))
-    return Outside(states, top_saved_tensors_hooks(True))
+    return Outside(states)
 
 
 def differ(a: Outside, b: Outside) -> bool:

@@ -22,7 +22,7 @@ from stochastic_depth.retrofit.maps import NotComputed
 from stochastic_depth.retrofit.quiet import quiet
 from stochastic_depth.retrofit.recorder import Edits, run_block
 from stochastic_depth.retrofit.rewrite import Code, GatedUse, edits_of
-from stochastic_depth.retrofit.stand_in import sample_leaf
+from stochastic_depth.retrofit.stand_in import sample_leaf, uniform
 from stochastic_depth.retrofit.sums import Key
 from stochastic_depth.retrofit.trace import TraceError
 from stochastic_depth.torch_private import disable_current_modes, outside_transforms, tree_leaves, version_of
@@ -198,8 +198,9 @@ def _patterns(
     if len(keys) > 1:
         patterns.append(("with every second gate closed", {key: index % 2 == 0 for index, key in enumerate(keys)}))
     if num_samples is not None and num_samples > 1:
-        some = torch.arange(num_samples)
-        each = {key: (some + index) % 2 == 0 for index, key in enumerate(keys)}
+        # About half of them, in no order that arguments may have too.
+        golden = 0.618 * torch.arange(num_samples)
+        each = {key: (golden + 0.37 * index) % 1 < 0.5 for index, key in enumerate(keys)}
         patterns.append((_SOME, cast("dict[Key, bool | Tensor | None]", each)))
     return patterns
 
@@ -220,6 +221,8 @@ def _replaced(args: Any, kwargs: Any, leaves: Sequence[Any], given: Sequence[Any
             return new[id(value)]
         if type(value) in (tuple, list):
             return type(value)(put(item) for item in value)
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return cast(Any, type(value))(*[put(item) for item in cast("tuple[Any, ...]", value)])
         if type(value) is dict:
             return {key: put(item) for key, item in cast("dict[Any, Any]", value).items()}
         return value
@@ -246,7 +249,7 @@ def _with_gradients(
         no_gradients: list[Tensor | None] = [None] * len(sources)
         return outputs, no_gradients
     generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(end.shape, generator=generator).to(end.device, end.dtype) for end in ends]
+    weights = [(uniform(end.shape, generator) - 0.5).to(end.device, end.dtype) for end in ends]
     try:
         return outputs, list(torch.autograd.grad(ends, sources, weights, allow_unused=True))
     except RuntimeError:

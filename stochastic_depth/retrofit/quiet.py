@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import random
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,7 +53,53 @@ class _Quiet(TorchFunctionMode):
             return make(*args, **kwargs).fill_(_ALMOST_ONE)
         elif name == "batch_norm":
             args, kwargs = _with_running_statistics(args, kwargs)
-        return func(*args, **kwargs)
+        output = func(*args, **kwargs)
+        if name in _STILL:
+            # Drawn all the same, so that it is noticed, and the same for all samples.
+            return _STILL[name](output, *args, **kwargs)
+        return output
+
+
+def _still_normal(output: Tensor, _input: Any, mean: float = 0.0, std: float = 1.0, **_: Any) -> Tensor:
+    return output.fill_(mean + std / 2)
+
+
+def _still_uniform(output: Tensor, _input: Any, low: float = 0.0, high: float = 1.0, **given: Any) -> Tensor:
+    low, high = given.get("from", low), given.get("to", high)
+    return output.fill_(low + (high - low) * _ALMOST_ONE)
+
+
+def _filled(value: float) -> Callable[..., Tensor]:
+    def fill(output: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        return output.fill_(value)
+
+    return fill
+
+
+def _still_integer(output: Tensor, *args: Any, **given: Any) -> Tensor:
+    bounds = [value for value in args if type(value) is int]
+    return output.fill_(given.get("high", given.get("to", bounds[-1] if bounds else 2)) - 1)
+
+
+def _still_order(output: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+    return torch.arange(len(output), out=output)
+
+
+# What stands for noise is no zero, which would hide what it is multiplied by.
+_STILL: dict[str, Callable[..., Tensor]] = {
+    "randn": _filled(0.5),
+    "randn_like": _filled(0.5),
+    "normal_": _still_normal,
+    "uniform_": _still_uniform,
+    "exponential_": _filled(1.0),
+    "log_normal_": _filled(1.0),
+    "geometric_": _filled(1.0),
+    "cauchy_": _filled(0.5),
+    "randint": _still_integer,
+    "randint_like": _still_integer,
+    "random_": _still_integer,
+    "randperm": _still_order,
+}
 
 
 def _position(func: Any, name: str, switch: str) -> int:

@@ -13,7 +13,7 @@ import dataclasses
 import operator
 import types
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from stochastic_depth.retrofit.called import Called, method_of, watched
+from stochastic_depth.retrofit.checkpoints import Regions, kept
 from stochastic_depth.retrofit.effects import (
     CONSTANTS,
     check_arguments,
@@ -37,12 +38,12 @@ from stochastic_depth.retrofit.effects import (
 )
 from stochastic_depth.retrofit.maps import is_attention_map
 from stochastic_depth.retrofit.reads import Place, Reads
+from stochastic_depth.retrofit.rules import is_drop_path
 from stochastic_depth.retrofit.trace import StoredError, TraceError
 from stochastic_depth.torch_private import (
     TENSORS_AND_CHILDREN,
     buffer_dict,
     parameter_dict,
-    top_saved_tensors_hooks,
     tree_flatten,
     tree_leaves,
     tree_map_only,
@@ -50,12 +51,14 @@ from stochastic_depth.torch_private import (
     version_of,
 )
 
+# Where a tensor is stored is another place in another call of the same form.
+_ORIGIN = {"storage_offset", "data_ptr", "untyped_storage", "is_set_to"}
 _STRUCTURE_METHODS = {
-    "size", "dim", "numel", "nelement", "stride", "storage_offset", "is_contiguous", "is_floating_point", "is_complex",
+    "size", "dim", "numel", "nelement", "stride", "is_contiguous", "is_floating_point", "is_complex",
     "is_signed", "element_size", "get_device", "__len__", "ndimension", "is_same_size", "has_names", "type",
     "is_tensor", "result_type", "can_cast", "promote_types", "is_nonzero_size", "is_conj", "is_neg", "is_inference",
-    "is_shared", "is_pinned", "__hash__", "is_storage", "numpy_dtype", "broadcast_shapes", "is_set_to", "dim_order",
-    "untyped_storage", "has_torch_function", "__format__", "__repr__", "is_distributed", "data_ptr",
+    "is_shared", "is_pinned", "__hash__", "is_storage", "numpy_dtype", "broadcast_shapes", "dim_order",
+    "has_torch_function", "__format__", "__repr__", "is_distributed",
 }  # fmt: skip
 _STRUCTURE_ATTRIBUTES = {
     "shape", "ndim", "dtype", "device", "is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "is_xla", "is_nested",
@@ -245,14 +248,17 @@ class Cached:
 
 
 class _Graph(fx.Graph):
-    """A graph whose nodes know inside of which inlined children they were made."""
+    """A graph whose nodes know inside of which inlined children and which checkpoint they were made."""
 
     inside: tuple[str, ...] = ()
+    checkpoint: int | None = None
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
         if self.inside:
             node.meta["inlined"] = self.inside
+        if self.checkpoint is not None:
+            node.meta["checkpoint"] = self.checkpoint
         return node
 
 
@@ -268,6 +274,8 @@ class _Recorder(TorchFunctionMode):
         self._num_calls = 0
         self._inside = 0
         self._entered: list[Any] = []
+        self._regions = Regions()
+        self._kept = ExitStack()
         self._nodes: dict[int, fx.Node] = {}
         self._objects: dict[int, fx.Node] = {}
         # Tensors by identity need to stay alive; the version tells of changes in place.
@@ -405,11 +413,10 @@ class _Recorder(TorchFunctionMode):
         if differ(self._state, now):
             raise TraceError("the forward draws random numbers itself, outside of its children")
 
-    def _check_hooks(self) -> None:
-        if top_saved_tensors_hooks(True) != self._state.hooks:
-            raise TraceError(
-                "a part of the forward runs inside an activation checkpoint, or keeps what is saved itself"
-            )
+    def _keep(self) -> AbstractContextManager[None]:
+        """Note in which checkpoint the next call is made; within, what it saves is kept."""
+        self.graph.checkpoint = self._regions.now()
+        return nullcontext() if self.graph.checkpoint is None else kept()
 
     # Calls.
     @contextmanager
@@ -431,6 +438,7 @@ class _Recorder(TorchFunctionMode):
         except Exception as error:
             raise TraceError(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error
         finally:
+            self._kept.close()
             for handle in handles:
                 handle.remove()
 
@@ -443,12 +451,15 @@ class _Recorder(TorchFunctionMode):
     def _close(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         self.graph.inside = self.graph.inside[:-1]
 
-    def _enter(self, _module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         self._inside += 1  # What is looked at here is no part of the block's code either.
         if self._inside > 1:
             return None
         self.check_outside()
-        self._check_hooks()
+        keep = self._keep()
+        if is_drop_path(module) and any(isinstance(value, float) for value in (*args, *kwargs.values())):
+            raise TraceError("its drop path is given a number with the call, which would be its rate")
+        self._kept.enter_context(keep)
         args, kwargs = self._edited(self._num_calls, args, kwargs)
         self._entered = [self._argument(args), self._argument(kwargs), contents_of(self._block, ())]
         return args, kwargs
@@ -469,6 +480,7 @@ class _Recorder(TorchFunctionMode):
             self.changed_by_children.update(
                 name for name in {**before, **after} if not is_same(before.get(name), after.get(name))
             )
+            self._kept.close()
             output = self._result(node, output)
             self._state = outside(self._generators)
             self._inside -= 1
@@ -511,6 +523,8 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._inside:
             return func(*args, **kwargs)
+        if _name_of_function(func) in _ORIGIN:
+            raise TraceError(f"the forward asks where a tensor is stored ({_name_of_function(func)})")
         if _is_structure(func):
             if args and id(args[0]) in self._valued and _is_size(func):
                 raise TraceError("the forward decides by a size that follows from the values of a tensor")
@@ -518,12 +532,12 @@ class _Recorder(TorchFunctionMode):
         self._inside += 1
         try:
             self.check_outside()
-            self._check_hooks()
-            args, kwargs = self._edited(self._num_calls, args, kwargs)
-            op, target, given = _called(func, args)
-            nodes, named = self._argument(tuple(given)), self._argument(dict(kwargs))
-            context = self._context()
-            output = func(*args, **kwargs)
+            with self._keep():
+                args, kwargs = self._edited(self._num_calls, args, kwargs)
+                op, target, given = _called(func, args)
+                nodes, named = self._argument(tuple(given)), self._argument(dict(kwargs))
+                context = self._context()
+                output = func(*args, **kwargs)
             if _is_value(output) or differ(self._state, outside(self._generators)):
                 name = getattr(func, "__name__", str(func))
                 if _is_value(output):
@@ -556,9 +570,11 @@ class _Recorder(TorchFunctionMode):
         for tensor in changed:
             if id(tensor) in self._held and node.op != "call_module":
                 raise StoredError(f"the forward changes its buffer {_name_of(self._held[id(tensor)])} in place")
-        for edit in self._edits.get(number, ()):
-            if edit.operand is None:
-                output = edit.of(output)
+        if self._edits.get(number):
+            with self._keep():
+                for edit in self._edits[number]:
+                    if edit.operand is None:
+                        output = edit.of(output)
         output = self._fresh(output, {id(tensor) for tensor in changed})
         for tensor in changed:
             if tensor is not output:
@@ -589,7 +605,9 @@ class _Recorder(TorchFunctionMode):
         """Record what the forward returns."""
         self.graph.output(self._argument(output))
         for node in reversed(list(self.graph.nodes)):
-            if not node.users and "call" not in node.meta and node.op not in ("placeholder", "output"):
+            # A checkpoint detaches its inputs, to no end that is seen here.
+            does_nothing = "call" not in node.meta or getattr(node.target, "__name__", node.target) == "detach"
+            if not node.users and does_nothing and node.op not in ("placeholder", "output"):
                 self.graph.erase_node(node)
 
 
@@ -624,6 +642,12 @@ def _tensors_of_module(module: nn.Module) -> Iterator[tuple[Step, Tensor]]:
     for name, value in (*buffer_dict(module).items(), *module.__dict__.items()):
         if isinstance(value, Tensor):
             yield ("attribute", name), value
+
+
+def _name_of_function(func: Any) -> str:
+    """The name of a function of PyTorch, or of the attribute that it reads."""
+    name = getattr(func, "__name__", "")
+    return getattr(getattr(func, "__self__", None), "__name__", "") if name == "__get__" else name
 
 
 def _is_structure(func: Any) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from stochastic_depth.residual import GatedBranch, compiled_inside, masked
 from stochastic_depth.retrofit import cuts
+from stochastic_depth.retrofit.checkpoints import put_in_checkpoints
 from stochastic_depth.retrofit.cuts import CutError, SidesError, Sum
 from stochastic_depth.retrofit.functional import FUNCTIONAL, FunctionalDropPath, put_functional
 from stochastic_depth.retrofit.maps import NotComputed
@@ -217,6 +218,7 @@ def skeleton(graph: fx.Graph, *, with_numbers: bool = False) -> tuple[Any, ...]:
             node.meta.get("samples"),
             len(node.meta.get("shape", ())),
             tuple(index[each] for each in node.meta.get("writes", ()) if each in index),
+            node.meta.get("checkpoint"),
         )
         for node in graph.nodes
     )
@@ -302,7 +304,13 @@ def rewrite(graph: fx.Graph, block: nn.Module, gates: BlockGates, granularity: s
                 raise
             uses.append(GatedUse(key, call, operand, scale, str(error)))
     graph.lint()
-    return Rewritten(compiled(graph, f"{gates.name}: the forward that runs open branches only"), uses, ungated)
+    return Rewritten(_written(graph, f"{gates.name}: the forward that runs open branches only"), uses, ungated)
+
+
+def _written(graph: fx.Graph, description: str) -> Code:
+    """The code of a graph, with its checkpoints."""
+    put_in_checkpoints(graph, compiled, description)
+    return compiled(graph, description)
 
 
 def _check_rates(functional: Sequence[FunctionalDropPath], gates: BlockGates) -> None:
@@ -361,7 +369,7 @@ def _gate(residual: Sum, key: Key, block: nn.Module, gates: BlockGates, granular
     branch = cuts.cut(residual, block)
     graph = residual.add.graph
     inner = _branch_graph(branch, residual)
-    function = compiled(inner, f"{gates.name}: branch {key[0]}#{key[1] + 1}")
+    function = _written(inner, f"{gates.name}: branch {key[0]}#{key[1] + 1}")
     others = [side for side in branch.sides if not side.meta.get("attention_map")]
     if others or (branch.sides and residual.shortcut is None):
         side = (others or branch.sides)[0]

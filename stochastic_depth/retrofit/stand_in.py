@@ -15,7 +15,7 @@ import math
 import random
 import types
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -224,12 +224,18 @@ def _awake(tensor: Tensor, generator: torch.Generator) -> Tensor:
     if plain and (not tensor.is_floating_point() or (tensor.numel() > _MAX_RANDOM and bool(tensor.any()))):
         return tensor
     device = tensor.device if not _has_no_data(tensor) else torch.device("cpu")
-    values = torch.empty(tensor.shape).uniform_(generator=generator)
+    values = uniform(tensor.shape, generator)
     if tensor.numel() == max(tensor.shape, default=1):
         values = values + 0.5  # gains, biases, scales
     else:
         values = (2 * values - 1) * math.sqrt(3 * tensor.shape[0] / tensor.numel())
     return values.to(device, tensor.dtype)
+
+
+def uniform(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Uniform numbers, also where what runs is held still (`quiet`)."""
+    with torch._C.DisableTorchFunction():
+        return torch.empty(shape).uniform_(generator=generator)
 
 
 def sample_leaf(value: Any, rows: Tensor | None) -> Any:
@@ -243,7 +249,7 @@ def sample_leaf(value: Any, rows: Tensor | None) -> Any:
         return value
     if _has_no_data(value):
         shape = value.shape if rows is None else (len(rows), *value.shape[1:])
-        data = torch.empty([int(size) for size in shape]).uniform_(generator=torch.Generator().manual_seed(2))
+        data = uniform([int(size) for size in shape], torch.Generator().manual_seed(2))
         value_like = data.to(value.dtype)
         return value_like.requires_grad_(value.requires_grad)
     data = value.detach()
@@ -271,7 +277,7 @@ def _different(samples: Tensor) -> Tensor:
     # Not what is infinite or stands for it, as in the mask of an attention.
     ordinary = samples.abs() < _LARGE
     generator = torch.Generator().manual_seed(3)
-    noise = torch.empty(samples.shape).uniform_(-1, 1, generator=generator).to(samples.device, samples.dtype)
+    noise = (2 * uniform(samples.shape, generator) - 1).to(samples.device, samples.dtype)
     scale = float(samples[ordinary].double().std()) if int(ordinary.sum()) > 1 else 0.0
     return torch.where(ordinary, samples + noise * (scale if scale > 0 else 1.0), samples)
 

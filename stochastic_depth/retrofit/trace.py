@@ -115,6 +115,8 @@ def flatten(value: Any, leaves: list[Any]) -> Any:
         return (list if type(value) is list else tuple, tuple(flatten(item, leaves) for item in value))
     if type(value) is dict:
         return (dict, tuple((key, flatten(item, leaves)) for key, item in cast("dict[Any, Any]", value).items()))
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return (type(value), tuple(flatten(item, leaves) for item in cast("tuple[Any, ...]", value)))
     leaves.append(value)
     return OPAQUE
 
@@ -132,6 +134,8 @@ def _unflatten(signature: Any, leaves: Any) -> Any:
         return {key: _unflatten(item, leaves) for key, item in value}
     if kind in (tuple, list):
         return kind([_unflatten(item, leaves) for item in value])
+    if hasattr(kind, "_fields"):
+        return kind(*[_unflatten(item, leaves) for item in value])
     return value
 
 

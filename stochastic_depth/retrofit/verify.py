@@ -17,7 +17,7 @@ from stochastic_depth.retrofit.find import Branch
 from stochastic_depth.retrofit.maps import NotComputed
 from stochastic_depth.retrofit.proof import deviation, tolerance
 from stochastic_depth.retrofit.quiet import without_noise
-from stochastic_depth.retrofit.stand_in import untouched
+from stochastic_depth.retrofit.stand_in import uniform, untouched
 from stochastic_depth.retrofit.sums import BranchParts
 from stochastic_depth.tally import Tally
 from stochastic_depth.torch_private import BatchNorm, tree_leaves
@@ -207,7 +207,7 @@ def _outcome(root: nn.Module, call: Call, absent: set[int]) -> _Outcome:
         if not ends or not named:
             return _Outcome([leaf.detach() for leaf in outputs], {}, [])
         generator = torch.Generator().manual_seed(1)
-        weights = [torch.randn(end.shape, generator=generator).to(end.device, end.dtype) for end in ends]
+        weights = [(uniform(end.shape, generator) - 0.5).to(end.device, end.dtype) for end in ends]
         found = dict(
             zip(named, torch.autograd.grad(ends, list(named.values()), weights, allow_unused=True), strict=True)
         )

@@ -1,4 +1,4 @@
-"""Horizontal flip and translation with zero fill, for a batch at a time, on the device that holds it."""
+"""Horizontal flip and translation with zero fill, one batch at a time, on its device."""
 
 from dataclasses import dataclass
 
@@ -9,17 +9,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Each image is moved by up to `translation` pixels in both directions, then flipped with probability 1/2.
+    """Shift each image by up to `translation` pixels in both directions, then flip it with probability 1/2.
 
-    What an image leaves behind is filled with 0. It works on *normalised* images, as the authors' code does
-    (`cifar-dataset.lua`: the set is normalised once, then each image is translated into zeros, then flipped): the fill
-    is the mean colour, not black. With `translation=4` this is the usual "pad 4, random crop, random flip".
+    The border is filled with 0. The images are *normalized* first, as in the authors' code (`cifar-dataset.lua`), so
+    the fill is the mean color, not black. With `translation=4` this is the usual "pad 4, random crop, random flip".
 
-    Drawing and applying are apart, so that an epoch's draws are made up front and a run can start in the middle of it.
+    Drawing is separate from applying: an epoch's draws are made up front, and a run can start in the middle of it.
 
     Args:
         translation: largest shift in pixels, at least 0; each of its 2 * translation + 1 values is equally likely.
-        flip: whether to flip; digits must not be.
+        flip: whether to flip. Do not flip digits.
 
     Raises:
         ValueError: if `translation` is negative.
@@ -40,7 +39,7 @@ class Augmentation:
             raise ValueError(f"translation must be at least 0 pixels, but is {self.translation}.")
 
     def draw(self, num_images: int, generator: torch.Generator) -> Tensor:
-        """What happens to each image: shift down, shift right, flipped (1) or not (0); int64, (num_images, 3), CPU."""
+        """For each image: shift down, shift right, flipped (1) or not (0); int64, (num_images, 3), CPU."""
         shifts = torch.randint(-self.translation, self.translation + 1, (num_images, 2), generator=generator)
         flips = torch.randint(0, 1 + self.flip, (num_images, 1), generator=generator)
         return torch.cat([shifts, flips], dim=1)
@@ -49,7 +48,7 @@ class Augmentation:
         """Augmented images.
 
         Args:
-            images: normalised, (N, C, H, W).
+            images: normalized, (N, C, H, W).
             draws: rows of `draw`, (N, 3), on the device of the images.
         """
         num_images, num_channels, height, width = images.shape
@@ -58,7 +57,7 @@ class Augmentation:
         columns = torch.arange(width, device=images.device)
         from_rows = torch.arange(height, device=images.device) + (self.translation - down)
         from_columns = torch.where(flipped.bool(), columns.flip(0), columns) + (self.translation - right)
-        # One gather by flat index serves shift and flip. On a CPU it beat unfold and one slice per image (RESULTS.md).
+        # One gather by flat index shifts and flips. On a CPU it is faster than unfold and than slices (RESULTS.md).
         sources = from_rows[:, :, None] * padded.shape[3] + from_columns[:, None, :]
         sources = sources.view(num_images, 1, height * width).expand(-1, num_channels, -1)
         return padded.flatten(2).gather(2, sources).view(images.shape)

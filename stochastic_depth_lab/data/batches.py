@@ -1,4 +1,4 @@
-"""From a split to the batches of an epoch: order, augmentation and normalisation."""
+"""From a split to the batches of an epoch: order, augmentation and normalization."""
 
 import math
 from collections.abc import Iterator
@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from stochastic_depth_lab.data.augmentation import Augmentation
+from stochastic_depth_lab.data.draws import generator
 from stochastic_depth_lab.data.image_data import Split
 from stochastic_depth_lab.data.normalisation import Normalisation
 from stochastic_depth_lab.data.pictures import PictureSplit
-from stochastic_depth_lab.data.seeding import generator
 
 
 def num_batches(num_images: int, batch_size: int, *, drop_last: bool = False) -> int:
-    """Batches in an epoch; the last, shorter one counts unless it is dropped.
+    """Number of batches in an epoch, counting a shorter last one unless it is dropped.
 
     Example:
         >>> num_batches(45_000, 128), num_batches(45_000, 128, drop_last=True)
@@ -39,28 +39,28 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of one epoch, on the split's device: inputs, float32 (B, C, H, W), and labels, int64 (B,).
 
-    With a seed the images come in random order. Order and augmentation are drawn up front and depend on nothing but
-    (seed, epoch) and the place in the epoch: neither on the device, nor on the batch size, nor on what was read before.
-    A run that stopped after k batches continues with `start=k`, bit for bit. Global random state is not touched.
+    With a seed the images come in random order. Order and augmentation are drawn up front and depend only on (seed,
+    epoch) and the position in the epoch, not on the device, the batch size, or what was read before. A run that stopped
+    after k batches resumes with `start=k`, bit for bit. Global random state is not used.
 
     Args:
         split: the part to read.
         batch_size: images in a batch; the last batch of an epoch may be shorter.
         normalisation: fitted on the training part.
         augmentation: for training; needs a seed. Pictures in files are cropped at random with it.
-        seed: of the run. None: all images in their own order, for evaluation.
-        epoch: number of the epoch: each has its own order and augmentation.
-        passes: over the images, each in an order of its own, that make the epoch; more than one need a seed. A batch
-            may begin in one and end in the next.
-        start: batches to skip.
+        seed: of the run. None: all images in their order, for evaluation.
+        epoch: number of the epoch. Each has its own order and augmentation.
+        passes: number of passes over the images in an epoch, each in a new order; more than one need a seed. A batch
+            may begin in one pass and end in the next.
+        start: number of batches to skip.
         drop_last: leave out a last batch that is shorter. (The authors keep it.)
-        rank: which part of each batch to yield, where several processes share it.
-        num_ranks: number of parts. Where a batch in random order has fewer images than that, some parts are empty; they
-            yield its first image, to be counted with weight 0, since every process must make the step.
+        rank: which part of each batch to yield, if several processes share it.
+        num_ranks: number of parts. If a batch in random order has fewer images, the empty parts yield its first image,
+            to be counted with weight 0: every process must take the step.
 
     Raises:
         ValueError: if the batch size is not positive, `start` is negative or beyond the epoch, or augmentation or
-            several passes are asked for without a seed.
+            several passes have no seed.
     """
     end = num_batches(len(split) * passes, max(batch_size, 1), drop_last=drop_last)
     if batch_size < 1:
@@ -76,7 +76,7 @@ def batches(
 
 
 def part_of_batch(num_images: int, rank: int, num_ranks: int) -> range:
-    """The places in a batch that are one process's; all parts together are the batch.
+    """The positions in a batch that belong to one process. All parts together are the batch.
 
     Example:
         >>> part_of_batch(5, 0, 2), part_of_batch(5, 1, 2)
@@ -121,7 +121,7 @@ def _batches(
 
 
 def _own_places(num_images: int, batch_size: int, index: int, part: tuple[int, int], *, random: bool) -> slice:
-    """Which places of an epoch's order are one process's in the batch of that index."""
+    """Which positions of an epoch's order belong to one process, in the batch of that index."""
     first, num_images = index * batch_size, min(batch_size, num_images - index * batch_size)
     own = part_of_batch(num_images, *part)
     if random and not own:

@@ -1,8 +1,8 @@
-"""The digits of scikit-learn: 1,797 real grey images of 8x8 pixels, in 10 classes. They need no download.
+"""The digits of scikit-learn: 1,797 real gray images of 8x8 pixels, in 10 classes, without a download.
 
 Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI 1998 (CC BY 4.0); scikit-learn ships
-its test set in the wheel, so there is no published division. Ours, with every class in proportion: 360 test images,
-always the same; 180 for validation, drawn by a seed; the other 1,257 for training.
+its test set, so there is no published split. Ours keeps every class in proportion: 360 test images, always the same;
+180 for validation, drawn with a seed; the other 1,257 for training.
 """
 
 from typing import Any, cast
@@ -10,21 +10,20 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from stochastic_depth_lab.data.errors import DataError
+from stochastic_depth_lab.data.draws import draw_per_class, generator, proportional
 from stochastic_depth_lab.data.image_data import ImageData, Split
-from stochastic_depth_lab.data.partition import draw_per_class, proportional
-from stochastic_depth_lab.data.seeding import generator
+from stochastic_depth_lab.errors import DataError
 
 NUM_TEST = 360
 NUM_VALIDATION = 180
 
 
 def load(validation: int | None, split_seed: int) -> ImageData:
-    """The digits: uint8 (N, 1, 8, 8), grey levels 0..16.
+    """The digits: uint8 (N, 1, 8, 8), gray levels 0..16.
 
     Args:
-        validation: images for validation; None: 180.
-        split_seed: which ones.
+        validation: number of images for validation; None: 180.
+        split_seed: seed of their draw.
 
     Raises:
         DataError: if `validation` leaves nothing to train on.
@@ -34,9 +33,9 @@ def load(validation: int | None, split_seed: int) -> ImageData:
         >>> len(digits.train), len(digits.validation), len(digits.test)
         (1257, 180, 360)
     """
-    from sklearn.datasets import load_digits  # a second to import, and only the digits need it
+    from sklearn.datasets import load_digits  # takes a second to import
 
-    source = cast(Any, load_digits())  # its annotation allows for a tuple that it returns on request only
+    source = cast(Any, load_digits())  # its annotation allows a tuple too
     images = torch.from_numpy(source.images.astype(np.uint8))[:, None]  # whole numbers 0..16, stored as float64
     everything = Split(images, torch.from_numpy(source.target.astype(np.int64)))
 

@@ -1,4 +1,4 @@
-"""A data set and its parts, in memory: whole, as bytes, on the device that trains."""
+"""A data set and its parts in memory, as bytes, on the device that trains."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -10,25 +10,24 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from stochastic_depth_lab.data.errors import DataError
+from stochastic_depth_lab.data.draws import draw_per_class, generator
 from stochastic_depth_lab.data.normalisation import Normalisation
-from stochastic_depth_lab.data.partition import draw_per_class
 from stochastic_depth_lab.data.pictures import PictureSplit
-from stochastic_depth_lab.data.seeding import generator
+from stochastic_depth_lab.errors import DataError
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
     """One part of a data set (training, validation or test), all of it on one device.
 
-    CIFAR-10 is 184 MB like this, SVHN 1.9 GB: it fits on the device, and no worker process has to feed it.
+    CIFAR-10 takes 184 MB, SVHN 1.9 GB: both fit on the device, and no worker process has to feed it.
 
     Args:
         images: uint8, (N, C, H, W).
         labels: int64, (N,), class indices from 0.
 
     Raises:
-        DataError: for another type or shape, or if there are not as many labels as images.
+        DataError: for another type or shape, or if the numbers of images and labels differ.
 
     Example:
         >>> split = Split(torch.zeros(5, 3, 32, 32, dtype=torch.uint8), torch.arange(5))
@@ -57,7 +56,7 @@ class Split:
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """Device of images and labels."""
         return self.labels.device
 
     @property
@@ -67,7 +66,7 @@ class Split:
         return channels, height, width
 
     def first(self, num_images: int) -> "Split":
-        """The first so many, or all if there are not as many."""
+        """The first N images, or all if there are fewer."""
         return Split(self.images[:num_images], self.labels[:num_images])
 
     def read(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -84,16 +83,16 @@ class Split:
 
     @classmethod
     def from_dataset(cls, source: Dataset[Any] | DataLoader[Any]) -> "Split":
-        """Any PyTorch data set of pairs (image, label), read once, in its order, into a split.
+        """Read any PyTorch data set of pairs (image, label) into a split, once, in its order.
 
-        A random transform in it is frozen by that: each image is read once. Leave augmentation and normalisation to
-        `Augmentation` and `Normalisation`, which work a batch at a time on the device.
+        Each image is read once, so a random transform is frozen. Leave augmentation and normalization to `Augmentation`
+        and `Normalisation`, which work on batches on the device.
 
         Args:
-            source: a map-style data set, an iterable one, or a `DataLoader` (its batches are taken apart). An image is
+            source: a map-style or iterable data set, or a `DataLoader`, whose batches are taken apart. An image is
                 a PIL image, a uint8 array (H, W) or (H, W, C), a uint8 tensor (C, H, W) or (H, W), or what
-                torchvision's `ToTensor` makes of those: a float tensor of multiples of 1/255. All have one size. A
-                label is an integer.
+                torchvision's `ToTensor` makes of those: a float tensor of multiples of 1/255. All have the same
+                size. A label is an integer.
 
         Raises:
             DataError: if an image or a label is something else; it names the example.
@@ -109,8 +108,8 @@ class Split:
             labels.append(_as_label(label, index))
             if images[-1].shape != images[0].shape:
                 raise DataError(
-                    f"all images must have one size, but image {index} is {tuple(images[-1].shape)} and image 0 is "
-                    f"{tuple(images[0].shape)}: resize or crop them in the data set."
+                    f"all images must have the same size, but image {index} is {tuple(images[-1].shape)} and image 0 "
+                    f"is {tuple(images[0].shape)}: resize or crop them in the data set."
                 )
         if not images:
             raise DataError("the data set holds no image.")
@@ -122,15 +121,15 @@ class ImageData:
     """A data set for classification: its classes and its three parts.
 
     Args:
-        name: as the command line knows it, `"cifar10"`.
+        name: on the command line, `"cifar10"`.
         num_classes: number of classes.
         class_names: one per class, in the order of the labels.
-        train: what is learnt from, and what normalisation is fitted on.
-        validation: what chooses the epoch whose test error is reported.
-        test: what is reported.
-        normalisation: if it is given with the data set. None: it is fitted on the training part.
-        tests_on_the_rest: whether `few` adds the training images that are left over to the test part: for data sets
-            without published test images.
+        train: trains the network, and determines the normalization.
+        validation: chooses the epoch whose test error is reported.
+        test: gives the reported error.
+        normalisation: if it comes with the data set. None: fitted on the training part.
+        tests_on_the_rest: whether `few` adds the remaining training images to the test part, for data sets without
+            published test images.
 
     Raises:
         DataError: if names, labels or image sizes disagree.
@@ -166,13 +165,11 @@ class ImageData:
         return replace(self, train=train, validation=validation, test=test, normalisation=normalisation)
 
     def few(self, images_per_class: int, seed: int) -> "ImageData":
-        """The same with few training images, drawn at random: others for another seed.
-
-        Validation and test images stay; nothing that was held out is ever trained on.
+        """The same data with few training images, drawn at random. Validation images are never trained on.
 
         Args:
-            images_per_class: training images of each class.
-            seed: which ones.
+            images_per_class: number of training images of each class.
+            seed: seed of the draw.
 
         Raises:
             DataError: if a class has fewer.
@@ -196,13 +193,13 @@ class ImageData:
         return replace(self, train=train[drawn.to(train.device)], test=test)
 
     def limited(self, num_images: int) -> "ImageData":
-        """The same with only the first images of each part, as many as given."""
+        """The same data with only the first N images of each part."""
         train, validation, test = (part.first(num_images) for part in (self.train, self.validation, self.test))
         return replace(self, train=train, validation=validation, test=test)
 
 
 def check_labels(labels: Tensor, num_classes: int, where: str) -> None:
-    """Raises DataError unless all labels, int64 (N,), are in 0..num_classes-1; `where` opens the message."""
+    """Raise DataError unless all labels, int64 (N,), are in 0..num_classes-1; `where` starts the message."""
     wrong = (labels < 0) | (labels >= num_classes)
     if bool(wrong.any()):
         index = int(wrong.nonzero()[0])
@@ -217,7 +214,7 @@ def _examples(source: Dataset[Any] | DataLoader[Any]) -> Iterator[Any]:
         for batch in source:
             yield from zip(*batch, strict=True)
     elif hasattr(source, "__len__"):
-        # Not iter(): many map-style data sets never raise the IndexError by which it would know the end.
+        # Not iter(): many map-style data sets never raise the IndexError that ends it.
         for index in range(len(cast(Any, source))):
             yield source[index]
     else:
@@ -234,7 +231,7 @@ def _as_bytes(image: object, index: int) -> Tensor:
             if not math.isclose(float((levels - tensor).abs().max()), 0, abs_tol=1e-3):
                 raise DataError(
                     f"image {index} is a float tensor with values that are not multiples of 1/255 in 0..1: "
-                    "it seems normalised or augmented already. Give the data set without that transform."
+                    "it seems to be normalized or augmented. Use the data set without that transform."
                 )
     else:
         array = np.array(image)  # PIL images and arrays: channels last
@@ -255,7 +252,7 @@ def _as_label(label: object, index: int) -> int:
 
 
 def _form(value: object) -> str:
-    """What a value is, briefly: `torch.float32 of shape (3, 32, 32)`, or its type."""
+    """A short description: `torch.float32 of shape (3, 32, 32)`, or the type."""
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         return f"{cast(Any, value).dtype} of shape {tuple(cast(Any, value).shape)}"
     return type(value).__name__

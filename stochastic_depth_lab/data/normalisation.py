@@ -7,17 +7,17 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from stochastic_depth_lab.data.errors import DataError
+from stochastic_depth_lab.errors import DataError
 
 Kind = Literal["pixel", "channel"]
 
 
 @dataclass(frozen=True, eq=False)
 class Normalisation:
-    """(images - mean) / std, in float32.
+    """Normalizes images: (images - mean) / std, in float32.
 
     Args:
-        mean: float32, in grey levels 0..255; broadcasts against (N, C, H, W).
+        mean: float32, in gray levels 0..255; broadcasts against (N, C, H, W).
         std: float32, likewise, positive.
     """
 
@@ -26,14 +26,14 @@ class Normalisation:
 
     @classmethod
     def fit(cls, images: Tensor, kind: Kind) -> "Normalisation":
-        """The normalisation of a training part.
+        """The normalization of a training part.
 
         Args:
             images: uint8, (N, C, H, W).
-            kind: `"pixel"`: a mean image, (1, C, H, W), and one scalar standard deviation, that of all bytes about
-                their common mean (the authors' code, `cifar-dataset.lua`: the deviation is taken before the mean image
-                is subtracted). `"channel"`: mean and standard deviation of each channel, (1, C, 1, 1) (the paper's
-                text). Both deviations have N - 1 in the denominator, as Torch's `std`.
+            kind: `"pixel"`: a mean image, (1, C, H, W), and one standard deviation, of all bytes about their common
+                mean (the authors' code, `cifar-dataset.lua`, computes it before it subtracts the mean image).
+                `"channel"`: mean and standard deviation of each channel, (1, C, 1, 1) (the paper's text). Both
+                deviations have N - 1 in the denominator, like Torch's `std`.
 
         Raises:
             DataError: if a standard deviation is 0: the images are constant.
@@ -47,7 +47,7 @@ class Normalisation:
         """
         if kind not in get_args(Kind):
             raise ValueError(f"normalisation must be one of {', '.join(get_args(Kind))}, but is {kind!r}.")
-        # Integer sums are exact in any order; a thousand images at a time, because int64 takes eight times the room.
+        # Integer sums are exact in any order. A thousand images at a time: int64 takes eight times the memory.
         total = torch.zeros(images.shape[1:], dtype=torch.int64, device=images.device)
         total_of_squares = torch.zeros_like(total)
         for chunk in images.split(1024):
@@ -58,11 +58,11 @@ class Normalisation:
         mean = (total if kind == "pixel" else total.sum((1, 2), keepdim=True)).cpu().double()
         mean /= len(images) * (total.numel() // mean.numel())
         if not bool((std > 0).all()):
-            raise DataError("the training images are constant: a standard deviation is 0, nothing can be learnt.")
+            raise DataError("the training images are constant: a standard deviation is 0.")
         return cls(mean[None].float().to(images.device), std[None].float().to(images.device))
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Network inputs, float32 (N, C, H, W), of uint8 images of that shape."""
+        """Network inputs, float32 (N, C, H, W), from uint8 images."""
         return torch.sub(images, self.mean).div_(self.std)
 
     def to(self, device: torch.device | str) -> "Normalisation":
@@ -75,12 +75,12 @@ class Normalisation:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> "Normalisation":
-        """What `state_dict` gave."""
+        """The normalization that `state_dict` returned."""
         return cls(state["mean"], state["std"])
 
 
 def _std(total: Tensor, total_of_squares: Tensor, num_images: int, dims: tuple[int, ...]) -> Tensor:
-    """Standard deviation over `dims`, kept as 1, of the bytes whose sums (C, H, W) are given; float64, on the CPU."""
+    """Standard deviation over `dims`, kept as 1, of bytes, from their sums (C, H, W); float64, on the CPU."""
     first = total.sum(dims, keepdim=True).cpu().double()
     second = total_of_squares.sum(dims, keepdim=True).cpu().double()
     count = num_images * (total.numel() // first.numel())

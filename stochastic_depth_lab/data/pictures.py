@@ -1,8 +1,8 @@
-"""Pictures in files: read, cropped and scaled by torchvision while the network trains, in processes of their own.
+"""Pictures in files: torchvision reads, crops and scales them in separate processes while the network trains.
 
-The crops are those of fb.resnet.torch, which the paper's ImageNet results were made with: for training a random part of
-the picture, 8 to 100 % of its area, scaled to the network's size; for evaluation the middle of the picture, its shorter
-side scaled to 256/224 of that size first.
+The crops are those of fb.resnet.torch, which the paper used for ImageNet. Training: a random part of the picture, 8 to
+100 % of its area, scaled to the network's size. Evaluation: the center of the picture, with its shorter side scaled to
+256/224 of that size.
 """
 
 import importlib
@@ -15,35 +15,33 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from stochastic_depth_lab.data.errors import DataError
+from stochastic_depth_lab.errors import DataError
 
 
 def import_torchvision(module: str = "torchvision") -> Any:
-    """torchvision, or one of its modules; an extra, and seconds to import.
+    """Import torchvision, an optional package, or one of its modules.
 
     Raises:
-        DataError: if it is not installed, or is made for another PyTorch.
+        DataError: if it is not installed, or was built for another PyTorch.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError:
         raise DataError("imagenet needs torchvision: pip install 'stochastic-depth[imagenet]'") from None
     except (ImportError, OSError, RuntimeError) as error:
-        raise DataError(
-            f"torchvision is made for another build of PyTorch than {torch.__version__}: {error}"
-        ) from error
+        raise DataError(f"torchvision was built for another PyTorch than {torch.__version__}: {error}") from error
 
 
 @dataclass(frozen=True, eq=False)
 class PictureSplit:
-    """One part of a data set whose pictures stay in their files; `Split` holds those that fit into memory.
+    """One part of a data set whose pictures stay in their files. `Split` is for those that fit into memory.
 
     Args:
-        paths: of the pictures; the tuple may have more than the part.
+        paths: paths of the pictures, including those of other parts.
         indices: int64, (N,), the part's pictures among the paths.
         labels: int64, (N,), class indices from 0, on the device that trains.
-        image_size: width and height that they are given.
-        num_workers: processes that read them; 0: this one. What is read does not depend on it.
+        image_size: width and height after cropping and scaling.
+        num_workers: number of processes that read them; 0: this process. Does not affect the images.
     """
 
     paths: tuple[Path, ...]
@@ -57,7 +55,7 @@ class PictureSplit:
 
     @property
     def device(self) -> torch.device:
-        """Where the labels are, and the images will be."""
+        """Device of the labels, and of the images once read."""
         return self.labels.device
 
     @property
@@ -67,11 +65,11 @@ class PictureSplit:
 
     @property
     def images(self) -> Tensor:
-        """All of them, as for evaluation: uint8, (N, C, H, W). Ask for it of a few only, see `first`."""
+        """All images, cropped as for evaluation: uint8, (N, C, H, W). Use it for a few only, see `first`."""
         return next(self.read([torch.arange(len(self))]))
 
     def first(self, num_images: int) -> "PictureSplit":
-        """The first so many, or all if there are not as many."""
+        """The first N pictures, or all if there are fewer."""
         return replace(self, indices=self.indices[:num_images], labels=self.labels[:num_images])
 
     def to(self, device: torch.device | str) -> "PictureSplit":
@@ -82,11 +80,11 @@ class PictureSplit:
         """The images of each batch: uint8, (B, C, H, W), on the device.
 
         Args:
-            batches: which images, int64 (B,).
-            crop_seeds: for each of them what its random crop follows from, int64 (B,). None: the middle.
+            batches: indices of the images, int64 (B,).
+            crop_seeds: seeds of their random crops, int64 (B,). None: the center.
 
         Raises:
-            DataError: if a file is no readable picture.
+            DataError: if a file is not a readable picture.
         """
         if crop_seeds is None:
             asked = [[(int(self.indices[i]), None) for i in batch.tolist()] for batch in batches]
@@ -101,7 +99,7 @@ class PictureSplit:
             num_workers=min(self.num_workers, len(asked)),
             collate_fn=_stack,
             pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # or each epoch would take a number from PyTorch's own
+            generator=torch.Generator(),  # or each epoch would draw from PyTorch's global state
         )
         for images in loader:
             if isinstance(images, str):
@@ -110,7 +108,7 @@ class PictureSplit:
 
 
 class _Pictures(Dataset[Any]):
-    """Pictures by (index, seed of the crop), as bytes (C, H, W); or what is wrong with the file, in words."""
+    """Pictures by (index, seed of the crop), as bytes (C, H, W); or an error message."""
 
     def __init__(self, paths: Sequence[Path], image_size: int) -> None:
         v2 = import_torchvision("torchvision.transforms.v2")
@@ -126,15 +124,15 @@ class _Pictures(Dataset[Any]):
             with Image.open(self._paths[index]) as file:
                 picture = file.convert("RGB")
         except Exception as error:  # a damaged picture can fail in any way
-            return f"{self._paths[index]} is no readable picture ({type(error).__name__}): fetch it again."
+            return f"{self._paths[index]} is not a readable picture ({type(error).__name__}): download it again."
         if seed is None:
             return self._middle(picture)
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from PyTorch's own generator
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from PyTorch's global state
             torch.default_generator.manual_seed(seed)
             return self._random(picture)
 
 
 def _stack(read: list[Tensor | str]) -> Tensor | str:
-    """A batch, or the first of its errors: as an exception it would bring a worker's traceback along."""
+    """A batch, or its first error message: an exception would carry the worker's traceback."""
     images = [each for each in read if not isinstance(each, str)]
     return torch.stack(images) if len(images) == len(read) else next(each for each in read if isinstance(each, str))

@@ -1,22 +1,24 @@
-"""Named experiments: one constant per row of a table. The comment above each gives source, command and cost."""
+"""Named experiments: one pair per row of a table. The comment above each gives source, command and cost."""
 
 import difflib
 
-from stochastic_depth_lab.config import Experiment, Study, small
-from stochastic_depth_lab.experiments import cifar, digits, few, imagenet, studies, svhn
+from stochastic_depth_lab.experiments import few, paper, studies
+from stochastic_depth_lab.experiments.config import Experiment, Study
+from stochastic_depth_lab.experiments.scales import small
 
-EXPERIMENTS: dict[str, Experiment] = {
-    constant.name: constant
-    for module in (digits, few, cifar, svhn, imagenet)
-    for constant in vars(module).values()
-    if isinstance(constant, Experiment)
+PAIRS: dict[str, paper.Pair] = {
+    pair[0].name.removesuffix("-constant"): pair
+    for module in (few, paper)
+    for name, pair in vars(module).items()
+    if name.isupper() and isinstance(pair, tuple) and isinstance(pair[0], Experiment)
 }
-"""All of them by name: every experiment that is a constant of one of these files."""
-
+"""Constant and stochastic depth, by the common part of their names: every pair that is a constant of these files."""
+EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for pair in PAIRS.values() for experiment in pair}
+"""All experiments by name."""
 STUDIES: dict[str, Study] = {
     constant.name: constant for constant in vars(studies).values() if isinstance(constant, Study)
 }
-"""The tables and figures by name."""
+"""Tables and figures by name."""
 
 
 def find(name: str) -> Experiment:
@@ -37,21 +39,19 @@ def find(name: str) -> Experiment:
     return EXPERIMENTS[name]
 
 
-def find_pair(name: str) -> tuple[Experiment, Experiment]:
+def find_pair(name: str) -> paper.Pair:
     """The experiments `name-constant` and `name-stochastic`.
 
     Raises:
         ValueError: if there are none; it names the nearest, tables and figures among them.
     """
-    if name not in _pairs():
-        raise ValueError(
-            f"Unknown pair of experiments, table or figure {name!r}. {_nearest(name, [*_pairs(), *STUDIES])}"
-        )
-    return EXPERIMENTS[f"{name}-constant"], EXPERIMENTS[f"{name}-stochastic"]
+    if name not in PAIRS:
+        raise ValueError(f"Unknown pair of experiments, table or figure {name!r}. {_nearest(name, [*PAIRS, *STUDIES])}")
+    return PAIRS[name]
 
 
 def find_study(name: str) -> Study:
-    """The table or figure of that name, or a pair as a table of its own.
+    """The table or figure of that name, or a pair as a table.
 
     Raises:
         ValueError: if there is none; it names the nearest.
@@ -69,10 +69,6 @@ def find_study(name: str) -> Study:
     return Study(name, title, "", pair, tuple(map(small, pair)), figures=("curves", "gradient"))
 
 
-def _pairs() -> list[str]:
-    return [name.removesuffix("-constant") for name in EXPERIMENTS if name.endswith("-constant")]
-
-
 def _nearest(name: str, names: list[str]) -> str:
     nearest = difflib.get_close_matches(name, names, n=1)
-    return f"Did you mean {nearest[0]!r}?" if nearest else f"There are: {', '.join(names)}."
+    return f"Did you mean {nearest[0]!r}?" if nearest else f"Choose from {', '.join(names)}."

@@ -1,8 +1,8 @@
 """The paper's tables and figures, and its readers' questions: the runs behind each, and how they are shown.
 
-`stochastic-depth reproduce NAME --out FOLDER` trains what is missing and draws it. Runs with the same configuration are
-the same run: in one folder, `table2` finds all of its runs done after `table1`. `--scale small` asks the same question
-of few images (`few.py`), in seconds to minutes for each run on one core.
+`stochastic-depth reproduce NAME --out FOLDER` trains the missing runs and draws the result. Experiments with the same
+configuration share a run: in one folder, all runs of `table2` are done after `table1`. `--scale small` asks the same
+question with few images (`few.py`), in seconds to minutes per run on one core.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,29 +10,30 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from stochastic_depth_lab.config import Claim, Comparison, Depth, Experiment, OverTime, Regularisers, Study
-from stochastic_depth_lab.experiments import cifar, digits, few, imagenet, svhn
-from stochastic_depth_lab.experiments.few import Pair
+from stochastic_depth_lab.experiments import few, paper
+from stochastic_depth_lab.experiments.config import Claim, Comparison, Depth, Experiment, OverTime, Regularisers, Study
+from stochastic_depth_lab.experiments.paper import Pair
 
 _SURVIVAL_PROBS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _FEW_SURVIVAL_PROBS = (0.1, 0.2, 0.4, 0.5, 0.6, 0.8, 0.9)
 
 
+def _variant(base: Experiment, suffix: str, title: str, **changes: Any) -> Experiment:
+    """An experiment of a pair with changes, under another name."""
+    name = f"{base.name.rpartition('-')[0]}-{suffix}"
+    return replace(base, name=name, title=title, published=None, **changes)
+
+
 def _with_survival(pair: Pair, schedule: str, final_survival_prob: float) -> Experiment:
-    """A pair's stochastic experiment with another schedule; the pair's own where that is what is requested."""
+    """A pair's stochastic experiment with another schedule, or the pair's own experiment if that is the same."""
     constant, stochastic = pair
     if final_survival_prob == 1:
         return constant
     depth = Depth("linear_decay" if schedule == "linear" else "uniform", final_survival_prob)
     if depth == stochastic.depth:
         return stochastic
-    return replace(
-        stochastic,
-        name=f"{stochastic.name.removesuffix('-stochastic')}-{schedule}-{final_survival_prob}",
-        title=f"{stochastic.title.removesuffix(', stochastic depth')}, {schedule}, p_L = {final_survival_prob}",
-        depth=depth,
-        published=None,
-    )
+    title = f"{stochastic.title.removesuffix(', stochastic depth')}, {schedule}, p_L = {final_survival_prob}"
+    return _variant(stochastic, f"{schedule}-{final_survival_prob}", title, depth=depth)
 
 
 def _less(pairs: Iterable[tuple[Experiment, Experiment]], measure: Any = "test_error") -> tuple[Comparison, ...]:
@@ -40,16 +41,16 @@ def _less(pairs: Iterable[tuple[Experiment, Experiment]], measure: Any = "test_e
     return tuple(Comparison(less.name, more.name, measure) for more, less in pairs)
 
 
-_CIFAR10_110 = (cifar.CIFAR10_110_CONSTANT, cifar.CIFAR10_110_STOCHASTIC)
-_CIFAR10_1202 = (cifar.CIFAR10_1202_CONSTANT, cifar.CIFAR10_1202_STOCHASTIC)
-_CIFAR100_110 = (cifar.CIFAR100_110_CONSTANT, cifar.CIFAR100_110_STOCHASTIC)
-_SVHN_152 = (svhn.SVHN_152_CONSTANT, svhn.SVHN_152_STOCHASTIC)
-_IMAGENET_152 = (imagenet.IMAGENET_152_CONSTANT, imagenet.IMAGENET_152_STOCHASTIC)
+_CIFAR10_110 = paper.CIFAR10_110
+_CIFAR10_1202 = paper.CIFAR10_1202
+_CIFAR100_110 = paper.CIFAR100_110
+_SVHN_152 = paper.SVHN_152
+_IMAGENET_152 = paper.IMAGENET_152
 _CURVES = (_CIFAR10_110, _CIFAR10_1202, _CIFAR100_110, _SVHN_152)
 _TABLE2 = (_CIFAR10_110, _CIFAR100_110, _SVHN_152)
-_DIGITS = (digits.DIGITS_CONSTANT, digits.DIGITS_STOCHASTIC)
-_DIGITS_110 = (few.DIGITS_110_CONSTANT, few.DIGITS_110_STOCHASTIC)
-_CIFAR10_FEW = (few.CIFAR10_FEW_32_CONSTANT, few.CIFAR10_FEW_32_STOCHASTIC)
+_DIGITS = few.DIGITS
+_DIGITS_110 = few.DIGITS_110
+_CIFAR10_FEW = few.CIFAR10_FEW_32
 _SMALL = (_DIGITS, _DIGITS_110, _CIFAR10_FEW)
 
 
@@ -68,7 +69,7 @@ DIGITS = Study(
     claims=(Claim("Stochastic depth lowers the test error (Huang et al. 2016).", _less([_DIGITS])),),
     seeds=5,
     jobs=2,
-    yardsticks=True,
+    baselines=True,
 )
 
 # Huang et al. 2016, table of results: 6.41 / 5.23, 6.72 / 4.91, 27.22 / 24.58, 2.01 / 1.75, 21.78 / 21.98 %.
@@ -206,10 +207,10 @@ SURVIVAL = Study(
 # stochastic-depth reproduce depth-survival --out runs/paper
 # About 800 h on one core; not run.
 _DEPTHS = (
-    (cifar.CIFAR10_20_CONSTANT, cifar.CIFAR10_20_STOCHASTIC),
-    (cifar.CIFAR10_32_CONSTANT, cifar.CIFAR10_32_STOCHASTIC),
-    (cifar.CIFAR10_44_CONSTANT, cifar.CIFAR10_44_STOCHASTIC),
-    (cifar.CIFAR10_56_CONSTANT, cifar.CIFAR10_56_STOCHASTIC),
+    paper.CIFAR10_20,
+    paper.CIFAR10_32,
+    paper.CIFAR10_44,
+    paper.CIFAR10_56,
     _CIFAR10_110,
 )
 _DIGITS_DEPTHS = tuple(
@@ -273,39 +274,21 @@ DEEPER = Study(
 
 
 def _over_time(pair: Pair, over_time: OverTime, turn: float) -> Experiment:
-    _, stochastic = pair
-    return replace(
-        stochastic,
-        name=f"{stochastic.name.removesuffix('-stochastic')}-{over_time}-{turn}",
-        title=f"{stochastic.title}, {over_time}, turn at {turn}",
-        depth=Depth(over_time=over_time, turn=turn),
-        published=None,
-    )
+    title = f"{pair[1].title}, {over_time}, turn at {turn}"
+    return _variant(pair[1], f"{over_time}-{turn}", title, depth=Depth(over_time=over_time, turn=turn))
 
 
 def _regularised(pair: Pair, name: str, regularisers: Regularisers) -> Experiment:
-    constant, _ = pair
-    return replace(
-        constant,
-        name=f"{constant.name.removesuffix('-constant')}-{name}",
-        title=constant.title.replace("constant depth", name.replace("-", " ")),
-        regularisers=regularisers,
-        published=None,
-    )
+    title = pair[0].title.replace("constant depth", name.replace("-", " "))
+    return _variant(pair[0], name, title, regularisers=regularisers)
 
 
 def _decayed(pair: Pair, weight_decay: float) -> Experiment:
-    constant, _ = pair
-    return replace(
-        constant,
-        name=f"{constant.name.removesuffix('-constant')}-decay-{weight_decay}",
-        title=constant.title.replace("constant depth", f"weight decay {weight_decay}"),
-        recipe=replace(constant.recipe, weight_decay=weight_decay),
-        published=None,
-    )
+    title = pair[0].title.replace("constant depth", f"weight decay {weight_decay}")
+    return _variant(pair[0], f"decay-{weight_decay}", title, recipe=replace(pair[0].recipe, weight_decay=weight_decay))
 
 
-# Not of the paper. Liu et al. 2023, "Dropout Reduces Underfitting": dropping only early (the first 50 of 300 epochs,
+# Not in the paper. Liu et al. 2023, "Dropout Reduces Underfitting": dropping only early (the first 50 of 300 epochs,
 # falling to 0) helps models that under-fit, dropping only late those that over-fit.
 # stochastic-depth reproduce over-time --out runs/paper
 # About 240 h on one core; not run.
@@ -332,7 +315,7 @@ OVER_TIME = Study(
 )
 
 # Huang et al. 2016 say that dropout gains little next to BatchNorm; no numbers are known. On few images every strength
-# is shown, none chosen.
+# is shown; none is chosen.
 # stochastic-depth reproduce regularisers --out runs/paper
 # About 400 h on one core; not run.
 _REGULARISERS = (
@@ -366,7 +349,7 @@ REGULARISERS = Study(
     ),
 )
 
-# Not of the paper: from how many steps on, and up to how many images, is stochastic depth the better one?
+# Not in the paper: from how many steps, and up to how many images, is stochastic depth better?
 # stochastic-depth reproduce payoff --out runs/payoff --jobs 2
 _STEPS = (100, 300, 1000, 3000)
 
@@ -397,9 +380,9 @@ PAYOFF = Study(
     seeds=3,
 )
 
-# Not of the paper: the largest pair on CIFAR-10 that one core finishes in a night. The paper's rate, not tuned.
+# Not in the paper: the largest pair on CIFAR-10 that one core finishes in a night. The paper's rate, not tuned.
 # stochastic-depth reproduce cifar10-all --out runs/cifar10-all
-_CIFAR10_ALL = (cifar.CIFAR10_UNAUGMENTED_32_CONSTANT, cifar.CIFAR10_UNAUGMENTED_32_STOCHASTIC)
+_CIFAR10_ALL = paper.CIFAR10_UNAUGMENTED_32
 CIFAR10_ALL = Study(
     "cifar10-all",
     "All of CIFAR-10 on a CPU",
@@ -422,7 +405,7 @@ def _rate_grid(name: str, data: Any, num_layers: int, **settings: Any) -> tuple[
     return (*(constant for constant, _ in pairs), *(stochastic for _, stochastic in pairs))
 
 
-# Not of the paper: what few.DIGITS_RATES and few.CIFAR10_RATES are chosen by.
+# Not in the paper: the runs that few.DIGITS_RATES and few.CIFAR10_RATES are chosen from.
 # stochastic-depth reproduce learning-rates --out runs/learning-rates
 _RATE_GRID = _rate_grid("digits-56", few.digits(), 56, steps=300, epochs=5)
 LEARNING_RATES = Study(

@@ -1,4 +1,4 @@
-"""The figures of a report, drawn with matplotlib's objects: no pyplot, no display, nothing global left behind."""
+"""The figures of a report, drawn with matplotlib's objects, without pyplot or global state."""
 
 import io
 import itertools
@@ -13,20 +13,20 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from scipy import stats
 
-from stochastic_depth_lab.atomic import write_whole
-from stochastic_depth_lab.report.binomial import central_band
+from stochastic_depth_lab.files import write_whole
 from stochastic_depth_lab.report.runs import Epoch, Run, labels
 from stochastic_depth_lab.report.table import csv_text, is_index, time_share
 from stochastic_depth_lab.report.theme import INK, MUTED, SERIES
 
 _WIDE, _NARROW = 8.0, 4.2
-"""Inches: of a figure on a page, and of its form for a phone."""
+"""Width in inches of a figure on a page and on a phone."""
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure with its file name (no ending), the CSV file of its data, and what a reader must know to read it."""
+    """A figure with its file name (no suffix), the CSV file of its data, title and caption."""
 
     name: str
     data: str
@@ -34,16 +34,16 @@ class Drawing:
     caption: str
     figure: Figure
     narrow: Figure | None = None
-    """The same for a phone: its panels below one another. None: the figure itself, made smaller."""
+    """The same for a phone, with the panels below one another. None: the figure itself, scaled down."""
 
 
 @dataclass(frozen=True)
 class _Series:
-    """A run with its name and look, the same in every figure. Dashes tell constant depth apart in grey print."""
+    """A run with its name and style in every figure. Dashes distinguish constant depth in gray print."""
 
     run: Run
     label: str
-    colour: str
+    color: str
     dashes: Literal["-", "--", ":"]
     time_share: float | None
 
@@ -51,13 +51,13 @@ class _Series:
 def drawings(runs: Sequence[Run]) -> tuple[Drawing, ...]:
     """The figures of a report; call it, and save them, inside `figure_style`.
 
-    Of many runs only those that show all of them at once: each has a page of its own for the others.
+    For many runs, only those that show all of them at once: each run has its own page for the others.
     """
     series = _series(runs, labels(runs))
     if is_index(runs):
         return _curves(series), _gradient(series), _expectation(series)
     shown = [_curves(series), _gradient(series)]
-    # Constant depth has nothing to show about gates.
+    # Constant depth has no gates.
     if gated := [s for s in series if s.run.stochastic]:
         counted = [s for s in gated if s.run.depth_frequencies]
         shown += [_survival(gated), *([_depth(counted)] if counted else []), _expectation(gated)]
@@ -65,22 +65,22 @@ def drawings(runs: Sequence[Run]) -> tuple[Drawing, ...]:
 
 
 def curves(runs: Sequence[Run], names: Sequence[str]) -> Drawing:
-    """Training loss and test error over epochs; runs of one name, such as its seeds, look the same."""
+    """Training loss and test error over epochs; runs with the same name have the same style."""
     return _curves(_series(runs, names))
 
 
 def gradient(runs: Sequence[Run], names: Sequence[str]) -> Drawing:
-    """Gradient of the first convolution over epochs; runs of one name look the same."""
+    """Gradient of the first convolution over epochs; runs with the same name have the same style."""
     return _gradient(_series(runs, names))
 
 
 def _series(runs: Sequence[Run], names: Sequence[str]) -> list[_Series]:
-    numbers = _colour_numbers({name: run.stochastic for run, name in zip(runs, names, strict=True)})
+    numbers = _color_numbers({name: run.stochastic for run, name in zip(runs, names, strict=True)})
     return [
         _Series(
             run,
             name,
-            colour=SERIES[numbers[name] % len(SERIES)],
+            color=SERIES[numbers[name] % len(SERIES)],
             dashes=("-" if run.stochastic else "--") if numbers[name] < len(SERIES) else ":",
             time_share=time_share(run, runs),
         )
@@ -88,8 +88,8 @@ def _series(runs: Sequence[Run], names: Sequence[str]) -> list[_Series]:
     ]
 
 
-def _colour_numbers(stochastic: Mapping[str, bool]) -> dict[str, int]:
-    """Each name's number of a color: the first of constant depth has 0, the first of stochastic depth 1, always."""
+def _color_numbers(stochastic: Mapping[str, bool]) -> dict[str, int]:
+    """Each name's color number: 0 for the first of constant depth, 1 for the first of stochastic depth, always."""
     first = {False: 0, True: 1}
     numbers = {name: first.pop(kind) for name, kind in stochastic.items() if kind in first}
     later = itertools.count(2)
@@ -106,7 +106,7 @@ def save(figure: Figure, folder: Path, name: str) -> tuple[Path, ...]:
 
 
 def rendered(figure: Figure, form: str, *, transparent: bool = False) -> bytes:
-    """The bytes of a figure's PNG or SVG file, the same ones every time."""
+    """The bytes of a figure's PNG or SVG file, the same every time."""
     file = io.BytesIO()
     figure.savefig(file, format=form, metadata={"Date": None} if form == "svg" else None, transparent=transparent)
     return file.getvalue()
@@ -126,7 +126,7 @@ def epochs_csv(runs: Sequence[Run]) -> str:
 
 
 def survival_csv(runs: Sequence[Run]) -> str:
-    """One line per run and block: the data of the survival figure; no band where none is drawn."""
+    """One line per run and block: the data of the survival figure."""
     return csv_text(
         ["run", "block", "name", "survival_prob", "realised_frequency", "band_low", "band_high", "num_steps"],
         [
@@ -158,15 +158,15 @@ def _curves_figure(series: Sequence[_Series], *, narrow: bool) -> tuple[Figure, 
     left.set_title("training loss")
     _plot_epochs(right, series, lambda e: e.test_error)
     for s in series:
-        right.plot(s.run.best_epoch, s.run.test_error, "o", color=s.colour, markersize=6, markeredgecolor=INK)
-    # The first epochs guess: shown whole, they press the rest of the curves flat. Half of each curve is always shown.
+        right.plot(s.run.best_epoch, s.run.test_error, "o", color=s.color, markersize=6, markeredgecolor=INK)
+    # The errors of the first epochs would flatten the rest. At least half of each curve is shown.
     highest = 1.05 * max(e.test_error for s in series for e in s.run.epochs)
     medians = [sorted(e.test_error for e in s.run.epochs)[len(s.run.epochs) // 2] for s in series]
     top = min(highest, max(4 * max(s.run.test_error for s in series), 1.2 * max(medians)))
     right.set_ylim(0, top or 1)
     right.set_title("test error, %" + (f" (above {top:.0f} not shown)" if top < highest else ""))
     _runs_legend(figure, series)
-    note = "Dot: the epoch of the lowest validation error, whose test error the table gives."
+    note = "Dot: the epoch of the lowest validation error, whose test error is in the table."
     return figure, note + (" Dotted: the learning rate drops." if _drops(series) else "")
 
 
@@ -187,7 +187,7 @@ def _gradient_figure(series: Sequence[_Series], *, narrow: bool) -> Figure:
     axes = figure.subplots()
     _plot_epochs(axes, series, lambda e: e.first_conv_grad, log=True)
     for place, _, after in _drops(series):
-        # Curves fall at a drop: the corner above, right of it, is free.
+        # Curves fall at a drop: the space above and right of it is free.
         axes.annotate(
             f"→ {_plain(float(f'{after:.3g}'))}",
             (place, 1),
@@ -207,9 +207,9 @@ def _survival(series: Sequence[_Series]) -> Drawing:
     return Drawing(
         "survival",
         "survival",
-        "Survival probabilities and realised frequencies",
-        "How often each block was open, and how far that is from its survival probability. "
-        + ("Band: 95 % of fair draws (exact binomial), so that one block in twenty may lie outside. " if counts else "")
+        "Survival probabilities and realized frequencies",
+        "How often each block was open, and the difference to its survival probability. "
+        + ("Band: 95 % of random draws (exact binomial), so one block in twenty may lie outside. " if counts else "")
         + " ".join(counts),
         figure,
         narrow,
@@ -220,15 +220,15 @@ def _survival_figure(series: Sequence[_Series], *, narrow: bool) -> tuple[Figure
     figure = Figure(
         figsize=(_NARROW if narrow else _WIDE, 0.9 + (4.4 if narrow else 2.2) * len(series)), layout="constrained"
     )
-    # A row of two panels for each run, or on a phone two rows of one.
+    # For each run a row of two panels, or on a phone two rows of one.
     shape = (2 * len(series), 1) if narrow else (len(series), 2)
     panels = figure.subplots(*shape, squeeze=False).reshape(-1, 2)
     counts: list[str] = []
     for (left, right), s in zip(panels, series, strict=True):
         probs, frequencies, bands = s.run.survival_probs, s.run.open_frequencies, _bands(s.run)
         blocks = range(1, len(probs) + 1)
-        dots = {"color": s.colour, "marker": "o", "markersize": 4 if len(blocks) <= 60 else 2, "linestyle": ""}
-        # From half a block before to half a block after, so that the first and last are as wide as the rest.
+        dots = {"color": s.color, "marker": "o", "markersize": 4 if len(blocks) <= 60 else 2, "linestyle": ""}
+        # Each block is one unit wide, including the first and the last.
         edges = [block - 0.5 for block in range(1, len(probs) + 2)]
         left.stairs(probs, edges, baseline=None, color=MUTED, linewidth=1.6)
         left.plot(blocks, frequencies, **dots)
@@ -236,13 +236,13 @@ def _survival_figure(series: Sequence[_Series], *, narrow: bool) -> tuple[Figure
         left.set_title(f"{s.label}: share of {s.run.num_steps:,} steps")
         right.axhline(0, color=MUTED)
         right.plot(blocks, [frequency - prob for frequency, prob in zip(frequencies, probs, strict=True)], **dots)
-        right.set_title("realised frequency \N{MINUS SIGN} survival probability")
+        right.set_title("realized frequency \N{MINUS SIGN} survival probability")
         if bands:
             low, high = ([bounds[side] - prob for bounds, prob in zip(bands, probs, strict=True)] for side in (0, 1))
             right.stairs(high, edges, baseline=low, fill=True, color=MUTED, alpha=0.25)
             outside = sum(not low <= f <= high for f, (low, high) in zip(frequencies, bands, strict=True))
             counts.append(f"{s.label}: {outside} of {len(blocks)} blocks lie outside.")
-        right.use_sticky_edges = False  # the band's edge is to be seen
+        right.use_sticky_edges = False  # show the edge of the band
         right.yaxis.set_major_formatter(FuncFormatter(_plain))
         for axes in (left, right):
             axes.xaxis.set_major_locator(whole_numbers())
@@ -250,7 +250,7 @@ def _survival_figure(series: Sequence[_Series], *, narrow: bool) -> tuple[Figure
         axes.set_xlabel("block, from the input")
     entries: list[tuple[Line2D | Patch, str]] = [
         (Line2D([], [], color=MUTED), "survival probability"),
-        (Line2D([], [], color=INK, marker="o", markersize=4, linestyle=""), "realised frequency"),
+        (Line2D([], [], color=INK, marker="o", markersize=4, linestyle=""), "realized frequency"),
     ]
     if counts:
         entries.append((Patch(color=MUTED, alpha=0.25, linewidth=0), "95 % band"))
@@ -262,8 +262,8 @@ def _depth(series: Sequence[_Series]) -> Drawing:
     return Drawing(
         "depth",
         "epochs",
-        "Realised depth",
-        "How many blocks the steps ran: each is a network of another depth.",
+        "Realized depth",
+        "The number of blocks that the steps ran.",
         _depth_figure(series, narrow=False),
         _depth_figure(series, narrow=True),
     )
@@ -274,7 +274,7 @@ def _depth_figure(series: Sequence[_Series], *, narrow: bool) -> Figure:
     panels = figure.subplots(len(series), 1, squeeze=False)
     for (axes,), s in zip(panels, series, strict=True):
         frequencies = s.run.depth_frequencies
-        axes.bar(range(len(frequencies)), frequencies, width=0.9, color=s.colour)
+        axes.bar(range(len(frequencies)), frequencies, width=0.9, color=s.color)
         axes.axvline(s.run.expected_depth, color=INK, linewidth=1.6)
         shown = [depth for depth, frequency in enumerate(frequencies) if frequency]
         axes.set_xlim(min(shown) - 1, max(shown) + 1)
@@ -313,7 +313,7 @@ def _expectation_figure(series: Sequence[_Series], *, narrow: bool) -> Figure:
             y, realised, expected = number * pitch + row, realised_of(s), expected_of(s)
             text = "no constant depth" if narrow else "no constant-depth run"
             if realised is not None:
-                axes.barh(y, realised, height=0.74, color=s.colour)
+                axes.barh(y, realised, height=0.74, color=s.color)
                 axes.plot([expected, expected], [y - 0.46, y + 0.46], color=INK, linewidth=2)
                 text = f"{realised:.3f} ({expected:.3f})" if narrow else f"{realised:.3f} (expected {expected:.3f})"
             axes.text(longest + 0.03, y, text, va="center")
@@ -326,34 +326,34 @@ def _expectation_figure(series: Sequence[_Series], *, narrow: bool) -> Figure:
     axes.set_yticks([number * pitch + (len(series) - 1) / 2 for number in range(3)], names)
     axes.tick_params(axis="y", length=0)
     axes.grid(False, axis="y")
-    legend(figure, [(Patch(color=s.colour), s.label) for s in series] + [(Line2D([], [], color=INK), "expected")])
+    legend(figure, [(Patch(color=s.color), s.label) for s in series] + [(Line2D([], [], color=INK), "expected")])
     return figure
 
 
 def _bands(run: Run) -> list[tuple[float, float]]:
-    """The 95 % band of each block's frequency; none for gates per sample, or where survival changes over the epochs.
+    """The exact 95 % band of each block's frequency; none for gates per sample, or if survival changes over the epochs.
 
-    Gates per sample round the number of open samples of each step up or down, so that their frequency varies far less.
+    Gates per sample round the number of open samples of each step up or down, so their frequency varies far less.
     """
     if run.granularity == "sample" or run.changes:
         return []
-    bands = {prob: central_band(prob, run.num_steps) for prob in set(run.survival_probs)}
-    return [bands[prob] for prob in run.survival_probs]
+    low, high = stats.binom.interval(0.95, run.num_steps, run.survival_probs)
+    return list(zip((low / run.num_steps).tolist(), (high / run.num_steps).tolist(), strict=True))
 
 
 def _plot_epochs(axes: Axes, series: Sequence[_Series], value: Callable[[Epoch], float], *, log: bool = False) -> None:
-    """A line per run over the epochs, and where the learning rate drops."""
+    """Draw a line per run over the epochs, and where the learning rate drops."""
     values = [[value(e) for e in s.run.epochs] for s in series]
     for s, line in zip(series, values, strict=True):
         marker = "o" if len(line) == 1 else None
-        axes.plot(range(1, len(line) + 1), line, color=s.colour, linestyle=s.dashes, marker=marker)
+        axes.plot(range(1, len(line) + 1), line, color=s.color, linestyle=s.dashes, marker=marker)
     for place, *_ in _drops(series):
         axes.axvline(place, color=MUTED, linewidth=1, linestyle=":", zorder=0.5)
     positive = [v for line in values for v in line if v > 0]
     if log and positive:
         axes.set_yscale("log")
         spread = max(positive) / min(positive)
-        # Powers of ten alone leave an axis of less than a decade without a number.
+        # With powers of ten alone, an axis of less than a decade has no number.
         axes.yaxis.set_major_locator(
             LogLocator(subs=(1, 2, 5) if spread < 200 else (1,)) if spread > 5 else MaxNLocator(5)
         )
@@ -364,19 +364,19 @@ def _plot_epochs(axes: Axes, series: Sequence[_Series], value: Callable[[Epoch],
 
 
 def whole_numbers() -> MaxNLocator:
-    """Ticks of an axis of epochs or blocks."""
+    """Ticks for epochs or blocks."""
     return MaxNLocator(8, integer=True, steps=[1, 2, 5, 10])
 
 
 def _plain(value: float, _position: int | None = None) -> str:
-    """A number without an exponent: 0.00005. As a tick's label, it is told the tick's position too."""
+    """A number without an exponent: 0.00005. Matplotlib passes the position of a tick too."""
     return f"{value:.10f}".rstrip("0").rstrip(".").replace("-", "\N{MINUS SIGN}")
 
 
 def _drops(series: Sequence[_Series]) -> list[tuple[float, float, float]]:
     """Where the learning rate of any run drops by a step: (between which epochs, rate before, rate after).
 
-    A step halves the rate at least, and has a plateau before or after it; a cosine has no steps.
+    A step at least halves the rate, and has a plateau before or after it; a cosine has no steps.
     """
     found: set[tuple[float, float, float]] = set()
     for s in series:
@@ -390,7 +390,7 @@ def _drops(series: Sequence[_Series]) -> list[tuple[float, float, float]]:
 
 
 def _runs_legend(figure: Figure, series: Sequence[_Series]) -> None:
-    looks = {s.label: Line2D([], [], color=s.colour, linestyle=s.dashes) for s in series}
+    looks = {s.label: Line2D([], [], color=s.color, linestyle=s.dashes) for s in series}
     legend(figure, [(look, label) for label, look in looks.items()])
 
 
@@ -402,6 +402,6 @@ def legend(figure: Figure, entries: Sequence[tuple[Line2D | Patch, str]]) -> Non
     drawn = figure.legend(
         handles, ["-"] * len(handles), loc="outside upper left", ncols=math.ceil(len(entries) / num_rows)
     )
-    # Given at once, a name that starts with an underscore would be left out of the legend.
+    # Set afterwards: `legend` would leave out names that start with an underscore.
     for text, (_, name) in zip(drawn.get_texts(), entries, strict=True):
         text.set_text(name)

@@ -1,7 +1,8 @@
-"""The report: one self-contained page, the figures and the data beside it."""
+"""The report: one self-contained page, with the figures and the data beside it."""
 
 import base64
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib import resources
@@ -9,10 +10,17 @@ from pathlib import Path
 from string import Template
 from typing import cast
 from urllib.parse import quote
+from xml.etree import ElementTree
 
-from stochastic_depth_lab.atomic import write_whole
-from stochastic_depth_lab.report.analysis import FILE_NAME, analysis_csv, analysis_drawings
-from stochastic_depth_lab.report.evaluations import evaluation_drawings, evaluation_tables
+from stochastic_depth_lab.errors import ReportError
+from stochastic_depth_lab.files import write_whole
+from stochastic_depth_lab.report.evaluations import (
+    ANALYSIS,
+    analysis_csv,
+    analysis_drawings,
+    evaluation_drawings,
+    evaluation_tables,
+)
 from stochastic_depth_lab.report.figures import (
     Drawing,
     drawings,
@@ -21,8 +29,7 @@ from stochastic_depth_lab.report.figures import (
     save,
     survival_csv,
 )
-from stochastic_depth_lab.report.inline import inline_svg
-from stochastic_depth_lab.report.runs import ReportError, Run, labels, printable, read_runs
+from stochastic_depth_lab.report.runs import Run, labels, printable, read_runs
 from stochastic_depth_lab.report.table import (
     NOTHING,
     constant_depth_of,
@@ -41,12 +48,12 @@ _PAPER_TITLE = "Huang et al. 2016, Deep Networks with Stochastic Depth"
 def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     """Write `report.html`, `figures/` and `data/` into `out` and return the page's path.
 
-    The page holds everything it shows; it comes last, and every file appears whole or not at all. That of many runs is
-    an index: it leads to a page in each run's own folder, which is written if it is missing or older than the run.
+    The page contains everything it shows, and is written last. For many runs it is an index that links to a page in
+    each run's folder, which is written if it is missing or older than the run.
 
     Args:
-        folders: The run folders to compare.
-        out: A folder. Without it the run's own, or the folder that holds all the runs.
+        folders: the run folders to compare.
+        out: output folder. None: the run's own, or the folder that holds all the runs.
 
     Raises:
         ReportError: if a folder holds no run to report on, or the report cannot be written.
@@ -62,7 +69,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
                 save(figure.figure, out / "figures", figure.name)
             (out / "data").mkdir(exist_ok=True)
             tables = {"runs": summary_csv, "epochs": epochs_csv, "survival": survival_csv}
-            if any(run.folder.joinpath(FILE_NAME).exists() for run in runs):
+            if any(run.folder.joinpath(ANALYSIS).exists() for run in runs):
                 tables["analysis"] = analysis_csv
             contents = {name: text(runs) for name, text in tables.items()}
             for table in evaluation_tables(runs):
@@ -81,15 +88,15 @@ def _own_folder(folders: Sequence[Path]) -> Path:
         return folders[0]
     parents = {folder.resolve().parent for folder in folders}
     if len(parents) > 1:
-        raise ReportError("the runs lie in different folders: say with --out where their report is to be written")
+        raise ReportError("the runs are in different folders: choose the folder of their report with --out")
     return parents.pop()
 
 
 def link_to_page(folder: Path, index: Path) -> str:
-    """The link from a page in `index` to that of a run, which is there and not older than the run when this returns."""
+    """The link from a page in `index` to that of a run, which is written if it is missing or older than the run."""
     page = folder / "report.html"
     written = page.stat().st_mtime_ns if page.exists() else 0
-    sources = [folder / name for name in ("metrics.jsonl", "result.json", FILE_NAME)]
+    sources = [folder / name for name in ("metrics.jsonl", "result.json", ANALYSIS)]
     if any(source.stat().st_mtime_ns > written for source in sources if source.exists()):
         write_report([folder])
     return quote(Path(os.path.relpath(page, index)).as_posix())
@@ -112,21 +119,21 @@ def html_page(
     """A self-contained page; call it inside `figure_style`.
 
     Args:
-        title: of the page.
-        lead: what it says, in a few sentences.
+        title: title of the page.
+        lead: its message, in a few sentences.
         table: as HTML.
-        remarks: what a reader must know beside it.
-        figures: below the table.
-        runs: whose configurations and environments are listed at the end.
-        files: in front of the path of `data`, seen from the page: `"NAME/"`.
-        tables: content of CSV files by name, to be part of the page; others are links to files.
+        remarks: notes below the table.
+        figures: figures below the table.
+        runs: their configurations and environments are listed at the end.
+        files: prefix of the path of `data`, seen from the page: `"NAME/"`.
+        tables: content of CSV files by name, to embed in the page; others are linked.
     """
     template = Template(
         resources.files("stochastic_depth_lab.report").joinpath("page.html").read_text(encoding="utf-8")
     )
     return template.substitute(
         title=escape(title),
-        light=_variables({name: colour for colour, name in CSS_NAMES.items()}),
+        light=_variables({name: color for color, name in CSS_NAMES.items()}),
         dark=_variables(DARK),
         lead=escape(lead),
         about=_about(runs),
@@ -146,7 +153,7 @@ def _title(runs: Sequence[Run]) -> str:
 
 
 def _lead(runs: Sequence[Run]) -> str:
-    """The comparison in a sentence where there is one to make, otherwise what there is to see."""
+    """The comparison in a sentence if there is one, otherwise an overview."""
     stochastic = [run for run in runs if run.stochastic]
     constant = constant_depth_of(stochastic[0], runs) if len(runs) == 2 and len(stochastic) == 1 else None
     if constant:
@@ -154,18 +161,18 @@ def _lead(runs: Sequence[Run]) -> str:
         time = f" Training took {share:.3f} of the time" if share else " Training"
         return (
             f"Test error {run.test_error:.2f} % with stochastic depth, {constant.test_error:.2f} % with constant depth."
-            f"{time} and {run.realised_cost:.3f} of the FLOPs. One run of each (n = 1): nothing here tells how "
-            "much such runs differ from seed to seed."
+            f"{time} and {run.realised_cost:.3f} of the FLOPs. One run of each (n = 1): this does not show how "
+            "much such runs differ between seeds."
         )
     if len(runs) == 1:
         kind = "stochastic" if runs[0].stochastic else "constant"
         return f"Test error {runs[0].test_error:.2f} % with {kind} depth, after epoch {runs[0].best_epoch}."
-    pages = " Each has a page of its own, with more figures." if is_index(runs) else ""
+    pages = " Each has its own page with more figures." if is_index(runs) else ""
     return f"{len(runs)} runs, {len(stochastic)} of them with stochastic depth.{pages}"
 
 
 def _about(runs: Sequence[Run]) -> str:
-    """Data, network, length, method and date, as HTML: what a reader must know who was sent the page alone."""
+    """Data, network, length, method and date, as HTML, for readers who have only the page."""
 
     def different(words: Iterable[object]) -> str:
         return ", ".join(dict.fromkeys(escape(printable(str(word))) for word in words if word is not None))
@@ -218,7 +225,7 @@ def _figure(drawing: Drawing, files: str, tables: Mapping[str, str]) -> str:
 
 
 def _download(name: str, content: bytes) -> str:
-    """A link that holds its file: it works when the page was sent to somebody."""
+    """A link that contains its file, so that it works in a page that was mailed."""
     ending = name.rpartition(".")[2]
     kind = {"svg": "image/svg+xml", "png": "image/png", "csv": "text/csv"}[ending]
     data = base64.b64encode(content).decode()
@@ -226,7 +233,7 @@ def _download(name: str, content: bytes) -> str:
 
 
 def _settings(runs: Sequence[Run], settings: Sequence[Mapping[str, str]], leave_out: Sequence[str] = ()) -> str:
-    """What differs between the runs, a column each; what is the same for all of them, folded away."""
+    """The settings in which the runs differ, with a column for each; the common settings are folded."""
     every = dict.fromkeys(key for flat in settings for key in flat if key.partition(".")[0] not in leave_out)
     values = {key: [flat.get(key, NOTHING) for flat in settings] for key in every}
     same = {key: row[:1] for key, row in values.items() if len(set(row)) == 1}
@@ -254,7 +261,7 @@ def _rows(values: Mapping[str, Sequence[str]], head: Sequence[str] = ()) -> str:
 
 
 def _flat(settings: Mapping[str, object], above: str = "") -> dict[str, str]:
-    """Nested settings as `recipe.batch_size: 128`. What is null is left out: it is shown as missing."""
+    """Nested settings as `recipe.batch_size: 128`, without those that are null: they are shown as missing."""
     flat: dict[str, str] = {}
     for key, value in settings.items():
         if isinstance(value, dict):
@@ -269,5 +276,40 @@ def _flat(settings: Mapping[str, object], above: str = "") -> dict[str, str]:
     return flat
 
 
-def _variables(colours: Mapping[str, str]) -> str:
-    return " ".join(f"{name}: {colour};" for name, colour in colours.items())
+def _variables(colors: Mapping[str, str]) -> str:
+    return " ".join(f"{name}: {color};" for name, color in colors.items())
+
+
+def inline_svg(svg: bytes, name: str, title: str) -> str:
+    """The `<svg>` element of a file drawn in the colors of `theme`.
+
+    Args:
+        svg: the file, drawn without a background.
+        name: prefix of every identifier: those of a page's figures must differ.
+        title: for screen readers.
+    """
+    # Parsed, not searched: a run's name may look like an attribute or a color.
+    root = ElementTree.fromstring(svg)
+    for parent in root.iter():
+        for child in list(parent):
+            # The page has its own style; the figure's would apply to all of it.
+            if child.tag.rpartition("}")[2] in {"metadata", "style"}:
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        element.attrib = {key.rpartition("}")[2]: _own(value, name) for key, value in element.attrib.items()}
+        if "id" in element.attrib:
+            element.set("id", f"{name}-{element.get('id')}")
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": title}
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _own(value: str, name: str) -> str:
+    value = re.sub(r"^#(?![0-9a-f]{6}$)|(?<=url\()#", f"#{name}-", value)
+    return re.sub(r"#[0-9a-f]{6}(?![\w-])", _variable, value)
+
+
+def _variable(color: re.Match[str]) -> str:
+    """The style sheet's name for a color of `theme`; the colors of a heat map stay."""
+    name = CSS_NAMES.get(color.group())
+    return f"var({name})" if name else color.group()

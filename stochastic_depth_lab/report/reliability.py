@@ -1,12 +1,12 @@
-"""Table and figure of calibration: how often an answer is right, against how sure the network is."""
+"""Table and figure of calibration: accuracy against confidence."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from stochastic_depth_lab.atomic import write_whole
+from stochastic_depth_lab.files import write_whole
 from stochastic_depth_lab.report.figures import legend, save
 from stochastic_depth_lab.report.table import NOTHING, aligned, csv_text
 from stochastic_depth_lab.report.theme import MUTED, SERIES, figure_style
@@ -18,14 +18,14 @@ class Bin:
 
     count: int
     confidence: float
-    """Their mean probability of the answer, in 0..1."""
+    """Mean probability of the answer, in 0..1."""
     accuracy: float
-    """The share of right answers among them."""
+    """Share of right answers."""
 
 
 @dataclass(frozen=True)
 class Reliability:
-    """What a prediction's probabilities are worth."""
+    """How good the probabilities of a prediction are."""
 
     name: str
     error: float
@@ -35,7 +35,7 @@ class Reliability:
     calibration_error: float
     """Mean distance of accuracy and confidence, in 0..1."""
     mistakes_found: float | None
-    """The chance that a mistake is less sure than a right answer, in 0..1; None without mistakes."""
+    """Probability that a mistake is less confident than a right answer, in 0..1; None without mistakes."""
     bins: tuple[Bin, ...]
 
 
@@ -55,24 +55,11 @@ def reliability_text(measured: Sequence[Reliability]) -> str:
 
 
 def write_reliability(measured: Sequence[Reliability], folder: Path) -> tuple[Path, ...]:
-    """Write `reliability.csv`, `.png` and `.svg` into a folder, which is made if need be."""
+    """Write `reliability.csv`, `.png` and `.svg` into a folder, which is created if necessary."""
     folder.mkdir(parents=True, exist_ok=True)
     table = folder / "reliability.csv"
-    rows = [
-        [
-            each.name,
-            each.error,
-            each.loss,
-            each.calibration_error,
-            each.mistakes_found,
-            b.count,
-            b.confidence,
-            b.accuracy,
-        ]
-        for each in measured
-        for b in each.bins
-    ]
     header = ["prediction", "error", "loss", "calibration_error", "mistakes_found", "count", "confidence", "accuracy"]
+    rows = [[*astuple(each)[:5], *astuple(each_bin)] for each in measured for each_bin in each.bins]
     write_whole(table, csv_text(header, rows).encode())
     with figure_style():
         return (table, *save(reliability_figure(measured), folder, "reliability"))
@@ -107,14 +94,14 @@ def reliability_figure(measured: Sequence[Reliability]) -> Figure:
     axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle="--", label="calibrated")
     drawn: list[tuple[Bin, ...]] = []
     for each in measured:
-        if each.bins in drawn:  # the same probabilities, another doubt
+        if each.bins in drawn:  # the same probabilities, ranked by another doubt
             continue
         largest = max(b.count for b in each.bins)
         x, y = [b.confidence for b in each.bins], [b.accuracy for b in each.bins]
-        colour = SERIES[len(drawn)]
+        color = SERIES[len(drawn)]
         label = f"{each.name}, ECE {100 * each.calibration_error:.2f} %"
-        axes.plot(x, y, color=colour, linewidth=1, label=label)
-        axes.scatter(x, y, s=[4 + 60 * b.count / largest for b in each.bins], color=colour)
+        axes.plot(x, y, color=color, linewidth=1, label=label)
+        axes.scatter(x, y, s=[4 + 60 * b.count / largest for b in each.bins], color=color)
         drawn.append(each.bins)
     axes.set_xlabel("confidence (larger dots: more images)")
     axes.set_ylabel("share of right answers")

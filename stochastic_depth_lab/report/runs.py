@@ -1,45 +1,50 @@
-"""Reads a run folder into typed, frozen objects; whatever is missing or damaged is a `ReportError` of one line."""
+"""Reads run folders into typed, frozen objects. Whatever is missing or damaged is a `ReportError` of one line."""
 
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Annotated, Any, TypeVar, cast
 
+from pydantic import Field
 
-class ReportError(ValueError):
-    """Something that cannot be reported on, in one line: what it is and what was expected."""
+from stochastic_depth_lab.errors import ReportError
+from stochastic_depth_lab.files import from_json
+
+Kind = TypeVar("Kind")
+Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True)
 class Epoch:
     """One line of `metrics.jsonl`; errors in percent, durations in seconds."""
 
-    epoch: int
-    train_loss: float
-    validation_error: float
-    validation_loss: float
-    test_error: float
-    test_loss: float
-    train_s: float
-    realised_depth: float
-    realised_cost: float
-    first_conv_grad: float
-    learning_rate: float
-    num_steps: int
-    open_counts: tuple[float, ...]
-    depth_counts: tuple[float, ...]
-    """How many steps ran 0, 1, ..., all branches; empty in runs of older versions, which did not count."""
-    process_s: float | None = None
+    epoch: Count
+    train_loss: Number
+    validation_error: Number
+    validation_loss: Number
+    test_error: Number
+    test_loss: Number
+    train_s: Number
+    realised_depth: Number
+    realised_cost: Number
+    first_conv_grad: Number
+    learning_rate: Number
+    num_steps: Count
+    open_counts: tuple[Number, ...]
+    depth_counts: tuple[Number, ...] = ()
+    """Number of steps that ran 0, 1, ..., all branches; empty in runs of older versions, which did not count."""
+    process_s: Number | None = None
     """Process time of training; None in runs of older versions, which did not measure it."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """The published test error in percent, and where it stands."""
+    """The published test error in percent, and its source."""
 
-    test_error: float
+    test_error: Number
     source: str
 
 
@@ -47,18 +52,45 @@ class Published:
 class Result:
     """The part of `result.json` that the epochs do not hold; errors in percent."""
 
-    best_epoch: int
-    validation_error: float
-    test_error: float
-    num_parameters: int
+    epochs: Count
+    best_epoch: Count
+    validation_error: Number
+    test_error: Number
+    num_parameters: Count
+
+
+@dataclass(frozen=True)
+class _Depth:
+    granularity: str
+    over_time: str = "constant"
+
+
+@dataclass(frozen=True)
+class _Config:
+    """The part of `config.json` that a report needs: it may be of another version."""
+
+    name: str
+    data: dict[str, Any]
+    model: dict[str, Any]
+    recipe: dict[str, Any]
+    depth: _Depth | None
+    published: Published | None = None
+
+
+@dataclass(frozen=True)
+class _Branches:
+    names: Annotated[tuple[str, ...], Field(min_length=1)]
+    survival_probs: tuple[Annotated[float, Field(ge=0, le=1)], ...]
+    expected_depth: Number
+    expected_cost: Number
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder says.
+    """The content of a run folder.
 
-    `granularity` is None at constant depth, `result` while the run is unfinished, `published` where nothing is.
-    `changes` says whether survival changes over the epochs; expectations are then means over all that are planned.
+    `granularity` is None at constant depth, `result` while the run is unfinished, `published` if nothing is published.
+    `changes` says whether survival changes over the epochs; expected values are then means over all planned epochs.
     """
 
     folder: Path
@@ -94,7 +126,7 @@ class Run:
     def test_error(self) -> float:
         """Test error at the lowest validation error, percent.
 
-        A finished run's own word counts: where it validates several times an epoch (SVHN), the epochs do not show it.
+        A finished run states it: if it validates several times per epoch (SVHN), the epochs do not show it.
         """
         return self.result.test_error if self.result else self.epochs[self.best_epoch - 1].test_error
 
@@ -116,7 +148,7 @@ class Run:
 
     @property
     def late_gradient(self) -> float:
-        """Mean |gradient| of the first convolution's weights since the learning rate first fell to half or less.
+        """Mean |gradient| of the first convolution's weights after the learning rate first fell to half or less.
 
         Over all epochs if it never did.
         """
@@ -127,12 +159,12 @@ class Run:
 
     @property
     def num_steps(self) -> int:
-        """Optimiser steps of all epochs."""
+        """Optimizer steps of all epochs."""
         return sum(e.num_steps for e in self.epochs)
 
     @property
     def realised_depth(self) -> float:
-        """Mean blocks run per step."""
+        """Mean number of blocks run per step."""
         return self._mean_over_steps([e.realised_depth for e in self.epochs])
 
     @property
@@ -147,7 +179,7 @@ class Run:
 
     @property
     def depth_frequencies(self) -> tuple[float, ...]:
-        """The share of the steps that ran 0, 1, ..., all branches; empty where an epoch was not counted."""
+        """The share of the steps that ran 0, 1, ..., all branches; empty if an epoch was not counted."""
         if not all(e.depth_counts for e in self.epochs):
             return ()
         return tuple(
@@ -166,46 +198,103 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """The run that `folder` holds.
+    """The run in a folder.
 
-    The last line of `metrics.jsonl` may be cut off, as a killed run leaves it: it is passed over and noted.
+    If the last line of `metrics.jsonl` is cut off, as a killed run leaves it, it is skipped with a note.
 
     Raises:
-        ReportError: if `folder` is no run folder, has no finished epoch yet, or is damaged.
+        ReportError: if `folder` is not a run folder, has no finished epoch yet, or is damaged.
     """
     if not (folder / "config.json").is_file():
         raise ReportError(f"{folder} is not a run folder: it has no config.json.")
-    config = _Reader.of_file(folder / "config.json")
-    config.text("name")
-    for part in ("data", "model", "recipe"):
-        if config.inner(part) is None:
-            raise ReportError(f"{config.where} is damaged: it has no {part}")
-    branches = _Reader.of_file(folder / "branches.json")
-    names = branches.texts("names")
-    survival_probs = branches.numbers("survival_probs", length=len(names))
-    if max(survival_probs) > 1:
-        raise ReportError(f"{branches.where} is damaged: a survival probability is {max(survival_probs)}, above 1")
-    epochs, notes = _read_epochs(folder / "metrics.jsonl", num_branches=len(names))
+    config = read_file(_Config, folder / "config.json")
+    branches = read_file(_Branches, folder / "branches.json")
+    num_branches = len(branches.names)
+    if len(branches.survival_probs) != num_branches:
+        count = len(branches.survival_probs)
+        raise ReportError(
+            f"{folder / 'branches.json'} is damaged: it has {count} probabilities for {num_branches} names"
+        )
+    epochs, notes = _read_epochs(folder / "metrics.jsonl", num_branches=num_branches)
     result = _read_result(folder / "result.json", num_epochs=len(epochs))
-    granularity, changes = _read_depth(config)
+    changes = config.depth is not None and config.depth.over_time != "constant"
     if result is None:
-        of_all = "; what is expected of it is the mean over all epochs" if changes else ""
-        notes = (*notes, _unfinished(config, len(epochs)) + of_all)
+        planned = f" of {config.recipe['epochs']}" if "epochs" in config.recipe else ""
+        note = f"unfinished: {len(epochs)}{planned} epochs so far"
+        notes = (*notes, note + ("; the expected values are means over all epochs" if changes else ""))
     return Run(
         folder=folder,
-        config=config.fields,
-        environment=_Reader.of_file(folder / "environment.json").fields,
-        names=names,
-        survival_probs=survival_probs,
-        expected_depth=branches.number("expected_depth"),
-        expected_cost=branches.number("expected_cost"),
-        granularity=granularity,
+        config=read_file(dict[str, Any], folder / "config.json"),
+        environment=read_file(dict[str, Any], folder / "environment.json"),
+        names=branches.names,
+        survival_probs=branches.survival_probs,
+        expected_depth=branches.expected_depth,
+        expected_cost=branches.expected_cost,
+        granularity=config.depth and config.depth.granularity,
         changes=changes,
         epochs=epochs,
-        published=_read_published(config),
+        published=config.published,
         result=result,
         notes=notes,
     )
+
+
+def read_file(kind: type[Kind], path: Path) -> Kind:
+    """An object from a JSON file of a run folder.
+
+    Raises:
+        ReportError: if the file is missing or damaged.
+    """
+    try:
+        return from_json(kind, path.read_bytes())
+    except FileNotFoundError:
+        raise ReportError(f"{path.parent} is not a complete run folder: it has no {path.name}") from None
+    except ValueError as error:
+        raise ReportError(f"{path} is damaged: {error}") from None
+
+
+def _read_epochs(path: Path, *, num_branches: int) -> tuple[tuple[Epoch, ...], tuple[str, ...]]:
+    """The finished epochs, and a note if the last line is cut off."""
+    *lines, rest = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    # A run that is killed while it writes a line leaves its beginning, without a line feed. That is never JSON.
+    cut_off = bool(rest) and not _is_json(rest)
+    if rest and not cut_off:
+        lines.append(rest)
+    if not lines:
+        raise ReportError(f"{path.parent}: no epoch has finished yet, there is nothing to report")
+    epochs: list[Epoch] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            epoch = from_json(Epoch, line)
+            if epoch.epoch != number:
+                raise ValueError(f"it holds epoch {epoch.epoch}")
+            for name, expected in (("open_counts", num_branches), ("depth_counts", num_branches + 1)):
+                if len(getattr(epoch, name)) not in (expected, 0 if name == "depth_counts" else expected):
+                    raise ValueError(f"{name} has {len(getattr(epoch, name))} entries for {num_branches} branches")
+        except ValueError as error:
+            raise ReportError(f"{path}, line {number}, is damaged: {error}") from None
+        epochs.append(epoch)
+    note = f"the last line of {path.name} is cut off, as a killed run leaves it, and is left out"
+    return tuple(epochs), (note,) if cut_off else ()
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _read_result(path: Path, *, num_epochs: int) -> Result | None:
+    if not path.exists():
+        return None
+    result = read_file(Result, path)
+    if result.epochs != num_epochs:
+        raise ReportError(f"{path} is damaged: it has {result.epochs} epochs, metrics.jsonl {num_epochs}")
+    if result.best_epoch > num_epochs:
+        raise ReportError(f"{path} is damaged: best_epoch is {result.best_epoch} of {num_epochs}")
+    return result
 
 
 def read_runs(folders: Sequence[Path]) -> tuple[Run, ...]:
@@ -224,7 +313,7 @@ def read_runs(folders: Sequence[Path]) -> tuple[Run, ...]:
 
 
 def run_folders(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """The run folders among some paths: a folder of runs, such as that of a sweep or a table, stands for all of them.
+    """The run folders among some paths, where a folder of runs, such as that of a sweep or table, stands for its runs.
 
     Returns:
         Those to report on, and those found in a folder of runs that have no finished epoch yet.
@@ -248,12 +337,11 @@ def run_folders(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
 
 
 def labels(runs: Sequence[Run]) -> tuple[str, ...]:
-    """A short name for each run, none of them twice.
+    """A short, unique name for each run.
 
-    The experiment's, with the seed where it must be; where names are too long, or the same, what the runs differ in:
-    `p_L 0.3 · wd 1e-4 · equal cost`; at last their folders.
-
-    Names come from outside: characters that cannot be shown (a line feed would break a table) are replaced.
+    The experiment's name, with the seed if needed; if names are too long or equal, the settings in which the runs
+    differ: `p_L 0.3 · wd 1e-4 · equal cost`; otherwise their folders. Characters that cannot be shown, such as line
+    feeds, are replaced.
     """
     candidates = (
         [run.name for run in runs],
@@ -285,11 +373,11 @@ _SHORT = {
     "depth.over_time": "",
     "precision": "",
 }
-"""What fields are called in a label; nothing where the value says it all."""
+"""Names of fields in a label; empty if the value is enough."""
 
 
 def _differences(runs: Sequence[Run]) -> list[str]:
-    """What each run's configuration differs in from those of the others."""
+    """The settings in which each run differs from the others."""
     flat = [
         _flat({key: run.config[key] for key in run.config if key not in ("name", "title", "published")}) for run in runs
     ]
@@ -323,7 +411,7 @@ def _said(key: str, value: object) -> str:
 
 
 def _number(value: float) -> str:
-    """A number as people write it: 0.05, 1e-4."""
+    """A number in a readable form: 0.05, 1e-4."""
     text = f"{value:g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.3e}"
     mantissa, exponent, power = text.partition("e")
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(power)}" if exponent else text
@@ -334,168 +422,5 @@ def _shortened(name: str, longest: int = 40) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with every character replaced that cannot be shown in one line."""
+    """The text, with every character replaced that cannot be shown in one line."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """The fields of one JSON object, asked for by type; `where` opens every message."""
-
-    where: str
-    fields: Mapping[str, object]
-
-    @classmethod
-    def of_file(cls, path: Path) -> "_Reader":
-        try:
-            return cls.of_text(path.read_bytes(), str(path))
-        except FileNotFoundError:
-            raise ReportError(f"{path.parent} is not a whole run folder: it has no {path.name}") from None
-
-    @classmethod
-    def of_text(cls, text: bytes, where: str) -> "_Reader":
-        try:
-            fields = json.loads(text.decode())
-        except (ValueError, RecursionError) as error:
-            raise ReportError(f"{where} is damaged: not JSON ({type(error).__name__})") from None
-        if not isinstance(fields, dict):
-            raise ReportError(f"{where} is damaged: an object is expected, it holds {type(fields).__name__}")
-        return cls(where, cast("dict[str, object]", fields))
-
-    def require(self, key: str) -> object:
-        if key not in self.fields:
-            raise ReportError(f"{self.where} is damaged: it has no {key}")
-        return self.fields[key]
-
-    def inner(self, key: str) -> "_Reader | None":
-        value = self.fields.get(key)
-        return _Reader(f"{self.where}, {key},", cast("dict[str, object]", value)) if isinstance(value, dict) else None
-
-    def text(self, key: str) -> str:
-        value = self.require(key)
-        if not isinstance(value, str):
-            raise self._wrong(key, "a text", value)
-        return value
-
-    def texts(self, key: str) -> tuple[str, ...]:
-        values = self._list(key)
-        if not values or not all(isinstance(value, str) for value in values):
-            raise self._wrong(key, "a list of at least one text", values)
-        return tuple(str(value) for value in values)
-
-    def number(self, key: str) -> float:
-        return self._number(key, self.require(key))
-
-    def numbers(self, key: str, *, length: int) -> tuple[float, ...]:
-        values = self._list(key)
-        if len(values) != length:
-            raise ReportError(f"{self.where} is damaged: {key} has {len(values)} entries for {length} branches")
-        return tuple(self._number(key, value) for value in values)
-
-    def whole(self, key: str) -> int:
-        value = self.require(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self._wrong(key, "a whole number from 1", value)
-        return value
-
-    def _list(self, key: str) -> list[object]:
-        value = self.require(key)
-        if not isinstance(value, list):
-            raise self._wrong(key, "a list", value)
-        return cast("list[object]", value)
-
-    def _number(self, key: str, value: object) -> float:
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
-            raise self._wrong(key, "a finite number from 0", value)
-        return float(value)
-
-    def _wrong(self, key: str, expected: str, value: object) -> ReportError:
-        return ReportError(f"{self.where} is damaged: {key} is {str(value)[:40]!r}, {expected} is expected")
-
-
-def _read_epochs(path: Path, *, num_branches: int) -> tuple[tuple[Epoch, ...], tuple[str, ...]]:
-    """The finished epochs, and a note where the last line is cut off."""
-    if not path.is_file():
-        raise ReportError(f"{path.parent}: no epoch has finished yet, there is nothing to report")
-    *lines, rest = path.read_bytes().split(b"\n")
-    # A kill while a line is written leaves its beginning, without a line feed; no beginning of an object is JSON.
-    cut_off = bool(rest) and not _is_json(rest)
-    if rest and not cut_off:
-        lines.append(rest)
-    epochs: list[Epoch] = []
-    for number, line in enumerate(lines, start=1):
-        fields = _Reader.of_text(line, f"{path}, line {number},")
-        if fields.whole("epoch") != number:
-            raise ReportError(f"{path}, line {number}, is damaged: it holds epoch {fields.whole('epoch')}")
-        epochs.append(_epoch(fields, num_branches))
-    if not epochs:
-        raise ReportError(f"{path.parent}: no epoch has finished yet, there is nothing to report")
-    note = f"the last line of {path.name} is cut off, as a killed run leaves it, and is left out"
-    return tuple(epochs), (note,) if cut_off else ()
-
-
-def _is_json(text: bytes) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _epoch(fields: _Reader, num_branches: int) -> Epoch:
-    return Epoch(
-        epoch=fields.whole("epoch"),
-        train_loss=fields.number("train_loss"),
-        validation_error=fields.number("validation_error"),
-        validation_loss=fields.number("validation_loss"),
-        test_error=fields.number("test_error"),
-        test_loss=fields.number("test_loss"),
-        train_s=fields.number("train_s"),
-        realised_depth=fields.number("realised_depth"),
-        realised_cost=fields.number("realised_cost"),
-        first_conv_grad=fields.number("first_conv_grad"),
-        learning_rate=fields.number("learning_rate"),
-        num_steps=fields.whole("num_steps"),
-        open_counts=fields.numbers("open_counts", length=num_branches),
-        depth_counts=(
-            fields.numbers("depth_counts", length=num_branches + 1) if "depth_counts" in fields.fields else ()
-        ),
-        process_s=fields.number("process_s") if "process_s" in fields.fields else None,
-    )
-
-
-def _read_result(path: Path, *, num_epochs: int) -> Result | None:
-    if not path.exists():
-        return None
-    fields = _Reader.of_file(path)
-    if fields.whole("epochs") != num_epochs:
-        raise ReportError(f"{path} is damaged: it tells of {fields.whole('epochs')} epochs, metrics.jsonl {num_epochs}")
-    if fields.whole("best_epoch") > num_epochs:
-        raise ReportError(f"{path} is damaged: best_epoch is {fields.whole('best_epoch')} of {num_epochs}")
-    return Result(
-        best_epoch=fields.whole("best_epoch"),
-        validation_error=fields.number("validation_error"),
-        test_error=fields.number("test_error"),
-        num_parameters=fields.whole("num_parameters"),
-    )
-
-
-def _read_depth(config: _Reader) -> tuple[str | None, bool]:
-    """The granularity, None at constant depth, and whether survival changes over the epochs."""
-    if config.require("depth") is None:
-        return None, False
-    depth = config.inner("depth")
-    if depth is None:
-        raise ReportError(f"{config.where} is damaged: depth is neither null nor an object")
-    return depth.text("granularity"), depth.fields.get("over_time", "constant") != "constant"
-
-
-def _read_published(config: _Reader) -> Published | None:
-    published = config.inner("published")
-    return published and Published(published.number("test_error"), published.text("source"))
-
-
-def _unfinished(config: _Reader, num_epochs: int) -> str:
-    recipe = config.inner("recipe")
-    planned = f" of {recipe.whole('epochs')}" if recipe and "epochs" in recipe.fields else ""
-    return f"unfinished: {num_epochs}{planned} epochs so far"

@@ -1,4 +1,4 @@
-"""What a schedule promises, before anything is trained: the survival probability of each block as text and figure."""
+"""The survival probabilities of a schedule, as text and as a figure."""
 
 import math
 from collections.abc import Sequence
@@ -6,9 +6,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from stochastic_depth_lab.atomic import write_whole
+from stochastic_depth_lab.errors import ReportError
+from stochastic_depth_lab.files import write_whole
 from stochastic_depth_lab.report.figures import rendered, whole_numbers
-from stochastic_depth_lab.report.runs import ReportError, printable
+from stochastic_depth_lab.report.runs import printable
 from stochastic_depth_lab.report.theme import MUTED, SERIES, figure_style
 
 _MOST_LINES = 30
@@ -16,10 +17,10 @@ _BAR = 40
 
 
 def schedule_text(names_or_numbers: Sequence[str | int], survival_probs: Sequence[float]) -> str:
-    """A bar per block, or per every so many blocks of a deep network; expected depth and saving below.
+    """A bar per block, or every few blocks of a deep network, with the expected depth and saving below.
 
     Raises:
-        ReportError: if there is not one probability in (0, 1] for each block.
+        ReportError: unless there is one probability in (0, 1] for each block.
 
     Example:
         >>> print(schedule_text([1, 2], [0.75, 0.5]))
@@ -32,7 +33,7 @@ def schedule_text(names_or_numbers: Sequence[str | int], survival_probs: Sequenc
     names = [printable(str(name)) for name in names_or_numbers]
     width = max(len("block"), *map(len, names))
     every = math.ceil(len(names) / _MOST_LINES)
-    # The last block is the one that is known by name: p_L.
+    # The survival probability of the last block is p_L.
     shown = sorted({*range(0, len(names), every), len(names) - 1})
     bars = [f"{names[i]:>{width}}  {survival_probs[i]:.3f}  {'█' * round(_BAR * survival_probs[i])}" for i in shown]
     of_every = f", every {every} blocks and the last" if every > 1 else ""
@@ -40,10 +41,10 @@ def schedule_text(names_or_numbers: Sequence[str | int], survival_probs: Sequenc
 
 
 def schedule_figure(names_or_numbers: Sequence[str | int], survival_probs: Sequence[float], path: Path) -> Path:
-    """Write the survival probabilities as a PNG or SVG file, as the ending of `path` says.
+    """Write the survival probabilities to a PNG or SVG file, depending on the suffix of `path`.
 
     Raises:
-        ReportError: if there is not one probability in (0, 1] for each block, or for another ending.
+        ReportError: unless there is one probability in (0, 1] for each block, or for another suffix.
     """
     _check(names_or_numbers, survival_probs)
     form = path.suffix.lower().removeprefix(".")

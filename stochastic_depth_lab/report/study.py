@@ -1,4 +1,4 @@
-"""A table or figure of the paper with ours beside it: several seeds of each run, and a verdict on each claim."""
+"""A table or figure of the paper beside ours: several seeds of each run, and a verdict on each claim."""
 
 import statistics
 import textwrap
@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
-from stochastic_depth_lab.atomic import write_whole
-from stochastic_depth_lab.config import Comparison, Experiment, Published, Study
+from stochastic_depth_lab.errors import ReportError
+from stochastic_depth_lab.experiments.config import Comparison, Experiment, Published, Study
+from stochastic_depth_lab.files import write_whole
 from stochastic_depth_lab.report.figures import Drawing, curves, epochs_csv, gradient, save
 from stochastic_depth_lab.report.page import html_page, link_to_page
-from stochastic_depth_lab.report.runs import ReportError, Run, read_run
+from stochastic_depth_lab.report.runs import Run, read_run
 from stochastic_depth_lab.report.study_figures import (
     Cell,
     Line,
@@ -24,24 +25,24 @@ from stochastic_depth_lab.report.study_figures import (
     survival_curve,
     threshold,
 )
-from stochastic_depth_lab.report.table import NOTHING, constant_depth_of, csv_text, sortable_table
+from stochastic_depth_lab.report.table import NOTHING, constant_depth_of, records_csv, sortable_table
 from stochastic_depth_lab.report.theme import figure_style
 from stochastic_depth_lab.report.verdicts import RULE, Judged, Paired, judge
 
 
 @dataclass(frozen=True)
 class Seeds:
-    """The runs of one experiment that differ in nothing but the seed: a row of the table."""
+    """The runs of one experiment, which differ only in the seed: a row of the table."""
 
     experiment: Experiment
     published: Published | None
     runs: tuple[Run, ...]
     time_shares: tuple[float, ...]
-    """Training time per step as a share of constant depth's, of the runs that have something to be compared with."""
+    """Training time per step relative to constant depth, of the runs that have a constant-depth run."""
 
     @property
     def few(self) -> bool:
-        """Whether it learns from few images: then its error is that after the last step, and no epoch is chosen."""
+        """Whether it trains on few images: then its error is that after the last step, and no epoch is chosen."""
         return self.experiment.data.images_per_class is not None
 
     @property
@@ -50,7 +51,7 @@ class Seeds:
         return tuple(self.measured(run, "test_error") for run in self.runs)
 
     def measured(self, run: Run, measure: str) -> float:
-        """One of the quantities that claims are about."""
+        """A quantity that claims compare, see `Comparison`."""
         match measure:
             case "test_error":
                 return run.epochs[-1].test_error if self.few else run.test_error
@@ -75,31 +76,31 @@ def write_study(
     study: Study,
     folders: Sequence[tuple[Experiment, Path]],
     out: Path,
-    yardsticks: Mapping[str, Sequence[float]] | None = None,
+    baselines: Mapping[str, Sequence[float]] | None = None,
     *,
     run_pages: bool = True,
 ) -> StudyReport:
-    """Write `NAME.html`, which leads to a page of each run, and under `NAME/` its figures and data.
+    """Write `NAME.html`, which links to a page of each run, and its figures and data under `NAME/`.
 
     Args:
-        study: what is shown.
-        folders: every experiment, one for each seed, in the order of the table, with its run folder. A run that is
-            missing or unfinished is left out, and the page says so.
-        out: where to write.
-        yardsticks: test errors in percent, one a seed, of other methods on the same images.
-        run_pages: whether the runs have pages; of hundreds of runs they take many minutes.
+        study: the table or figure.
+        folders: experiments, one for each seed, in the order of the table, with their run folders. Missing and
+            unfinished runs are left out, and the page says so.
+        out: output folder.
+        baselines: test errors in percent, one per seed, of other methods on the same images.
+        run_pages: whether to write pages of the runs, which takes many minutes for hundreds of runs.
 
     Raises:
-        ReportError: if there is no finished run at all.
+        ReportError: if no run is finished.
     """
     seeds, remarks = _read(folders)
     rows = [row for row in seeds if row.runs]
     runs = [run for row in rows for run in row.runs]
     if not runs:
-        raise ReportError(f"{study.name}: none of its {len(folders)} runs is finished, there is nothing to show")
+        raise ReportError(f"{study.name}: none of its {len(folders)} runs is finished")
     judged = _judged(study, rows)
     found = [*_chosen(study, rows), *_threshold(study, rows)]
-    others = {name: tuple(errors) for name, errors in (yardsticks or {}).items()}
+    others = {name: tuple(errors) for name, errors in (baselines or {}).items()}
     inner = out / study.name
     with figure_style():
         figures = [figure for name in study.figures for figure in _DRAWINGS[name](rows)]
@@ -108,7 +109,8 @@ def write_study(
         (inner / "data").mkdir(exist_ok=True, parents=True)
         write_whole(inner / "data" / "runs.csv", _runs_csv(rows, others).encode())
         write_whole(inner / "data" / "epochs.csv", epochs_csv(runs).encode())
-        write_whole(inner / "data" / "verdicts.csv", _verdicts_csv(judged).encode())
+        if judged:
+            write_whole(inner / "data" / "verdicts.csv", _verdicts_csv(judged).encode())
         page = out / f"{study.name}.html"
         lead = " ".join(part for part in (study.claim, _said(rows), *found) if part)
         links: list[dict[str, str]] = [{} for _ in rows]
@@ -153,7 +155,7 @@ def _read(folders: Sequence[tuple[Experiment, Path]]) -> tuple[list[Seeds], list
     if any(row.few for row in seeds):
         remarks.append("Few images: test errors are from the last step; no images choose an epoch.")
     if any(run.process_s is None for run in everything):
-        remarks.append("Times are wall-clock: they compare only where the machine had nothing else to do.")
+        remarks.append("Times are wall-clock times: compare them only if the machine was otherwise idle.")
     return seeds, remarks
 
 
@@ -166,7 +168,7 @@ def _time_share(run: Run, runs: Sequence[Run]) -> float | None:
 
 
 def _judged(study: Study, rows: Sequence[Seeds]) -> list[Judged]:
-    """The verdict on each claim that these runs say something to."""
+    """The verdict on each claim that these runs can test."""
     judged = [judge(claim, _paired(claim.comparisons, rows)) for claim in study.claims]
     return [each for each in judged if each.paired]
 
@@ -194,7 +196,7 @@ def _said(rows: Sequence[Seeds]) -> str:
 
 
 def _regime(rows: Sequence[Seeds]) -> str:
-    """How few images, and how many steps, in a line; nothing where rows differ."""
+    """Number of images and steps, in a line; empty if the rows differ."""
     common = {(row.experiment.data, row.experiment.model.num_layers, row.runs[0].num_steps) for row in rows}
     if len(common) != 1 or not rows[0].few:
         return ""
@@ -207,7 +209,7 @@ def _regime(rows: Sequence[Seeds]) -> str:
 
 @dataclass(frozen=True)
 class _Column:
-    """A column of the table; `short` is its head in two lines of plain text."""
+    """A column of the table. `short` is its head in two lines of plain text."""
 
     name: str
     short: tuple[str, str]
@@ -278,7 +280,7 @@ def _columns(study: Study) -> list[_Column]:
         columns = [*columns[:3], _GRADIENT, *columns[3:]]
     if {"curves", "crossing", "depth_curve"} & {*study.figures} and "gap" not in study.figures:
         columns = [*columns[:3], _LOSS, *columns[3:]]
-    if "gap" in study.figures:  # the demo's table has to fit into 80 columns
+    if "gap" in study.figures:  # the demo's table must fit into 80 columns
         columns = [column for column in columns if column.name != "share of constant depth's time"]
     return columns
 
@@ -290,7 +292,7 @@ def _cells(
     head: Callable[[_Column], str],
     title: Callable[[Seeds], str] = lambda row: row.experiment.title,
 ) -> list[list[str]]:
-    """Head and rows; a column that says nothing is left out."""
+    """Head and rows, without empty columns."""
     columns = _columns(study)
     body = [[title(row), *(column.form(row) for column in columns)] for row in rows]
     for name, errors in others.items():
@@ -316,7 +318,7 @@ def _text(study: Study, rows: Sequence[Seeds], others: Mapping[str, tuple[float,
 
 
 def _short_titles(rows: Sequence[Seeds]) -> dict[str, str]:
-    """Titles without what they all begin with."""
+    """Titles without their common beginning."""
     titles = [row.experiment.title for row in rows]
     parts = [title.split(", ") for title in titles]
     shared = 0
@@ -379,66 +381,58 @@ def _verdicts_html(judged: Sequence[Judged], rows: Sequence[Seeds]) -> str:
 
 
 def _verdicts_csv(judged: Sequence[Judged]) -> str:
-    return csv_text(
-        ["claim", "verdict", "less", "more", "measure", "seeds", "mean_difference", "half_width_95", "num_lower",
-         "p_paired_t", "p_exact_sign_flip"],
-        [
-            [
-                each.claim.text,
-                each.verdict,
-                paired.comparison.less,
-                paired.comparison.more,
-                paired.comparison.measure,
-                len(paired.differences),
-                paired.mean,
-                paired.half_width if len(paired.differences) > 1 else None,
-                paired.num_wins,
-                paired.p,
-                paired.exact_p,
-            ]
-            for each in judged
-            for paired in each.paired
-        ],
-    )  # fmt: skip
+    rows = [
+        {
+            "claim": each.claim.text,
+            "verdict": each.verdict,
+            "less": paired.comparison.less,
+            "more": paired.comparison.more,
+            "measure": paired.comparison.measure,
+            "seeds": len(paired.differences),
+            "mean_difference": paired.mean,
+            "half_width_95": paired.half_width if len(paired.differences) > 1 else None,
+            "num_lower": paired.num_wins,
+            "p_paired_t": paired.p,
+            "p_exact_sign_flip": paired.exact_p,
+        }
+        for each in judged
+        for paired in each.paired
+    ]
+    return records_csv(rows)
 
 
 def _runs_csv(rows: Sequence[Seeds], others: Mapping[str, tuple[float, ...]]) -> str:
     """One line per run, numbers at full precision."""
-    return csv_text(
-        ["experiment", "seed", "dataset", "images_per_class", "num_layers", "schedule", "final_survival_prob",
-         "learning_rate", "num_steps", "test_error", "test_error_at_best_validation", "validation_error", "train_loss",
-         "published_test_error", "train_s", "process_s", "expected_cost", "realised_cost", "expected_depth",
-         "realised_depth", "first_conv_grad", "late_gradient"],
-        [
-            [
-                row.experiment.name,
-                run.config["seed"],
-                row.experiment.data.dataset,
-                row.experiment.data.images_per_class,
-                row.experiment.model.num_layers,
-                row.experiment.depth and row.experiment.depth.schedule,
-                row.experiment.depth and row.experiment.depth.final_survival_prob,
-                row.experiment.recipe.learning_rate,
-                run.num_steps,
-                row.measured(run, "test_error"),
-                run.test_error,
-                run.epochs[-1].validation_error if row.few else run.validation_error,
-                run.epochs[-1].train_loss,
-                row.published and row.published.test_error,
-                run.train_s,
-                run.process_s,
-                run.expected_cost,
-                run.realised_cost,
-                run.expected_depth,
-                run.realised_depth,
-                run.first_conv_grad,
-                run.late_gradient,
-            ]
-            for row in rows
-            for run in row.runs
-        ]
-        + [[name, None, *[None] * 7, error, *[None] * 12] for name, errors in others.items() for error in errors],
-    )  # fmt: skip
+    records: list[dict[str, object]] = [
+        {
+            "experiment": row.experiment.name,
+            "seed": run.config["seed"],
+            "dataset": row.experiment.data.dataset,
+            "images_per_class": row.experiment.data.images_per_class,
+            "num_layers": row.experiment.model.num_layers,
+            "schedule": row.experiment.depth and row.experiment.depth.schedule,
+            "final_survival_prob": row.experiment.depth and row.experiment.depth.final_survival_prob,
+            "learning_rate": row.experiment.recipe.learning_rate,
+            "num_steps": run.num_steps,
+            "test_error": row.measured(run, "test_error"),
+            "test_error_at_best_validation": run.test_error,
+            "validation_error": run.epochs[-1].validation_error if row.few else run.validation_error,
+            "train_loss": run.epochs[-1].train_loss,
+            "published_test_error": row.published and row.published.test_error,
+            "train_s": run.train_s,
+            "process_s": run.process_s,
+            "expected_cost": run.expected_cost,
+            "realised_cost": run.realised_cost,
+            "expected_depth": run.expected_depth,
+            "realised_depth": run.realised_depth,
+            "first_conv_grad": run.first_conv_grad,
+            "late_gradient": run.late_gradient,
+        }
+        for row in rows
+        for run in row.runs
+    ]
+    records.extend({"experiment": name, "test_error": error} for name, errors in others.items() for error in errors)
+    return records_csv(records)
 
 
 def _gap(rows: Sequence[Seeds]) -> list[Drawing]:
@@ -469,7 +463,7 @@ def _gradient(rows: Sequence[Seeds]) -> list[Drawing]:
 
 
 def _for_each_network(draw: Callable[[Sequence[Run], Sequence[str]], Drawing], rows: Sequence[Seeds]) -> list[Drawing]:
-    """A figure for the rows of each network and data set, which can be compared."""
+    """A figure for each network and data set, whose rows can be compared."""
     groups: dict[tuple[str, int], list[Seeds]] = {}
     for row in rows:
         groups.setdefault((row.experiment.data.dataset, row.experiment.model.num_layers), []).append(row)
@@ -526,7 +520,7 @@ def _rates(rows: Sequence[Seeds]) -> list[Drawing]:
 
 
 def _chosen(study: Study, rows: Sequence[Seeds]) -> list[str]:
-    """Which learning rates tuning chooses."""
+    """The learning rates that tuning chooses."""
     if "rates" not in study.figures:
         return []
     best: list[str] = []
@@ -545,7 +539,7 @@ def _chosen(study: Study, rows: Sequence[Seeds]) -> list[str]:
 
 
 def _cells_of(rows: Sequence[Seeds]) -> dict[str, list[Cell]]:
-    """By data set, every length of training and number of images of which there is a pair."""
+    """By data set, the pairs at every length of training and number of images."""
     groups: dict[tuple[str, int, int], dict[bool, Seeds]] = {}
     for row in rows:
         data = row.experiment.data
@@ -571,7 +565,7 @@ def _crossing(rows: Sequence[Seeds]) -> list[Drawing]:
 
 
 def _threshold(study: Study, rows: Sequence[Seeds]) -> list[str]:
-    """The rule of thumb: below which training loss of constant depth stochastic depth is the better one."""
+    """The rule of thumb: the training loss of constant depth below which stochastic depth is better."""
     if "crossing" not in study.figures:
         return []
     sentences: list[str] = []

@@ -27,7 +27,7 @@ _STOCHASTIC: tuple[str, Literal["-", "--"], str] = (SERIES[1], "-", "stochastic 
 
 @dataclass(frozen=True)
 class Line:
-    """A method over the steps of training, a curve for each seed: steps and test errors in percent."""
+    """A method with a curve for each seed: steps and test errors in percent."""
 
     label: str
     seeds: Mapping[int, tuple[Sequence[int], Sequence[float]]]
@@ -41,9 +41,9 @@ class Cell:
     num_images: int
     num_steps: int
     differences: tuple[float, ...]
-    """Test error of stochastic minus that of constant depth, in points, seed by seed."""
+    """Test error of stochastic minus constant depth, in points, seed by seed."""
     train_loss: float
-    """Of constant depth in the last epoch, mean over the seeds."""
+    """Training loss of constant depth in the last epoch, mean over the seeds."""
 
     @property
     def mean(self) -> float:
@@ -52,21 +52,21 @@ class Cell:
 
 
 def gap(lines: Sequence[Line]) -> Drawing:
-    """Test error over training, every seed drawn, and the paired difference beside it."""
+    """Test error over training for every seed, with the paired difference beside it."""
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     entries: list[tuple[Line2D | Patch, str]] = []
     means: list[float] = []
     for line in lines:
-        colour, dashes, _ = _STOCHASTIC if line.stochastic else _CONSTANT
+        color, dashes, _ = _STOCHASTIC if line.stochastic else _CONSTANT
         for steps, errors in line.seeds.values():
-            left.plot(steps, errors, color=colour, linestyle=dashes, linewidth=0.8, alpha=0.6)
+            left.plot(steps, errors, color=color, linestyle=dashes, linewidth=0.8, alpha=0.6)
         steps = next(iter(line.seeds.values()))[0]
         mean = [statistics.mean(values) for values in zip(*(errors for _, errors in line.seeds.values()), strict=True)]
-        left.plot(steps, mean, color=colour, linestyle=dashes, linewidth=2.6)
+        left.plot(steps, mean, color=color, linestyle=dashes, linewidth=2.6)
         means.append(mean[-1])
-        entries.append((Line2D([], [], color=colour, linestyle=dashes, linewidth=2.6), f"{line.label}, mean"))
-    # The first steps guess: shown whole, they press the rest of the curves flat.
+        entries.append((Line2D([], [], color=color, linestyle=dashes, linewidth=2.6), f"{line.label}, mean"))
+    # The errors of the first steps would flatten the rest of the curves.
     top = 3 * max(means)
     left.set_ylim(0, top)
     left.set_title(f"test error, % (above {top:.0f} not shown)")
@@ -89,7 +89,7 @@ def gap(lines: Sequence[Line]) -> Drawing:
         "gap",
         "epochs",
         "The gap over training",
-        "Every seed is drawn: thin lines on the left, all lines on the right. Below 0 stochastic depth is better. "
+        "Thin lines on the left and all lines on the right are single seeds. Below 0, stochastic depth is better. "
         f"At the end the differences are {', '.join(f'{end:+.1f}' for end in sorted(ends))} points.",
         figure,
     )
@@ -106,13 +106,13 @@ def survival_curve(errors: Mapping[str, Mapping[float, Sequence[float]]], consta
     axes = figure.subplots()
     entries: list[tuple[Line2D | Patch, str]] = []
     for schedule, by_prob in errors.items():
-        colour, marker, dashes, name = _LOOKS[schedule]
+        color, marker, dashes, name = _LOOKS[schedule]
         probs = sorted(by_prob)
         means = [statistics.mean(by_prob[prob]) for prob in probs]
         stds = [_std(by_prob[prob]) for prob in probs]
-        axes.errorbar(probs, means, stds, color=colour, marker=marker, markersize=5, linestyle=dashes, capsize=3)
-        _dots(axes, {prob: by_prob[prob] for prob in probs}, colour)
-        entries.append((Line2D([], [], color=colour, marker=marker, markersize=5, linestyle=dashes), name))
+        axes.errorbar(probs, means, stds, color=color, marker=marker, markersize=5, linestyle=dashes, capsize=3)
+        _dots(axes, {prob: by_prob[prob] for prob in probs}, color)
+        entries.append((Line2D([], [], color=color, marker=marker, markersize=5, linestyle=dashes), name))
     if constant_depth:
         mean, std = statistics.mean(constant_depth), _std(constant_depth)
         axes.axhline(mean, color=MUTED, linewidth=1.2, linestyle=":")
@@ -134,7 +134,7 @@ def survival_curve(errors: Mapping[str, Mapping[float, Sequence[float]]], consta
 
 
 def heat_map(errors: Mapping[tuple[int, float], Sequence[float]]) -> Drawing:
-    """Test error over depth and p_L, as numbers on a colour scale.
+    """Test error over depth and p_L, as numbers on a color scale.
 
     Args:
         errors: test errors in percent of the seeds, by number of layers and p_L; constant depth is p_L = 1.
@@ -172,7 +172,7 @@ def heat_map(errors: Mapping[tuple[int, float], Sequence[float]]) -> Drawing:
         "heat_map",
         "runs",
         "Test error over depth and survival probability",
-        "Linear decay. Dark is low; bold: the lowest of its depth. Mean over the seeds.",
+        "Linear decay. Dark: low; bold: the lowest of its depth. Mean over the seeds.",
         figure,
     )
 
@@ -181,24 +181,24 @@ def _std(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def _dots(axes: Axes, values: Mapping[float, Sequence[float]], colour: str) -> None:
-    """Every seed beside its mean."""
+def _dots(axes: Axes, values: Mapping[float, Sequence[float]], color: str) -> None:
+    """Draw every seed beside its mean."""
     pairs = [(place, value) for place, seeds in values.items() for value in seeds]
-    axes.plot([x for x, _ in pairs], [y for _, y in pairs], ".", color=colour, markersize=3, alpha=0.6)
+    axes.plot([x for x, _ in pairs], [y for _, y in pairs], ".", color=color, markersize=3, alpha=0.6)
 
 
 def _over(errors: Mapping[bool, Mapping[float, Sequence[float]]], ticks: Sequence[float]) -> tuple[Figure, Axes]:
-    """A line for constant and for stochastic depth over something that grows by factors."""
+    """Lines for constant and stochastic depth on a logarithmic axis."""
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     axes = figure.subplots()
     entries: list[tuple[Line2D | Patch, str]] = []
     for stochastic, by_place in errors.items():
-        colour, dashes, name = _STOCHASTIC if stochastic else _CONSTANT
+        color, dashes, name = _STOCHASTIC if stochastic else _CONSTANT
         places = sorted(by_place)
         means, stds = [statistics.mean(by_place[x]) for x in places], [_std(by_place[x]) for x in places]
-        axes.errorbar(places, means, stds, color=colour, marker="o", markersize=5, linestyle=dashes, capsize=3)
-        _dots(axes, by_place, colour)
-        entries.append((Line2D([], [], color=colour, marker="o", markersize=5, linestyle=dashes), name))
+        axes.errorbar(places, means, stds, color=color, marker="o", markersize=5, linestyle=dashes, capsize=3)
+        _dots(axes, by_place, color)
+        entries.append((Line2D([], [], color=color, marker="o", markersize=5, linestyle=dashes), name))
     axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_xticks([], minor=True)
@@ -245,7 +245,7 @@ def rates(errors: Mapping[bool, Mapping[float, Sequence[float]]]) -> Drawing:
 
 
 def crossing(dataset: str, cells: Sequence[Cell]) -> Drawing:
-    """How much stochastic depth gains or loses, over steps and training images, and the line where it breaks even."""
+    """Gain of stochastic depth over steps and training images, and the line where it breaks even."""
     steps, images = sorted({cell.num_steps for cell in cells}), sorted({cell.num_images for cell in cells})
     means = {(cell.num_images, cell.num_steps): cell.mean for cell in cells}
     grid = [[means.get((count, number), math.nan) for number in steps] for count in images]
@@ -285,18 +285,18 @@ def crossing(dataset: str, cells: Sequence[Cell]) -> Drawing:
     return Drawing(
         f"crossing-{dataset}",
         "runs",
-        f"When stochastic depth starts to pay: {dataset}",
-        "Blue: stochastic depth is better. Black line: where it breaks even, interpolated between two lengths of "
-        "training. Mean over the seeds.",
+        f"When stochastic depth helps: {dataset}",
+        "Blue: stochastic depth is better. Black line: break-even, interpolated between two numbers of steps. Mean "
+        "over the seeds.",
         figure,
     )
 
 
 def split_by_loss(cells: Sequence[Cell]) -> float:
-    """The training loss of constant depth that best tells where stochastic depth is better: below it.
+    """The training loss of constant depth that best separates the cells: below it, stochastic depth is better.
 
-    Of all boundaries between two losses that occur, the geometric mean of those two, where the fewest cells lie on the
-    wrong side; the first of equal ones.
+    It is the geometric mean of two neighboring losses, chosen so that the fewest cells are on the wrong side; the first
+    of equally good ones.
     """
     losses = sorted({cell.train_loss for cell in cells})
     bounds = [losses[0] / 2, *(math.sqrt(a * b) for a, b in itertools.pairwise(losses)), 2 * losses[-1]]
@@ -308,7 +308,7 @@ def _short(value: float, _position: int) -> str:
 
 
 def threshold(dataset: str, cells: Sequence[Cell]) -> Drawing:
-    """The gain over the training loss at which constant depth ends: the rule of thumb."""
+    """The rule of thumb: the gain over the final training loss of constant depth."""
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     axes = figure.subplots()
     entries: list[tuple[Line2D | Patch, str]] = []
@@ -327,14 +327,14 @@ def threshold(dataset: str, cells: Sequence[Cell]) -> Drawing:
     axes.axvline(split_by_loss(cells), color=INK, linestyle="--", linewidth=1.2)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(_short))
-    axes.set_xlabel("training loss at which constant depth ends")
+    axes.set_xlabel("final training loss of constant depth")
     axes.set_title(f"{dataset}: test error of stochastic minus constant depth, points")
     legend(figure, entries)
     return Drawing(
         f"threshold-{dataset}",
         "runs",
         f"The rule of thumb: {dataset}",
-        "Below the dotted line stochastic depth is better. Dashed: the training loss that best separates gain from "
-        "loss. Lines join runs with the same number of images. Mean over the seeds.",
+        "Below the dotted line, stochastic depth is better. Dashed: the training loss that best separates gain from "
+        "loss. Lines connect runs with the same number of images. Mean over the seeds.",
         figure,
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from stochastic_depth_lab.atomic import write_whole
+from stochastic_depth_lab.files import write_whole
 from stochastic_depth_lab.report.figures import legend, save
 from stochastic_depth_lab.report.runs import printable
 from stochastic_depth_lab.report.table import aligned, csv_text
@@ -20,18 +20,18 @@ class Point:
     run: str
     """Name of the experiment."""
     num_blocks: int
-    """Residual blocks that are left."""
+    """Number of remaining residual blocks."""
     num_parameters: int
     flops: int
-    """Of a forward of one image; a multiply-add counts as two."""
+    """Of a forward pass of one image; a multiply-add counts as two."""
     latency_ms: float
-    """Of a forward of one image."""
+    """Of a forward pass of one image."""
     error: float
     """Test error in percent, with the BatchNorm statistics of the whole network."""
     recalibrated_error: float
-    """The same after BatchNorm statistics were taken anew."""
+    """The same with its own BatchNorm statistics."""
     finetuned_error: float | None = None
-    """The same after it was trained on. None: it was not."""
+    """The same after fine-tuning. None: not fine-tuned."""
 
 
 def curve_text(points: Sequence[Point]) -> str:
@@ -59,7 +59,7 @@ def curve_text(points: Sequence[Point]) -> str:
 
 
 def write_curve(points: Sequence[Point], folder: Path) -> tuple[Path, ...]:
-    """Write `subnetworks.csv`, `.png` and `.svg` into a folder, which is made if need be."""
+    """Write `subnetworks.csv`, `.png` and `.svg` into a folder, which is created if necessary."""
     folder.mkdir(parents=True, exist_ok=True)
     table = folder / "subnetworks.csv"
     fields = list(Point.__dataclass_fields__)
@@ -96,7 +96,7 @@ def curve_figure(points: Sequence[Point]) -> Figure:
     whole = max(points, key=lambda point: point.num_blocks)
     labels = ("parameters, share of the whole", "FLOPs, share of the whole", "latency of one image, ms")
     for number, (axes, label) in enumerate(zip(panels, labels, strict=True)):
-        for colour, run in zip(SERIES, dict.fromkeys(point.run for point in points), strict=False):
+        for color, run in zip(SERIES, dict.fromkeys(point.run for point in points), strict=False):
             own = sorted((point for point in points if point.run == run), key=lambda point: point.num_blocks)
             x = [
                 (point.num_parameters / whole.num_parameters, point.flops / whole.flops, point.latency_ms)[number]
@@ -108,7 +108,7 @@ def curve_figure(points: Sequence[Point]) -> Figure:
                 ("o--", ", fine-tuned", [point.finetuned_error for point in own]),
             ):
                 if None not in errors:
-                    axes.plot(x, errors, style, color=colour, markersize=3, label=f"{run}{suffix}")
+                    axes.plot(x, errors, style, color=color, markersize=3, label=f"{run}{suffix}")
         axes.set_xlabel(label)
     panels[0].set_ylabel("test error, %")
     panels[0].set_ylim(bottom=0)

@@ -1,4 +1,4 @@
-"""The side-by-side table: its rows once, shown as text, HTML and CSV."""
+"""The side-by-side table, as text, HTML and CSV."""
 
 import csv
 import io
@@ -7,15 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 
-from stochastic_depth_lab.config import Regularisers
+from stochastic_depth_lab.experiments.config import Regularisers
 from stochastic_depth_lab.report.runs import Run, labels, printable
 
 NOTHING = "\N{EN DASH}"
 _MOST_COLUMNS = 6
-"""Runs that the table shows side by side; more become rows of an index."""
+"""Largest number of runs side by side; more become rows of an index."""
 _SORTING = """\
 <script>
-// A click on a head sorts by its column, numbers as numbers; a second click turns the order round.
+// A click on a column head sorts by it, numbers as numbers; a second click reverses the order.
 for (const head of document.querySelectorAll("table.sortable thead th")) {
   head.style.cursor = "pointer";
   head.addEventListener("click", () => {
@@ -34,7 +34,7 @@ _HARDWARE = ("cpu", "num_threads", "device", "gpu")
 
 @dataclass(frozen=True)
 class Row:
-    """One quantity of every run; None where a run does not have it. `key` is its name in CSV files."""
+    """One quantity of every run; None for runs without it. `key` is its name in CSV files."""
 
     key: str
     label: str
@@ -48,7 +48,7 @@ class Row:
 
 
 def rows(runs: Sequence[Run]) -> tuple[Row, ...]:
-    """Every row of the table; the published results only where there are any."""
+    """The rows of the table, with the published results if there are any."""
 
     def row(key: str, label: str, form: Callable[[float], str], value: Callable[[Run], float | None]) -> Row:
         return Row(key, label, form, tuple(value(run) for run in runs))
@@ -69,9 +69,9 @@ def rows(runs: Sequence[Run]) -> tuple[Row, ...]:
         row("train_s", "training time, s", _seconds, lambda r: r.train_s),
         row("time_share", "training time per epoch, share of constant depth", _share, lambda r: time_share(r, runs)),
         row("expected_depth", "expected depth, blocks", _two_decimals, lambda r: r.expected_depth),
-        row("realised_depth", "realised depth, blocks", _two_decimals, lambda r: r.realised_depth),
+        row("realised_depth", "realized depth, blocks", _two_decimals, lambda r: r.realised_depth),
         row("expected_cost", "expected cost, share of training FLOPs", _share, lambda r: r.expected_cost),
-        row("realised_cost", "realised cost, share of training FLOPs", _share, lambda r: r.realised_cost),
+        row("realised_cost", "realized cost, share of training FLOPs", _share, lambda r: r.realised_cost),
         row("first_conv_grad", "mean |gradient| of first convolution", _three_digits, lambda r: r.first_conv_grad),
         row("num_parameters", "parameters", _count, lambda r: r.result and r.result.num_parameters),
     )
@@ -79,10 +79,7 @@ def rows(runs: Sequence[Run]) -> tuple[Row, ...]:
 
 
 def constant_depth_of(run: Run, runs: Sequence[Run]) -> Run | None:
-    """The constant-depth run of the same network, data and batch, of the same seed if there is one.
-
-    It has no other regulariser either.
-    """
+    """The constant-depth run of the same network, data and batch, without regularizers; preferably of the same seed."""
     same = [
         other
         for other in runs
@@ -100,7 +97,7 @@ def _batch_size(run: Run) -> object:
 
 
 def time_share(run: Run, runs: Sequence[Run]) -> float | None:
-    """Training time per epoch as a share of constant depth's; per epoch, as one of the two may be unfinished."""
+    """Training time relative to constant depth; per epoch, because a run may be unfinished."""
     constant = constant_depth_of(run, runs)
     if constant is None or constant.train_s == 0:
         return None
@@ -108,7 +105,7 @@ def time_share(run: Run, runs: Sequence[Run]) -> float | None:
 
 
 def remarks(runs: Sequence[Run]) -> tuple[str, ...]:
-    """What a reader must know beside the numbers: what is missing of a run, and where published numbers stand."""
+    """Notes on the numbers: what a run lacks, differences in hardware, sources of published results."""
     named = tuple(zip(labels(runs), runs, strict=True))
     notes = [f"{label}: {note}" for label, run in named for note in run.notes]
     sources = [
@@ -120,7 +117,7 @@ def remarks(runs: Sequence[Run]) -> tuple[str, ...]:
 
 
 def _unlike(named: Sequence[tuple[str, Run]], runs: Sequence[Run]) -> list[str]:
-    """The runs whose time is compared with that of another machine or precision."""
+    """Warnings about runs whose time is compared with that of another machine or precision."""
     warnings: list[str] = []
     for label, run in named:
         if constant := constant_depth_of(run, runs):
@@ -135,8 +132,8 @@ def text_table(runs: Sequence[Run], width: int = 80) -> str:
     """The table as aligned plain text, its remarks below.
 
     Args:
-        runs: what is compared, as many side by side as fit.
-        width: characters of a line; the names of the rows are broken.
+        runs: the runs, as many side by side as fit.
+        width: characters per line; the names of the rows are wrapped.
     """
     table = rows(runs)
     columns = [[label, *(row.cells[i] for row in table)] for i, label in enumerate(labels(runs))]
@@ -169,7 +166,7 @@ def aligned(cells: Sequence[Sequence[str]], left: int = 0) -> str:
 
     Args:
         cells: head and rows.
-        left: how many columns hold words, which begin at the left.
+        left: number of columns that are aligned to the left.
 
     Example:
         >>> print(aligned([["block", "error"], ["first", "1.50"], ["last", "12.25"]], left=1))
@@ -188,11 +185,11 @@ def aligned(cells: Sequence[Sequence[str]], left: int = 0) -> str:
 
 
 def sortable_table(cells: Sequence[Sequence[str]], links: Sequence[Mapping[str, str]] = ()) -> str:
-    """Head and rows as HTML, everything escaped; a click on a head sorts.
+    """Head and rows as escaped HTML; a click on a column head sorts.
 
     Args:
         cells: head and rows.
-        links: for each row words and where they lead: the first cell itself, or words after it. Empty: no links.
+        links: for each row, links by their words: the first cell itself, or words after it. Empty: no links.
     """
     head, *body = cells
     names = [_linked(first, of_row) for (first, *_), of_row in zip(body, links or [{}] * len(body), strict=True)]
@@ -217,21 +214,21 @@ def _linked(name: str, links: Mapping[str, str]) -> str:
 
 
 def _unbroken(cell: str) -> str:
-    """A mean and its deviation stay on one line."""
+    """The cell without line breaks between a mean and its deviation."""
     return cell.replace(" \N{PLUS-MINUS SIGN} ", "\N{NO-BREAK SPACE}\N{PLUS-MINUS SIGN}\N{NO-BREAK SPACE}")
 
 
 def is_index(runs: Sequence[Run]) -> bool:
-    """Whether they are too many to stand side by side: then each has a row, and a page of its own."""
+    """Whether there are too many runs to show side by side: then each gets a row and its own page."""
     return len(runs) > _MOST_COLUMNS
 
 
 def html_table(runs: Sequence[Run], links: Sequence[str] = ()) -> str:
-    """The table as HTML, everything in it escaped: a column for each run, or a row each if they are many.
+    """The table as escaped HTML, with a column for each run, or a row if there are many.
 
     Args:
-        runs: what is compared.
-        links: the pages of many runs.
+        runs: the runs.
+        links: their pages, if there are many.
     """
     if is_index(runs):
         table = rows(runs)
@@ -255,6 +252,12 @@ def csv_text(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
     file = io.StringIO()
     csv.writer(file, lineterminator="\n").writerows([header, *lines])
     return file.getvalue()
+
+
+def records_csv(records: Sequence[Mapping[str, object]]) -> str:
+    """A CSV file of records by column name. The first one has all columns; later ones may lack some."""
+    header = list(records[0]) if records else []
+    return csv_text(header, [[record.get(name) for name in header] for record in records])
 
 
 def summary_csv(runs: Sequence[Run]) -> str:

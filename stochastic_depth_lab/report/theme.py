@@ -1,4 +1,4 @@
-"""The look of the figures: one palette, which a page's style sheet can replace for the dark."""
+"""The style of the figures: one palette, which a page's style sheet replaces in dark mode."""
 
 import warnings
 from collections.abc import Generator
@@ -7,9 +7,9 @@ from contextlib import contextmanager
 import matplotlib as mpl
 
 INK, MUTED, GRID = "#1c1c1c", "#666666", "#dddddd"
-# Okabe and Ito's colour-blind-safe hues, darkened where they would have less than 3 : 1 against white.
+# Okabe and Ito's color-blind-safe hues, darkened to a contrast of at least 3:1 against white.
 SERIES = ("#d55e00", "#0072b2", "#00795b", "#a8457e", "#8a6a00", "#4d4d4d")
-# What a style sheet calls the colours, so that one drawing serves a light and a dark page.
+# Names of the colors in a style sheet, so that one figure works on a light and a dark page.
 CSS_NAMES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", **{hue: f"--series-{i}" for i, hue in enumerate(SERIES)}}
 DARK = {
     "--ink": "#e8e8e8",
@@ -26,9 +26,9 @@ DARK = {
 
 @contextmanager
 def figure_style() -> Generator[None, None, None]:
-    """Matplotlib's defaults with our changes, whatever the user's matplotlibrc says; undone at the end."""
+    """A context with matplotlib's defaults and our changes, regardless of the user's matplotlibrc."""
     with mpl.rc_context(), warnings.catch_warnings():
-        # A run's name in a script that the font lacks is drawn as boxes in a PNG; an SVG leaves the font to the reader.
+        # Characters of a run's name that the font lacks become boxes in a PNG; an SVG leaves the font to the reader.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         mpl.rcdefaults()
         mpl.rcParams.update(

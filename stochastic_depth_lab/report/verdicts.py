@@ -1,8 +1,8 @@
-"""Verdicts on claims, from runs paired by seed: confirmed, contradicted or undecided, by a test that is named.
+"""Verdicts on claims from runs paired by seed: confirmed, contradicted or undecided, by a stated test.
 
-Two runs of a seed share training images, initial weights and order, so their difference is what is tested: a paired
-t-test, two-sided. Its assumption, differences that are normal, cannot be checked with a handful of seeds; the exact
-sign-flip test beside it assumes symmetry alone, but cannot fall below 2 / 2^n: 0.0625 with five seeds.
+Two runs with one seed share training images, initial weights and order, so a two-sided paired t-test tests their
+difference. Its assumption, normal differences, cannot be checked with a few seeds. The exact sign-flip test beside it
+assumes only symmetry, but its p cannot fall below 2 / 2^n: 0.0625 with five seeds.
 """
 
 import itertools
@@ -14,7 +14,7 @@ from typing import Literal
 
 from scipy import stats
 
-from stochastic_depth_lab.config import Claim, Comparison
+from stochastic_depth_lab.experiments.config import Claim, Comparison
 
 Verdict = Literal["confirmed", "contradicted", "undecided"]
 LEVEL = 0.05
@@ -53,7 +53,7 @@ class Paired:
 
     @property
     def p(self) -> float:
-        """Of the paired t-test, two-sided; 1 for fewer than three seeds, which settle nothing."""
+        """Of the two-sided paired t-test; 1 for fewer than three seeds, which decide nothing."""
         n = len(self.differences)
         if n < 3:
             return 1.0
@@ -64,7 +64,7 @@ class Paired:
 
     @property
     def exact_p(self) -> float:
-        """Of the sign-flip test: the share of the 2^n ways to exchange the two that give at least such a mean."""
+        """Of the sign-flip test: the share of the 2^n ways to swap the two that give at least this mean."""
         observed = abs(math.fsum(self.differences))
         sums = [
             abs(math.fsum(sign * difference for sign, difference in zip(signs, self.differences, strict=True)))
@@ -75,7 +75,7 @@ class Paired:
 
 @dataclass(frozen=True)
 class Judged:
-    """A claim and what the runs say to it."""
+    """A claim and its verdict."""
 
     claim: Claim
     paired: tuple[Paired, ...]

@@ -37,7 +37,13 @@ DEADLINE_S = 30
 """What a cluster gives a process between SIGTERM and SIGKILL."""
 WAIT_S = 300.0
 """How long a run may take to its next checkpoint before it counts as hanging."""
-_PRELOADED = ["torch", "sklearn.datasets", "matplotlib", "stochastic_depth_lab.cli", "stochastic_depth_lab.loop"]
+_PRELOADED = [
+    "torch",
+    "sklearn.datasets",
+    "matplotlib",
+    "stochastic_depth_lab.cli.main",
+    "stochastic_depth_lab.training.loop",
+]
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(_PRELOADED)
 
@@ -52,7 +58,7 @@ def start(
 
 
 def _command(arguments: list[str], log: str, file_limit: int | None, variables: dict[str, str]) -> None:
-    from stochastic_depth_lab.cli import main
+    from stochastic_depth_lab.cli.main import main
 
     os.environ.update(variables)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

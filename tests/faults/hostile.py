@@ -12,16 +12,13 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import functools
-import gzip
 import io
 import json
 import os
-import pickle
 import random
 import resource
 import signal
 import sys
-import tarfile
 import tempfile
 import traceback
 import warnings
@@ -32,18 +29,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import scipy.io
 import torch
 
-from stochastic_depth_lab import checkpoint, config, records
-from stochastic_depth_lab.data import DataError, cifar, svhn
-from stochastic_depth_lab.experiments import find
+from stochastic_depth_lab.errors import CheckpointError, ReportError, RunError
+from stochastic_depth_lab.experiments import config, find
+from stochastic_depth_lab.experiments.checks import check
 from stochastic_depth_lab.report import read_run
-from stochastic_depth_lab.report.runs import ReportError
+from stochastic_depth_lab.runs import checkpoint, records
 
 Reader = Callable[[bytes, Path], object]
-OWN_ERRORS = (DataError, checkpoint.CheckpointError, records.RunError, ReportError)
+OWN_ERRORS = (CheckpointError, RunError, ReportError)
 EXPERIMENT = config.as_json(replace(find("digits-stochastic"), name="<b>&\"'"))
 SECONDS, MEMORY_BYTES = 5, 2 << 30
 
@@ -53,36 +48,6 @@ class Hang(BaseException):
 
 
 # ---------------------------------------------------------------------------------------------- good files
-
-
-def _cifar(protocol: int) -> bytes:
-    rng = np.random.default_rng(0)
-    batch = {b"data": rng.integers(0, 256, (3, 3072), dtype=np.uint8), b"labels": [1, 2, 9], b"batch_label": b"one"}
-    return pickle.dumps(batch, protocol=protocol)
-
-
-def _mat(*, compressed: bool) -> bytes:
-    file = io.BytesIO()
-    rng = np.random.default_rng(0)
-    content = {"X": rng.integers(0, 256, (32, 32, 3, 2), dtype=np.uint8), "y": np.array([[1], [10]], np.uint8)}
-    scipy.io.savemat(file, content, do_compression=compressed)
-    return file.getvalue()
-
-
-_WANTED = {"folder/one": "one", "folder/two": "two"}
-
-
-def _tar() -> bytes:
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w") as tar:
-        for name, content in (("folder/one", b"1" * 700), ("folder/two", b"2" * 20)):
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-        link = tarfile.TarInfo("../outside")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        tar.addfile(link)
-    return file.getvalue()
 
 
 def _checkpoint() -> bytes:
@@ -113,16 +78,6 @@ _RUN: dict[str, bytes] = {
 # ---------------------------------------------------------------------------------------------- readers
 
 
-def _read_mat(content: bytes, folder: Path) -> object:
-    (folder / "train.mat").write_bytes(content)
-    return svhn.read_file(folder / "train.mat")
-
-
-def _read_archive(content: bytes, folder: Path) -> object:
-    (folder / "archive.tar.gz").write_bytes(content)
-    return cifar._members(folder / "archive.tar.gz", _WANTED)
-
-
 def _read_checkpoint(content: bytes, folder: Path) -> object:
     (folder / "last.pt").write_bytes(content)
     return checkpoint.load(folder, EXPERIMENT)
@@ -131,7 +86,7 @@ def _read_checkpoint(content: bytes, folder: Path) -> object:
 def _read_config(content: bytes, folder: Path) -> object:
     (folder / "config.json").write_bytes(content)
     experiment = config.from_json(records.read_json(folder / "config.json"))
-    config.check(experiment)
+    check(experiment)
     return experiment
 
 
@@ -182,11 +137,6 @@ def damaged(content: bytes, draws: random.Random) -> bytes:
     return bytes(changed)
 
 
-def _damaged_tar(content: bytes, draws: random.Random) -> bytes:
-    packed = gzip.compress(damaged(content, draws) if draws.random() < 0.7 else content, 1)
-    return packed if draws.random() < 0.7 else damaged(packed, draws)
-
-
 def _damaged_zip(content: bytes, draws: random.Random) -> bytes:
     """Damaged as a file, or rebuilt with right checksums around a damaged part: the pickle most of all."""
     if draws.random() < 0.4:
@@ -229,26 +179,11 @@ Target = tuple[Reader, Callable[[random.Random], bytes], bytes]
 @functools.cache
 def targets() -> dict[str, Target]:
     """For each reader what makes its inputs, and an input that it must read."""
-    pickles = [_cifar(protocol) for protocol in (3, 4, 5)]
-    mats = [_mat(compressed=False), _mat(compressed=True)]
-    tar, packed, names = _tar(), _checkpoint(), pickle.dumps({b"label_names": ["<b>", "../x"], b"n": 3}, protocol=4)
-    metrics = _RUN["metrics.jsonl"]
+    packed, metrics = _checkpoint(), _RUN["metrics.jsonl"]
     made: dict[str, Target] = {
-        "CIFAR batch": (
-            lambda content, _: cifar.read_batch(content, "labels", 10, "batch"),
-            lambda draws: damaged(draws.choice(pickles), draws),
-            pickles[0],
-        ),
-        "CIFAR names": (
-            lambda content, _: cifar._read_names(content, "label_names", "meta"),
-            lambda draws: damaged(names, draws),
-            names,
-        ),
-        "SVHN .mat": (_read_mat, lambda draws: damaged(draws.choice(mats), draws), mats[0]),
-        "archive": (_read_archive, lambda draws: _damaged_tar(tar, draws), gzip.compress(tar)),
         "checkpoint": (_read_checkpoint, lambda draws: _damaged_zip(packed, draws), packed),
         "config.json": (_read_config, lambda draws: _damaged_json(_RUN["config.json"], draws), _RUN["config.json"]),
-        "metrics.jsonl, to go on": (_keep_epochs, lambda draws: _damaged_json(metrics, draws), metrics),
+        "metrics.jsonl, to resume": (_keep_epochs, lambda draws: _damaged_json(metrics, draws), metrics),
     }
     for name, good in _RUN.items():
         reader = functools.partial(_read_run_with, name)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import pickle
 import subprocess
 import sys
-import tarfile
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +18,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stochastic_depth_lab import checkpoint, config
-from stochastic_depth_lab.data import DataError, cifar
-from stochastic_depth_lab.experiments import find
+from stochastic_depth_lab.data import cifar
+from stochastic_depth_lab.errors import CheckpointError
+from stochastic_depth_lab.experiments import config, find
+from stochastic_depth_lab.experiments.checks import check
+from stochastic_depth_lab.runs import checkpoint
 
 NUM_INPUTS = 10_000
 
@@ -53,10 +53,10 @@ def test_a_pickle_that_calls_the_system_calls_nothing(tmp_path: Path) -> None:
     pickle.loads(pickle.dumps(Calls(marker)))
     assert marker.exists()  # it would
     marker.unlink()
-    with pytest.raises(DataError, match=r"posix\.system, which could run foreign code"):
-        cifar.read_batch(pickle.dumps({"data": Calls(marker), "labels": []}), "labels", 10, "batch")
+    with pytest.raises(pickle.UnpicklingError, match=r"posix\.system, which could run foreign code"):
+        cifar.read_batch(pickle.dumps({"data": Calls(marker), "labels": []}), "labels")
     torch.save({"format_version": checkpoint.FORMAT_VERSION, "model": Calls(marker)}, tmp_path / "last.pt")
-    with pytest.raises(checkpoint.CheckpointError, match=r"no checkpoint is whole: .* is damaged"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint is intact: .* is damaged"):
         checkpoint.load(tmp_path, hostile.EXPERIMENT)
     assert not marker.exists()
 
@@ -65,43 +65,8 @@ def test_a_checkpoint_that_unpacks_to_gigabytes_is_refused_before_it_is_unpacked
     with zipfile.ZipFile(tmp_path / "last.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
         bomb.writestr("archive/data.pkl", b"\x00" * 50_000_000)
     assert (tmp_path / "last.pt").stat().st_size < 100_000
-    with pytest.raises(checkpoint.CheckpointError, match="packed, which PyTorch never does"):
+    with pytest.raises(CheckpointError, match="compressed, which PyTorch never does"):
         checkpoint.read(tmp_path / "last.pt")
-
-
-def test_an_archive_that_unpacks_to_gigabytes_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
-    path = tmp_path / "archive.tar.gz"
-    with tarfile.open(path, "w:gz") as tar:
-        member = tarfile.TarInfo("folder/one")
-        member.size = 2 << 30  # its header promises it; a bomb would keep the promise
-        tar.fileobj.write(member.tobuf())
-        tar.fileobj.write(bytes(10_000))
-    with pytest.raises(DataError, match="unpacks to more than 1,073,741,824 bytes"):
-        cifar._members(path, {"folder/one": "one"})
-
-
-def test_a_pickle_that_asks_for_a_far_place_in_the_memo_gets_no_memory() -> None:
-    far = b"\x80\x04Nr\xff\xff\xff\x7f."  # None, kept at place 2**31 - 1: Python makes room for twice as many
-    with pytest.raises(DataError, match="at place 2147483647 of the memo"):
-        cifar.read_batch(far, "labels", 10, "batch")
-
-
-def test_tar_members_that_point_elsewhere_write_nothing(tmp_path: Path) -> None:
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w:gz") as tar:
-        for name, kind in (
-            ("../evil", tarfile.REGTYPE),
-            ("/tmp/evil", tarfile.REGTYPE),
-            ("folder/one", tarfile.SYMTYPE),
-        ):
-            member = tarfile.TarInfo(name)
-            member.type, member.linkname, member.size = kind, "/etc/passwd", 0
-            tar.addfile(member)
-    inside = tmp_path / "inside"
-    inside.mkdir()
-    (inside / "archive.tar.gz").write_bytes(file.getvalue())
-    assert cifar._members(inside / "archive.tar.gz", {"folder/one": "one"}) == {}
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["archive.tar.gz", "inside"]
 
 
 _JSON = st.recursive(
@@ -117,18 +82,11 @@ _FIELDS = st.sampled_from([name for name in hostile.EXPERIMENT if name != "name"
 def test_any_value_in_a_configuration_is_taken_or_refused(changes: list[tuple[str, Any]]) -> None:
     with contextlib.suppress(ValueError):  # and nothing else
         experiment = config.from_json({**hostile.EXPERIMENT, **dict(changes)})
-        config.check(experiment)
+        check(experiment)
         assert config.from_json(config.as_json(experiment)) == experiment
-
-
-@given(_JSON)
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-def test_any_plain_pickle_is_a_batch_or_refused(value: Any) -> None:
-    with pytest.raises(DataError):
-        cifar.read_batch(pickle.dumps(value), "labels", 10, "batch")
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/outside", "a/b", "..", ".", "", "a\x00b", "a\\b"])
 def test_a_name_that_leads_out_of_the_runs_folder_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="name of a run must be a plain file name"):
-        config.check(replace(find("digits-constant"), name=name))
+        check(replace(find("digits-constant"), name=name))

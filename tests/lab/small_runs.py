@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from stochastic_depth_lab import evaluation, loop, trained
-from stochastic_depth_lab.config import Depth, Experiment
+from stochastic_depth_lab.after import evaluation, trained
 from stochastic_depth_lab.experiments import find
+from stochastic_depth_lab.experiments.config import Depth, Experiment
+from stochastic_depth_lab.training import loop, setup
 
 CPU = torch.device("cpu")
 TIMES = ("train_s", "process_s", "steps_per_s")
@@ -67,7 +68,7 @@ def float64() -> Generator[None]:
     Another processor adds in another order, and training amplifies the difference: two float32 trajectories agree to
     any fixed tolerance on one machine and not on the next.
     """
-    plain = loop.build_network
+    plain = setup.build_network
 
     def built(*arguments: Any) -> Any:
         model, depth = plain(*arguments)
@@ -75,7 +76,7 @@ def float64() -> Generator[None]:
         return model, depth
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (loop, evaluation, trained):
+        for module in (setup, evaluation, trained):
             patch.setattr(module, "build_network", built)
         yield
 

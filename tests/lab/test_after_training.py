@@ -21,12 +21,12 @@ from small_runs import CPU, float64, small, train
 from torch import nn
 
 import stochastic_depth as sd
-from stochastic_depth_lab import export
-from stochastic_depth_lab.cli import main
+from stochastic_depth_lab.after import export
+from stochastic_depth_lab.after.finetuning import finetune
+from stochastic_depth_lab.after.trained import Trained, load_trained
+from stochastic_depth_lab.after.uncertainty import reliability
+from stochastic_depth_lab.cli.main import main
 from stochastic_depth_lab.data import batches
-from stochastic_depth_lab.finetuning import finetune
-from stochastic_depth_lab.trained import Trained, load_trained
-from stochastic_depth_lab.uncertainty import reliability
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +282,7 @@ class NoOnnx(nn.Module):
 
 
 def test_an_operator_that_onnx_lacks_is_named_in_one_line() -> None:
-    with pytest.raises(ValueError, match=r"ONNX has no form of this network: .*(airy|svd)") as error:
+    with pytest.raises(ValueError, match=r"ONNX cannot represent this network: .*(airy|svd)") as error:
         export.write_onnx(NoOnnx(), torch.ones(2, 1, 3, 3), {})
     assert "\n" not in str(error.value)
 

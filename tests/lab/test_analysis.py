@@ -7,12 +7,12 @@ import torch
 from small_runs import CPU, Silent, float64, small, train
 
 import stochastic_depth as sd
-from stochastic_depth_lab.analysis import analyse
-from stochastic_depth_lab.cli import main
-from stochastic_depth_lab.config import Depth
+from stochastic_depth_lab.after.analysis import analyse
+from stochastic_depth_lab.cli.main import main
 from stochastic_depth_lab.data import Normalisation, load
+from stochastic_depth_lab.experiments.config import Depth
 from stochastic_depth_lab.report import ReportError
-from stochastic_depth_lab.report.analysis import read_analysis
+from stochastic_depth_lab.report.evaluations import read_analysis
 
 
 @pytest.fixture(scope="module", params=[None, Depth(), Depth(rescale="train")], ids=["constant", "eval", "train"])
@@ -73,9 +73,9 @@ def test_the_report_shows_it(analysed, tmp_path, capsys):
     folder, depth, _, analysis = analysed
     assert main(["report", str(folder), "--out", str(tmp_path)]) == 0
     page = (tmp_path / "report.html").read_text()
-    assert "What the blocks learnt: small" in page
-    assert ("How many blocks the steps ran" in page) == (depth is not None)
-    assert (tmp_path / "figures" / "learnt-1.svg").exists()
+    assert "What the blocks do: small" in page
+    assert ("The number of blocks that the steps ran" in page) == (depth is not None)
+    assert (tmp_path / "figures" / "blocks-1.svg").exists()
     lines = (tmp_path / "data" / "analysis.csv").read_text().splitlines()
     assert len(lines) == 7
     assert float(lines[1].split(",")[3]) == analysis.branch_shares[0]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from stochastic_depth_lab.cli import main
+from stochastic_depth_lab.cli.main import main
 
 
 def test_every_way_of_training_is_measured_and_drawn(capsys: pytest.CaptureFixture[str]) -> None:

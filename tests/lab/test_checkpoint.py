@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from stochastic_depth_lab import atomic, checkpoint
-from stochastic_depth_lab.checkpoint import CheckpointError, load, save
-from stochastic_depth_lab.config import as_json
+from stochastic_depth_lab import files
+from stochastic_depth_lab.errors import CheckpointError
 from stochastic_depth_lab.experiments import find
+from stochastic_depth_lab.experiments.config import as_json
+from stochastic_depth_lab.runs import checkpoint
+from stochastic_depth_lab.runs.checkpoint import load, save
 
 EXPERIMENT = as_json(replace(find("digits-constant"), name="x"))
 
@@ -39,7 +41,7 @@ def die_at(monkeypatch: pytest.MonkeyPatch, call: int, error: BaseException) -> 
 
     monkeypatch.setattr(os, "fsync", dying(os.fsync))
     monkeypatch.setattr(Path, "replace", dying(Path.replace))
-    monkeypatch.setattr(atomic, "flush_folder", dying(atomic.flush_folder))
+    monkeypatch.setattr(files, "flush_folder", dying(files.flush_folder))
 
 
 def loaded(folder: Path) -> int:
@@ -109,7 +111,7 @@ def test_a_damaged_one_gives_way_to_the_one_before(tmp_path, damage):
     assert len(remarks) == 1
     assert "last.pt is damaged" in remarks[0]
     (tmp_path / "previous.pt").write_bytes(b"rubbish")
-    with pytest.raises(CheckpointError, match="no checkpoint is whole"):
+    with pytest.raises(CheckpointError, match="no checkpoint is intact"):
         load(tmp_path, EXPERIMENT)
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from small_runs import assert_same, outcome
 
-from stochastic_depth_lab import cli
-from stochastic_depth_lab.cli import main
-from stochastic_depth_lab.observers import Lines
-from stochastic_depth_lab.options import parse_train
+from stochastic_depth_lab.cli.main import main
+from stochastic_depth_lab.cli.options import parse_train
+from stochastic_depth_lab.experiments import PAIRS
+from stochastic_depth_lab.training.progress import Lines
 
 SMALL = shlex.split(
     "--model.num-layers 14 --data.limit 100 --recipe.batch-size 16 --recipe.epochs 6 --recipe.epoch-passes 1"
@@ -43,7 +43,7 @@ def command(*arguments: object) -> list[str]:
 def test_help_imports_no_torch(arguments):
     code = f"""
 import sys
-from stochastic_depth_lab.cli import main
+from stochastic_depth_lab.cli.main import main
 try:
     main({arguments!r})
 except SystemExit as stop:
@@ -87,7 +87,7 @@ class OnlyPython(MetaPathFinder):
 
 
 sys.meta_path.insert(0, OnlyPython())
-from stochastic_depth_lab.cli import main
+from stochastic_depth_lab.cli.main import main
 sys.exit(main({words!r}))
 """
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -96,9 +96,9 @@ sys.exit(main({words!r}))
 
 
 def test_without_the_extra_one_line_says_how_to_get_it(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "stochastic_depth_lab.observers", None)
+    monkeypatch.setitem(sys.modules, "stochastic_depth_lab.training.progress", None)
     monkeypatch.setitem(sys.modules, "rich.console", None)
-    monkeypatch.delitem(sys.modules, "stochastic_depth_lab.observers")
+    monkeypatch.delitem(sys.modules, "stochastic_depth_lab.training.progress")
     assert main(["train", "digits-constant", "--out", str(tmp_path / "run")]) == 1
     said = capsys.readouterr().err
     assert said == (
@@ -109,7 +109,7 @@ def test_without_the_extra_one_line_says_how_to_get_it(tmp_path, capsys, monkeyp
 def test_whoever_stops_reading_ends_the_command_in_silence():
     read, write = os.pipe()
     os.close(read)
-    code = "import sys; from stochastic_depth_lab.cli import main; sys.exit(main(['schedule']))"
+    code = "import sys; from stochastic_depth_lab.cli.main import main; sys.exit(main(['schedule']))"
     shown = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert shown.stderr == ""
@@ -166,7 +166,7 @@ MISTAKES = {
     "evaluate NOWHERE": "is not a run folder",
     "report FULL": "is not a run folder",
     "report": "Missing RUN",
-    "evaluate FULL --analyse --out OUT": "--analyse writes to the run folder",
+    "evaluate FULL --analyse --out OUT": "--out is for --subnetworks and --monte-carlo",
     "evaluate FULL --out OUT": "--out is for --subnetworks and --monte-carlo",
     "sweep digits-stochastic --quick --out /proc/nowhere": "/proc/nowhere",
     "reproduce gradients --quick --out /proc/nowhere": "/proc/nowhere",
@@ -220,7 +220,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, capsys, monkeypatch
     """The file may grow to a megabyte, as on a disk that is full there; a real limit of the operating system."""
     run = tmp_path / "run"
     code = (
-        "import resource, signal, sys; from stochastic_depth_lab.cli import main; "
+        "import resource, signal, sys; from stochastic_depth_lab.cli.main import main; "
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
         "sys.exit(main(sys.argv[1:]))"
     )
@@ -256,19 +256,15 @@ def test_train_reports_and_evaluates(tmp_path, capsys):
 
 
 def test_reproduce_trains_both_and_reports(tmp_path, capsys, monkeypatch):
-    for name in ("digits-110-constant", "digits-110-stochastic"):
-        experiment, _ = parse_train([name, "--out", "x", *SMALL])
-        monkeypatch.setitem(cli.EXPERIMENTS, name, experiment)
+    names = "digits-110-constant", "digits-110-stochastic"
+    monkeypatch.setitem(PAIRS, "digits-110", tuple(parse_train([name, "--out", "x", *SMALL])[0] for name in names))
     assert main(["reproduce", "digits-110", "--out", str(tmp_path / "runs"), "--seed", "2"]) == 0
     shown = capsys.readouterr()
     assert "digits-110-constant" in shown.out
     assert "digits-110-stochastic" in shown.out
     assert (tmp_path / "runs" / "report.html").exists()
     assert len(list((tmp_path / "runs" / "figures").glob("*.png"))) >= 3
-    rows = [
-        json.loads((tmp_path / "runs" / name / "config.json").read_text())["seed"]
-        for name in ("digits-110-constant", "digits-110-stochastic")
-    ]
+    rows = [json.loads((tmp_path / "runs" / name / "config.json").read_text())["seed"] for name in names]
     assert rows == [2, 2]
     assert main(["reproduce", "digits-110", "--out", str(tmp_path / "runs"), "--seed", "2"]) == 2
     assert main(["reproduce", "digits-110", "--out", str(tmp_path / "runs"), "--seed", "2", "--resume"]) == 0

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from stochastic_depth_lab.cli import main
-from stochastic_depth_lab.config import Experiment, as_json, check, differences, from_json, quick, small
+from stochastic_depth_lab.cli.main import main
 from stochastic_depth_lab.experiments import EXPERIMENTS, STUDIES, few, find, find_pair, find_study
+from stochastic_depth_lab.experiments.checks import check
+from stochastic_depth_lab.experiments.config import Experiment, as_json, differences, from_json
+from stochastic_depth_lab.experiments.scales import quick, small
 
 PUBLISHED = {  # PAPER.md
     "cifar10-110": (6.41, 5.23),
@@ -76,7 +78,7 @@ def test_differences_are_named_once_and_what_an_older_version_did_not_know_is_it
     ]
     with pytest.raises(ValueError, match="not the configuration of an experiment of this version"):
         differences(constant, {**constant, "newer": 1})
-    with pytest.raises(ValueError, match=r"of this version: it has no field 'recipe'\.$"):
+    with pytest.raises(ValueError, match=r"of this version: it has no recipe\.$"):
         from_json({name: value for name, value in constant.items() if name != "recipe"})
 
 

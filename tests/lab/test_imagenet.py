@@ -7,12 +7,14 @@ import pytest
 import torch
 from small_runs import CPU, assert_same, outcome, train
 
-from stochastic_depth_lab import loop
-from stochastic_depth_lab.build import build_network, describe_branches, load_images
-from stochastic_depth_lab.cli import main
-from stochastic_depth_lab.config import Experiment, check, quick
-from stochastic_depth_lab.config import small as small_form
+from stochastic_depth_lab.cli.main import main
 from stochastic_depth_lab.experiments import find
+from stochastic_depth_lab.experiments.checks import check
+from stochastic_depth_lab.experiments.config import Experiment
+from stochastic_depth_lab.experiments.scales import quick
+from stochastic_depth_lab.experiments.scales import small as small_form
+from stochastic_depth_lab.training import loop
+from stochastic_depth_lab.training.setup import build_network, describe_branches, load_images
 
 PAIR = ("imagenet-152-constant", "imagenet-152-stochastic")
 
@@ -74,7 +76,7 @@ def test_evaluation_reads_the_folder_again(made_up_data_root, tmp_path, capsys):
     assert main(["evaluate", str(tmp_path / "run")]) == 0
     assert f"best weights  test        error {result['test_error']:.2f} %" in capsys.readouterr().out
     assert main(["evaluate", str(tmp_path / "run"), "--analyse"]) == 2
-    assert "networks for small images only" in capsys.readouterr().err
+    assert "works only for the paper's networks for small images" in capsys.readouterr().err
 
 
 def test_a_missing_folder_says_how_to_get_it(tmp_path, capsys):
@@ -82,7 +84,7 @@ def test_a_missing_folder_says_how_to_get_it(tmp_path, capsys):
         assert main(["train", name, "--out", str(tmp_path / "run"), "--data-root", str(tmp_path)]) == 2
         shown = capsys.readouterr().err
         assert shown.count("\n") == 1
-        assert "Register at https://image-net.org, fetch ILSVRC2012_img_train.tar (138 GB)" in shown
+        assert "Register at https://image-net.org, download ILSVRC2012_img_train.tar (138 GB)" in shown
     assert not (tmp_path / "run").exists()
 
 
@@ -108,8 +110,8 @@ def test_the_papers_recipe():
         ({"data": {"normalisation": "pixel"}}, "must be channel for imagenet"),
         ({"data": {"image_size": 16}}, "data.image_size must be at least 32, but is 16"),
         ({"data": {"num_workers": -1}}, "data.num_workers must be at least 0, but is -1"),
-        ({"data": {"dataset": "cifar10", "image_size": 64}}, "images of cifar10 have a size of their own"),
-        ({"regularisers": {"filter_survival_prob": 0.5}}, "small images only"),
+        ({"data": {"dataset": "cifar10", "image_size": 64}}, "images of cifar10 have a fixed size"),
+        ({"regularisers": {"filter_survival_prob": 0.5}}, "work only in the paper"),
     ],
     ids=json.dumps,
 )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from stochastic_depth_lab.cli import main
+from stochastic_depth_lab.cli.main import main
 
 
 def test_a_timm_model_is_shown_with_its_rates_and_its_saving(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import stochastic_depth as sd
-from stochastic_depth_lab.kept_bytes import kept_bytes
+from stochastic_depth_lab.measure.kept_bytes import kept_bytes
 
 FLOAT = 4
 

@@ -11,13 +11,18 @@ import torch.nn.functional as F
 from small_runs import CPU, Silent, assert_same, float64, outcome, small, train
 
 import stochastic_depth as sd
-from stochastic_depth_lab import checkpoint, config, loop
-from stochastic_depth_lab.build import find_device
-from stochastic_depth_lab.config import Data, Depth, Regularisers
+from stochastic_depth_lab.after.evaluation import evaluate_run
 from stochastic_depth_lab.data import Augmentation, Normalisation, batches, load
-from stochastic_depth_lab.evaluation import Evaluation, evaluate_run
-from stochastic_depth_lab.loop import Interrupted, NotFiniteError
-from stochastic_depth_lab.lr_schedules import learning_rate
+from stochastic_depth_lab.errors import CheckpointError
+from stochastic_depth_lab.experiments import config
+from stochastic_depth_lab.experiments.config import Data, Depth, Regularisers
+from stochastic_depth_lab.runs import checkpoint
+from stochastic_depth_lab.training import loop
+from stochastic_depth_lab.training.evaluation import Evaluation
+from stochastic_depth_lab.training.loop import Interrupted
+from stochastic_depth_lab.training.run import NotFiniteError, Run
+from stochastic_depth_lab.training.schedules import learning_rate
+from stochastic_depth_lab.training.setup import find_device
 
 
 class StopAfter:
@@ -212,7 +217,7 @@ def test_the_lowest_validation_error_may_lie_within_an_epoch(tmp_path, monkeypat
         seen["test"].append(after)
         return Evaluation(float(after), 1.0)
 
-    monkeypatch.setattr(loop._Run, "_evaluate", scripted)
+    monkeypatch.setattr(Run, "_evaluate", scripted)
     result = train(small(epochs=4, validate_every=3), tmp_path / "run")
     assert seen["validation"] == list(validations)  # none of them twice
     assert seen["test"] == [3, 6, 7, 9, 12, 14, 21, 28]  # where it was the lowest so far, and for each epoch's line
@@ -285,5 +290,5 @@ def test_a_checkpoint_with_the_state_of_something_else_is_refused(tmp_path, chan
     for name in ("experiment", "format_version"):
         del state[name]
     checkpoint.save(path, {**state, **change}, config.as_json(experiment))  # whole, and with the right digest
-    with pytest.raises(checkpoint.CheckpointError, match="holds the state of something else"):
+    with pytest.raises(CheckpointError, match="does not fit this run"):
         train(experiment, tmp_path / "run", resume=True)

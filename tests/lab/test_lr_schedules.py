@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 
-from stochastic_depth_lab.config import Recipe
 from stochastic_depth_lab.experiments import find
-from stochastic_depth_lab.lr_schedules import learning_rate
+from stochastic_depth_lab.experiments.config import Recipe
+from stochastic_depth_lab.training.schedules import learning_rate
 
 
 def runs_of(recipe: Recipe) -> list[tuple[float, int]]:

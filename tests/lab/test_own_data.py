@@ -9,10 +9,10 @@ from small_runs import CPU, Silent, assert_same, outcome, small, train
 from torch.utils.data import DataLoader, TensorDataset
 
 import stochastic_depth as sd
-from stochastic_depth_lab.config import Data
+from stochastic_depth_lab.after.evaluation import evaluate_run
 from stochastic_depth_lab.data import DataError, ImageData, Split, load
-from stochastic_depth_lab.evaluation import evaluate_run
-from stochastic_depth_lab.loop import Interrupted
+from stochastic_depth_lab.experiments.config import Data
+from stochastic_depth_lab.training.loop import Interrupted
 
 OWN = replace(small(epochs=2), data=Data("my digits"))
 

@@ -19,14 +19,15 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "library" / "distributed"), str(
 import ranks  # noqa: E402
 
 import stochastic_depth as sd  # noqa: E402
-from stochastic_depth_lab import checkpoint, loop  # noqa: E402
-from stochastic_depth_lab.build import find_device  # noqa: E402
-from stochastic_depth_lab.cli import main  # noqa: E402
-from stochastic_depth_lab.config import Depth, Experiment  # noqa: E402
+from stochastic_depth_lab.cli.main import main  # noqa: E402
 from stochastic_depth_lab.data import batches, load, part_of_batch  # noqa: E402
 from stochastic_depth_lab.data.normalisation import Normalisation  # noqa: E402
-from stochastic_depth_lab.processes import Processes  # noqa: E402
-from stochastic_depth_lab.records import RunError  # noqa: E402
+from stochastic_depth_lab.errors import RunError  # noqa: E402
+from stochastic_depth_lab.experiments.config import Depth, Experiment  # noqa: E402
+from stochastic_depth_lab.runs import checkpoint  # noqa: E402
+from stochastic_depth_lab.training import loop, setup  # noqa: E402
+from stochastic_depth_lab.training.processes import Processes  # noqa: E402
+from stochastic_depth_lab.training.setup import find_device  # noqa: E402
 
 # Halves of 15 images differ, so that dropout draws more in one process than in the other.
 SMALL = small(num_threads=1, validate_every=3, batch_size=15)
@@ -92,7 +93,7 @@ def _full(rank: int, folder: str) -> str:
 @contextlib.contextmanager
 def _layer_norm() -> Generator[None]:
     """Networks that normalise each image by itself, in float64: a batch is the mean of its parts to rounding."""
-    plain = loop.build_network
+    plain = setup.build_network
 
     def built(*arguments: Any) -> Any:
         model, depth = plain(*arguments)
@@ -104,7 +105,7 @@ def _layer_norm() -> Generator[None]:
         return model, depth
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "build_network", built)
+        patch.setattr(setup, "build_network", built)
         yield
 
 
@@ -240,7 +241,7 @@ def test_the_parts_of_the_batches_are_the_batches(num_images, num_ranks):
 
 
 def test_batch_norm_is_synchronised_on_gpus_only():
-    with pytest.raises(ValueError, match="synchronised, which PyTorch does on GPUs only"):
+    with pytest.raises(ValueError, match="synchronised, which PyTorch supports on GPUs only"):
         Processes(0, 2).wrapped(torch.nn.BatchNorm2d(3), torch.device("cpu"), synchronise_batch_norm=True)
 
 

@@ -11,17 +11,17 @@ from dataclasses import replace
 import pytest
 from small_runs import CPU, small, train
 
-from stochastic_depth_lab import records
-from stochastic_depth_lab.config import as_json
-from stochastic_depth_lab.records import RunError, RunFolder
+from stochastic_depth_lab.errors import RunError
+from stochastic_depth_lab.experiments.config import as_json
+from stochastic_depth_lab.runs.records import RunFolder
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from stochastic_depth_lab import records
-from stochastic_depth_lab.config import as_json
+from stochastic_depth_lab.runs import records
+from stochastic_depth_lab.experiments.config import as_json
 from stochastic_depth_lab.experiments import find
-with records.opened(Path(sys.argv[1]), find("digits-constant"), resume=True):
+with records.RunFolder(Path(sys.argv[1]), find("digits-constant")).opened(resume=True):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -39,14 +39,14 @@ def test_a_second_run_on_one_folder_is_refused_and_a_dead_ones_lock_is_not(tmp_p
         process.wait()
         process.stdout.close()
     assert (tmp_path / "run" / ".lock").exists()
-    with records.opened(tmp_path / "run", small(), resume=False):  # nothing but the lock: as good as empty
+    with RunFolder(tmp_path / "run", small()).opened(resume=False):  # nothing but the lock: as good as empty
         pass
 
 
 def test_the_lock_is_free_after_the_run(tmp_path):
-    with records.opened(tmp_path / "run", small(), resume=False):
+    with RunFolder(tmp_path / "run", small()).opened(resume=False):
         pass
-    with records.opened(tmp_path / "run", small(), resume=False):
+    with RunFolder(tmp_path / "run", small()).opened(resume=False):
         pass
 
 

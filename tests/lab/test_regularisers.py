@@ -7,8 +7,9 @@ import torch
 from small_runs import Silent, float64, small, train
 
 import stochastic_depth as sd
-from stochastic_depth_lab.config import Regularisers, check
-from stochastic_depth_lab.regularisers import add_dropout_, filter_penalty
+from stochastic_depth_lab.experiments.checks import check
+from stochastic_depth_lab.experiments.config import Regularisers
+from stochastic_depth_lab.training.regularisers import add_dropout_, filter_penalty
 
 
 def relu_outputs(settings: Regularisers, *, training: bool) -> tuple[torch.Tensor, torch.Tensor]:

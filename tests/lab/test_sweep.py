@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 from small_runs import outcome, small, train
 
-from stochastic_depth_lab import records, sweep
-from stochastic_depth_lab.cli import main
-from stochastic_depth_lab.config import Experiment, Study
+from stochastic_depth_lab.cli.main import main
+from stochastic_depth_lab.cli.options import grid
 from stochastic_depth_lab.experiments import STUDIES, find
-from stochastic_depth_lab.options import grid
+from stochastic_depth_lab.experiments.config import Experiment, Study
+from stochastic_depth_lab.runs import records
+from stochastic_depth_lab.training import sweep
 
 
 def seed(number: int, **recipe: object) -> Experiment:
@@ -197,17 +198,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from small_runs import small
-from stochastic_depth_lab import cli
+from stochastic_depth_lab.cli import training_commands
+from stochastic_depth_lab.cli.main import main
 from stochastic_depth_lab.experiments import EXPERIMENTS
 
 if __name__ == "__main__":  # the processes of the sweep's runs import this file
     EXPERIMENTS["small"] = small(epochs=1)
-    cli.find_pair = lambda _: [small(epochs=1), replace(small(None, epochs=1), name="constant")]
+    training_commands.find_pair = lambda _: [small(epochs=1), replace(small(None, epochs=1), name="constant")]
     out = Path(sys.argv[1])
     pair = ["reproduce", "pair", "--out", str(out / "pair"), "--device", "cpu"]
     # The first process has both runs that fail, the second both that do not, one of which is long.
     grid = ["--grid", "recipe.epochs=1,60", "recipe.learning-rate=1e30,0.02"]
-    sys.exit(cli.main(pair) or cli.main(["sweep", "small", *grid, "--out", str(out / "sweep"), "--device", "cpu"]))
+    sys.exit(main(pair) or main(["sweep", "small", *grid, "--out", str(out / "sweep"), "--device", "cpu"]))
 """
 
 
@@ -236,7 +238,7 @@ def test_a_sweep_on_a_terminal_shows_a_table(tmp_path, capsys):
     from rich.console import Console
     from rich.live import Live
 
-    from stochastic_depth_lab.sweep_display import SweepTable
+    from stochastic_depth_lab.training.sweep_display import SweepTable
 
     jobs = sweep.jobs_for([seed(1), seed(2)], tmp_path)
     jobs[0].state, jobs[1].state, jobs[1].reason = "running", "failed", "killed by SIGKILL"
@@ -252,7 +254,7 @@ def test_a_sweep_of_long_names_keeps_a_line_for_each_run_and_ends_in_one(tmp_pat
     from rich.console import Console
     from rich.live import Live
 
-    from stochastic_depth_lab.sweep_display import SweepTable
+    from stochastic_depth_lab.training.sweep_display import SweepTable
 
     name = "digits-stochastic-final-survival-prob-0.3-weight-decay-1e-4-draw"
     runs = [replace(small(), name=f"{name}-{draw}") for draw in ("bernoulli", "equal_cost")]

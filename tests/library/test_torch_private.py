@@ -228,7 +228,9 @@ def test_modes_see_operations_except_under_disable_current_modes() -> None:
             self.names.append(str(func.overloadpacket))
             return func(*args, **(kwargs or {}))
 
+    assert private.current_dispatch_mode() is None
     with Seen() as seen:
+        assert private.current_dispatch_mode() is seen
         torch.ones(2).sin()
         with private.disable_current_modes():
             torch.ones(2).cos()

@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from stochastic_depth_lab.data import DataError, ImageData, Split, load
-from stochastic_depth_lab.data.partition import draw_per_class, proportional
+from stochastic_depth_lab.data.draws import draw_per_class, proportional
 
 IMAGES = torch.randint(0, 256, (6, 3, 4, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 2, 1, 0])
@@ -64,7 +64,7 @@ def test_grey_images_get_a_channel() -> None:
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [
-        ([torch.randn(3, 4, 5)], [0], "image 0 is a float tensor .* seems normalised"),
+        ([torch.randn(3, 4, 5)], [0], "image 0 is a float tensor .* seems to be normalized"),
         ([torch.full((3, 4, 5), 1.5)], [0], "image 0 is a float tensor"),
         ([torch.full((3, 4, 5), torch.nan)], [0], "image 0 is a float tensor"),
         (

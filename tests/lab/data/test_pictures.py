@@ -129,7 +129,7 @@ def test_a_damaged_picture_is_one_line_with_its_name(root, num_workers):
     path = root / "imagenet" / "val" / "n02" / "1.JPEG"
     path.write_bytes(path.read_bytes()[:200])
     test = small(root, num_workers=num_workers).test
-    with pytest.raises(DataError, match=r"val/n02/1\.JPEG is no readable picture \(\w+\): fetch it again\.$"):
+    with pytest.raises(DataError, match=r"val/n02/1\.JPEG is not a readable picture \(\w+\): download it again\.$"):
         list(batches(test, 4, normalisation=Normalisation(torch.zeros(1), torch.ones(1))))
 
 

@@ -189,7 +189,7 @@ def test_one_run_is_written_into_its_folder_its_resumptions_counted(write_run):
 
 
 def test_runs_in_different_folders_need_a_place(write_run):
-    with pytest.raises(ReportError, match="say with --out"):
+    with pytest.raises(ReportError, match="choose the folder of their report with --out"):
         write_report([write_run("a"), write_run("deeper/b")])
 
 
@@ -218,7 +218,7 @@ def test_many_runs_have_an_index_that_leads_to_their_pages(write_run, tmp_path, 
     assert [(path.parent / unquote(urlsplit(link).path)).resolve() for link in links] == [
         each / "report.html" for each in folders
     ]
-    assert "realised frequency" in read_page(folders[1] / "report.html").text
+    assert "realized frequency" in read_page(folders[1] / "report.html").text
 
     # The next index writes the page of the run that has gone on, and no other.
     pages = [folder / "report.html" for folder in folders]

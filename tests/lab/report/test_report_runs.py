@@ -96,12 +96,24 @@ def test_no_finished_epoch(write_run, content):
     [
         (lambda line: line[:40], "not JSON"),
         (lambda _: "", "not JSON"),
-        (lambda _: "[1, 2]", "holds list"),
+        (lambda _: "[1, 2]", "it should be an object, but is '[1, 2]'"),
         (lambda line: line.replace('"epoch": 2', '"epoch": 3'), "epoch 3"),
-        (lambda line: line.replace('"train_loss": 1.0', '"train_loss": NaN'), "train_loss is 'nan'"),
-        (lambda line: line.replace('"train_loss": 1.0', '"train_loss": "low"'), "train_loss is 'low'"),
-        (lambda line: line.replace('"train_loss": 1.0', '"train_loss": true'), "train_loss is 'True'"),
-        (lambda line: line.replace('"num_steps": 20', '"num_steps": 0'), "num_steps is '0'"),
+        (
+            lambda line: line.replace('"train_loss": 1.0', '"train_loss": NaN'),
+            "a finite number, but is 'nan'",
+        ),
+        (
+            lambda line: line.replace('"train_loss": 1.0', '"train_loss": "low"'),
+            "a valid number, but is 'low'",
+        ),
+        (
+            lambda line: line.replace('"train_loss": 1.0', '"train_loss": true'),
+            "a valid number, but is 'True'",
+        ),
+        (
+            lambda line: line.replace('"num_steps": 20', '"num_steps": 0'),
+            "num_steps should be greater",
+        ),
         (lambda line: line.replace('"train_loss"', '"loss"'), "has no train_loss"),
         (lambda line: line.replace('"open_counts": [20.0, ', '"open_counts": ['), "3 entries for 4 branches"),
     ],
@@ -130,12 +142,16 @@ def test_missing_file_is_named(write_run, name):
 @pytest.mark.parametrize(
     ("file", "changes", "why"),
     [
-        ("config.json", {"name": 3}, "name is '3'"),
-        ("config.json", {"depth": "linear"}, "depth is neither null nor an object"),
-        ("config.json", {"published": {"test_error": 5.0}}, "has no source"),
+        ("config.json", {"name": 3}, "name should be a valid string, but is '3'"),
+        ("config.json", {"depth": "linear"}, "depth should be an object, but is 'linear'"),
+        ("config.json", {"published": {"test_error": 5.0}}, "it has no published.source"),
         ("branches.json", {"names": []}, "names"),
         ("branches.json", {"survival_probs": [0.5]}, "1 entries for 4 branches"),
-        ("branches.json", {"survival_probs": [0.5, 0.5, 0.5, 1.5]}, "1.5, above 1"),
+        (
+            "branches.json",
+            {"survival_probs": [0.5, 0.5, 0.5, 1.5]},
+            "or equal to 1, but is '1.5'",
+        ),
         ("result.json", {"epochs": 9}, "9 epochs, metrics.jsonl 4"),
         ("result.json", {"best_epoch": 5}, "best_epoch is 5 of 4"),
     ],
@@ -160,7 +176,7 @@ def test_runs_given_twice_or_not_at_all(write_run):
         ({"name": "a"}, {"name": "b"}, ("a", "b")),
         ({"name": "a", "seed": 0}, {"name": "a", "seed": 1}, ("a, seed 0", "a, seed 1")),
         ({"name": "a"}, {"name": "a"}, ("a, one", "a, two")),
-        ({"name": "c"}, {"name": "a\nb\x00\ud800"}, ("c", "a\ufffdb\ufffd\ufffd")),
+        ({"name": "c"}, {"name": "a\nb\x00"}, ("c", "a\ufffdb\ufffd")),
         ({"name": "x" * 50}, {"name": "y" * 50}, ("one", "two")),
         ({"name": "x" * 50, "seed": 0}, {"name": "x" * 50, "seed": 1}, ("seed 0", "seed 1")),
         (

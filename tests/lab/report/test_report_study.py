@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from stochastic_depth_lab.config import Claim, Comparison, Data, Depth, Experiment, Model, Published, Study
 from stochastic_depth_lab.experiments import find
+from stochastic_depth_lab.experiments.config import Claim, Comparison, Data, Depth, Experiment, Model, Published, Study
 from stochastic_depth_lab.report import ReportError, write_study
 from stochastic_depth_lab.report.figures import rendered
 from stochastic_depth_lab.report.study_figures import heat_map, survival_curve

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stochastic_depth_lab.config import Regularisers
+from stochastic_depth_lab.experiments.config import Regularisers
 from stochastic_depth_lab.report import read_run, text_table
 from stochastic_depth_lab.report.table import NOTHING, constant_depth_of, html_table, rows, summary_csv, time_share
 
@@ -35,9 +35,9 @@ def test_text_table_word_for_word(published_pair):
         "training time, s                                             10.0                7.0",
         "training time per epoch, share of constant depth            1.000              0.700",
         "expected depth, blocks                                       4.00               2.75",
-        "realised depth, blocks                                       4.03               2.78",
+        "realized depth, blocks                                       4.03               2.78",
         "expected cost, share of training FLOPs                      1.000              0.688",
-        "realised cost, share of training FLOPs                      0.997              0.684",
+        "realized cost, share of training FLOPs                      0.997              0.684",
         "mean |gradient| of first convolution                      0.00310            0.00310",
         "parameters                                                173,210            173,210",
         "",

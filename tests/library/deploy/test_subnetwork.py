@@ -631,3 +631,15 @@ def test_flops_need_an_example_where_none_can_be_guessed() -> None:
         sd.subnetwork(net, cost=0.6)
     small = sd.subnetwork(net, cost=0.6, inputs=torch.tensor([1, 2]))
     assert size(small) == 24 + 42
+
+
+def test_the_branches_to_keep_are_those_of_the_subnetwork_most_important_first():
+    net = sd.models.cifar_resnet(20)
+    sd.make_stochastic_(net, sd.linear_decay(0.5))
+    assert sd.branches_to_keep(net, num_blocks=9, order="survival") == list(range(9))
+    assert sd.branches_to_keep(net, num_blocks=4) == [0, 1, 2, 3]
+    by_cost = sd.subnetwork(net, cost=0.6)
+    by_index = sd.subnetwork(net, keep=sd.branches_to_keep(net, cost=0.6))
+    assert by_cost.state_dict().keys() == by_index.state_dict().keys()
+    with pytest.raises(ValueError, match="exactly one of num_blocks and cost"):
+        sd.branches_to_keep(net, num_blocks=4, cost=0.6)

@@ -8,7 +8,7 @@ import types
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -248,3 +248,170 @@ def test_layers_that_are_added_and_removed_are_followed() -> None:
     del net.layers[1:]
     with depth.gates([True, False]):
         assert_same(net(x), expected)
+
+
+NOISE: dict[str, Callable[[Tensor], Tensor]] = {
+    "rand": lambda x: torch.rand(x.shape, dtype=x.dtype),
+    "randn": torch.randn_like,
+    "normal_": lambda x: x.new_empty(x.shape).normal_(1.0, 0.1),
+    "uniform_": lambda x: torch.empty_like(x).uniform_(-1, 1),
+    "exponential_": lambda x: -torch.empty_like(x).exponential_().log(),
+    "randint": lambda x: torch.randint(1, 3, x.shape),
+    "random_": lambda x: torch.empty_like(x).random_(3),
+}
+
+
+class Noisy(nn.Module):
+    def __init__(self, draw: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.f, self.draw = linear(), draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(x) * self.draw(x)
+
+
+class AroundNoise(nn.Module):
+    def __init__(self, draw: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.noisy = Noisy(draw)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.noisy(x)
+
+
+@pytest.mark.parametrize("name", NOISE)
+def test_a_child_may_draw_random_numbers(name: str) -> None:
+    net, x = nn.Sequential(AroundNoise(NOISE[name])).double(), data(6)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), rescale="none", granularity="sample")
+    gate = torch.tensor([True, False, True, True, False, True])
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    with depth.gates([gate]):
+        net(x)
+        torch.set_rng_state(state)
+        output = net(x)
+    expected = x.clone()
+    torch.set_rng_state(state)
+    expected[gate] = x[gate] + net[0].noisy(x[gate])
+    assert_same(output, expected)
+    assert depth.masked == []
+
+
+class Grouped(nn.Module):
+    """Takes the mean of each sample's group away, as a batch of graphs does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.drop_path = linear(), DropPath(0.5)
+
+    def forward(self, x: Tensor, group: Tensor) -> Tensor:
+        sums = torch.zeros(10, D, dtype=x.dtype).index_add(0, group, x)
+        counts = torch.zeros(10, dtype=x.dtype).index_add(0, group, torch.ones(len(x), dtype=x.dtype)).clamp_min(1)
+        return x + self.drop_path(self.f(x - (sums / counts[:, None])[group]))
+
+
+class GroupedNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Grouped()
+
+    def forward(self, x: Tensor, group: Tensor) -> Tensor:
+        return self.block(x, group)
+
+
+def test_samples_that_meet_behind_the_first_few_are_seen() -> None:
+    net, x, group = GroupedNet().double(), data(8), torch.tensor([3, 1, 4, 0, 3, 1, 4, 0])
+    plain = copy.deepcopy(net.block)
+    plain.drop_path = nn.Identity()
+    depth = sd.make_stochastic_(net, rescale="none")
+    gate = torch.tensor([True, False, True, True, False, True, False, True])
+    with depth.gates([gate]), pytest.warns(sd.MaskedBranchWarning, match="not one of independent samples"):
+        output = net(x, group)
+    assert_same(output, x + (plain(x, group) - x) * gate[:, None])
+
+
+class Pair(NamedTuple):
+    x: Tensor
+    others: list[Tensor]
+
+
+class OfPairs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.drop_path = linear(), DropPath(0.5)
+
+    def forward(self, pair: Pair) -> Pair:
+        return pair._replace(x=pair.x + self.drop_path(self.f(pair.x + pair.others[0])))
+
+
+class PairsNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = OfPairs()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(Pair(x, [x.flip(1)])).x
+
+
+def test_a_named_tuple_is_an_argument_like_others() -> None:
+    net, x = PairsNet().double(), data(6)
+    depth = sd.make_stochastic_(net, rescale="none")
+    gate = torch.tensor([True, False, True, True, False, True])
+    with depth.gates([gate]):
+        assert_same(net(x), x + net.block.f(x + x.flip(1)) * gate[:, None])
+    assert depth.masked == []
+
+
+class Strided(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(torch.as_strided(x, x.shape, x.stride(), x.storage_offset()))
+
+
+def test_code_that_asks_where_a_tensor_is_stored_is_refused() -> None:
+    net = nn.Sequential(Strided()).double()
+    sd.make_stochastic_(net, sd.uniform(0.5))
+    with pytest.raises(RuntimeError, match=r"asks where a tensor is stored \(storage_offset\)"):
+        net(data(4))
+
+
+class CalledDropPath(DropPath):
+    def forward(self, x: Tensor, rate: float | None = None) -> Tensor:
+        return super().forward(x) if rate is None else x * (torch.rand(len(x), 1) >= rate) / (1 - rate)
+
+
+class GivesARate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.drop_path = linear(), CalledDropPath(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.f(x), 0.9)
+
+
+@pytest.mark.filterwarnings("ignore::stochastic_depth.MaskedBranchWarning")
+def test_a_rate_that_a_drop_path_is_called_with_is_refused() -> None:
+    net = nn.Sequential(GivesARate()).double()
+    sd.make_stochastic_(net)
+    with pytest.raises(RuntimeError, match="given a number with its call, which would be its rate"):
+        net(data(4))
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap"])
+def test_the_first_call_may_be_inside_of_a_transform(transform: str) -> None:
+    net, x = nn.Sequential(Far(lambda _: 1.0), Far(lambda _: 2.0)).double(), data(4)
+    plain = copy.deepcopy(net)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), rescale="none")
+
+    def transformed(model: nn.Module) -> Tensor:
+        if transform == "vmap":
+            return torch.func.vmap(model)(x)
+        weight = {"0.f.weight": model[0].f.weight.detach()}
+        loss = torch.func.grad(lambda weight: torch.func.functional_call(model, weight, (x,)).sum())
+        return loss(weight)["0.f.weight"]
+
+    with depth.gates([True, True]):
+        assert_same(transformed(net), transformed(plain))

@@ -10,6 +10,7 @@ import re
 import warnings
 from collections import namedtuple
 from collections.abc import Callable
+from functools import partial
 from types import MethodType, SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ import torch
 from plain_blocks import D, DropPath, assert_same, data, linear
 from timm.layers import drop_path as timm_drop_path
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torchvision.ops import stochastic_depth
 
 import stochastic_depth as sd
@@ -535,34 +536,81 @@ def test_what_a_block_leaves_in_a_list_is_kept() -> None:
 
 
 class Checkpointed(nn.Module):
-    """Checkpoints a part of itself."""
+    """Checkpoints a part of itself: all of it, what is inside of the branch, or what lies around it."""
 
-    def __init__(self) -> None:
+    def __init__(self, part: str) -> None:
         super().__init__()
-        self.f, self.drop_path = linear(), DropPath(0.5)
+        self.f, self.g, self.drop_path, self.part = linear(), linear(), DropPath(0.5), part
 
     def inner(self, x: Tensor) -> Tensor:
         return x + self.drop_path(self.f(x).tanh())
 
+    def branch(self, x: Tensor) -> Tensor:
+        return self.f(x).tanh()
+
+    def around(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.sigmoid() + x, self.branch(x)
+
     def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.inner, x, use_reentrant=False)
+        if self.part == "all":
+            return checkpoint(self.inner, x, use_reentrant=False)
+        if self.part == "branch":
+            return x + self.drop_path(checkpoint(self.branch, x, use_reentrant=False).cos())
+        shortcut, h = checkpoint(self.around, x, use_reentrant=False)
+        return shortcut + self.drop_path(checkpoint(self.g, h, use_reentrant=False))
 
 
-def test_a_checkpoint_inside_a_block_stays_one() -> None:
-    net = nn.Sequential(Checkpointed()).double()
-    plain, x = copy.deepcopy(net)[0], data(4).requires_grad_()
-    depth = sd.make_stochastic_(net)
+def gated_checkpointed(block: nn.Module, x: Tensor, gate: Tensor) -> Tensor:
+    h = block.f(x).tanh()
+    if block.part == "all":
+        return x + h * gate
+    return x + h.cos() * gate if block.part == "branch" else x.sigmoid() + x + block.g(h) * gate
+
+
+@pytest.mark.parametrize("granularity", ["sample", "batch"])
+@pytest.mark.parametrize("part", ["all", "branch", "around"])
+def test_a_checkpoint_inside_a_block_stays_one(part: str, granularity: str) -> None:
+    net = nn.Sequential(Checkpointed(part), Checkpointed(part)).double()
+    plain, x = copy.deepcopy(net), data(4).requires_grad_()
+    depth = sd.make_stochastic_(net, granularity=granularity)
     calls: list[int] = []
-    net[0].f.register_forward_pre_hook(lambda *_: calls.append(1))
-    gate = torch.tensor([True, False, True, False])
-    with depth.gates([gate]):
-        with pytest.warns(sd.MaskedBranchWarning, match="activation checkpoint"):
+    kept: list[Tensor] = []
+    first = torch.tensor([True, False, True, False])
+    gates = [first, ~first] if granularity == "sample" else [True, False]
+    with depth.gates(gates):
+        net(x)  # What the first call proves is no part of the step.
+        net[0].f.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda kept: kept):
             output = net(x)
         output.sum().backward()
-    assert len(calls) == 2, "computed again in the backward"
-    expected = x + plain.f(x).tanh() * gate[:, None] / 0.5
+    assert depth.masked == []
+    assert calls == ([2, 2] if granularity == "sample" else [4, 4]), "computed again in the backward"
+    if part == "all":
+        assert all(tensor.data_ptr() != net[0].f.weight.data_ptr() for tensor in kept)
+    expected = x
+    for block, gate in zip(plain, gates, strict=True):
+        weights = 2.0 * gate.double()[:, None] if isinstance(gate, Tensor) else torch.tensor(2.0 * gate)
+        expected = gated_checkpointed(block, expected, weights)
     assert_same(output, expected)
-    assert_same(net[0].f.weight.grad, torch.autograd.grad(expected.sum(), plain.f.weight)[0])
+    named = dict(plain.named_parameters())
+    gradients = torch.autograd.grad(expected.sum(), list(named.values()), allow_unused=True, materialize_grads=True)
+    for name, gradient in zip(named, gradients, strict=True):
+        own = net.get_parameter(name).grad
+        assert_same(torch.zeros_like(gradient) if own is None else own, gradient)
+
+
+def test_a_selective_checkpoint_is_masked() -> None:
+    class Selective(Checkpointed):
+        def forward(self, x: Tensor) -> Tensor:
+            save = partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+            return checkpoint(self.inner, x, use_reentrant=False, context_fn=save)
+
+    net, x = nn.Sequential(Selective("all")).double(), data(4)
+    plain = copy.deepcopy(net)[0]
+    depth = sd.make_stochastic_(net)
+    gate = torch.tensor([True, False, True, False])
+    with depth.gates([gate]), pytest.warns(sd.MaskedBranchWarning, match="selective activation checkpoint"):
+        assert_same(net(x), gated_checkpointed(plain, x, 2 * gate.double()[:, None]))
 
 
 # ------------------------------------------------------------------------- what changes afterwards

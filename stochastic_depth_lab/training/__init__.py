@@ -1,0 +1,1 @@
+"""Training: from an experiment to the last epoch, one run or many."""
