@@ -9,7 +9,7 @@ changes it.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -205,6 +205,13 @@ current_dispatch_mode = cast("Callable[[], object]", _get_current_dispatch_mode)
 
 disable_current_modes = cast("Callable[[], Any]", _disable_current_modes)
 """Within, no FLOP counter or other dispatch mode sees what runs. A dry run would be counted without it."""
+
+
+without_torch_function: Callable[[], AbstractContextManager[None]] = torch._C.DisableTorchFunction
+"""Within, no mode that replaces PyTorch's functions sees what runs.
+
+A proof holds noise still by such a mode. Without this, the draws of gates and of samples would be held still too.
+"""
 
 
 # ------------------------------------------------------------------------------------------ torch.func
