@@ -57,7 +57,7 @@ class SubsetBlock(nn.Module):
     def _add(self, x: torch.Tensor, branch: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         num_samples = len(x)
         num_kept = max(int(num_samples * (1 - self.rate)), 1)
-        kept = torch.randperm(num_samples)[:num_kept]
+        kept = torch.randperm(num_samples, device=x.device)[:num_kept]
         residual = branch(x[kept])
         return x.index_add(0, kept, residual.to(x.dtype), alpha=num_samples / num_kept)
 

@@ -41,6 +41,7 @@ class CostCounts:
         training_flops: floating-point operations of forward and backward (a multiply-add counts as two).
         activation_bytes: bytes kept for the backward.
         gradient_bytes: bytes of its parameters' gradients.
+        time_s: seconds of forward and backward; None if they were not measured.
     """
 
     name: str
@@ -49,6 +50,7 @@ class CostCounts:
     training_flops: int
     activation_bytes: int
     gradient_bytes: int
+    time_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -77,16 +79,33 @@ class Cost:
         """
         return _share(self.branches, self.total, gates, "training_flops")
 
+    @property
+    def time_share(self) -> float | None:
+        """Expected share of the time if a closed branch took none; None if times were not measured."""
+        return self.share_of_time([branch.survival_prob for branch in self.branches])
+
+    def share_of_time(self, gates: Sequence[float]) -> float | None:
+        """Share of the time of constant depth that a step with these gates takes if a closed branch takes none.
+
+        Args:
+            gates: for each branch the share of the samples for which it is open, in 0..1.
+
+        Returns:
+            The share in 0..1, or None if times were not measured.
+        """
+        return None if self.total.time_s is None else _share(self.branches, self.total, gates, "time_s")
+
     def __str__(self) -> str:
+        fields = tuple(_SHARES.values()) if self.total.time_s is None else (*_SHARES.values(), "time_s")
+        shares = (*(getattr(self, share) for share in _SHARES), self.time_share)
         rows = [
             f"{branch.name}  {branch.survival_prob:.3f}  "
-            + "  ".join(
-                f"{getattr(branch, field) / max(getattr(self.total, field), 1):7.2%}" for field in _SHARES.values()
-            )
+            + "  ".join(f"{getattr(branch, field) / max(getattr(self.total, field), 1e-12):7.2%}" for field in fields)
             for branch in self.branches
         ]
-        header = "branch, survival probability, share of training FLOPs, activations, gradients when open"
-        expected = "  ".join(f"{getattr(self, share):7.2%}" for share in _SHARES)
+        header = "branch, survival probability, share of training FLOPs, activations, gradients"
+        header += " when open" if self.time_share is None else ", time when open"
+        expected = "  ".join(f"{share:7.2%}" for share in shares[: len(fields)])
         return "\n".join([header, *rows, f"expected share of constant depth: {expected}"])
 
 
@@ -115,13 +134,8 @@ def measure_cost(root: nn.Module, draws: GateDraws, parts: Sequence[nn.Module], 
     meter = Meter(root)
     with undisturbed(root), all_gates_open(draws), observed(draws, meter.run_branch):
         root.train()
-        with torch.enable_grad(), meter, torch.autograd.graph.saved_tensors_hooks(meter.save, lambda saved: saved):
-            output = root(*inputs)
-            outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
-            if not outputs:
-                raise ValueError("No output of the model requires gradients: there is no training step to measure.")
-            parameters = [parameter for parameter in root.parameters() if parameter.requires_grad]
-            torch.autograd.grad([leaf.sum() for leaf in outputs], parameters, allow_unused=True)
+        with meter, torch.autograd.graph.saved_tensors_hooks(meter.save, lambda saved: saved):
+            take_step(root, inputs)
     gradient_bytes = _gradient_bytes(root, parts, meter.outer)
     branches = tuple(
         CostCounts(
@@ -144,6 +158,30 @@ def measure_cost(root: nn.Module, draws: GateDraws, parts: Sequence[nn.Module], 
     )
     shares = {share: _share(branches, total, draws.survival_probs, field) for share, field in _SHARES.items()}
     return Cost(**shares, branches=branches, total=total)
+
+
+def take_step(
+    root: nn.Module, inputs: Sequence[Any], before_backward: Callable[[Sequence[Tensor]], None] | None = None
+) -> None:
+    """One forward and backward; the gradients are thrown away.
+
+    Args:
+        root: the model.
+        inputs: arguments of a forward.
+        before_backward: is called between the two with the outputs that the backward begins at.
+
+    Raises:
+        ValueError: if no output of the forward depends on a parameter that requires gradients.
+    """
+    with torch.enable_grad():
+        output = root(*inputs)
+        outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if not outputs:
+            raise ValueError("No output of the model requires gradients: there is no training step to measure.")
+        if before_backward is not None:
+            before_backward(outputs)
+        parameters = [parameter for parameter in root.parameters() if parameter.requires_grad]
+        torch.autograd.grad([leaf.sum() for leaf in outputs], parameters, allow_unused=True)
 
 
 def _share(branches: Sequence[CostCounts], total: CostCounts, gates: Sequence[float], field: str) -> float:

@@ -1,4 +1,4 @@
-"""What every test shares: the two operator schemas that torchvision needs beside a CPU build of PyTorch."""
+"""What every test shares: the two operator schemas that torchvision needs beside a CPU build of PyTorch, GPU tests."""
 
 import sys
 from pathlib import Path
@@ -7,3 +7,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import torchvision_schemas  # noqa: F401 -- torchvision's wheels register operators from CUDA libraries
 
 sys.path.pop(0)
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked `gpu` on a machine without one; benchmarks/reproduction_gpu.py runs it on one."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))

@@ -63,7 +63,8 @@ def make_stochastic_(
             have had a gradient and others have not, PyTorch raises "expected Tensor as element ..., but got NoneType".
             Use `foreach=True` there.
         draw: "bernoulli": independent gates (the paper). "equal_cost": floor or ceil of the expected number of
-            branches in every step, each p_l kept; after `depth.set_costs(depth.cost(x))` nearly the same FLOPs.
+            branches in every step, each p_l kept; after `depth.set_costs(depth.cost(x))` nearly the same FLOPs, or with
+            `measure=True` nearly the same time.
         ranks: "agree": the same gates on every rank. "decorrelate": each rank its own.
         where: which branches: a predicate (name, module) -> bool, or fnmatch patterns of their names. The schedule
             spans the branches that are left.

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.attribution import Pass, Scope
+from stochastic_depth.branch_times import with_times
 from stochastic_depth.compiling import eager
 from stochastic_depth.cost import Cost, measure_cost
 from stochastic_depth.cuda_graphs import BranchGraphs, refuse_unrecordable
 from stochastic_depth.display import GateInfo, Overview, as_html, as_text, plot
-from stochastic_depth.gate_draws import GateDraws
+from stochastic_depth.gate_draws import GateDraws, has_several_ranks
 from stochastic_depth.residual import SkippedGrad
 from stochastic_depth.retrofit.block import BlockBranches
 from stochastic_depth.retrofit.ddp import refuse_unsound
@@ -177,20 +178,31 @@ class Controller:
         """Tell `draw="equal_cost"` what the branches cost, from the next forward on.
 
         Every step, and with `ranks="decorrelate"` every rank, then stays within one largest branch of the same cost.
-        Without costs all branches count the same. Ranks must be told the same costs: those that are counted
-        (`depth.set_costs(depth.cost(x))`) are, measured times would not be.
+        Without costs all branches count the same. Ranks must be told the same costs. Counted ones
+        (`depth.set_costs(depth.cost(x))`) are the same everywhere; measured ones (`depth.cost(x, measure=True)`) are
+        not, and become part of `state_dict`.
 
         Args:
-            costs: what `cost` has counted, whose training FLOPs are taken; or one positive number per branch, in any
-                unit; or None for equal costs.
+            costs: what `cost` has found, whose times are taken if they were measured, else its training FLOPs; or one
+                positive number per branch, in any unit; or None for equal costs.
 
         Raises:
-            ValueError: if there is not one positive finite number per branch.
+            ValueError: if there is not one positive finite number per branch, or if times were measured and this
+                process is one of several.
         """
         self._refuse_detached()
         if isinstance(costs, Cost):
+            if costs.total.time_s is not None and has_several_ranks():
+                raise ValueError(
+                    "Every rank must be told the same costs, but measured times differ from rank to rank. Send those "
+                    "of one rank to all (torch.distributed.broadcast_object_list) as a list: "
+                    "[branch.time_s for branch in cost.branches]."
+                )
             # A branch without FLOPs (a bare normalisation) is next to free, but not to be divided by.
-            costs = [max(branch.training_flops, 1) for branch in costs.branches]
+            costs = [
+                max(branch.training_flops, 1) if branch.time_s is None else max(branch.time_s, 1e-9)
+                for branch in costs.branches
+            ]
         if costs is not None:
             _check_length(costs, len(self.names), "costs", "costs")
             for name, cost in zip(self.names, costs, strict=True):
@@ -287,16 +299,19 @@ class Controller:
         self._passes.counter = state["counter"]
         self._passes.end_parts()
 
-    def cost(self, *inputs: Any) -> Cost:
+    def cost(self, *inputs: Any, measure: bool = False) -> Cost:
         """What the schedule saves, counted on one forward and backward with every branch open; nothing is changed.
 
         From then on `print`, the table in notebooks and `metrics` include the share of the training FLOPs.
 
         Args:
-            *inputs: arguments of a forward. Shares depend on their shapes only, and hardly on the batch size.
+            *inputs: arguments of a forward. Counted shares depend on their shapes only, and hardly on the batch size.
+            measure: also measure how long each branch takes, in a few steps more. Times depend on the machine and on
+                the batch size: give a batch such as you train with.
         """
         self._refuse_detached()
-        self._cost = measure_cost(self._root, self._passes, [branch.parts for branch in self._branches], inputs)
+        cost = measure_cost(self._root, self._passes, [branch.parts for branch in self._branches], inputs)
+        self._cost = with_times(cost, self._root, self._passes, inputs) if measure else cost
         return self._cost
 
     def verify(self, *inputs: Any, **named: Any) -> Verification:

@@ -17,18 +17,25 @@ from torch import nn
 
 import stochastic_depth as sd
 
-_WIDTH = 20
+_WIDTH = 12
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The cost of one way of training."""
+    """One way of training, measured.
+
+    Attributes:
+        name: what it is.
+        ratio: median over the rounds of its step's time over that of constant depth.
+        expected_flops: share of the training FLOPs of constant depth that it executes on average.
+        expected_time: share of the time of constant depth that would be left if closed branches took none.
+    """
 
     name: str
     ratio: float
     """Time of a step relative to constant depth, the median over the rounds."""
     expected_flops: float
-    """Executed share of the training FLOPs of constant depth, on average."""
+    expected_time: float
 
 
 def bench(
@@ -53,7 +60,8 @@ def bench(
     images = torch.randn(batch_size, 3, 32, 32, device=device)
     labels = torch.randint(10, (batch_size,), device=device)
     steps = {"constant depth": _step_of(plain, images, labels)}
-    expected = {"constant depth": 1.0}
+    expected = {"constant depth": (1.0, 1.0)}
+    cost = sd.make_stochastic_(copy.deepcopy(plain), sd.uniform(1.0)).cost(images, measure=True)
     ways: tuple[tuple[str, sd.Schedule, Literal["batch", "sample"]], ...] = (
         ("all gates open", sd.uniform(1.0), "batch"),
         ("granularity batch", sd.linear_decay(final_survival_prob), "batch"),
@@ -62,7 +70,7 @@ def bench(
     for name, schedule, granularity in ways:
         net = copy.deepcopy(plain)
         depth = sd.make_stochastic_(net, schedule, granularity=granularity)
-        expected[name] = depth.cost(images[:2]).flops_share
+        expected[name] = cost.share(depth.survival_probs), cost.share_of_time(depth.survival_probs) or 0.0
         steps[name] = _step_of(net, images, labels)
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds + 1):
@@ -70,7 +78,7 @@ def bench(
             times[name].append(_time_of(step, device))
     plain_times = times["constant depth"][1:]  # The first round warms up.
     return [
-        Measured(name, statistics.median(a / b for a, b in zip(values[1:], plain_times, strict=True)), expected[name])
+        Measured(name, statistics.median(a / b for a, b in zip(values[1:], plain_times, strict=True)), *expected[name])
         for name, values in times.items()
     ]
 
@@ -80,12 +88,15 @@ def bench_text(measured: list[Measured], device: torch.device, rounds: int) -> s
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     longest = max(1.0, *(one.ratio for one in measured))
     lines = [
-        f"{one.name:<18} {'█' * round(_WIDTH * one.ratio / longest):<{_WIDTH}} {one.ratio:.3f} of the time, "
-        f"{one.expected_flops:.3f} of the FLOPs"
+        f"{one.name:<18} {'█' * round(_WIDTH * one.ratio / longest):<{_WIDTH}} {one.ratio:.3f} "
+        f"(expected {one.expected_flops:.3f} of FLOPs, {one.expected_time:.3f} of time)"
         for one in measured
     ]
     threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
-    lines.append(f"medians of {rounds} interleaved rounds; {processor}, {threads}, PyTorch {torch.__version__}")
+    lines += [
+        "time of a training step of constant depth; expected if closed branches take none",
+        f"medians of {rounds} interleaved rounds; {processor}, {threads}, PyTorch {torch.__version__}",
+    ]
     return "\n".join(lines)
 
 

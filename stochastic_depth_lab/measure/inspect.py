@@ -66,7 +66,7 @@ def inspect_model(
             raise
         raise ValueError(f"{spec} has no drop paths with a rate. Give it one: --schedule linear_decay.") from error
     try:
-        lines = [str(depth), "", str(depth.cost(images[:2]))]
+        lines = [str(depth), "", str(depth.cost(images, measure=True) if measure else depth.cost(images[:2]))]
     except (AssertionError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{spec} does not take images of {size}x{size} pixels: {reason}") from error

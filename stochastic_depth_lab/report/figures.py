@@ -290,8 +290,8 @@ def _expectation(series: Sequence[_Series]) -> Drawing:
         "expectation",
         "runs",
         "Depth, cost and time against expectation",
-        "Only the FLOPs of closed blocks are saved, so the expected time is the expected cost. Time is training per "
-        "epoch, evaluation not included.",
+        "The expected time is what would be left of constant depth's if closed blocks took none, measured when the "
+        "run began. Time is training per epoch, evaluation not included.",
         _expectation_figure(series, narrow=False),
         _expectation_figure(series, narrow=True),
     )
@@ -304,7 +304,7 @@ def _expectation_figure(series: Sequence[_Series], *, narrow: bool) -> Figure:
     measures: list[tuple[str, Callable[[_Series], float | None], Callable[[_Series], float]]] = [
         ("depth", lambda s: s.run.realised_depth / len(s.run.names), lambda s: s.run.expected_depth / len(s.run.names)),
         ("training FLOPs", lambda s: s.run.realised_cost, lambda s: s.run.expected_cost),
-        ("training time", lambda s: s.time_share, lambda s: s.run.expected_cost),
+        ("training time", lambda s: s.time_share, lambda s: s.run.expected_time or s.run.expected_cost),
     ]
     pitch = len(series) + 0.7
     longest = max([1.0, *(realised_of(s) or 0 for _, realised_of, _ in measures for s in series)])

@@ -159,6 +159,8 @@ def _lead(runs: Sequence[Run]) -> str:
     if constant:
         run, share = stochastic[0], time_share(stochastic[0], runs)
         time = f" Training took {share:.3f} of the time" if share else " Training"
+        if share and run.expected_time:
+            time += f" (expected {run.expected_cost:.3f} of FLOPs, {run.expected_time:.3f} of time)"
         return (
             f"Test error {run.test_error:.2f} % with stochastic depth, {constant.test_error:.2f} % with constant depth."
             f"{time} and {run.realised_cost:.3f} of the FLOPs. One run of each (n = 1): this does not show how "

@@ -106,6 +106,8 @@ class Run:
     published: Published | None
     result: Result | None
     notes: tuple[str, ...]
+    expected_time: float | None = None
+    """Share of constant depth's time if closed blocks took none; None in runs of older versions."""
 
     @property
     def name(self) -> str:
@@ -236,6 +238,7 @@ def read_run(folder: Path) -> Run:
         published=config.published,
         result=result,
         notes=notes,
+        expected_time=branches.number("expected_time") if "expected_time" in branches.fields else None,
     )
 
 

@@ -68,6 +68,7 @@ def rows(runs: Sequence[Run]) -> tuple[Row, ...]:
         row("epochs", "epochs", _count, lambda r: len(r.epochs)),
         row("train_s", "training time, s", _seconds, lambda r: r.train_s),
         row("time_share", "training time per epoch, share of constant depth", _share, lambda r: time_share(r, runs)),
+        row("expected_time", "expected time if closed blocks take none, share", _share, lambda r: r.expected_time),
         row("expected_depth", "expected depth, blocks", _two_decimals, lambda r: r.expected_depth),
         row("realised_depth", "realized depth, blocks", _two_decimals, lambda r: r.realised_depth),
         row("expected_cost", "expected cost, share of training FLOPs", _share, lambda r: r.expected_cost),

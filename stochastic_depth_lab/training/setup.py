@@ -16,6 +16,7 @@ from stochastic_depth_lab import data
 from stochastic_depth_lab.data import Augmentation, ImageData, Normalisation, import_torchvision
 from stochastic_depth_lab.experiments.config import Experiment, Precision, Recipe
 from stochastic_depth_lab.runs import checkpoint
+from stochastic_depth_lab.training.evaluation import autocast
 from stochastic_depth_lab.training.regularisers import add_dropout_
 from stochastic_depth_lab.training.schedules import mean_survival_probs, survival_probs
 
@@ -39,6 +40,12 @@ class BranchTable:
     expected_depth: float
     expected_cost: float
     """Expected share of the training FLOPs of constant depth."""
+    expected_time: float
+    """Expected share of the time of constant depth if closed branches took none, measured where the run began."""
+
+
+_MOST_TIMED = 64
+"""Images that the expected time is measured with: no more memory than training needs, and a few seconds."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +80,9 @@ def prepare(
     model, depth = build_network(experiment, images.data)
     if weights is not None:
         load_weights(model, checkpoint.read(weights), str(weights))
-    example = images.normalisation(images.data.train.first(2).images)
-    branches, cost = describe_branches(experiment, model, depth, example)
+    few = images.data.train.first(min(_MOST_TIMED, experiment.recipe.batch_size)).images
+    with autocast(device, experiment.precision):
+        branches, cost = describe_branches(experiment, model, depth, images.normalisation(few))
     if depth is not None:
         depth.set_costs(cost)  # draw="equal_cost" needs them
     if cuda_graphs:
@@ -203,13 +211,25 @@ def branch_names(model: nn.Module, depth: sd.Controller | None) -> list[str]:
 def describe_branches(
     experiment: Experiment, model: nn.Module, depth: sd.Controller | None, inputs: Tensor
 ) -> tuple[BranchTable, sd.Cost | None]:
-    """The branches, and their cost, counted on an example; None at constant depth."""
+    """The branches, and what they cost, counted; None at constant depth.
+
+    Where survival changes over time, probabilities and expectations are means over the epochs.
+
+    Args:
+        experiment: what runs.
+        model: its network.
+        depth: the network's controller.
+        inputs: images that the time of a step is measured with.
+    """
     if depth is None or experiment.depth is None:
         names = branch_names(model, depth)
-        return BranchTable(names, [1.0] * len(names), float(len(names)), 1.0), None
-    cost = depth.cost(inputs)
+        return BranchTable(names, [1.0] * len(names), float(len(names)), 1.0, 1.0), None
+    # Times are no part of the cost, which `draw="equal_cost"` evens out: the same run would draw other gates.
+    cost = depth.cost(inputs[:2])
     probs = mean_survival_probs(depth.survival_probs, experiment.depth, experiment.recipe.epochs)
-    return BranchTable(depth.names, probs, sd.expected_depth(probs), cost.share(probs)), cost
+    time_share = depth.cost(inputs, measure=True).share_of_time(probs)
+    assert time_share is not None
+    return BranchTable(depth.names, probs, sd.expected_depth(probs), cost.share(probs), time_share), cost
 
 
 def set_epoch(experiment: Experiment, depth: sd.Controller | None, epoch: int) -> None:

@@ -8,23 +8,27 @@ from stochastic_depth_lab.cli.main import main
 def test_every_way_of_training_is_measured_and_drawn(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--num-layers", "8", "--batch-size", "2", "--rounds", "2", "--device", "cpu"]
     assert main(["bench", *arguments, "--final-survival-prob", "0.4"]) == 0
-    *rows, note = capsys.readouterr().out.splitlines()
+    *rows, meaning, note = capsys.readouterr().out.splitlines()
     assert [row.split("█")[0].strip() for row in rows] == [
         "constant depth", "all gates open", "granularity batch", "granularity sample",
     ]  # fmt: skip
     ratios = [float(row.rpartition("█")[2].split()[0]) for row in rows]
     assert ratios[0] == 1.0
     assert all(ratio > 0 for ratio in ratios)
-    expected = [float(row.split(" of the FLOPs")[0].rpartition(" ")[2]) for row in rows]
+    expected = [float(row.split(" of FLOPs")[0].rpartition(" ")[2]) for row in rows]
     assert expected[:2] == [1.0, 1.0]
     # Three blocks of nearly the same FLOPs survive with 0.8, 0.6 and 0.4; the rest always runs.
     assert expected[2] == expected[3]
     assert 0.6 < expected[2] < 0.7
+    times = [float(row.split(" of time)")[0].rpartition(" ")[2]) for row in rows]
+    assert times[:2] == [1.0, 1.0]
+    assert times[2] == times[3]
+    assert 0.4 < times[2] < 1
     lengths = [row.count("█") for row in rows]
-    assert lengths == [round(20 * ratio / max(1.0, *ratios)) for ratio in ratios]
+    assert lengths == [round(12 * ratio / max(1.0, *ratios)) for ratio in ratios]
     assert "medians of 2 interleaved rounds" in note
     assert "1 threads" not in note
-    assert all(len(row) <= 80 for row in rows)
+    assert all(len(row) <= 80 for row in [*rows, meaning])
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ def test_the_network_is_torchvisions_and_every_block_a_branch(name, made_up_data
     else:
         assert branches.expected_depth == pytest.approx(5.75)  # (3L - 1) / 4
         assert 0.6 < branches.expected_cost < 0.8
+        assert 0.4 < branches.expected_time < 1
         with depth.gates([True] * 8):
             assert torch.equal(model.eval()(inputs), plain.eval()(inputs))
         assert not torch.equal(model.eval()(inputs), plain.eval()(inputs))

@@ -36,6 +36,7 @@ def test_models_of_all_sources_are_shown_and_measured(
     output = capsys.readouterr().out
     (row,) = (line for line in output.splitlines() if line.startswith(f"{branch} ") and "gate" in line)
     assert "0.5000" in row
+    assert "gradients, time when open" in output
     assert "median of 5 interleaved steps of 2 images on cpu" in output
 
 

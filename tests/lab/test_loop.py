@@ -102,6 +102,28 @@ def test_the_cost_is_that_of_the_gates(tmp_path):
     assert branches["expected_cost"] == pytest.approx(cost.flops_share)
 
 
+def test_the_expected_time_is_measured_and_moves_no_gate(tmp_path, monkeypatch):
+    """Of six blocks that take a tenth of a step each; gates of equal cost are drawn by FLOPs, the same in every run."""
+    seen = []
+
+    def measured(self, *inputs, measure=False):
+        seen.append((measure, len(inputs[0])))
+        counted = cost(self, *inputs)
+        branches = tuple(replace(branch, time_s=0.1) for branch in counted.branches)
+        return replace(counted, branches=branches, total=replace(counted.total, time_s=1.0)) if measure else counted
+
+    experiment = small(Depth("linear_decay", 0.5, draw="equal_cost"))
+    first, second = Silent(), Silent()
+    train(experiment, tmp_path / "first", observer=first)
+    cost = sd.Controller.cost
+    monkeypatch.setattr(sd.Controller, "cost", measured)
+    train(experiment, tmp_path / "second", observer=second)
+    assert (True, min(64, experiment.recipe.batch_size)) in seen
+    branches = json.loads((tmp_path / "second" / "branches.json").read_text())
+    assert branches["expected_time"] == pytest.approx(1 - 0.1 * sum(1 - p for p in sd.linear_decay(0.5)(6)))
+    assert [row["open_counts"] for row in first.rows] == [row["open_counts"] for row in second.rows]
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     """Outcomes of whole runs by name: each is trained once."""
@@ -267,7 +289,7 @@ def test_a_device_that_is_not_there(name):
         find_device(name, "fp32")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_run_on_the_gpu_resumes_bit_for_bit(tmp_path, precision, cuda_graphs):

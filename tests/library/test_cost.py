@@ -35,6 +35,12 @@ SURVIVAL_PROBS = [0.9, 0.7, 0.5, 0.3]
 NETS = {"mlp": (mlp, vectors), "conv": (conv_net, images)}
 both_nets = pytest.mark.parametrize(("make", "inputs"), NETS.values(), ids=NETS)
 both_granularities = pytest.mark.parametrize("granularity", ["batch", "sample"])
+MEASUREMENTS = {
+    "cost": lambda depth, x: depth.cost(x),
+    "times": lambda depth, x: depth.cost(x, measure=True),
+    "verify": lambda depth, x: depth.verify(x),
+}
+every_measurement = pytest.mark.parametrize("measure", MEASUREMENTS.values(), ids=MEASUREMENTS)
 both_skipped_grads = pytest.mark.parametrize("skipped_grad", ["zero", "none"])
 
 
@@ -246,9 +252,9 @@ def test_shared_parameters_have_gradients_whatever_one_gate_says() -> None:
 
 
 @both_nets
-@pytest.mark.parametrize("measure", ["cost", "verify"])
+@every_measurement
 @pytest.mark.parametrize("granularity", ["batch", "sample"])
-def test_measuring_changes_nothing(make, inputs, measure: str, granularity: str) -> None:
+def test_measuring_changes_nothing(make, inputs, measure, granularity: str) -> None:
     net, x = make(), inputs(4)
     depth = sd.make_stochastic_(net, SURVIVAL_PROBS, granularity=granularity)
     loss_of(net(x)).backward()
@@ -262,7 +268,7 @@ def test_measuring_changes_nothing(make, inputs, measure: str, granularity: str)
     hooks = [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in net.modules()]
     rng = torch.get_rng_state(), random.getstate()
     state, gates = depth.state_dict(), depth.last_gates
-    getattr(depth, measure)(x)
+    measure(depth, x)
     for ours, theirs in zip((state_of(net), gradients(net), buffers(net)), before, strict=True):
         assert_same(ours, theirs)
     assert [id(tensor) for tensor in [*net.parameters(), *net.buffers()]] == identities
@@ -276,14 +282,14 @@ def test_measuring_changes_nothing(make, inputs, measure: str, granularity: str)
         assert torch.equal(net(x), twin(x))
 
 
-@pytest.mark.parametrize("measure", ["cost", "verify"])
-def test_a_failed_measurement_changes_nothing_either(measure: str) -> None:
+@every_measurement
+def test_a_failed_measurement_changes_nothing_either(measure) -> None:
     net = conv_net()
     depth = sd.make_stochastic_(net, SURVIVAL_PROBS)
     net.blocks[1].eval()
     before, modes = state_of(net), [module.training for module in net.modules()]
     with pytest.raises(RuntimeError):
-        getattr(depth, measure)(torch.zeros(2, 3, 8, 8))  # float32 into float64
+        measure(depth, torch.zeros(2, 3, 8, 8))  # float32 into float64
     assert_same(state_of(net), before)
     assert [module.training for module in net.modules()] == modes
     assert depth.state_dict()["counter"] == 0

@@ -17,7 +17,7 @@ import stochastic_depth as sd
 from stochastic_depth.cuda_graphs import BranchGraphs, CudaRecording
 
 BATCH = 6
-ON_GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
+ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
 class Rerun:

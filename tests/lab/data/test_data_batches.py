@@ -108,7 +108,7 @@ def test_bad_arguments_are_refused_at_the_call(options: dict[str, int | None], m
         epoch_of(numbered(100), **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["pixel", "channel"])
 def test_gpu_sees_the_epoch_of_the_cpu(kind: str) -> None:
     images = torch.randint(0, 256, (100, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -77,6 +77,7 @@ def write(
         "survival_probs": probs,
         "expected_depth": sum(probs),
         "expected_cost": sum(probs) / len(probs),
+        "expected_time": 0.75 * sum(probs) / len(probs) + 0.25,
     }
     (path / "branches.json").write_text(json.dumps(branches))
     slowness = 0.7 if stochastic else 1.0

@@ -230,3 +230,15 @@ def test_a_folder_of_runs_stands_for_its_runs(write_run, tmp_path):
     two.rename(tmp_path / "a")
     with pytest.raises(ReportError, match=r"no run in .* has finished an epoch yet"):
         run_folders([two.parent])
+
+
+def test_a_run_of_an_older_version_has_no_expected_time(write_run):
+    folder = write_run(stochastic=True)
+    assert read_run(folder).expected_time == 0.75 * 0.6875 + 0.25
+    branches = json.loads((folder / "branches.json").read_text())
+    del branches["expected_time"]
+    (folder / "branches.json").write_text(json.dumps(branches))
+    run = read_run(folder)
+    assert run.expected_time is None
+    with figure_style():
+        assert "expectation" in [drawing.name for drawing in drawings([run])]
