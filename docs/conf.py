@@ -30,6 +30,7 @@ NAVIGATION = {
     "Guides": [
         "docs/how-it-works",
         "docs/retrofit",
+        "docs/language-models",
         "docs/semantics",
         "docs/logging",
         "docs/speed",

@@ -268,6 +268,11 @@ class GateDraws:
         self._forced.set(forced)
         self._parts.set(None)
 
+    @property
+    def forced_here(self) -> Forced | None:
+        """Gates given by the user in this thread or task, also in a recomputation: what is to be put back later."""
+        return self._forced.get()
+
     @eager
     def _forced_here(self) -> Forced | None:
         extent = None if is_dry() else self._attribution.repeated()

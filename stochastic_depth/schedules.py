@@ -8,9 +8,10 @@ has its name here, so that a recipe can be repeated exactly.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 Schedule = Callable[[int], list[float]]
 
@@ -136,6 +137,175 @@ def efficientnet(final_survival_prob: float) -> Schedule:
 
 def _efficientnet(final: float, block: int, num_blocks: int) -> float:
     return 1 - (block - 1) / num_blocks * (1 - final)
+
+
+@dataclass(frozen=True)
+class LayerSchedule:
+    """A schedule for whole layers, with what its authors say besides: how rates rise over time, and the scaling.
+
+    Block l survives with probability 1 - s (1 - p_l), where p_l is the schedule over depth and s in [0, 1] the strength
+    at the present share of the training. `Controller.set_progress` sets it; until then the training is at its start.
+
+    Attributes:
+        over_depth: survival over depth at full strength, such as `linear_decay(0.5)`.
+        over_time: the strength, as a function of the share of the training that is done, in [0, 1]. None: always 1.
+        rescale: what `make_stochastic_` does if it is given no `rescale`.
+
+    Example:
+        >>> schedule = LayerSchedule(linear_decay(0.5), over_time=lambda progress: progress)
+        >>> schedule(2), schedule.at(0.5, 2), schedule.at(1.0, 2)
+        ([1.0, 1.0], [0.875, 0.75], [0.75, 0.5])
+    """
+
+    over_depth: Schedule
+    over_time: Callable[[float], float] | None = None
+    rescale: Literal["eval", "train", "none"] = "none"
+
+    def __call__(self, num_blocks: int) -> list[float]:
+        """The survival probabilities at the start of the training."""
+        return self.at(0.0, num_blocks)
+
+    def at(self, progress: float, num_blocks: int) -> list[float]:
+        """The survival probabilities when a share `progress` of the training is done, in [0, 1].
+
+        Raises:
+            TypeError: if `progress` is not a number.
+            ValueError: if it, or the strength that `over_time` gives for it, is not in [0, 1].
+        """
+        return at_progress(self.over_depth(num_blocks), self.over_time, progress)
+
+
+def at_progress(
+    survival_probs: Sequence[float], over_time: Callable[[float], float] | None, progress: float
+) -> list[float]:
+    """Survival probabilities over time, see `LayerSchedule`.
+
+    Args:
+        survival_probs: those at full strength.
+        over_time: the strength; None: always 1.
+        progress: share of the training that is done, in [0, 1].
+
+    Raises:
+        TypeError: if `progress` is not a number.
+        ValueError: if it, or the strength that `over_time` gives for it, is not in [0, 1].
+    """
+    _check_share(progress, "progress", "It is the share of the training that is done: step / (num_steps - 1).")
+    strength = 1.0 if over_time is None else over_time(progress)
+    _check_share(strength, f"over_time({progress:g})", "It is the share of the drop rates that counts.")
+    return [1 - strength * (1 - survival_prob) for survival_prob in survival_probs]
+
+
+def layerskip(
+    max_drop_rate: float, *, over_time: Literal["constant", "linear", "exponential"] = "constant"
+) -> LayerSchedule:
+    """LayerSkip: drop rates that double in their last part, for models that are to leave early.
+
+    Layer l of L is dropped with rate S(t) D(l) p_max, where D(l) = exp(l ln 2 / (L - 1)) - 1, l = 0..L-1
+    (Elhoushi et al. 2024, "LayerSkip", section 4.1.1). The first layer is never dropped, the last with the rate p_max.
+    Over time S(t) is 1 ("constant", for training that begins with a trained model), exp(t ln 2 / (T - 1)) - 1
+    ("exponential", for training from random weights), t = 0..T-1, or t / (T - 1) ("linear"). There is no scaling.
+
+    Args:
+        max_drop_rate: p_max, drop rate of the last layer at the end of the training, in [0, 1). The authors use 0.1 and
+            0.2. It is a drop rate, as in the paper, not a survival probability.
+        over_time: S(t); other than "constant", call `Controller.set_progress` in every step.
+
+    Raises:
+        ValueError: if the rate is not in [0, 1), or there is no such curriculum.
+
+    Example:
+        >>> [round(p, 3) for p in layerskip(0.2)(5)]
+        [1.0, 0.962, 0.917, 0.864, 0.8]
+        >>> [round(layerskip(0.2, over_time="exponential").at(t, 5)[-1], 3) for t in (0.0, 0.5, 1.0)]
+        [1.0, 0.917, 0.8]
+    """
+    _check_drop_rate(max_drop_rate, "max_drop_rate")
+    strengths: dict[str, Callable[[float], float] | None] = {
+        "constant": None,
+        "linear": _identity,
+        "exponential": _exponential,
+    }
+    if over_time not in strengths:
+        raise ValueError(f"over_time must be one of {', '.join(map(repr, strengths))}, but is {over_time!r}.")
+
+    def schedule(num_blocks: int) -> list[float]:
+        num_blocks = to_num_blocks(num_blocks)
+        return [1 - max_drop_rate * _exponential(block / max(num_blocks - 1, 1)) for block in range(num_blocks)]
+
+    return LayerSchedule(schedule, strengths[over_time])
+
+
+def layerdrop(drop_rate: float) -> LayerSchedule:
+    """LayerDrop: the same drop rate for every layer, without scaling (Fan et al. 2020).
+
+    Args:
+        drop_rate: in [0, 1). The authors use 0.2, and 0.5 for models that are to lose half of their layers. It is a
+            drop rate, as in the paper: `layerdrop(0.2)` is `uniform(0.8)` with `rescale="none"`.
+
+    Raises:
+        ValueError: if it is not in [0, 1).
+
+    Example:
+        >>> layerdrop(0.2)(3)
+        [0.8, 0.8, 0.8]
+    """
+    _check_drop_rate(drop_rate, "drop_rate")
+    return LayerSchedule(uniform(1 - drop_rate))
+
+
+def progressive_layer_dropping(final_survival_prob: float = 0.5, *, gamma: float = 100.0) -> LayerSchedule:
+    """Progressive layer dropping: survival that falls linearly with depth and exponentially over time.
+
+    In step t of T layer l of L survives with probability 1 - (l / L) * (1 - theta(t)), l = 0..L-1, where
+    theta(t) = (1 - theta) * exp(-gamma t / T) + theta. A layer counts 1/p times in training (Zhang and He 2020,
+    algorithm 1; DeepSpeed's `progressive_layer_drop`). Call `Controller.set_progress` in every step.
+
+    Args:
+        final_survival_prob: theta, which survival in the last layer aims at, in (0, 1].
+        gamma: how fast: after a share 1 / gamma of the training 63 % of the drop rates count. The authors use 100. In
+            DeepSpeed's configuration it is divided by the number of steps.
+
+    Raises:
+        ValueError: if `final_survival_prob` is not in (0, 1], or `gamma` is not positive.
+
+    Example:
+        >>> schedule = progressive_layer_dropping(0.5)
+        >>> schedule(4), [round(p, 3) for p in schedule.at(0.02, 4)]
+        ([1.0, 1.0, 1.0, 1.0], [1.0, 0.892, 0.784, 0.676])
+    """
+    final_survival_prob = to_survival_prob(final_survival_prob, "final_survival_prob")
+    if isinstance(gamma, bool) or not isinstance(gamma, (int, float)) or not 0 < gamma < math.inf:
+        raise ValueError(f"gamma must be a positive number, but is {gamma!r}.")
+    return LayerSchedule(efficientnet(final_survival_prob), partial(_saturating, gamma), "train")
+
+
+def _identity(progress: float) -> float:
+    return progress
+
+
+def _exponential(progress: float) -> float:
+    return 2**progress - 1  # exp(ln 2 * progress) - 1
+
+
+def _saturating(gamma: float, progress: float) -> float:
+    return 1 - math.exp(-gamma * progress)
+
+
+def _check_share(share: float, name: str, meaning: str) -> None:
+    if isinstance(share, bool) or not isinstance(share, (int, float)):
+        raise TypeError(f"{name} must be a number in [0, 1], but is {share!r}.")
+    if not 0 <= share <= 1:
+        raise ValueError(f"{name} must be in [0, 1], but is {share:g}. {meaning}")
+
+
+def _check_drop_rate(drop_rate: float, name: str) -> None:
+    if isinstance(drop_rate, bool) or not isinstance(drop_rate, (int, float)):
+        raise TypeError(f"{name} must be a number in [0, 1), but is {drop_rate!r}.")
+    if not 0 <= drop_rate < 1:
+        raise ValueError(
+            f"{name} must be in [0, 1), but is {drop_rate:g}. It is the chance to be dropped: a survival "
+            "probability of 0.8 is a drop rate of 0.2."
+        )
 
 
 SCHEDULES: dict[str, Callable[[float], Schedule]] = {

@@ -15,6 +15,7 @@ from stochastic_depth.deploy.batches import Inputs, call_of
 from stochastic_depth.deploy.branches import branches_with_gates
 from stochastic_depth.deploy.check import Check
 from stochastic_depth.deploy.choice import Order, forward_flops, num_parameters, removal_order, without
+from stochastic_depth.deploy.decoder import remove_layers_, stack_of
 from stochastic_depth.deploy.fold import is_stochastic, remove_gates_, warn_of_scalars
 from stochastic_depth.deploy.undo import Snapshot
 from stochastic_depth.retrofit import controller, make_stochastic_
@@ -39,6 +40,10 @@ def subnetwork(
     outputs are those of the evaluated network whose other branches give zero. The result is a new, plain network;
     names of what is kept are unchanged. BatchNorm statistics further on are those of the whole network: see
     `recalibrate_batchnorm_`.
+
+    Of a decoder of transformers whose branches are its whole layers (`layers=`), the layers that go leave the list and
+    the configuration, and the others are renumbered: the result has its original class, and `save_pretrained` writes a
+    plain checkpoint of fewer layers.
 
     A `Residual` becomes its shortcut. A block of a foreign model becomes a `torch.fx.GraphModule` of the rest of its
     code in evaluation, or an `nn.Identity` where nothing is left of it and it takes one argument. Where what follows
@@ -102,8 +107,17 @@ def subnetwork(
     check.warn_if_impossible("subnetwork", stacklevel=2)
     # A guess is good enough to compare on, but not to fix the code of blocks for calls like it.
     calls = {} if check.origin == "guessed" else check.calls
-    scalars, network = remove_gates_(network, kept, calls, Snapshot(network))
-    _drop_idle_relus_(network)
+    stack = stack_of(network, branches)
+    if stack is None:
+        scalars, network = remove_gates_(network, kept, calls, Snapshot(network))
+        _drop_idle_relus_(network)
+    else:
+        layers = {branches[index].found.module for index in dropped}
+        names = {branches[index].found.name for index in kept}
+        scalars, network = remove_gates_(network, range(len(branches)), calls, Snapshot(network))
+        scalars = [scalar for scalar in scalars if scalar[0] in names]
+        remove_layers_(stack, layers)
+        check.forget_blocks()  # The layers have other names now.
     check.refuse_difference(network, "subnetwork")
     warn_of_scalars(scalars, stacklevel=3)
     return network

@@ -3,6 +3,12 @@
 from stochastic_depth.retrofit.apply import controller, make_stochastic_, restore_
 from stochastic_depth.retrofit.block import MaskedBranchWarning
 from stochastic_depth.retrofit.controller import Controller, Verification
+from stochastic_depth.retrofit.early_exit import (
+    early_exit_loss,
+    early_exit_losses,
+    early_exit_weights,
+    rotating_exits,
+)
 from stochastic_depth.retrofit.rules import DropPathRule, register_drop_path
 
 __all__ = [
@@ -11,7 +17,11 @@ __all__ = [
     "MaskedBranchWarning",
     "Verification",
     "controller",
+    "early_exit_loss",
+    "early_exit_losses",
+    "early_exit_weights",
     "make_stochastic_",
     "register_drop_path",
     "restore_",
+    "rotating_exits",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from stochastic_depth.retrofit.find import Branch, Found, Where, find_branches
 from stochastic_depth.retrofit.functional import FUNCTIONAL
 from stochastic_depth.retrofit.layers import GatedLayer, LayerDropPath, StochasticLayer, refuse_own_layerdrop
 from stochastic_depth.retrofit.root import StochasticRoot
-from stochastic_depth.schedules import SCHEDULES, Schedule, Values, to_survival_probs
+from stochastic_depth.schedules import SCHEDULES, LayerSchedule, Schedule, Values, to_survival_probs
 from stochastic_depth.torch_private import is_compiled
 
 _CONTROLLER = "_stochastic_depth"
@@ -56,7 +56,8 @@ def make_stochastic_(
             runs on floor or ceil of p * N of the N samples, with mean p * N exactly, all equally likely. None: "batch"
             with a schedule, else what the model's drop paths do.
         rescale: "eval": a branch counts with factor p in evaluation (the paper). "train": with 1/p in training.
-            "none": neither. None: "eval" with a schedule, else what the model's drop paths do.
+            "none": neither. None: "eval" with a schedule, but what its authors do for a `LayerSchedule`; without a
+            schedule what the model's drop paths do.
         skipped_grad: "zero": parameters of a branch that did not run get gradients of zero, so that momentum and
             weight decay still act on them (the authors' code, and what masks give). "none": `.grad` is left alone, and
             optimizers pass over them. Not with `torch.optim.SGD(..., fused=True)` and momentum: once some parameters
@@ -130,7 +131,13 @@ def make_stochastic_(
             _make_stochastic(branch, GatedBranch(*own), found, forms, own_rate=schedule is None)
     rescales = dict.fromkeys(rescale or _own_rescale(branch, schedule) for branch in branches)
     made = Controller(
-        model, branches, draws, rescale=" or ".join(rescales), skipped_grad=skipped_grad, notes=found.notes
+        model,
+        branches,
+        draws,
+        rescale=" or ".join(rescales),
+        skipped_grad=skipped_grad,
+        notes=found.notes,
+        over_time=_over_time(schedule, len(branches)),
     )
     setattr(model, _CONTROLLER, made)
     # Last, so that it lies around the behaviour of a root that is a branch or a block itself.
@@ -171,7 +178,17 @@ def _make_layer_stochastic(branch: Branch, gated: GatedLayer) -> None:
 
 
 def _own_rescale(branch: Branch, schedule: Schedule | Values | None) -> Rescale:
+    if isinstance(schedule, LayerSchedule):
+        return schedule.rescale
     return "eval" if schedule is not None or branch.rule is None else branch.rule.rescale
+
+
+def _over_time(
+    schedule: Schedule | Values | None, num_branches: int
+) -> tuple[list[float], Callable[[float], float]] | None:
+    if not isinstance(schedule, LayerSchedule) or schedule.over_time is None:
+        return None
+    return schedule.over_depth(num_branches), schedule.over_time
 
 
 def _default_granularity(branches: Sequence[Branch], schedule: Schedule | Values | None) -> Granularity:

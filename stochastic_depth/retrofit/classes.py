@@ -38,6 +38,12 @@ def stochastic_class(mixins: tuple[type[nn.Module], ...], plain: type[nn.Module]
         "_plain_class": plain,
     }
     stochastic = type(plain.__name__, bases, own)
+    for base in plain.__mro__:
+        if "gradient_checkpointing" in vars(base) and "__init_subclass__" in vars(base):
+            # Layers of transformers checkpoint in a wrapper that each subclass has around its own forward, and only if
+            # that is the outermost: without it `gradient_checkpointing_enable` would have no effect.
+            vars(base)["__init_subclass__"].__func__(stochastic)
+            break
     return stochastic
 
 

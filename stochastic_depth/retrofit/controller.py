@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from stochastic_depth.retrofit.find import Branch
 from stochastic_depth.retrofit.proof import copy_of_object
 from stochastic_depth.retrofit.remembered import RememberedCalls
 from stochastic_depth.retrofit.verify import Verification, verify
-from stochastic_depth.schedules import Values, expected_depth, to_survival_probs
+from stochastic_depth.schedules import Values, at_progress, expected_depth, to_survival_probs
 from stochastic_depth.tally import metrics
 from stochastic_depth.torch_private import tree_map
 
@@ -50,6 +50,7 @@ class Controller:
         rescale: str,
         skipped_grad: SkippedGrad,
         notes: Sequence[str] = (),
+        over_time: tuple[Sequence[float], Callable[[float], float]] | None = None,
     ) -> None:
         self._root = root
         self._branches = tuple(branches)
@@ -57,6 +58,7 @@ class Controller:
         self._rescale = rescale
         self._skipped_grad: SkippedGrad = skipped_grad
         self._notes = tuple(notes)
+        self._over_time = over_time
         self._detached = False
         self._calls = RememberedCalls()
         self._cost: Cost | None = None
@@ -174,6 +176,27 @@ class Controller:
         self._passes.survival_probs = tuple(to_survival_probs(survival_probs))
         self._passes.end_parts()
 
+    def set_progress(self, progress: float) -> None:
+        """Set the survival probabilities to those of the schedule at this point of the training.
+
+        For schedules with a part over time, such as `layerskip(0.2, over_time="exponential")`. They are a function of
+        the progress alone: a resumed run needs nothing else.
+
+        Args:
+            progress: share of the training that is done, in [0, 1]: step / (num_steps - 1), steps counted from 0.
+
+        Raises:
+            TypeError: if it is not a number.
+            ValueError: if it is not in [0, 1], or the schedule has no part over time.
+        """
+        if self._over_time is None:
+            raise ValueError(
+                "The schedule does not change over time. Give make_stochastic_ one that does, such as "
+                "layerskip(0.2, over_time='exponential'), or use set_survival_probs."
+            )
+        survival_probs, over_time = self._over_time
+        self.set_survival_probs(at_progress(survival_probs, over_time, progress))
+
     def set_costs(self, costs: Cost | Sequence[float] | None) -> None:
         """Tell `draw="equal_cost"` what the branches cost, from the next forward on.
 
@@ -232,7 +255,7 @@ class Controller:
         self._refuse_detached()
         _check_length(gates, len(self.names), "gates", "gates")
         forced = tuple(self._checked_gate(index, gate) for index, gate in enumerate(gates))
-        before = self._passes.forced
+        before = self._passes.forced_here
         try:
             self._passes.forced = forced
             yield

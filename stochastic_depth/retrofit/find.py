@@ -155,12 +155,28 @@ def _nothing_found(model: nn.Module, found: Found, *, with_schedule: bool) -> st
     return f"No residual branch was found in {type(model).__name__}: looked for {where}. {advice}{seen}"
 
 
+def _lists_of_layers(model: nn.Module) -> str:
+    """Which patterns would match layers of the model."""
+    lists = [
+        f"{name}.* ({len(module)} {type(module[0]).__name__})"
+        for name, module in model.named_modules()
+        if name and isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1
+    ]
+    if lists:
+        return f"Its lists of layers are {', '.join(lists[:4])}{', ...' if len(lists) > 4 else ''}."
+    some = [name for name, module in model.named_modules() if name and any(module.children())]
+    return f"There are {', '.join(some[:8])}, ..."
+
+
 def _find_layers(model: nn.Module, layers: Sequence[str], found: Found, *, with_schedule: bool) -> None:
     for pattern in layers:
         names = [name for name, _ in model.named_modules() if name and fnmatch.fnmatchcase(name, pattern)]
         if not names:
-            some = ", ".join(name for name, module in model.named_modules() if name and any(module.children()))[:200]
-            raise ValueError(f"layers: the pattern {pattern!r} matches no module. There are {some}, ...")
+            tried = ", ".join(map(repr, layers))
+            raise ValueError(
+                f"layers: the pattern {pattern!r} matches no module of {type(model).__name__} (tried: {tried}). "
+                f"{_lists_of_layers(model)}"
+            )
     outer: list[str] = []
     layer_of: dict[nn.Module, str] = {}
     for name, module in model.named_modules():

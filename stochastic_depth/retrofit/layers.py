@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -73,6 +73,8 @@ class StochasticLayer(nn.Module):
         hidden = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
         if hidden is None:
             raise TypeError(f"The layer {name} is called without a tensor: it has no hidden states to hand on.")
+        if self.training and gated.survival_prob < 1:
+            _refuse_cache(name, (*args, *kwargs.values()))
         if masks_only.get():
             output = self._run(leaves, signature)
             weights = gated.weights(hidden, training=self.training)
@@ -170,6 +172,16 @@ def _check_shape(name: str, own: Tensor, hidden: Tensor, num_samples: int) -> No
         raise RuntimeError(
             f"The layer {name} makes {tuple(own.shape)} of hidden states {(num_samples, *hidden.shape[1:])}: "
             "it cannot be a branch."
+        )
+
+
+def _refuse_cache(name: str, values: Iterable[Any]) -> None:
+    """Raise if a layer that may be dropped in training is given a cache of keys and values."""
+    # A dropped layer leaves nothing in it: what reads the cache later would miss keys, or find those of other tokens.
+    if any(hasattr(value, "get_seq_length") and hasattr(value, "update") for value in values):
+        raise ValueError(
+            f"The layer {name} may be dropped in training, but is given a key-value cache, in which a dropped layer "
+            "leaves nothing. Set model.config.use_cache = False, or call model.eval() to generate."
         )
 
 

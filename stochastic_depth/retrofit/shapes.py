@@ -86,11 +86,21 @@ def _samples_by_influence(
 ) -> list[bool]:
     """Where shapes leave several possibilities open: an entry of samples changes its own sample's output only.
 
-    Of the block a copy with random parameters is run, whose branch cannot happen to give zeros.
+    Of the block a copy with random parameters is run, whose branch cannot happen to give zeros. An entry of whole
+    numbers, such as positions, is read backwards, so that the block can still take them.
     """
     undecided = [index for index in range(len(inputs)) if len({guess[index] for guess in possible}) > 1]
-    fitting = [inputs[index] for index in undecided]
-    if not possible or not all(isinstance(value, Tensor) and value.is_floating_point() for value in fitting):
+    others = {
+        index: inputs[index][:1].flip(-1)
+        for index in undecided
+        if isinstance(inputs[index], Tensor) and not inputs[index].is_floating_point() and inputs[index].dim() > 1
+    }
+    fitting = [inputs[index] for index in undecided if index not in others]
+    if (
+        not possible
+        or not all(isinstance(value, Tensor) and value.is_floating_point() for value in fitting)
+        or any(torch.equal(other, inputs[index][:1]) for index, other in others.items())
+    ):
         shapes = [tuple(value.shape) for value in inputs if isinstance(value, Tensor)]
         raise RuntimeError(
             f"It cannot be told which of the branch's inputs, of shapes {shapes}, "
@@ -106,9 +116,9 @@ def _samples_by_influence(
     decided = list(possible[0])
     for index in undecided:
         changed = list(inputs)
-        changed[index] = torch.cat([random_like(inputs[index][:1]), inputs[index].detach()[1:]])
-        others = _output(function, trial, changed)[1:]
-        decided[index] = torch.equal(others, expected[1:])
+        first = others[index] if index in others else random_like(inputs[index][:1])
+        changed[index] = torch.cat([first, inputs[index].detach()[1:]])
+        decided[index] = torch.equal(_output(function, trial, changed)[1:], expected[1:])
     return decided
 
 

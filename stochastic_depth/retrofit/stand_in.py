@@ -95,6 +95,9 @@ def stand_in(block: nn.Module, *, own_parameters: bool = False) -> nn.Module:
             # Rewritten code asks for it.
             new.__dict__["_stochastic_depth_branch"] = None
         new.__dict__.pop("_stochastic_depth", None)
+        if getattr(plain, "gradient_checkpointing", None) is not None:
+            # Layers of transformers checkpoint their own forward; what is run here is what they checkpoint.
+            new.__dict__["gradient_checkpointing"] = False
         for name in HOOKS:
             new.__dict__[name] = OrderedDict[Any, Any]()
         # Those of PyTorch's own that compute a weight before each call: weight_norm, spectral_norm, pruning.

