@@ -466,7 +466,7 @@ def steps(setting: Setting) -> bool:
     setting.results.keep("steps", "times", measured)
     with torch.autocast(device.type, torch.bfloat16):
         cost = make_stochastic(paper_network(scale.layers, device), "batch").cost(images, measure=True)
-    setting.results.keep("steps", "expected", {"flops": cost.training_flops, "time": cost.time_share})
+    setting.results.keep("steps", "expected", {"flops": cost.flops_share, "time": cost.time_share})
     setting.results.keep("steps", "launches", {name: launches(step) for name, step in variants.items()})
     del variants
     setting.results.keep(

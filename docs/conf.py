@@ -33,6 +33,7 @@ NAVIGATION = {
         "docs/language-models",
         "docs/logging",
         "docs/semantics",
+        "docs/logging",
         "docs/speed",
         "docs/scale",
         "docs/deploy",

@@ -135,8 +135,7 @@ def stages(gates: Sequence[GateInfo]) -> list[Stage]:
     split = _split_at_number([gate.name for gate in gates])
     rows: dict[tuple[str, ...], list[int]] = {}
     for index, gate in enumerate(gates):
-        before, number, _ = split[index]
-        rows.setdefault((before if number else gate.name, gate.treatment), []).append(index)
+        rows.setdefault((split[index][0], gate.treatment), []).append(index)
     return [Stage(_label([split[index] for index in row]), [gates[index] for index in row]) for row in rows.values()]
 
 

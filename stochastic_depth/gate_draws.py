@@ -29,7 +29,7 @@ from stochastic_depth.attribution import (
 from stochastic_depth.compiling import eager, is_capturing
 from stochastic_depth.gates import Draw, draw_counts, draw_order
 from stochastic_depth.tally import Tally
-from stochastic_depth.torch_private import graph_task, top_saved_tensors_hooks
+from stochastic_depth.torch_private import graph_task, top_saved_tensors_hooks, without_torch_function
 
 Granularity = Literal["batch", "sample"]
 Ranks = Literal["agree", "decorrelate"]
@@ -364,7 +364,10 @@ class GateDraws:
         key = (self.seed, this.counter, num_samples, device)
         orders = self._orders  # Another thread may replace it meanwhile.
         if orders is None or orders[0] != key:
-            order = draw_order(len(self.names), num_samples, seed=self.seed, counter=this.counter, rank=self._rank())
+            with without_torch_function():
+                order = draw_order(
+                    len(self.names), num_samples, seed=self.seed, counter=this.counter, rank=self._rank()
+                )
             if device.type == "cuda":
                 order = order.pin_memory()  # from other memory a copy waits for the GPU
             orders = self._orders = (key, order.to(device, non_blocking=True))

@@ -8,23 +8,16 @@ has its name here, so that a recipe can be repeated exactly.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 Schedule = Callable[[int], list[float]]
 
 
-class Array(Protocol):
-    """What numpy arrays and torch tensors have in common."""
-
-    def tolist(self) -> Any:
-        """Its values as plain numbers."""
-        ...
-
-
-Values = Sequence[float] | Array
+Values = Iterable[Any]
+"""Numbers, in a list, a tuple, a numpy array or a torch tensor."""
 
 
 @dataclass(frozen=True)
@@ -368,8 +361,7 @@ def to_survival_probs(values: Values) -> list[float]:
         TypeError: if an entry is not a number.
         ValueError: if an entry is outside (0, 1].
     """
-    entries: Any = values.tolist() if hasattr(values, "tolist") else values  # pyright: ignore
-    return [to_survival_prob(entry, f"survival_probs[{index}]") for index, entry in enumerate(entries)]
+    return [to_survival_prob(entry, f"survival_probs[{index}]") for index, entry in enumerate(values)]
 
 
 def to_num_blocks(value: Any) -> int:

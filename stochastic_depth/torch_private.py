@@ -8,8 +8,8 @@ changes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -20,7 +20,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
 _autograd = torch._C._autograd  # pyright: ignore
 
@@ -200,8 +200,18 @@ def is_compiled_wrapper(module: nn.Module) -> bool:
 # TorchDispatchMode, imported above, sees every operation: FLOPs and memory are counted with it. PyTorch documents it in
 # a private module.
 
+current_dispatch_mode = cast("Callable[[], object]", _get_current_dispatch_mode)
+"""The innermost mode that sees operations, None without one. A selective checkpoint would be taken for a plain one."""
+
 disable_current_modes = cast("Callable[[], Any]", _disable_current_modes)
 """Within, no FLOP counter or other dispatch mode sees what runs. A dry run would be counted without it."""
+
+
+without_torch_function: Callable[[], AbstractContextManager[None]] = torch._C.DisableTorchFunction
+"""Within, no mode that replaces PyTorch's functions sees what runs.
+
+A proof holds noise still by such a mode. Without this, the draws of gates and of samples would be held still too.
+"""
 
 
 # ------------------------------------------------------------------------------------------ torch.func
@@ -216,13 +226,25 @@ def is_transformed(tensor: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore
 
 
-def outside_transforms() -> AbstractContextManager[Any]:
-    """Within, `vmap` and `grad` of `torch.func` do not see what runs; a proof within one would be a part of it."""
+@contextmanager
+def outside_transforms() -> Generator[None]:
+    """Within, `vmap` and `grad` of `torch.func` do not see what runs; a proof within one would be a part of it.
+
+    They forbid hooks of saved tensors, by which a proof sees what is changed in place: within, hooks are allowed.
+    """
     if not transforms_are_active():
-        return nullcontext()
+        yield
+        return
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-    return temporarily_clear_interpreter_stack()
+    message = _autograd._saved_tensors_hooks_get_disabled_error_message()
+    with temporarily_clear_interpreter_stack():
+        _autograd._saved_tensors_hooks_enable()
+        try:
+            yield
+        finally:
+            if message is not None:
+                _autograd._saved_tensors_hooks_disable(message)
 
 
 # ------------------------------------------------------------------------------------------ modules

@@ -1,6 +1,5 @@
 """Activation checkpoints inside of a block: what ran in one when it was recorded runs in one when it is rewritten."""
 
-# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import operator
@@ -10,11 +9,10 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import fx
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
 from stochastic_depth.retrofit.trace import TraceError
-from stochastic_depth.torch_private import innermost_checkpoint, top_saved_tensors_hooks
+from stochastic_depth.torch_private import current_dispatch_mode, innermost_checkpoint, top_saved_tensors_hooks
 
 _Compile = Callable[[fx.Graph, str], Callable[..., Any]]
 
@@ -41,7 +39,7 @@ class Regions:
         found = innermost_checkpoint()
         if found is None or found.repeats:
             raise TraceError("the forward decides itself how what its backward needs is kept")
-        if _get_current_dispatch_mode() is not None:
+        if current_dispatch_mode() is not None:
             raise TraceError("a part of the forward runs inside a selective activation checkpoint")
         if not any(frame is found.frame for frame in self._frames):
             self._frames.append(found.frame)

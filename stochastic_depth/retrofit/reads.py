@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from stochastic_depth.copies import plain_class
 from stochastic_depth.retrofit.forms import NOT_CONFIGURATION, PLAIN, Same, form_of, is_plain
+from stochastic_depth.torch_private import buffer_dict, parameter_dict
 
 _MAX_DEPTH = 4
 _MAX_FUNCTIONS = 256
@@ -217,7 +218,7 @@ class _Walk:
             return
         self._seen.add(id(value))
         if isinstance(value, nn.Module):
-            parts = (*value.__dict__, *value._parameters, *value._buffers)
+            parts = (*value.__dict__, *parameter_dict(value), *buffer_dict(value))
             for name in parts:
                 if name in self._names and (name == "training" or name not in NOT_CONFIGURATION):
                     self._read(Place(_attribute, value, name), getattr(value, name, None), depth - 1)

@@ -639,7 +639,7 @@ def _tensors_in(value: Any, depth: int) -> Iterator[tuple[tuple[Step, ...], Tens
 
 def _tensors_of_module(module: nn.Module) -> Iterator[tuple[Step, Tensor]]:
     """Those of a module that is no child; its parameters are not the block's to train."""
-    for name, value in (*module._buffers.items(), *module.__dict__.items()):
+    for name, value in (*buffer_dict(module).items(), *module.__dict__.items()):
         if isinstance(value, Tensor):
             yield ("attribute", name), value
 

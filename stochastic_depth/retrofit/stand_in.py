@@ -39,6 +39,7 @@ from stochastic_depth.torch_private import (
     is_transformed,
     parameter_dict,
     pre_hook_dict,
+    without_torch_function,
 )
 
 # Larger parameters are used as they are, unless they are zero: a stand-in should not take the memory of a large block.
@@ -237,7 +238,7 @@ def _awake(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 def uniform(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """Uniform numbers, also where what runs is held still (`quiet`)."""
-    with torch._C.DisableTorchFunction():
+    with without_torch_function():
         return torch.empty(shape).uniform_(generator=generator)
 
 

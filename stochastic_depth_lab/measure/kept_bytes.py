@@ -48,6 +48,6 @@ class _Storages(TorchDispatchMode):
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
-                # As long as it is referred to, no other has its number.
+                # Unique as long as a reference exists.
                 number = storage_number(tensor)
                 self.met.setdefault(number, (StorageWeakRef(storage), storage.nbytes() if made else 0))

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from stochastic_depth import torch_private as private
@@ -228,11 +229,25 @@ def test_modes_see_operations_except_under_disable_current_modes() -> None:
             self.names.append(str(func.overloadpacket))
             return func(*args, **(kwargs or {}))
 
+    assert private.current_dispatch_mode() is None
     with Seen() as seen:
+        assert private.current_dispatch_mode() is seen
         torch.ones(2).sin()
         with private.disable_current_modes():
             torch.ones(2).cos()
     assert seen.names == ["aten.ones", "aten.sin"]
+
+
+def test_without_torch_function() -> None:
+    class Zeros(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {})) * 0
+
+    with Zeros():
+        replaced = torch.ones(2)
+        with private.without_torch_function():
+            own = torch.ones(2)
+    assert (replaced.tolist(), own.tolist()) == ([0, 0], [1, 1])
 
 
 def test_outside_transforms_and_is_transformed() -> None:
