@@ -33,7 +33,6 @@ NAVIGATION = {
         "docs/language-models",
         "docs/logging",
         "docs/semantics",
-        "docs/logging",
         "docs/speed",
         "docs/scale",
         "docs/deploy",
@@ -69,7 +68,7 @@ nitpicky = True
 # PyTorch's own inventory of names would have to be downloaded, and backquoted code in docstrings need not be a name.
 _OTHERS = [
     r"(torch|nn|collections|typing|contextlib|numpy)\..*",
-    "DeviceMesh|FSDPModule|MixedPrecisionPolicy|OffloadPolicy",
+    "Axes|DeviceMesh|FSDPModule|MixedPrecisionPolicy|OffloadPolicy",
     r"(.*\.)?(Branch|Init|Record|Shortcut)",
 ]
 nitpick_ignore_regex = [("py:obj", ".*"), *(("py:.*", names) for names in _OTHERS)]

@@ -61,8 +61,8 @@ def early_exit_losses(model: nn.Module, inputs: Mapping[str, Any], exits: Iterab
         exits: layers to leave after, in 0..L-1.
 
     Returns:
-        By layer, in ascending order: the losses of the exits whose layers ran, and that of the last layer, L-1, which
-        is the model's own loss.
+        Losses by layer, in ascending order. They are those of the exits whose layers ran, and that of the last layer,
+        L-1, which is the model's own loss.
 
     Raises:
         ValueError: if an exit is not a layer, the inputs have no labels, or not all layers of a decoder are branches.
