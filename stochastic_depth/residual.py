@@ -26,7 +26,7 @@ from stochastic_depth.torch_private import (
 
 # The gated sum stays out of torch.compile's graphs, which would be one per pattern of gates; the branches that it calls
 # are compiled, one graph per shape.
-compiled_inside = partial(graph_break, recursive=False)
+outside_graph = partial(graph_break, recursive=False)
 
 masks_only: ContextVar[bool] = ContextVar("masks_only", default=False)
 """Whether every branch is computed and multiplied by its gate: what `Controller.verify` compares with."""
@@ -95,7 +95,7 @@ class GatedBranch:
             return self.survival_prob if self.rescale == "eval" else 1.0
         return 1 / survival_prob if self.rescale == "train" else 1.0
 
-    @compiled_inside
+    @outside_graph
     def add(
         self,
         shortcut: Tensor,
@@ -105,8 +105,8 @@ class GatedBranch:
         *,
         parts: nn.Module,
         training: bool,
-        others: Sequence[Tensor] = (),
-        repeatable: bool = False,
+        extra_inputs: Sequence[Tensor] = (),
+        capturable: bool = False,
     ) -> Tensor:
         """The gated sum `shortcut + gate * branch(module, x)`, which runs the branch only where its gate is open.
 
@@ -117,9 +117,9 @@ class GatedBranch:
             branch: computes the branch from (module, x), for any number of samples.
             parts: holds the branch's parameters.
             training: whether the rule of training holds.
-            others: inputs of the branch to which the shortcut carries no gradient: like parameters, they get gradients
-                of zero from a branch that does not run.
-            repeatable: whether `branch` is the same in every call and a function of its arguments only, so that a
+            extra_inputs: inputs of the branch to which the shortcut carries no gradient: like parameters, they get
+                gradients of zero from a branch that does not run.
+            capturable: whether `branch` is the same in every call and a function of its arguments only, so that a
                 recording of it may be replayed.
 
         Returns:
@@ -131,14 +131,14 @@ class GatedBranch:
         num_samples = shortcut.shape[0]
         gate = self.passes.gate(self.index, num_samples, shortcut.device, training)
         if gate is CLOSED:
-            return self.skip(shortcut, parts, others)
+            return self.skip(shortcut, parts, extra_inputs)
         if self.passes.observer is not None:
             branch = partial(_observed, self.passes.observer, self.index, branch)
         if gate is None:
             return _plain_sum(shortcut, branch(module, x), self.factor(None))
         factor = self.factor(gate.survival_prob)
         graphs = self.passes.graphs
-        if graphs is not None and repeatable and self.passes.observer is None and saves_as_usual():
+        if graphs is not None and capturable and self.passes.observer is None and saves_as_usual():
             branch = cast(BranchFunction, partial(graphs.run, self.index, branch))
         if gate.num_open == num_samples:
             output = branch(module, x)
@@ -159,10 +159,10 @@ class GatedBranch:
             weights[gate.order[: gate.num_open]] = factor
         return weights
 
-    def skip(self, shortcut: Tensor, parts: nn.Module, others: Sequence[Tensor] = ()) -> Tensor:
+    def skip(self, shortcut: Tensor, parts: nn.Module, extra_inputs: Sequence[Tensor] = ()) -> Tensor:
         """The sum where the branch, whose parameters `parts` holds, runs for no sample: a copy of `shortcut`."""
         if self.skipped_grad == "zero" and torch.is_grad_enabled():
-            unused = [tensor for tensor in (*_parameters(parts), *others) if tensor.requires_grad]
+            unused = [tensor for tensor in (*_parameters(parts), *extra_inputs) if tensor.requires_grad]
             if unused:
                 return cast(Tensor, apply(_WithZeroGradients, shortcut, *unused))
         # A copy: whoever changes the sum in place must not change the shortcut, which is somebody else's tensor.
@@ -315,5 +315,5 @@ class StochasticResidual(Residual):
         if masks_only.get():
             return shortcut + masked(self._stochastic_depth_branch, self.branch(x), training=self.training)
         return self._stochastic_depth_branch.add(
-            shortcut, x, self.branch, nn.Module.__call__, parts=self.branch, training=self.training, repeatable=True
+            shortcut, x, self.branch, nn.Module.__call__, parts=self.branch, training=self.training, capturable=True
         )

@@ -15,7 +15,7 @@ from stochastic_depth.copies import plain_class
 from stochastic_depth.deploy.batches import own_tensors
 from stochastic_depth.deploy.blocks import ScaledForward, scaled_forward
 from stochastic_depth.deploy.undo import without_traces
-from stochastic_depth.residual import Residual, compiled_inside
+from stochastic_depth.residual import Residual, outside_graph
 from stochastic_depth.retrofit.block import Key
 from stochastic_depth.retrofit.cuts import CutError
 from stochastic_depth.retrofit.trace import PLAIN_TYPES, TraceError, flatten, remember
@@ -166,7 +166,7 @@ class ScaledBlock(nn.Module):
 
     _branch_factors: BranchFactors
 
-    @compiled_inside
+    @outside_graph
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The block's own forward, with its branches scaled."""
         forward, leaves = self._branch_factors.forward_for(self, args, kwargs)

@@ -156,7 +156,7 @@ def _make_stochastic(branch: Branch, gated: GatedBranch, found: Found, forms: Kn
         setattr(block, _BRANCH, BlockBranches(branch.block_name, found.drop_paths[block], found.known[block], forms))
         getattr(block, _BRANCH).own_forward = block.__dict__.pop("forward", None)
     own: BlockBranches = getattr(block, _BRANCH)
-    own.put(branch.key, gated, branch.parts)
+    own.add_branch(branch.key, gated, branch.parts)
     if path == FUNCTIONAL and own_rate and branch.rule is not None:
         own.rates[branch.key] = branch.rule.drop_rate
     elif path and path != FUNCTIONAL:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from stochastic_depth.compiling import eager, is_capturing
 from stochastic_depth.copies import plain_class, way_around
-from stochastic_depth.residual import GatedBranch, compiled_inside, masked, masks_only
+from stochastic_depth.residual import GatedBranch, masked, masks_only, outside_graph
 from stochastic_depth.retrofit.called import called
 from stochastic_depth.retrofit.cuts import CutError
 from stochastic_depth.retrofit.effects import ChangedObjectError
@@ -142,7 +142,7 @@ class BlockBranches:
     _reads: Reads | None = field(default=None, repr=False)
     _fingerprint: Any = field(default=None, repr=False)
 
-    def put(self, key: Key, gated: GatedBranch, parts: nn.Module) -> None:
+    def add_branch(self, key: Key, gated: GatedBranch, parts: nn.Module) -> None:
         """Gate one of the known branches."""
         self.gated[key], self.parts[key] = gated, parts
 
@@ -506,7 +506,7 @@ class StochasticBlock(nn.Module):
 
     _stochastic_depth_branch: BlockBranches
 
-    @compiled_inside
+    @outside_graph
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The block's own forward, with its branches gated."""
         branches = self._stochastic_depth_branch

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from stochastic_depth.compiling import eager
 from stochastic_depth.copies import evaluating_, plain_class, plain_copy, tensor_without_data
 from stochastic_depth.gate_draws import CLOSED, Gate
-from stochastic_depth.residual import GatedBranch, compiled_inside, masks_only
+from stochastic_depth.residual import GatedBranch, masks_only, outside_graph
 from stochastic_depth.retrofit.shapes import samples_among
 from stochastic_depth.retrofit.trace import Recording, TraceError, decide_by, flatten, record, remember, unflatten
 from stochastic_depth.torch_private import tree_map_only
@@ -62,7 +62,7 @@ class StochasticLayer(nn.Module):
 
     _stochastic_depth_branch: GatedLayer
 
-    @compiled_inside
+    @outside_graph
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the layer returns, its first value gated; where it does not run, further tensors are None."""
         gated = self._stochastic_depth_branch

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, cast
 
 from torch import Tensor, fx, nn
 
-from stochastic_depth.residual import GatedBranch, compiled_inside, masked
+from stochastic_depth.residual import GatedBranch, masked, outside_graph
 from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.checkpoints import put_in_checkpoints
 from stochastic_depth.retrofit.cuts import CutError, SidesError, Sum
@@ -477,13 +477,13 @@ def in_training(block: nn.Module, key: Key) -> bool:
 
 
 def _gated_sum(
-    key: Key, paths: Paths, function: Callable[..., Tensor], inputs: Sequence[_Input], *, repeatable: bool = True
+    key: Key, paths: Paths, function: Callable[..., Tensor], inputs: Sequence[_Input], *, capturable: bool = True
 ) -> Callable[..., Tensor]:
     only = len(inputs) == 1 and inputs[0].samples
     others_at = [index for index, kind in enumerate(inputs) if not kind.carried]
     of_batch = [kind.samples for kind in inputs]
 
-    @compiled_inside
+    @outside_graph
     def gated_sum(block: nn.Module, shortcut: Tensor, *values: Any) -> Tensor:
         gates = _gates_of(block)
         if gates is None:
@@ -498,8 +498,8 @@ def _gated_sum(
                 function,
                 parts=parts,
                 training=training,
-                others=others,
-                repeatable=repeatable,
+                extra_inputs=others,
+                capturable=capturable,
             )
         shared = [value for value, samples in zip(values, of_batch, strict=True) if not samples]
         own = tuple(value for value, samples in zip(values, of_batch, strict=True) if samples)
@@ -508,7 +508,7 @@ def _gated_sum(
             rest, some = iter(shared), iter(taken)
             return function(module, *(next(some if samples else rest) for samples in of_batch))
 
-        return gated.add(shortcut, own, block, of_samples, parts=parts, training=training, others=others)
+        return gated.add(shortcut, own, block, of_samples, parts=parts, training=training, extra_inputs=others)
 
     gated_sum.__name__ = f"gated_sum_{key[1]}"
     return gated_sum
@@ -519,7 +519,7 @@ def _gated_sum_and_maps(
 ) -> Callable[..., Any]:
     """The sum, and the attention maps of the branch, which nothing can use where not all samples ran."""
 
-    @compiled_inside
+    @outside_graph
     def gated_sum_and_maps(block: nn.Module, shortcut: Tensor, *values: Any) -> tuple[Any, ...]:
         seen: list[tuple[Any, ...]] = []
 
@@ -529,7 +529,7 @@ def _gated_sum_and_maps(
                 seen.append(tuple(maps))
             return output
 
-        summed = _gated_sum(key, paths, first, inputs, repeatable=False)(block, shortcut, *values)
+        summed = _gated_sum(key, paths, first, inputs, capturable=False)(block, shortcut, *values)
         return summed, *(seen[-1] if seen else [NotComputed()] * num_maps)
 
     gated_sum_and_maps.__name__ = f"gated_sum_and_maps_{key[1]}"
@@ -542,7 +542,7 @@ def _gated_value(
     """Where a block without a shortcut drops all that it computes, closed gates give zeros."""
     gated_sum = _gated_sum(key, paths, function, inputs)
 
-    @compiled_inside
+    @outside_graph
     def gated_value(block: nn.Module, *values: Any) -> Tensor:
         tensor = next(value for value in values if isinstance(value, Tensor))
         rows = next((v.shape[0] for v, kind in zip(values, inputs, strict=True) if kind.samples), shape[0])
@@ -569,7 +569,7 @@ def _mask_operand(residual: Sum, key: Key, gates: BlockGates) -> None:
 
 
 def _masking(key: Key, gates: BlockGates) -> Code:
-    @compiled_inside
+    @outside_graph
     def gated_output(block: nn.Module, x: Tensor) -> Tensor:
         gates = _gates_of(block)
         return x if gates is None else masked(gates.gated[key], x, training=in_training(block, key))

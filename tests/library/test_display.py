@@ -367,7 +367,16 @@ def test_dir_shows_the_public_names() -> None:
     _, depth = small()
     assert dir(depth) == [
         *("capture", "cost", "expected_depth", "gates", "last_gates", "load_state_dict", "masked", "metrics", "names"),
-        *("plot", "release", "set_costs", "set_survival_probs", "state_dict", "survival_probs", "verify"),
+        *(
+            "plot",
+            "release",
+            "set_costs",
+            "set_progress",
+            "set_survival_probs",
+            "state_dict",
+            "survival_probs",
+            "verify",
+        ),
     ]
     assert all(hasattr(depth, name) for name in dir(depth))
     assert set(dir(sd)) == {*sd.__all__, "timm", "__version__"}

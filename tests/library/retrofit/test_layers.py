@@ -192,7 +192,7 @@ def test_a_named_layer_runs_as_a_whole_and_its_gate_stands_for_its_drop_paths() 
         "blocks.0.drop_path1", "blocks.0.drop_path2", "blocks.1", "blocks.2.drop_path1", "blocks.2.drop_path2",
     ]  # fmt: skip
     assert depth.survival_probs == [0.5] * 5
-    assert "and for the 2 drop paths of the whole layer" in str(depth)
+    assert "subset, with its 2 drop paths" in str(depth)
     masks = [torch.rand(4, generator=torch.Generator().manual_seed(i)) < 0.5 for i in range(5)]
     of_drop_paths = [masks[0], masks[1], masks[2], masks[2], masks[3], masks[4]]
     names = [f"blocks.{block}.drop_path{path}" for block in range(3) for path in (1, 2)]
