@@ -190,7 +190,8 @@ def fitted(lines: Sequence[Sequence[str]], width: int, least: int = 24) -> str:
             *above, last = textwrap.wrap(title, room) or [""]
             broken += [[part, *[""] * count] for part in above]
             broken.append([last, *cells])
-        blocks.append(aligned(broken, left=1))
+        # A head of several lines may be shorter in these columns.
+        blocks.append(aligned([line for line in broken if any(line)], left=1))
     return "\n\n".join(blocks)
 
 
