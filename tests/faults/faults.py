@@ -110,7 +110,8 @@ class Interrupted:
             process.kill()
             process.join()
             assert process.exitcode in (0, -signal.SIGKILL), self.log.read_text()
-        if process.exitcode != 0 and self._damage(fault):
+        # A run that was killed on its way out is finished: nobody resumes it, which would repair the damage.
+        if process.exitcode != 0 and not self.finished() and self._damage(fault):
             self.survived[fault] += 1
             self.survived["of these while a checkpoint was being written"] += self._in_a_write()
 
