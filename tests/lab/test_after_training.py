@@ -292,7 +292,7 @@ def test_an_operator_that_onnx_lacks_is_named_in_one_line() -> None:
     [
         (["--keep", "9"], "keep must hold indices in 0..5, but holds 9"),
         (["--cost", "0.01"], "below the smallest possible network"),
-        (["--keep", "0", "--cost", "0.5"], "--keep and --cost are two ways"),
+        (["--keep", "0", "--cost", "0.5"], "--keep and --cost exclude each other"),
         (["--order", "lesion"], "--order needs --cost: it says which blocks are removed first"),
         (["--format", "safetensors", "--normalise"], "safetensors holds weights only"),
         (["--format", "tensorflow"], "tensorflow"),
@@ -314,7 +314,7 @@ def test_wrong_input_exits_with_2_and_writes_nothing(
     ("command", "message"),
     [
         (["evaluate", "RUN", "--subnetworks", "--finetune-epochs", "0"], "--finetune-epochs must be at least 1"),
-        (["evaluate", "RUN", "--subnetworks", "--points", "0"], "at least one point, but 0"),
+        (["evaluate", "RUN", "--subnetworks", "--points", "0"], "--points must be at least 1, but is 0"),
         (["evaluate", "RUN", "--finetune-epochs", "2"], "are for --subnetworks"),
         (["train", "digits-constant", "--out", "NEW", "--model.keep", "0", "60"], "indices in 0..26, but holds 60"),
         (["train", "digits-constant", "--out", "NEW", "--weights", "BROKEN"], "broken.safetensors is damaged"),

@@ -145,7 +145,7 @@ def test_missing_file_is_named(write_run, name):
         ("config.json", {"name": 3}, "name should be a valid string, but is '3'"),
         ("config.json", {"depth": "linear"}, "depth should be an object, but is 'linear'"),
         ("config.json", {"published": {"test_error": 5.0}}, "it has no published.source"),
-        ("branches.json", {"at least 1 item": []}, "names"),
+        ("branches.json", {"names": []}, "at least 1 item"),
         ("branches.json", {"survival_probs": [0.5]}, "1 probabilities for 4 names"),
         (
             "branches.json",
