@@ -11,12 +11,13 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from stochastic_depth.gate_draws import GateDraws, Granularity, Ranks
 from stochastic_depth.gates import Draw
 from stochastic_depth.residual import GatedBranch, Rescale, SkippedGrad, StochasticResidual
-from stochastic_depth.retrofit.block import BlockBranches, DropPathUses, KnownForms, StochasticBlock, StochasticDropPath
+from stochastic_depth.retrofit.block import BlockBranches, KnownForms, StochasticBlock
 from stochastic_depth.retrofit.classes import restore_class_, swap_class_
 from stochastic_depth.retrofit.controller import Controller
 from stochastic_depth.retrofit.find import Branch, Found, Where, find_branches
 from stochastic_depth.retrofit.functional import FUNCTIONAL
 from stochastic_depth.retrofit.layers import GatedLayer, LayerDropPath, StochasticLayer, refuse_own_layerdrop
+from stochastic_depth.retrofit.masked_drop_path import DropPathUses, StochasticDropPath
 from stochastic_depth.retrofit.root import StochasticRoot
 from stochastic_depth.schedules import SCHEDULES, LayerSchedule, Schedule, Values, to_survival_probs
 from stochastic_depth.torch_private import is_compiled

@@ -6,9 +6,7 @@ from __future__ import annotations
 import functools
 import re
 import warnings
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any, Literal, cast
@@ -18,22 +16,22 @@ from torch import Tensor, nn
 
 from stochastic_depth.compiling import eager, is_capturing
 from stochastic_depth.copies import plain_class, way_around
-from stochastic_depth.residual import GatedBranch, masked, masks_only, outside_graph
+from stochastic_depth.residual import GatedBranch, masks_only, outside_graph
 from stochastic_depth.retrofit.called import called
 from stochastic_depth.retrofit.cuts import CutError
 from stochastic_depth.retrofit.effects import ChangedObjectError
 from stochastic_depth.retrofit.forms import fingerprint, form_of_leaves, settings
 from stochastic_depth.retrofit.functional import FUNCTIONAL
+from stochastic_depth.retrofit.masked_drop_path import own_code, passing_drop_paths
 from stochastic_depth.retrofit.proof import FixedGates, ProofError, arguments_anew, private, prove
 from stochastic_depth.retrofit.reads import Reads
 from stochastic_depth.retrofit.recorder import Run, run_block, run_with_edits
 from stochastic_depth.retrofit.rewrite import Code, GatedUse, edits_of, generalize, in_training, rewrite, skeleton
-from stochastic_depth.retrofit.rules import drop_path_rule
 from stochastic_depth.retrofit.stand_in import stand_in
 from stochastic_depth.retrofit.sums import BranchParts, DropPaths, Identity, Key, Paths, find_sums
 from stochastic_depth.retrofit.trace import StoredError, TraceError, flatten, own_forward, unflatten
 
-__all__ = ["BlockBranches", "BranchParts", "Key", "StochasticBlock", "StochasticDropPath", "Treatment", "find_sums"]
+__all__ = ["BlockBranches", "BranchParts", "Key", "StochasticBlock", "Treatment", "find_sums"]
 
 Treatment = Literal["skip", "mask"]
 
@@ -229,7 +227,7 @@ class BlockBranches:
             raise RuntimeError(own.prepared.refusal)
         return own.prepared, leaves
 
-    def masked_own_code(
+    def maskedown_code(
         self, block: nn.Module, prepared: Prepared, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]
     ) -> Any:
         """What the block's own code gives where each branch's output is multiplied by its gate."""
@@ -242,7 +240,7 @@ class BlockBranches:
 
         edits = edits_of(prepared.uses, weights)
         objects = [leaf for leaf in leaves if type(leaf) in self.forms.called]
-        with _passing_drop_paths(), called(objects):
+        with passing_drop_paths(), called(objects):
             return run_with_edits(block, own_forward(block, block), args, kwargs, leaves, edits, self.inlined)
 
     def _known_for_export(self, block: nn.Module, leaves: list[Any]) -> Prepared:
@@ -476,31 +474,6 @@ def _some_rows(rows_per_sample: Mapping[int, int], num: int, num_samples: int) -
     return {i: torch.arange(num * each) % (num_samples * each) for i, each in rows_per_sample.items()}
 
 
-# How many times the drop paths of the block whose own code is running have been called.
-_running: ContextVar[tuple[nn.Module, dict[int, int]] | None] = ContextVar("_running", default=None)
-
-
-@contextmanager
-def _own_code(block: nn.Module) -> Generator[None]:
-    token = _running.set((block, {}))
-    try:
-        yield
-    finally:
-        _running.reset(token)
-
-
-_passing: ContextVar[bool] = ContextVar("_passing", default=False)
-
-
-@contextmanager
-def _passing_drop_paths() -> Generator[None]:
-    token = _passing.set(True)
-    try:
-        yield
-    finally:
-        _passing.reset(token)
-
-
 class StochasticBlock(nn.Module):
     """Behavior of a foreign block whose branches are gated. `make_stochastic_` gives this class to modules."""
 
@@ -515,10 +488,10 @@ class StochasticBlock(nn.Module):
             return own(*args, **kwargs)
         prepared, leaves = branches.prepared_for(self, args, kwargs)
         if prepared.code is None:
-            with _own_code(self):
+            with own_code(self):
                 return own(*args, **kwargs)
         if masks_only.get():
-            return branches.masked_own_code(self, prepared, args, kwargs, leaves)
+            return branches.maskedown_code(self, prepared, args, kwargs, leaves)
         for name, value in prepared.stores.items():
             setattr(self, name, value)
         return prepared.code(self, *leaves)
@@ -554,91 +527,3 @@ def refuse_bypass(module: nn.Module, forward: Any) -> None:
         f"The forward that is set on a stochastic {plain_class(module).__name__} would bypass its gates. Set it before "
         "make_stochastic_, or call restore_(model) first; a forward that calls the one before it is all right."
     )
-
-
-@dataclass
-class DropPathUses:
-    """The gates of a drop path, one for each of its uses in a call of its block.
-
-    Attributes:
-        gated: the gates, each with the block whose use it is, in the order of the uses.
-        drop_rate: what its rate was when it was last looked at.
-        own_rate: whether that rate is the branches' own; a schedule takes no notice of it.
-    """
-
-    drop_rate: float
-    own_rate: bool
-    gated: list[tuple[nn.Module, GatedBranch]] = field(default_factory=list["tuple[nn.Module, GatedBranch]"])
-
-
-class StochasticDropPath(nn.Module):
-    """Behavior of a drop path in a block whose own code runs: it masks with the controller's gates."""
-
-    _stochastic_depth_branch: DropPathUses
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The samples `x` (N, ...) times their gates."""
-        if any(isinstance(value, float) for value in (*args, *kwargs.values())):
-            raise RuntimeError(
-                f"The {plain_class(self).__name__} is given a number with its call, which would be its rate: its gates "
-                "have the rate that it was made with. Give it that rate as an attribute."
-            )
-        if _passing.get():
-            return x
-        own, running = self._stochastic_depth_branch, _running.get()
-        number = 0
-        gated = [branch for _, branch in own.gated]
-        if running is not None:
-            block, uses = running
-            # A drop path that several blocks share has gates of its own in each of them.
-            gated = [branch for holder, branch in own.gated if holder is block] or gated
-            number = uses.get(id(self), 0)
-            uses[id(self)] = number + 1
-        elif len(gated) > 1:
-            if not self.training and not gated[0].passes.forced and gated[0].rescale != "eval":
-                return x
-            raise RuntimeError(
-                f"The drop path of {gated[0].passes.names[gated[0].index]} serves several branches, but is called "
-                "outside of its block, where it cannot be told which one."
-            )
-        if number >= len(gated):
-            raise RuntimeError(
-                f"The drop path of {gated[0].passes.names[gated[0].index]} is used {number + 1} times in a call of its "
-                f"block, in whose code {len(gated)} uses were found: it has no gates for the others."
-            )
-        return masked(gated[number], x, training=self.training)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        own = self.__dict__.get("_stochastic_depth_branch")
-        if isinstance(own, DropPathUses) and name != "training":
-            follow_rate(self, own)
-
-
-def follow_rate(drop_path: nn.Module, own: DropPathUses) -> None:
-    """Let the gates of a drop path follow its rate, which recipes change in training.
-
-    Raises:
-        RuntimeError: if the survival probabilities come from a schedule.
-        ValueError: if the rate is not in [0, 1).
-    """
-    rule = drop_path_rule(drop_path)
-    rate = 0.0 if rule is None else rule.drop_rate
-    if rate == own.drop_rate:
-        return
-    branches = [branch for _, branch in own.gated]
-    draws = branches[0].passes
-    name = draws.names[branches[0].index]
-    if not own.own_rate:
-        raise RuntimeError(
-            f"The rate of the drop path {name} does not act: the survival probabilities come from a schedule. Change "
-            "them by controller(model).set_survival_probs."
-        )
-    if not 0 <= rate < 1:
-        raise ValueError(f"The drop rate of {name} must be in [0, 1), but is {rate:g}.")
-    own.drop_rate = rate
-    survival_probs = list(draws.survival_probs)
-    for branch in branches:
-        survival_probs[branch.index] = 1 - rate
-    draws.survival_probs = tuple(survival_probs)
-    draws.end_parts()

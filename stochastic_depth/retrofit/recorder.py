@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-import types
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -36,36 +35,29 @@ from stochastic_depth.retrofit.effects import (
     stores_of,
     unchanged_surroundings,
 )
+from stochastic_depth.retrofit.held import Cached, Outside, held_tensors, name_of, tensors_in
 from stochastic_depth.retrofit.maps import is_attention_map
-from stochastic_depth.retrofit.reads import Place, Reads
+from stochastic_depth.retrofit.reads import Reads
 from stochastic_depth.retrofit.rules import is_drop_path
+from stochastic_depth.retrofit.torch_calls import (
+    ORIGIN,
+    as_method,
+    gives_sizes_of_values,
+    is_size,
+    is_structure,
+    is_value,
+    name_of_function,
+    named_call,
+    set_item,
+)
 from stochastic_depth.retrofit.trace import StoredError, TraceError
 from stochastic_depth.torch_private import (
-    TENSORS_AND_CHILDREN,
-    buffer_dict,
-    parameter_dict,
     tree_flatten,
     tree_leaves,
     tree_map_only,
     tree_unflatten,
     version_of,
 )
-
-# Where a tensor is stored is another place in another call of the same form.
-_ORIGIN = {"storage_offset", "data_ptr", "untyped_storage", "is_set_to"}
-_STRUCTURE_METHODS = {
-    "size", "dim", "numel", "nelement", "stride", "is_contiguous", "is_floating_point", "is_complex",
-    "is_signed", "element_size", "get_device", "__len__", "ndimension", "is_same_size", "has_names", "type",
-    "is_tensor", "result_type", "can_cast", "promote_types", "is_nonzero_size", "is_conj", "is_neg", "is_inference",
-    "is_shared", "is_pinned", "__hash__", "is_storage", "numpy_dtype", "broadcast_shapes", "dim_order",
-    "has_torch_function", "__format__", "__repr__", "is_distributed",
-}  # fmt: skip
-_STRUCTURE_ATTRIBUTES = {
-    "shape", "ndim", "dtype", "device", "is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "is_xla", "is_nested",
-    "is_sparse", "is_sparse_csr", "is_quantized", "is_leaf", "requires_grad", "layout", "itemsize", "nbytes", "names",
-    "is_vulkan", "is_mkldnn", "is_maia", "is_ipu", "retains_grad", "output_nr", "_version", "grad_fn", "name",
-    "_backward_hooks", "_has_symbolic_sizes_strides", "_is_view", "is_mtia",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,9 +83,6 @@ class Edit:
             weights = weights.repeat_interleave(value.shape[0] // weights.shape[0])
         return value * weights.view(-1, *[1] * (value.dim() - 1))
 
-
-Step = tuple[str, Any]
-"""How a part of a structure is reached: as an ("item", key) or an ("attribute", name)."""
 
 Edits = Mapping[int, Sequence[Edit]]
 """Changes of calls, by the numbers of these; parallel branches may be two operands of one."""
@@ -188,11 +177,6 @@ def _after(value: Any, _change: Any) -> Any:
     return value
 
 
-def _set_item(value: Tensor, index: Any, item: Any) -> Tensor:
-    value[index] = item
-    return value
-
-
 def _under(target: Callable[..., Any], context: tuple[Any, ...]) -> Callable[..., Any]:
     """A function, run under gradient and autocast settings of its own."""
     grad, device, enabled, dtype = context
@@ -203,48 +187,6 @@ def _under(target: Callable[..., Any], context: tuple[Any, ...]) -> Callable[...
 
     under.__name__ = getattr(target, "__name__", "under")
     return under
-
-
-class Outside:
-    """Gives a tensor that code takes from outside of its block: what is at a place now, or in a structure there."""
-
-    def __init__(self, place: Place, inner: tuple[Step, ...]) -> None:
-        self._place, self._inner = place, inner
-        self.__name__ = "outside"
-
-    def __call__(self) -> Tensor:
-        """The tensor."""
-        value = self._place()
-        for kind, key in self._inner:
-            value = value[key] if kind == "item" else getattr(value, key)
-        return value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Outside) and (self._place, self._inner) == (other._place, other._inner)
-
-    def __hash__(self) -> int:
-        return hash((self._place, self._inner))
-
-    def __repr__(self) -> str:
-        return f"outside({self._place.name}{self._inner})"
-
-
-class Cached:
-    """Gives a tensor that a cached function (`functools.cache`) has given to code: for the same arguments, the same."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
-        self.__name__ = "cached"
-
-    def __call__(self) -> Tensor:
-        """The tensor."""
-        return self._tensor
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Cached) and other._tensor is self._tensor
-
-    def __hash__(self) -> int:
-        return id(self._tensor)
 
 
 class _Graph(fx.Graph):
@@ -282,14 +224,14 @@ class _Recorder(TorchFunctionMode):
         self._alive: list[Any] = []
         self._versions: dict[int, tuple[Tensor, int]] = {}
         self._held: dict[int, tuple[Any, ...]] = {}
-        for path, value in _held_tensors(block):
+        for path, value in held_tensors(block):
             self._held.setdefault(id(value), path)  # One that has several names goes by its first.
         # Those of other modules and of plain structures, by place. What the stand-in has copied goes by its path.
         self._reads = Reads(block, inlined)
         self._outside = {
             id(tensor): (place, inner)
             for place in reversed(self._reads.places)
-            for inner, tensor in _tensors_in(place(), 3)
+            for inner, tensor in tensors_in(place(), 3)
         }
         self._valued: set[int] = set()
         self.constants: list[Tensor] = []
@@ -352,7 +294,7 @@ class _Recorder(TorchFunctionMode):
         return node
 
     def _get_attribute(self, path: tuple[Any, ...]) -> fx.Node:
-        name = _name_of(path)
+        name = name_of(path)
         self.called.add(name)
         node = self.graph.create_node("get_attr", name)
         node.meta["path"] = path
@@ -500,7 +442,7 @@ class _Recorder(TorchFunctionMode):
             self.check_outside()
             nodes, named = self._argument(tuple(args)), self._argument(dict(kwargs))
             output = method(*args, **kwargs)
-            if _is_value(output):
+            if is_value(output):
                 raise TraceError(f"the forward decides by what a {type(value).__name__} holds ({name})")
             node = self.graph.call_function(method_of, (self._objects[id(value)], name, *nodes), named)
             output = self._result(node, output)
@@ -523,10 +465,10 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._inside:
             return func(*args, **kwargs)
-        if _name_of_function(func) in _ORIGIN:
-            raise TraceError(f"the forward asks where a tensor is stored ({_name_of_function(func)})")
-        if _is_structure(func):
-            if args and id(args[0]) in self._valued and _is_size(func):
+        if name_of_function(func) in ORIGIN:
+            raise TraceError(f"the forward asks where a tensor is stored ({name_of_function(func)})")
+        if is_structure(func):
+            if args and id(args[0]) in self._valued and is_size(func):
                 raise TraceError("the forward decides by a size that follows from the values of a tensor")
             return func(*args, **kwargs)
         self._inside += 1
@@ -534,31 +476,31 @@ class _Recorder(TorchFunctionMode):
             self.check_outside()
             with self._keep():
                 args, kwargs = self._edited(self._num_calls, args, kwargs)
-                op, target, given = _called(func, args)
+                op, target, given = named_call(func, args)
                 nodes, named = self._argument(tuple(given)), self._argument(dict(kwargs))
                 context = self._context()
                 output = func(*args, **kwargs)
-            if _is_value(output) or differ(self._state, outside(self._generators)):
+            if is_value(output) or differ(self._state, outside(self._generators)):
                 name = getattr(func, "__name__", str(func))
-                if _is_value(output):
+                if is_value(output):
                     raise TraceError(f"the forward decides by the values of a tensor ({name})")
                 raise TraceError(f"the forward draws random numbers itself ({name})")
-            if target is _set_item:
+            if target is set_item:
                 output = args[0]
             if context != self._base:
-                function = _method(target) if op == "call_method" else target
+                function = as_method(target) if op == "call_method" else target
                 op, target = "call_function", _under(function, context)
             node = self.graph.create_node(op, target, nodes, named)
             if context != self._base:
                 node.meta["settings"] = context
             result = self._result(node, output)
-            if _gives_sizes_of_values(func, args, kwargs) or any(
+            if gives_sizes_of_values(func, args, kwargs) or any(
                 id(leaf) in self._valued for leaf in tree_leaves((args, kwargs))
             ):
                 self._valued.update(id(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
         finally:
             self._inside -= 1
-        return None if target is _set_item else result
+        return None if target is set_item else result
 
     def _result(self, node: fx.Node, output: Any) -> Any:
         """What a call has given, bound to its node."""
@@ -569,7 +511,7 @@ class _Recorder(TorchFunctionMode):
         node.meta["writes"] = [self._nodes[id(tensor)] for tensor in changed]
         for tensor in changed:
             if id(tensor) in self._held and node.op != "call_module":
-                raise StoredError(f"the forward changes its buffer {_name_of(self._held[id(tensor)])} in place")
+                raise StoredError(f"the forward changes its buffer {name_of(self._held[id(tensor)])} in place")
         if self._edits.get(number):
             with self._keep():
                 for edit in self._edits[number]:
@@ -609,110 +551,6 @@ class _Recorder(TorchFunctionMode):
             does_nothing = "call" not in node.meta or getattr(node.target, "__name__", node.target) == "detach"
             if not node.users and does_nothing and node.op not in ("placeholder", "output"):
                 self.graph.erase_node(node)
-
-
-def _name_of(path: tuple[Any, ...]) -> str:
-    return ".".join(str(part[1] if isinstance(part, tuple) else part) for part in path)
-
-
-def _held_tensors(block: nn.Module) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
-    for path, module in block.named_modules():
-        prefix = tuple(path.split(".")) if path else ()
-        for name, value in (*parameter_dict(module).items(), *buffer_dict(module).items()):
-            if value is not None:
-                yield (*prefix, name), value
-        for name, value in module.__dict__.items():
-            if name not in TENSORS_AND_CHILDREN:
-                for inner, tensor in _tensors_in(value, 3):
-                    yield (*prefix, name, *inner), tensor
-
-
-def _tensors_in(value: Any, depth: int) -> Iterator[tuple[tuple[Step, ...], Tensor]]:
-    if isinstance(value, Tensor):
-        yield (), value
-    elif depth and not isinstance(value, CONSTANTS):
-        for step, part in _tensors_of_module(value) if isinstance(value, nn.Module) else parts_of(value):
-            if isinstance(step[1], (str, int, tuple)):
-                for inner, tensor in _tensors_in(part, depth - 1):
-                    yield (step, *inner), tensor
-
-
-def _tensors_of_module(module: nn.Module) -> Iterator[tuple[Step, Tensor]]:
-    """Those of a module that is no child; its parameters are not the block's to train."""
-    for name, value in (*buffer_dict(module).items(), *module.__dict__.items()):
-        if isinstance(value, Tensor):
-            yield ("attribute", name), value
-
-
-def _name_of_function(func: Any) -> str:
-    """The name of a function of PyTorch, or of the attribute that it reads."""
-    name = getattr(func, "__name__", "")
-    return getattr(getattr(func, "__self__", None), "__name__", "") if name == "__get__" else name
-
-
-def _is_structure(func: Any) -> bool:
-    name = getattr(func, "__name__", "")
-    if name == "__get__":
-        return getattr(getattr(func, "__self__", None), "__name__", "") in _STRUCTURE_ATTRIBUTES
-    return name in _STRUCTURE_METHODS
-
-
-def _is_size(func: Any) -> bool:
-    name = getattr(func, "__name__", "")
-    if name == "__get__":
-        return func.__self__.__name__ in ("shape", "nbytes")
-    return name in ("size", "numel", "nelement", "__len__", "stride", "broadcast_shapes")
-
-
-def _gives_sizes_of_values(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether the sizes of what a function gives follow from values."""
-    name = getattr(func, "__name__", "")
-    if name == "__getitem__":
-        parts = args[1] if isinstance(args[1], tuple) else (args[1],)
-        return any(isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8) for part in parts)
-    if name == "where":
-        return len(args) + len(kwargs) == 1
-    if name == "repeat_interleave":
-        return any(isinstance(part, Tensor) for part in (*args[1:], *kwargs.values()))
-    return name in (
-        "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount", "_unique2", "nonzero_numpy",
-        "histogram", "tensor_split",
-    )  # fmt: skip
-
-
-def _is_value(output: Any) -> bool:
-    """Whether a call has given a plain value that was computed from the values of tensors."""
-    if isinstance(output, (bool, int, float, complex, str)):
-        return True
-    if isinstance(output, (list, tuple)) and output:
-        return any(_is_value(item) for item in cast("list[Any]", output))
-    return type(output).__module__ == "numpy"
-
-
-def _called(func: Any, args: Sequence[Any]) -> tuple[str, Any, Sequence[Any]]:
-    """How the graph names a function: its kind of node, its target and its arguments."""
-    name = getattr(func, "__name__", "")
-    if name == "__get__":
-        return "call_function", getattr, (args[0], func.__self__.__name__)
-    if name in ("__set__", "__delete__"):
-        raise StoredError("the forward sets an attribute of a tensor")
-    if name == "__setitem__":
-        return "call_function", _set_item, args
-    if name == "__getitem__":
-        return "call_function", operator.getitem, args
-    if isinstance(args[0] if args else None, Tensor) and getattr(Tensor, name, None) is func:
-        return "call_method", name, args
-    if isinstance(func, types.MethodDescriptorType) or getattr(func, "__qualname__", "").startswith("Tensor"):
-        return "call_method", name, args
-    return "call_function", func, args
-
-
-def _method(name: str) -> Callable[..., Any]:
-    def method(value: Any, *args: Any, **kwargs: Any) -> Any:
-        return getattr(value, name)(*args, **kwargs)
-
-    method.__name__ = name
-    return method
 
 
 def _unflatten(leaves: list[Any], spec: Any) -> Any:

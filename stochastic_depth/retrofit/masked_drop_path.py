@@ -1,0 +1,129 @@
+"""A drop path in a block whose own code runs: it masks with the controller's gates, one for each of its uses."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from stochastic_depth.copies import plain_class
+from stochastic_depth.residual import GatedBranch, masked
+from stochastic_depth.retrofit.rules import drop_path_rule
+
+# How many times the drop paths of the block whose own code is running have been called.
+_running: ContextVar[tuple[nn.Module, dict[int, int]] | None] = ContextVar("_running", default=None)
+
+
+@contextmanager
+def own_code(block: nn.Module) -> Generator[None]:
+    """Within, the own code of a block runs: calls of its drop paths are counted."""
+    token = _running.set((block, {}))
+    try:
+        yield
+    finally:
+        _running.reset(token)
+
+
+_passing: ContextVar[bool] = ContextVar("_passing", default=False)
+
+
+@contextmanager
+def passing_drop_paths() -> Generator[None]:
+    """Within, drop paths pass on what they are given."""
+    token = _passing.set(True)
+    try:
+        yield
+    finally:
+        _passing.reset(token)
+
+
+@dataclass
+class DropPathUses:
+    """The gates of a drop path, one for each of its uses in a call of its block.
+
+    Attributes:
+        gated: the gates, each with the block whose use it is, in the order of the uses.
+        drop_rate: what its rate was when it was last looked at.
+        own_rate: whether that rate is the branches' own; a schedule takes no notice of it.
+    """
+
+    drop_rate: float
+    own_rate: bool
+    gated: list[tuple[nn.Module, GatedBranch]] = field(default_factory=list["tuple[nn.Module, GatedBranch]"])
+
+
+class StochasticDropPath(nn.Module):
+    """Behavior of a drop path in a block whose own code runs: it masks with the controller's gates."""
+
+    _stochastic_depth_branch: DropPathUses
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The samples `x` (N, ...) times their gates."""
+        if any(isinstance(value, float) for value in (*args, *kwargs.values())):
+            raise RuntimeError(
+                f"The {plain_class(self).__name__} is given a number with its call, which would be its rate: its gates "
+                "have the rate that it was made with. Give it that rate as an attribute."
+            )
+        if _passing.get():
+            return x
+        own, running = self._stochastic_depth_branch, _running.get()
+        number = 0
+        gated = [branch for _, branch in own.gated]
+        if running is not None:
+            block, uses = running
+            # A drop path that several blocks share has gates of its own in each of them.
+            gated = [branch for holder, branch in own.gated if holder is block] or gated
+            number = uses.get(id(self), 0)
+            uses[id(self)] = number + 1
+        elif len(gated) > 1:
+            if not self.training and not gated[0].passes.forced and gated[0].rescale != "eval":
+                return x
+            raise RuntimeError(
+                f"The drop path of {gated[0].passes.names[gated[0].index]} serves several branches, but is called "
+                "outside of its block, where it cannot be told which one."
+            )
+        if number >= len(gated):
+            raise RuntimeError(
+                f"The drop path of {gated[0].passes.names[gated[0].index]} is used {number + 1} times in a call of its "
+                f"block, in whose code {len(gated)} uses were found: it has no gates for the others."
+            )
+        return masked(gated[number], x, training=self.training)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        own = self.__dict__.get("_stochastic_depth_branch")
+        if isinstance(own, DropPathUses) and name != "training":
+            follow_rate(self, own)
+
+
+def follow_rate(drop_path: nn.Module, own: DropPathUses) -> None:
+    """Let the gates of a drop path follow its rate, which recipes change in training.
+
+    Raises:
+        RuntimeError: if the survival probabilities come from a schedule.
+        ValueError: if the rate is not in [0, 1).
+    """
+    rule = drop_path_rule(drop_path)
+    rate = 0.0 if rule is None else rule.drop_rate
+    if rate == own.drop_rate:
+        return
+    branches = [branch for _, branch in own.gated]
+    draws = branches[0].passes
+    name = draws.names[branches[0].index]
+    if not own.own_rate:
+        raise RuntimeError(
+            f"The rate of the drop path {name} does not act: the survival probabilities come from a schedule. Change "
+            "them by controller(model).set_survival_probs."
+        )
+    if not 0 <= rate < 1:
+        raise ValueError(f"The drop rate of {name} must be in [0, 1), but is {rate:g}.")
+    own.drop_rate = rate
+    survival_probs = list(draws.survival_probs)
+    for branch in branches:
+        survival_probs[branch.index] = 1 - rate
+    draws.survival_probs = tuple(survival_probs)
+    draws.end_parts()

@@ -1,0 +1,110 @@
+"""What is known of calls of PyTorch's functions: how a graph names them, and what their results follow from."""
+
+from __future__ import annotations
+
+import operator
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from stochastic_depth.retrofit.trace import StoredError
+
+# Where a tensor is stored is another place in another call of the same form.
+ORIGIN = {"storage_offset", "data_ptr", "untyped_storage", "is_set_to"}
+_STRUCTURE_METHODS = {
+    "size", "dim", "numel", "nelement", "stride", "is_contiguous", "is_floating_point", "is_complex",
+    "is_signed", "element_size", "get_device", "__len__", "ndimension", "is_same_size", "has_names", "type",
+    "is_tensor", "result_type", "can_cast", "promote_types", "is_nonzero_size", "is_conj", "is_neg", "is_inference",
+    "is_shared", "is_pinned", "__hash__", "is_storage", "numpy_dtype", "broadcast_shapes", "dim_order",
+    "has_torch_function", "__format__", "__repr__", "is_distributed",
+}  # fmt: skip
+_STRUCTURE_ATTRIBUTES = {
+    "shape", "ndim", "dtype", "device", "is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "is_xla", "is_nested",
+    "is_sparse", "is_sparse_csr", "is_quantized", "is_leaf", "requires_grad", "layout", "itemsize", "nbytes", "names",
+    "is_vulkan", "is_mkldnn", "is_maia", "is_ipu", "retains_grad", "output_nr", "_version", "grad_fn", "name",
+    "_backward_hooks", "_has_symbolic_sizes_strides", "_is_view", "is_mtia",
+}  # fmt: skip
+
+
+def set_item(value: Tensor, index: Any, item: Any) -> Tensor:
+    """`value[index] = item`, as a function."""
+    value[index] = item
+    return value
+
+
+def name_of_function(func: Any) -> str:
+    """The name of a function of PyTorch, or of the attribute that it reads."""
+    name = getattr(func, "__name__", "")
+    return getattr(getattr(func, "__self__", None), "__name__", "") if name == "__get__" else name
+
+
+def is_structure(func: Any) -> bool:
+    """Whether a function tells of the form of a tensor, and not of its values."""
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return getattr(getattr(func, "__self__", None), "__name__", "") in _STRUCTURE_ATTRIBUTES
+    return name in _STRUCTURE_METHODS
+
+
+def is_size(func: Any) -> bool:
+    """Whether it tells of its size."""
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return func.__self__.__name__ in ("shape", "nbytes")
+    return name in ("size", "numel", "nelement", "__len__", "stride", "broadcast_shapes")
+
+
+def gives_sizes_of_values(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether the sizes of what a function gives follow from values."""
+    name = getattr(func, "__name__", "")
+    if name == "__getitem__":
+        parts = args[1] if isinstance(args[1], tuple) else (args[1],)
+        return any(isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8) for part in parts)
+    if name == "where":
+        return len(args) + len(kwargs) == 1
+    if name == "repeat_interleave":
+        return any(isinstance(part, Tensor) for part in (*args[1:], *kwargs.values()))
+    return name in (
+        "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount", "_unique2", "nonzero_numpy",
+        "histogram", "tensor_split",
+    )  # fmt: skip
+
+
+def is_value(output: Any) -> bool:
+    """Whether a call has given a plain value that was computed from the values of tensors."""
+    if isinstance(output, (bool, int, float, complex, str)):
+        return True
+    if isinstance(output, (list, tuple)) and output:
+        return any(is_value(item) for item in cast("list[Any]", output))
+    return type(output).__module__ == "numpy"
+
+
+def named_call(func: Any, args: Sequence[Any]) -> tuple[str, Any, Sequence[Any]]:
+    """How the graph names a function: its kind of node, its target and its arguments."""
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return "call_function", getattr, (args[0], func.__self__.__name__)
+    if name in ("__set__", "__delete__"):
+        raise StoredError("the forward sets an attribute of a tensor")
+    if name == "__setitem__":
+        return "call_function", set_item, args
+    if name == "__getitem__":
+        return "call_function", operator.getitem, args
+    if isinstance(args[0] if args else None, Tensor) and getattr(Tensor, name, None) is func:
+        return "call_method", name, args
+    if isinstance(func, types.MethodDescriptorType) or getattr(func, "__qualname__", "").startswith("Tensor"):
+        return "call_method", name, args
+    return "call_function", func, args
+
+
+def as_method(name: str) -> Callable[..., Any]:
+    """The method of this name of its first argument, as a function."""
+
+    def method(value: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(value, name)(*args, **kwargs)
+
+    method.__name__ = name
+    return method
