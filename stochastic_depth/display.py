@@ -50,6 +50,7 @@ class Overview:
         settings: the other arguments of `make_stochastic_`.
         notes: what was found and is no branch, each as "name: reason".
         num_draws: number of draws in this process.
+        remarks: lines below the settings.
     """
 
     gates: Sequence[GateInfo]
@@ -58,6 +59,7 @@ class Overview:
     settings: Mapping[str, object]
     notes: Sequence[str]
     num_draws: int
+    remarks: Sequence[str] = ()
 
     @property
     def skipped_share(self) -> float:
@@ -85,6 +87,7 @@ class Overview:
         masked = [f"{gate.name}: mask, nothing is saved: {gate.cause}" for gate in self.gates if gate.cause]
         return [
             *textwrap.wrap(settings, _WIDTH),
+            *self.remarks,
             *_without_repetitions(masked),
             *(f"no branch: {note}" for note in _without_repetitions(self.notes)),
         ]

@@ -441,7 +441,12 @@ class Controller:
             "seed": self._passes.seed,
         }
         num_draws = self._passes.tally.count.num_draws
-        return Overview(list(self), self.expected_depth, flops_share, settings, [*self._notes, *late], num_draws)
+        remarks: list[str] = []
+        if self._over_time is not None:
+            full = expected_depth(self._over_time[0])
+            remarks.append(f"over time: set_progress lowers the expected depth to {full:.2f} at full strength")
+        notes = [*self._notes, *late]
+        return Overview(list(self), self.expected_depth, flops_share, settings, notes, num_draws, remarks)
 
     def _treatment(self, branch: Branch, survival_prob: float) -> str:
         if survival_prob == 1:

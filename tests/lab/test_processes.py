@@ -242,7 +242,7 @@ def test_the_parts_of_the_batches_are_the_batches(num_images, num_ranks):
 
 def test_batch_norm_is_synchronised_on_gpus_only():
     with pytest.raises(ValueError, match="synchronised, which PyTorch supports on GPUs only"):
-        Processes(0, 2).wrapped(torch.nn.BatchNorm2d(3), torch.device("cpu"), synchronise_batch_norm=True)
+        Processes(0, 2).wrapped(torch.nn.BatchNorm2d(3), torch.device("cpu"), synchronize_batch_norm=True)
 
 
 def test_each_process_takes_its_own_gpu(monkeypatch):

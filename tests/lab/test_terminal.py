@@ -17,7 +17,7 @@ import pytest
 
 from stochastic_depth_lab.cli import main as cli
 from stochastic_depth_lab.cli.main import main
-from stochastic_depth_lab.training import loop, setup
+from stochastic_depth_lab.training import setup
 
 SMALL = "--model.num-layers 14 --data.limit 100 --recipe.batch-size 16 --recipe.epochs 2"
 TERMINALS = {
@@ -165,7 +165,7 @@ from stochastic_depth_lab.__main__ import main
 
 class Interrupting:
     def find_spec(self, name, *_):
-        if name == "stochastic_depth_lab.interrupts":
+        if name == "stochastic_depth_lab.cli.interrupts":
             os.kill(os.getpid(), _signal.SIGINT)
 
 sys.meta_path.insert(0, Interrupting())
@@ -201,7 +201,8 @@ def test_an_interrupted_inspection_ends_at_once():
     """It imports the packages of others, which make anything of a KeyboardInterrupt."""
     code = """
 import os, signal, sys
-from stochastic_depth_lab import cli, inspect
+from stochastic_depth_lab.cli import main as cli
+from stochastic_depth_lab.measure import inspect
 
 def importing(name, rate):
     try:
@@ -219,7 +220,7 @@ sys.exit(cli.main(["inspect", "timm:resnet18"]))
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "saved"), [(setup, "find_device", False), (loop, "load_images", True)], ids=["before", "within"]
+    ("module", "name", "saved"), [(setup, "find_device", False), (setup, "load_images", True)], ids=["before", "within"]
 )
 def test_a_stop_before_the_first_step_says_whether_there_is_something_to_resume(
     tmp_path, capsys, monkeypatch, module, name, saved
@@ -245,7 +246,7 @@ def test_an_interrupt_of_help_is_one_word(words, capsys, monkeypatch):
     def interrupted(_text):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_print", interrupted)
+    monkeypatch.setattr(cli, "show", interrupted)
     assert main(words) == 130
     assert capsys.readouterr().err == "Interrupted.\n"
 

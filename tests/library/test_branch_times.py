@@ -202,7 +202,7 @@ def test_expected_share_of_time(work: Work) -> None:
     assert cost.share_of_time([1.0] * 4) == 1.0
     counted = depth.cost(images(4))
     assert (counted.time_share, counted.share_of_time([1.0] * 4), counted.total.time_s) == (None, None, None)
-    assert (cost.training_flops, cost.activation_bytes) == (counted.training_flops, counted.activation_bytes)
+    assert (cost.flops_share, cost.activation_share) == (counted.flops_share, counted.activation_share)
 
 
 def test_times_are_printed() -> None:

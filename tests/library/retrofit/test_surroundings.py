@@ -585,7 +585,7 @@ def test_an_adapter_inside_of_a_branch_is_no_branch() -> None:
     net, x = nn.Sequential(WithAdapter(), WithAdapter()).double(), data(4)
     depth = sd.make_stochastic_(net, sd.uniform(0.5))
     assert list(depth.names) == ["0#1", "1#1"]
-    assert "0.f (Adapted): it lies in a branch, and adds to what its own layers compute" in str(depth)
+    assert "0.f (Adapted) and 1 more: it lies in a branch, and adds to what its own layers compute" in str(depth)
     with depth.gates([False, True]):
         assert_same(net(x), x + net[1].f(x))
 
