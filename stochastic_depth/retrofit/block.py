@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ class MaskedBranchWarning(UserWarning):
 
 # How many samples of a call the proof runs on.
 _NUM_SAMPLES = 4
-# And where integers or booleans are among its arguments, at most.
+# And where a branch runs on some of them, at most: what mixes samples may do so with many only.
 _MAX_SAMPLES = 64
 # A call that comes in more forms than this has the oldest ones forgotten.
 _MAX_FORMS = 128
@@ -76,6 +76,22 @@ class Prepared:
     recorded: tuple[Any, Mapping[int, Tensor]] | None = None
     num_checked: int = 1
     refusal: str = ""
+
+
+class _Few(NamedTuple):
+    """A recording of a call with a few of its samples.
+
+    Attributes:
+        rows: which rows of which arguments these are.
+        recorded: what the code does with them.
+        num_many: how many samples to prove it with where a branch runs on some of them.
+        many: the rows of these.
+    """
+
+    rows: dict[int, Tensor]
+    recorded: Any
+    num_many: int
+    many: dict[int, Tensor]
 
 
 @dataclass
@@ -270,7 +286,7 @@ class BlockBranches:
             known = [
                 form[0][1:] if isinstance(form, tuple) and isinstance(form[0], tuple) else form for form in of_leaves
             ]
-            if own.prepared.code is not None and ("training", False) in state[0] and known == shapes:
+            if own.prepared.code is not None and ("training", bool, False) in state[0] and known == shapes:
                 return own.prepared
         raise RuntimeError(
             f"{self._described(block)} has not been proven in evaluation yet, which an "
@@ -420,7 +436,7 @@ class BlockBranches:
                     "the forward takes a tensor from where it cannot be followed (autograd.Function, another library)"
                 )
         exact = skeleton(whole.graph, with_numbers=True)
-        num_proven, rows, few = self._generalize(trial, signature, leaves, whole)
+        few = self._generalize(trial, signature, leaves, whole)
         draws = next(iter(self.gated.values())).passes
         fixed = FixedGates(draws)
         gated = {key: replace(branch, passes=fixed) for key, branch in self.gated.items()}
@@ -432,8 +448,10 @@ class BlockBranches:
         of = (self._fingerprint, settings, skeleton(whole.graph))
         code, uses, ungated = rewrite(whole.graph, trial, own, draws.granularity)
         if of not in self.forms.proven:
-            call = arguments_anew(signature, leaves, rows, self.forms.called, unflatten)
-            num_samples = num_proven if rows and draws.granularity == "sample" else None
+            call = arguments_anew(signature, leaves, few.rows if few else {}, self.forms.called, unflatten)
+            many = None
+            if few and draws.granularity == "sample":
+                many = few.num_many, arguments_anew(signature, leaves, few.many, self.forms.called, unflatten)
             self.forms.num_runs += prove(
                 trial,
                 code,
@@ -441,27 +459,23 @@ class BlockBranches:
                 gated,
                 fixed,
                 call,
-                num_samples,
+                many,
                 training=block.training,
                 inlined=self.inlined,
             )
             self.forms.proven.add(of)
         masked = {use.key: use.cause for use in uses if use.cause}
-        return Prepared(code, masked, whole.stores, tuple(uses), ungated, few or (exact, {}))
+        return Prepared(
+            code, masked, whole.stores, tuple(uses), ungated, (few.recorded, few.rows) if few else (exact, {})
+        )
 
     def _recorded(self, trial: nn.Module, signature: Any, leaves: list[Any], rows: Mapping[int, Tensor]) -> Run:
         args, kwargs, own = arguments_anew(signature, leaves, rows, self.forms.called, unflatten)()
         self.forms.num_runs += 1
         return run_block(trial, args, kwargs, own, inlined=self.inlined)
 
-    def _generalize(
-        self, trial: nn.Module, signature: Any, leaves: list[Any], whole: Run
-    ) -> tuple[int, dict[int, Tensor], tuple[Any, Mapping[int, Tensor]] | None]:
-        """Let a recording hold for any number of samples.
-
-        Returns:
-            How many samples to prove it with, which rows of which arguments these are, and the other recording with
-            the rows of its own.
+    def _generalize(self, trial: nn.Module, signature: Any, leaves: list[Any], whole: Run) -> _Few | None:
+        """Let a recording hold for any number of samples; None where nothing says which these are.
 
         It is compared with a recording of the same call for another number of samples. Where an argument has as many
         rows as there are samples by chance only, the code fails unless it keeps all of them.
@@ -473,7 +487,7 @@ class BlockBranches:
             if isinstance(leaf, Tensor) and leaf.dim() and first_of[index] == index
         }
         if not lengths or 0 in lengths.values():
-            return 0, {}, None
+            return None
         first = next(iter(lengths))
         # Where patches are folded into the batch, an argument has several rows for each sample that another has.
         for num_samples in dict.fromkeys((lengths[first], *lengths.values())):
@@ -491,13 +505,10 @@ class BlockBranches:
                     except TraceError:
                         continue
                     if generalize(whole.graph, few.graph):
-                        recorded = skeleton(few.graph, with_numbers=True), rows
-                        num_proven = _NUM_SAMPLES
-                        if not all(leaves[i].is_floating_point() for i in having_rows):
-                            # What is no value may be the number of another sample: the first few may know only few.
-                            num_proven = max(_NUM_SAMPLES, min(num_samples, _MAX_SAMPLES))
-                        return num_proven, _some_rows(having_rows, num_proven, num_samples), recorded
-        return 0, {}, None
+                        num_many = max(_NUM_SAMPLES, min(num_samples, _MAX_SAMPLES))
+                        many = _some_rows(having_rows, num_many, num_samples)
+                        return _Few(rows, skeleton(few.graph, with_numbers=True), num_many, many)
+        return None
 
 
 def _some_rows(rows_per_sample: Mapping[int, int], num: int, num_samples: int) -> dict[int, Tensor]:

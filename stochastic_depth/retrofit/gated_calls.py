@@ -143,7 +143,7 @@ def make_gated_value(
     function: Callable[..., Tensor],
     inputs: Sequence[BranchInput],
     shape: tuple[int, ...],
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
 ) -> Callable[..., Tensor]:
     """Where a block without a shortcut drops all that it computes, closed gates give zeros."""
     gated_sum = make_gated_sum(key, paths, function, inputs)
