@@ -27,6 +27,7 @@ from stochastic_depth.retrofit.generated_code import Code
 from stochastic_depth.retrofit.masked_drop_path import own_code, passing_drop_paths
 from stochastic_depth.retrofit.num_samples import generalize, skeleton
 from stochastic_depth.retrofit.proof import FixedGates, arguments_anew, private, prove
+from stochastic_depth.retrofit.quiet import drawn_for_samples
 from stochastic_depth.retrofit.reads import Reads, StateOfChildren
 from stochastic_depth.retrofit.recorder import Run, run_block, run_with_edits
 from stochastic_depth.retrofit.rewrite import GatedUse, edits_of, rewrite
@@ -414,6 +415,16 @@ class BlockBranches:
             stacklevel=2,
         )
 
+    def _warn_of_own_drop(self, block: nn.Module, function: str) -> None:
+        kind = plain_class(block), function
+        if kind not in self.forms.warned:
+            self.forms.warned.add(kind)
+            warnings.warn(
+                f"{self._described(block)} draws one number for each sample ({function}): it may drop its branches "
+                "itself, and then they are dropped twice. Set its own rate to 0.",
+                stacklevel=2,
+            )
+
     def _proven_with_objects(self, block: nn.Module, signature: Any, leaves: list[Any]) -> Prepared:
         try:
             return self._proven(block, signature, leaves)
@@ -426,7 +437,10 @@ class BlockBranches:
     def _proven(self, block: nn.Module, signature: Any, leaves: list[Any]) -> Prepared:
         """Rewritten code for a call, after it was proven equal to the block's own."""
         trial = stand_in(block)
-        whole = self._recorded(trial, signature, leaves, {})
+        with drawn_for_samples() as draws:
+            whole = self._recorded(trial, signature, leaves, {})
+        if draws and not self.drop_paths:
+            self._warn_of_own_drop(block, draws[0])
         if whole.stores or whole.constants:
             again = self._recorded(trial, signature, leaves, {})
             if again.stores:

@@ -372,7 +372,7 @@ def put_in_a_row(graph: fx.Graph, block: nn.Module) -> None:
 def _are_parallel(shortcut: fx.Node, a: fx.Node, b: fx.Node, block: nn.Module) -> bool:
     """Whether both values are computed from a shortcut, each with something of its own."""
     kept, of_a, of_b = ancestors(shortcut), ancestors(a), ancestors(b)
-    if shortcut.op == "get_attr" or shortcut not in of_a & of_b:
+    if shortcut.op == "get_attr" or shortcut not in of_a & of_b or _starts_at_zeros(a) or _starts_at_zeros(b):
         return False
     own = (of_a - of_b - kept, of_b - of_a - kept)
     return all(any(_computes(node, block) for node in nodes) for nodes in own)
@@ -402,11 +402,15 @@ def residual_sums(graph: fx.Graph, block: nn.Module) -> list[Sum]:
 
 
 def _is_shortcut(shortcut: fx.Node, output: fx.Node, block: nn.Module) -> bool:
+    if _is_modulation(shortcut, output, block):
+        return False
     of_shortcut, of_output = ancestors(shortcut), ancestors(output)
     if not any(_computes(node, block) for node in of_output - of_shortcut):
         return False
     if shortcut in of_output:
         return shortcut.op != "get_attr"
+    if _starts_at_zeros(shortcut) or _starts_at_zeros(output):
+        return False
     common = of_shortcut & of_output
     if not any(node.op != "get_attr" for node in common):
         return False
@@ -414,6 +418,61 @@ def _is_shortcut(shortcut: fx.Node, output: fx.Node, block: nn.Module) -> bool:
     if any(node.op == "call_function" and not _is_cheap(node) for node in projection):
         return False
     return 2 * _num_computing(projection, block) <= _num_computing(of_output - of_shortcut, block)
+
+
+# Where sums of experts begin.
+_ZEROS = {"zeros", "zeros_like", "new_zeros"}
+_REDUCTIONS = {"mean", "std", "var", "amax", "amin", "norm", "median", "max", "min", "sum"}
+
+
+def _starts_at_zeros(node: fx.Node) -> bool:
+    """Whether a value is what a loop has added up, such as the outputs of experts."""
+    while operands := added(node):
+        node = operands[0]
+    return _name_of(_seen_through(node)) in _ZEROS
+
+
+def _name_of(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def _seen_through(node: fx.Node) -> fx.Node:
+    """The node that another is a view of, or a function with numbers only."""
+    while node.op in ("call_function", "call_method"):
+        sources = [each for each in node.all_input_nodes if not is_size(each)]
+        is_view = node.target is operator.getitem and not isinstance(node.args[1], int)
+        if len(sources) != 1 or not (is_view or _name_of(node) in _SAME_MEMORY - {"getitem"} | _WITH_NUMBERS):
+            break
+        node = sources[0]
+    return node
+
+
+_WITH_NUMBERS = {"add", "sub", "mul", "truediv", "div", "sqrt", "rsqrt", "clamp", "detach", "__radd__", "radd", "exp"}
+
+
+def _is_modulation(shift: fx.Node, product: fx.Node, block: nn.Module) -> bool:
+    """Whether a sum `x * scale + shift` is one of FiLM, AdaLN or RevIN: `scale` comes from where `shift` does.
+
+    Either both are parts of one tensor, or both are statistics of one, or `x` has nothing to do with `shift`.
+    """
+    product = _seen_through(product)
+    factors = [each for each in product.all_input_nodes if not is_size(each)]
+    if _name_of(product) not in ("mul", "imul", "multiply", "mul_") or len(factors) != 2:
+        return False
+    shift = _seen_through(shift)
+    of_shift = {node for node in ancestors(shift) if node.op != "get_attr"}
+    for x, scale in (factors, factors[::-1]):
+        source = _seen_through(scale)
+        is_other = source is not shift and source.args[:1] == shift.args[:1]
+        is_part = source.target is operator.getitem and shift.target is operator.getitem
+        are_statistics = {_name_of(source), _name_of(shift)} <= _REDUCTIONS
+        if is_other and (is_part or are_statistics):
+            return True
+        of_scale, of_x = ancestors(source), ancestors(x)
+        is_apart = shift not in of_scale and of_shift & of_scale and not of_shift & of_x
+        if is_apart and 0 < _num_computing(of_scale, block) <= _num_computing(of_x, block):
+            return True
+    return False
 
 
 def _is_cheap(node: fx.Node) -> bool:

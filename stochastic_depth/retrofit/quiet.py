@@ -8,6 +8,7 @@ import random
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -32,10 +33,39 @@ _ALMOST_ONE = 0.9990234375
 _POSITIONS = {"scaled_dot_product_attention": 4, "multi_head_attention_forward": 10, "rrelu": 3}
 
 
+_drawn_for_samples: ContextVar[list[str] | None] = ContextVar("drawn_for_samples", default=None)
+
+
+@contextmanager
+def drawn_for_samples() -> Generator[list[str]]:
+    """Gives the names of the functions that draw one number for each sample within, as drop paths do."""
+    names: list[str] = []
+    token = _drawn_for_samples.set(names)
+    try:
+        yield names
+    finally:
+        _drawn_for_samples.reset(token)
+
+
+_DRAWS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "bernoulli", "bernoulli_", "rand", "rand_like", "uniform_"}
+
+
+def _note_draw(name: str, output: Any) -> None:
+    noted = _drawn_for_samples.get()
+    if noted is None or name not in _DRAWS or not isinstance(output, Tensor) or output.dim() < 2:
+        return
+    if output.shape[0] > 1 and output.shape[1:].numel() == 1:
+        noted.append(name)
+
+
 class _Quiet(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        output = self._drawn(func, name, args, kwargs or {})
+        _note_draw(name, output)
+        return output
+
+    def _drawn(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         if name in _OFF:
             for switch, value in _OFF[name].items():
                 position = _position(func, name, switch)
