@@ -358,25 +358,25 @@ def paper_network(layers: int, device: torch.device) -> nn.Module:
     return sd.models.cifar_resnet(layers).to(device).to(memory_format=torch.channels_last)
 
 
-def train_step(model: nn.Module, optimiser: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> None:
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> None:
     """One step, in mixed precision with bf16."""
-    optimiser.zero_grad()
+    optimizer.zero_grad()
     with torch.autocast(images.device.type, torch.bfloat16):
         loss = F.cross_entropy(model(images), labels)
     loss.backward()
-    optimiser.step()
+    optimizer.step()
 
 
 def step_of(model: nn.Module, images: Tensor, num_classes: int = 10) -> Callable[[], None]:
-    """A step of the paper's optimiser."""
-    optimiser = torch.optim.SGD(
+    """A step of the paper's optimizer."""
+    optimizer = torch.optim.SGD(
         model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4, fused=images.is_cuda
     )
     labels = torch.randint(num_classes, (images.shape[0],), device=images.device)
-    return functools.partial(train_step, model, optimiser, images, labels)
+    return functools.partial(train_step, model, optimizer, images, labels)
 
 
-def synchronise(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Wait for what the device has been given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -389,11 +389,11 @@ def measure(variants: Mapping[str, Callable[[], None]], device: torch.device, sc
         for _ in range(scale.steps):  # the rarer of two numbers of samples is met, and recorded, before it is timed
             step()
     for name in shuffled_rounds(variants, rounds=scale.rounds):
-        synchronise(device)
+        synchronize(device)
         begin = time.perf_counter()
         for _ in range(scale.steps):
             variants[name]()
-        synchronise(device)
+        synchronize(device)
         times[name].append((time.perf_counter() - begin) / scale.steps * 1e3)
     first = next(iter(times.values()))
     return {
@@ -520,10 +520,10 @@ def floor(setting: Setting) -> bool:
             sd.make_stochastic_(model, sd.linear_decay(0.5), draw="equal_cost")
         images = torch.empty(scale.batch_size, 3, 32, 32, dtype=torch.bfloat16, device="meta")
         labels = torch.empty(scale.batch_size, dtype=torch.int64, device="meta")
-        optimiser = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4)
         with TrafficMode() as traffic, FlopCounterMode(display=False) as counter:
             F.cross_entropy(model(images), labels).backward()
-            optimiser.step()
+            optimizer.step()
         flops = counter.get_total_flops()
         seconds = (traffic.num_bytes / H200["bytes_per_s"], flops / H200["bf16_flops_per_s"])
         found = {"bytes": traffic.num_bytes, "flops": flops, "least_ms": 1e3 * max(seconds), "peak": H200}

@@ -20,7 +20,7 @@ from protocol import write_table
 from torch import Tensor, nn
 
 import stochastic_depth as sd
-from stochastic_depth_lab.data import Augmentation, Normalisation, batches, load
+from stochastic_depth_lab.data import Augmentation, Normalization, batches, load
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "torchvision resnet18": lambda: torchvision_model("resnet18", num_classes=10),
@@ -40,11 +40,11 @@ def way_back(
     """Errors in percent, with the gates and fresh; the largest difference relative to the largest output; answers."""
     model = make()
     sd.make_stochastic_(model, sd.linear_decay(0.5))
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for inputs, labels in train:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         F.cross_entropy(model(inputs), labels).backward()
-        optimiser.step()
+        optimizer.step()
     inputs, labels = test
     with torch.no_grad():
         before = model.eval()(inputs)
@@ -66,17 +66,17 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     data = load("cifar10", data_root=options.data_root)
-    normalisation = Normalisation.fit(data.train.images, "channel")
+    normalization = Normalization.fit(data.train.images, "channel")
     few = data.train.first(options.num_train)
     train = list(
         batches(
-            few, 64, normalisation=normalisation, augmentation=Augmentation(translation=4, flip=True), seed=0, epoch=1
+            few, 64, normalization=normalization, augmentation=Augmentation(translation=4, flip=True), seed=0, epoch=1
         )
     )
     test = data.test.first(options.num_test)
     rows: list[list[str]] = []
     for name, make in MODELS.items():
-        rows.append([name, *way_back(make, train, (normalisation(test.images), test.labels))])
+        rows.append([name, *way_back(make, train, (normalization(test.images), test.labels))])
         print(rows[-1], flush=True)
     write_table(
         "round_trip",

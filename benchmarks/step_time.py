@@ -20,11 +20,11 @@ from torch import nn
 import stochastic_depth as sd
 
 
-def train_step(net: nn.Module, optimiser: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor) -> None:
-    """One step of the paper's optimiser."""
-    optimiser.zero_grad()
+def train_step(net: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor) -> None:
+    """One step of the paper's optimizer."""
+    optimizer.zero_grad()
     F.cross_entropy(net(images), labels).backward()
-    optimiser.step()
+    optimizer.step()
 
 
 def forced_step(depth: sd.Controller, gates: list[bool], step: functools.partial[None]) -> None:
@@ -60,8 +60,8 @@ def main() -> None:
         return step_of(net), sd.make_stochastic_(net, schedule, seed=args.seed, **options)  # pyright: ignore
 
     def step_of(net: nn.Module) -> functools.partial[None]:
-        optimiser = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4)
-        return functools.partial(train_step, net, optimiser, images, labels)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4)
+        return functools.partial(train_step, net, optimizer, images, labels)
 
     # Equal cost: every step runs 40 or 41 of the 54 blocks, so that few rounds show the mean.
     batch, depth = stochastic(schedule, draw="equal_cost")

@@ -185,7 +185,7 @@ def _begin(interval: _Interval) -> int:
 
 
 def _clock(device: torch.device) -> tuple[Callable[[], Any], Callable[[list[Any]], list[float]]]:
-    """How to mark a point in time on a device, and how many seconds lie between any two neighbouring marks."""
+    """How to mark a point in time on a device, and how many seconds lie between any two neighboring marks."""
     if device.type == "cuda":
         return _event, _seconds_between_events
 

@@ -287,7 +287,7 @@ class Meter(TorchDispatchMode):
 
 @contextmanager
 def undisturbed(root: nn.Module) -> Generator[None]:
-    """Afterwards training modes, buffers and random states of the model and of PyTorch are as before."""
+    """Afterward training modes, buffers and random states of the model and of PyTorch are as before."""
     modes = [(module, module.training) for module in root.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in root.buffers()]
     gpus = {parameter.device for parameter in root.parameters() if parameter.is_cuda}

@@ -38,9 +38,9 @@ def shard_(
     modules that a branch shares with something else, and branches that are masked.
 
     Args:
-        model: made stochastic with `ranks="agree"`. Afterwards it is used, saved and clipped like any model under
-            `torch.distributed.fsdp.fully_shard`. Make the optimiser after this call.
-        mesh: one dimension: parameters, gradients and optimiser states are sharded over it. Two dimensions: replicated
+        model: made stochastic with `ranks="agree"`. Afterward it is used, saved and clipped like any model under
+            `torch.distributed.fsdp.fully_shard`. Make the optimizer after this call.
+        mesh: one dimension: parameters, gradients and optimizer states are sharded over it. Two dimensions: replicated
             over the first and sharded over the second; (N, 1) is pure replication, like DistributedDataParallel, and
             saves the reductions of dropped branches all the same.
         reshard_after_forward: see `fully_shard`; False keeps a branch's parameters gathered until its backward.

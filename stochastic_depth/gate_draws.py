@@ -322,7 +322,7 @@ class GateDraws:
             is_open = (this.counts.get(1) or self.draw_of(this, 1))[index]
             return Gate(num_samples, None, this.survival_probs[index]) if is_open else CLOSED
         num_open = self.draw_of(this, num_samples)[index]
-        # Another rank may have more samples, and with them a survivor where this one has none. What synchronises
+        # Another rank may have more samples, and with them a survivor where this one has none. What synchronizes
         # inside of a branch waits for every rank; the sizes of their batches are not known here, so none stays away.
         if num_open == 0 and not has_several_ranks():
             return CLOSED

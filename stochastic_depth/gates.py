@@ -2,7 +2,7 @@
 
 Nothing here has a state and no global random generator is touched: ranks agree without communication, a resumed run
 continues, and the draw does not depend on the order of the data. The streams are Python's `random.Random` seeded with
-a string, which hashes it (SHA-512): neighbouring counters are unrelated, and seeds of any size differ, which 32-bit
+a string, which hashes it (SHA-512): neighboring counters are unrelated, and seeds of any size differ, which 32-bit
 generators do not promise. Of a stream only `random()` is used, the one method that Python keeps stable.
 
 A gate is drawn as a *count*: for how many of the N samples of a batch the branch runs. One gate for a whole
@@ -77,7 +77,7 @@ def draw_order(num_branches: int, num_samples: int, *, seed: int, counter: int, 
     """
     stream = _stream(seed, counter, "samples", rank)
     generator = torch.Generator().manual_seed(int(stream.random() * 2**32))
-    # Double precision: with 24-bit keys ties would favour the first samples, visibly so for large batches.
+    # Double precision: with 24-bit keys ties would favor the first samples, visibly so for large batches.
     # Not torch.rand, which a run without noise (`retrofit.quiet`) replaces.
     keys = torch.empty(num_branches, num_samples, dtype=torch.float64).uniform_(generator=generator)
     return keys.argsort(dim=1)

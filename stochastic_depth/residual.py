@@ -219,7 +219,7 @@ class GatedBranch:
             x: (N, ...), or several in a tuple.
         """
         if gate.num_open <= 1 and any(_batch_norms(parts)) and self._sees_one_value(module, branch, x):
-            return 2  # BatchNorm cannot normalise a single value per channel: another sample gives it another
+            return 2  # BatchNorm cannot normalize a single value per channel: another sample gives it another
         return max(gate.num_open, 1)
 
     @eager
@@ -272,7 +272,7 @@ def _batch_norms(module: nn.Module) -> list[nn.Module]:
 class _WithZeroGradients(torch.autograd.Function):
     """A copy of `x` through which `unused` tensors get gradients of zero, as if they had been used with factor 0.
 
-    That is what the authors' optimiser sees for a dropped block, and what a mask gives; and it makes plain
+    That is what the authors' optimizer sees for a dropped block, and what a mask gives; and it makes plain
     DistributedDataParallel right, which waits for a gradient of every parameter.
     """
 

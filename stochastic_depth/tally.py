@@ -75,7 +75,7 @@ def metrics(
     found = {"expected_depth": expected_depth}
     frequencies = count.frequencies
     if frequencies is not None:
-        found["realised_depth"] = math.fsum(frequencies)
+        found["realized_depth"] = math.fsum(frequencies)
         if cost_share is not None:
             found["cost_share"] = cost_share(frequencies)
         for name, frequency in zip(names, frequencies, strict=True):

@@ -27,7 +27,7 @@ Origin = Literal["given", "remembered", "guessed"]
 Context = Callable[[], AbstractContextManager[Any]]
 
 # Rounding of a whole network, as a share of an output's largest value. Folded weights are rounded anew, and models in
-# float64 often normalise in float32.
+# float64 often normalize in float32.
 _ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _ROUNDING_OF_TF32 = 1e-2  # in which GPUs compute convolutions of float32
 _NUM_COMPARED = 8192

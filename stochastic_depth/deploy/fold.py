@@ -56,7 +56,7 @@ def fold_(model: nn.Module, *, inputs: Inputs | None = None) -> None:
 
     With `rescale="eval"` a branch counts p times in evaluation (Huang et al. 2016). That factor goes into the weights
     and biases of the branch's last affine operations: BatchNorm, LayerNorm, LayerScale, convolution or linear. With the
-    other rescalings there is no factor, and stochastic depth is taken off only. Afterwards the model is of its original
+    other rescalings there is no factor, and stochastic depth is taken off only. Afterward the model is of its original
     classes, costs what constant depth costs, and its `state_dict` loads into a model that never saw this library.
 
     Where a gate comes behind them, as in squeeze-and-excitation, its first weights are divided by the factor, so that
@@ -118,7 +118,7 @@ def convert_rescale_(model: nn.Module, rescale: Literal["eval", "train"], *, inp
     The paper's form (`rescale="eval"`) counts a branch p times in evaluation; drop path (`"train"`) counts it 1/p times
     in training. A branch trained in the one is p times that of the other: its last affine operations are multiplied
     by p on the way to `"train"`, and divided by it on the way back. What the model computes is unchanged, in training
-    and in evaluation. The optimiser's momentum is not converted: start a new one.
+    and in evaluation. The optimizer's momentum is not converted: start a new one.
 
     A branch whose factor cannot go into weights (see `fold_`) stays in its convention, with a warning. The result is
     checked on an example as `fold_` does, in evaluation and with every gate open.
@@ -264,11 +264,11 @@ def remove_gates_(
     return [(branch.found.name, branch.test_factor, reason) for branch, reason in scalars.items()], root
 
 
-def _keep_scalar_(module: nn.Module, behaviour: type[nn.Module], factor: float) -> None:
-    if type(module) is Residual and behaviour is ScaledResidual:
+def _keep_scalar_(module: nn.Module, behavior: type[nn.Module], factor: float) -> None:
+    if type(module) is Residual and behavior is ScaledResidual:
         module.__class__ = ScaledResidual
     else:
-        swap_class_(module, behaviour)
+        swap_class_(module, behavior)
     module.branch_factor = factor  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
 
 

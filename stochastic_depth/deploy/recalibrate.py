@@ -21,13 +21,13 @@ def recalibrate_batchnorm_(model: nn.Module, batches: Iterable[Any]) -> None:
 
     In training, statistics come from random sub-networks; evaluation runs another network, with every branch at its
     test-time factor, and a `subnetwork` is another one again. Here the network runs in evaluation mode, no gate is
-    drawn and dropout is off, except that each BatchNorm normalises by the batch it sees. Running means and variances
-    become those of all values of all batches together (not a mean of the batches'), so that only the normalisation
+    drawn and dropout is off, except that each BatchNorm normalizes by the batch it sees. Running means and variances
+    become those of all values of all batches together (not a mean of the batches'), so that only the normalization
     further back depends on how the data are divided into batches.
 
     Under `torch.distributed` the data of all ranks count together, and all ranks get the same statistics; each gives
     its own share of the batches, which may differ in number, and waits for the others once, at the end. (Each
-    BatchNorm normalises by its own rank's batch, SyncBatchNorm too.)
+    BatchNorm normalizes by its own rank's batch, SyncBatchNorm too.)
 
     Args:
         model: the model, stochastic or plain; parameters and training modes are unchanged. Without BatchNorm that keeps
@@ -96,7 +96,7 @@ class _Statistics:
         self._deviations = torch.zeros_like(self._mean)
 
     def see(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Forward pre-hook: adds a batch, and lets the layer normalise by it."""
+        """Forward pre-hook: adds a batch, and lets the layer normalize by it."""
         assert isinstance(layer, BatchNorm)
         assert layer.running_mean is not None
         assert layer.running_var is not None

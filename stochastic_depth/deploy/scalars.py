@@ -78,7 +78,7 @@ class ScaledOutput:
 
 
 class ScaledLayer(nn.Module):
-    """Behaviour of a whole layer that is a scaled branch: input + branch_factor * (layer(input) - input)."""
+    """Behavior of a whole layer that is a scaled branch: input + branch_factor * (layer(input) - input)."""
 
     branch_factor: float
 
@@ -162,7 +162,7 @@ def _is_close(a: Tensor, b: Tensor) -> bool:
 
 
 class ScaledBlock(nn.Module):
-    """Behaviour of a foreign block with scaled branches that neither its weights nor one of its children can scale."""
+    """Behavior of a foreign block with scaled branches that neither its weights nor one of its children can scale."""
 
     _branch_factors: BranchFactors
 

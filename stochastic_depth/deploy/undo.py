@@ -73,7 +73,7 @@ def _contents(attributes: dict[str, Any]) -> list[tuple[Any, Any]]:
 
 @contextmanager
 def without_traces(model: nn.Module) -> Generator[None]:
-    """Afterwards the modules' attributes, modes and buffers are as before, and all random states of this process.
+    """Afterward the modules' attributes, modes and buffers are as before, and all random states of this process.
 
     What a forward leaves elsewhere stays: in objects that the modules hold, or where hooks write.
     """

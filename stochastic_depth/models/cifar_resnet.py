@@ -79,7 +79,7 @@ class CifarResNet(nn.Module):
         blocks_per_group: n, blocks in each of the three groups.
         num_classes: number of classes.
         shortcut: kind of the shortcuts.
-        init: kind of the initialisation.
+        init: kind of the initialization.
         in_channels: channels of the images.
     """
 
@@ -102,7 +102,7 @@ class CifarResNet(nn.Module):
         self.groups = nn.Sequential(*groups)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(_WIDTHS[-1], num_classes)
-        _initialise(self, init)
+        _initialize(self, init)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, in_channels, H, W) to logits (N, num_classes)."""
@@ -168,7 +168,7 @@ def _conv3x3(in_width: int, width: int, *, stride: int = 1, bias: bool) -> nn.Co
 
 
 @torch.no_grad()
-def _initialise(model: nn.Module, init: Init) -> None:
+def _initialize(model: nn.Module, init: Init) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             fan_in = module.in_channels * module.kernel_size[0] * module.kernel_size[1]

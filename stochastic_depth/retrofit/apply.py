@@ -141,7 +141,7 @@ def make_stochastic_(
         over_time=_over_time(schedule, len(branches)),
     )
     setattr(model, _CONTROLLER, made)
-    # Last, so that it lies around the behaviour of a root that is a branch or a block itself.
+    # Last, so that it lies around the behavior of a root that is a branch or a block itself.
     swap_class_(model, StochasticRoot, joins=_BRANCH in model.__dict__)
     return made
 
@@ -170,11 +170,11 @@ def _make_stochastic(branch: Branch, gated: GatedBranch, found: Found, forms: Kn
 
 
 def _make_layer_stochastic(branch: Branch, gated: GatedLayer) -> None:
-    for module, behaviour in (
+    for module, behavior in (
         (branch.module, StochasticLayer),
         *((inner, LayerDropPath) for inner in branch.drop_paths),
     ):
-        swap_class_(module, behaviour)
+        swap_class_(module, behavior)
         setattr(module, _BRANCH, gated)
 
 
@@ -265,7 +265,7 @@ def _survival_probs(schedule: Schedule | Values | None, branches: Sequence[Branc
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
-    order = "Call make_stochastic_ on the plain model first, and wrap or compile it afterwards."
+    order = "Call make_stochastic_ on the plain model first, and wrap or compile it afterward."
     for module in model.modules():
         kind = type(module).__name__
         if isinstance(module, (DataParallel, DistributedDataParallel)) or kind.startswith(("FSDP", "FullySharded")):

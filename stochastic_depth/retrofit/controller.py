@@ -221,7 +221,7 @@ class Controller:
                     "of one rank to all (torch.distributed.broadcast_object_list) as a list: "
                     "[branch.time_s for branch in cost.branches]."
                 )
-            # A branch without FLOPs (a bare normalisation) is next to free, but not to be divided by.
+            # A branch without FLOPs (a bare normalization) is next to free, but not to be divided by.
             costs = [
                 max(branch.training_flops, 1) if branch.time_s is None else max(branch.time_s, 1e-9)
                 for branch in costs.branches
@@ -401,7 +401,7 @@ class Controller:
         `stochastic_depth/`.
 
         - `expected_depth`: sum of the survival probabilities.
-        - `realised_depth`: mean number of branches that ran.
+        - `realized_depth`: mean number of branches that ran.
         - `cost_share`: share of the training FLOPs of constant depth at these frequencies, if `cost` was called before.
         - `frequency/NAME`: for each branch, the mean share of the samples for which its gate was open. In NAME,
           `#2` is `/2` and `()` is `/function`, because MLflow does not allow the former.

@@ -58,7 +58,7 @@ class GatedLayer(GatedBranch):
 
 
 class StochasticLayer(nn.Module):
-    """Behaviour of a layer that is a branch as a whole: output = input + gate * (layer(input) - input)."""
+    """Behavior of a layer that is a branch as a whole: output = input + gate * (layer(input) - input)."""
 
     _stochastic_depth_branch: GatedLayer
 
@@ -142,7 +142,7 @@ class StochasticLayer(nn.Module):
 
 
 class LayerDropPath(nn.Module):
-    """Behaviour of a drop path inside of a layer whose gate stands for it: what arrives has survived."""
+    """Behavior of a drop path inside of a layer whose gate stands for it: what arrives has survived."""
 
     _stochastic_depth_branch: GatedLayer
 

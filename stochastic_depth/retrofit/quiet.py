@@ -124,7 +124,7 @@ def _with_running_statistics(args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 
 @contextmanager
 def quiet() -> Generator[None]:
-    """Within, nothing that runs is noise, and random states are as before afterwards."""
+    """Within, nothing that runs is noise, and random states are as before afterward."""
     python = random.getstate()
     numpy: Any = sys.modules.get("numpy")
     of_numpy = None if numpy is None else numpy.random.get_state()

@@ -18,7 +18,7 @@ def _plain_call(root: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 class StochasticRoot(nn.Module):
-    """Behaviour of the module that `make_stochastic_` was called with.
+    """Behavior of the module that `make_stochastic_` was called with.
 
     It is the call that is a pass, not `forward`, which users and accelerate replace in the instance.
     """

@@ -128,7 +128,7 @@ def stand_in(block: nn.Module, *, own_parameters: bool = False) -> nn.Module:
 
 @contextmanager
 def untouched(model: nn.Module) -> Generator[None]:
-    """Within, the modules of a model have copies of their attributes, which code may change; afterwards, their own."""
+    """Within, the modules of a model have copies of their attributes, which code may change; afterward, their own."""
     memo: dict[int, Any] = {}
     before = [(module, dict(module.__dict__), dict(buffer_dict(module))) for module in model.modules()]
     for module, own, _ in before:

@@ -33,12 +33,12 @@ class Trained:
 
     def inputs(self, split: Split | PictureSplit, num_images: int) -> Tensor:
         """The first images of a part, normalized, (N, C, H, W)."""
-        return self.images.normalisation(split.first(num_images).images)
+        return self.images.normalization(split.first(num_images).images)
 
     def training_batches(self, num_images: int, batch_size: int = 250) -> list[tuple[Tensor, Tensor]]:
         """The first training images, without augmentation, with their labels."""
         few = self.images.data.train.first(num_images)
-        return list(batches(few, batch_size, normalisation=self.images.normalisation))
+        return list(batches(few, batch_size, normalization=self.images.normalization))
 
     @property
     def num_blocks(self) -> int:

@@ -31,7 +31,7 @@ def uncertainty(
     information: list[Tensor] = []
     labels: list[Tensor] = []
     with torch.no_grad(), reproducible(run.experiment.recipe):
-        for inputs, targets in batches(run.images.data.test, BATCH_SIZE, normalisation=run.images.normalisation):
+        for inputs, targets in batches(run.images.data.test, BATCH_SIZE, normalization=run.images.normalization):
             single.append(run.model(inputs).double().softmax(1))
             prediction = sd.monte_carlo(run.model, inputs, num_samples)
             assert prediction.mutual_information is not None

@@ -19,7 +19,7 @@ from stochastic_depth_lab.experiments.config import (
     Order,
     Precision,
     Recipe,
-    Regularisers,
+    Regularizers,
 )
 from stochastic_depth_lab.experiments.scales import quick
 
@@ -97,7 +97,7 @@ class Train:
     model: Model
     depth: Depth | None
     recipe: Recipe
-    regularisers: Regularisers
+    regularizers: Regularizers
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Reproduce:
 
     name: Annotated[str, Positional("NAME")]
     """A pair of experiments, such as digits, cifar10-110 or svhn-152; or a table or figure: table1, table2, curves,
-    gradients, survival, depth-survival, over-time, regularisers. Finished runs are skipped, and unfinished runs of a
+    gradients, survival, depth-survival, over-time, regularizers. Finished runs are skipped, and unfinished runs of a
     table are resumed."""
     run: Annotated[RunOptions, Inline()]
     many: Annotated[ManyOptions, Inline()]
@@ -129,7 +129,7 @@ class Evaluate:
 
     folder: Run
     """Run folder."""
-    analyse: bool = False
+    analyze: bool = False
     """Measure what each block adds to its shortcut, the error without it, and calibration; the next report shows it."""
     subnetworks: bool = False
     """Plot error against parameters, FLOPs and latency of sub-networks, with and without new BatchNorm statistics,
@@ -159,7 +159,7 @@ class Export:
 
     Examples:
       stochastic-depth export runs/one
-      stochastic-depth export runs/one --cost 0.6 --normalise --out small.onnx
+      stochastic-depth export runs/one --cost 0.6 --normalize --out small.onnx
     """
 
     folder: Run
@@ -172,7 +172,7 @@ class Export:
     """Remove blocks until this share of the FLOPs is left."""
     order: Order = "last"
     """Remove first the last blocks, those that survive least, or those whose removal changes the outputs least."""
-    normalise: bool = False
+    normalize: bool = False
     """Include the normalization, so that the file takes uint8 images."""
     out: Annotated[Path, "FILE"] | None = None
     """Output file (default: named after the experiment, in the run folder)."""
@@ -356,7 +356,7 @@ def changed(base: Experiment, given: Mapping[str, Any]) -> tuple[Experiment, Run
         model=build(Model, given, base.model, "model."),
         depth=base.depth and build(Depth, given, base.depth, "depth."),
         recipe=build(Recipe, given, base.recipe, "recipe."),
-        regularisers=build(Regularisers, given, base.regularisers, "regularisers."),
+        regularizers=build(Regularizers, given, base.regularizers, "regularizers."),
     )
     if experiment != base:
         experiment = replace(experiment, published=None)  # it is no longer the published experiment

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from stochastic_depth_lab.data.draws import draw_per_class, generator
-from stochastic_depth_lab.data.normalisation import Normalisation
+from stochastic_depth_lab.data.normalization import Normalization
 from stochastic_depth_lab.data.pictures import PictureSplit
 from stochastic_depth_lab.errors import DataError
 
@@ -86,7 +86,7 @@ class Split:
         """Read any PyTorch data set of pairs (image, label) into a split, once, in its order.
 
         Each image is read once, so a random transform is frozen. Leave augmentation and normalization to `Augmentation`
-        and `Normalisation`, which work on batches on the device.
+        and `Normalization`, which work on batches on the device.
 
         Args:
             source: a map-style or iterable data set, or a `DataLoader`, whose batches are taken apart. An image is
@@ -127,7 +127,7 @@ class ImageData:
         train: trains the network, and determines the normalization.
         validation: chooses the epoch whose test error is reported.
         test: gives the reported error.
-        normalisation: if it comes with the data set. None: fitted on the training part.
+        normalization: if it comes with the data set. None: fitted on the training part.
         tests_on_the_rest: whether `few` adds the remaining training images to the test part, for data sets without
             published test images.
 
@@ -141,7 +141,7 @@ class ImageData:
     train: Split | PictureSplit
     validation: Split | PictureSplit
     test: Split | PictureSplit
-    normalisation: Normalisation | None = None
+    normalization: Normalization | None = None
     tests_on_the_rest: bool = False
 
     def __post_init__(self) -> None:
@@ -161,8 +161,8 @@ class ImageData:
     def to(self, device: torch.device | str) -> "ImageData":
         """The same data on another device."""
         train, validation, test = (part.to(device) for part in (self.train, self.validation, self.test))
-        normalisation = self.normalisation and self.normalisation.to(device)
-        return replace(self, train=train, validation=validation, test=test, normalisation=normalisation)
+        normalization = self.normalization and self.normalization.to(device)
+        return replace(self, train=train, validation=validation, test=test, normalization=normalization)
 
     def few(self, images_per_class: int, seed: int) -> "ImageData":
         """The same data with few training images, drawn at random. Validation images are never trained on.

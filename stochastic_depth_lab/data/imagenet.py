@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stochastic_depth_lab.data.draws import draw, generator
 from stochastic_depth_lab.data.image_data import ImageData
-from stochastic_depth_lab.data.normalisation import Normalisation
+from stochastic_depth_lab.data.normalization import Normalization
 from stochastic_depth_lab.data.pictures import PictureSplit, import_torchvision
 from stochastic_depth_lab.errors import DataError
 
@@ -70,7 +70,7 @@ def load(
         train=part(train_paths, train_labels, kept, "train"),
         validation=part(train_paths, train_labels, drawn, "validation"),
         test=part(test_paths, test_labels, torch.arange(len(test_paths)), "test"),
-        normalisation=Normalisation(mean, std),
+        normalization=Normalization(mean, std),
     )
 
 

@@ -24,7 +24,7 @@ class Data:
 
     dataset: str
     """Train on digits, cifar10, cifar100, svhn or imagenet."""
-    normalisation: Literal["channel", "pixel"] = "channel"
+    normalization: Literal["channel", "pixel"] = "channel"
     """Normalize by the mean and standard deviation of each channel (the paper's text), or by the mean image and one
     standard deviation (the authors' code)."""
     translation: int = 0
@@ -90,7 +90,7 @@ class Depth:
 
 
 @dataclass(frozen=True)
-class Regularisers:
+class Regularizers:
     """Other regularizers, to compare stochastic depth with. None is the paper's method; all are off by default."""
 
     activation_survival_prob: float = 1.0
@@ -131,7 +131,7 @@ class Recipe:
     """Also validate every N steps, counted over all epochs (default: at the end of each epoch only)."""
     num_threads: int | None = None
     """Use N CPU threads; the number affects the last bits of sums (default: PyTorch's choice)."""
-    batch_norm: Literal["local", "synchronised"] = "local"
+    batch_norm: Literal["local", "synchronized"] = "local"
     """With several processes: normalize each part of a batch by itself and keep the running statistics of rank 0, or
     normalize by the whole batch (GPUs only)."""
     checkpoint_every: int = 200
@@ -169,7 +169,7 @@ class Experiment:
     """Seed of the initial weights, the order of the images, their augmentation and the gates."""
     initial_weights: str | None = None
     """SHA-256 of the file with the initial weights. None: random weights."""
-    regularisers: Regularisers = Regularisers()
+    regularizers: Regularizers = Regularizers()
     published: Published | None = None
 
 

@@ -101,14 +101,14 @@ def bench_text(measured: list[Measured], device: torch.device, rounds: int) -> s
 
 
 def _step_of(net: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
-    optimiser = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4)
-    return functools.partial(_step, net, optimiser, images, labels)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    return functools.partial(_step, net, optimizer, images, labels)
 
 
-def _step(net: nn.Module, optimiser: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor) -> None:
-    optimiser.zero_grad()
+def _step(net: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor) -> None:
+    optimizer.zero_grad()
     F.cross_entropy(net(images), labels).backward()
-    optimiser.step()
+    optimizer.step()
 
 
 def _time_of(step: Callable[[], None], device: torch.device) -> float:

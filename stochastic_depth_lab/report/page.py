@@ -161,7 +161,7 @@ def _lead(runs: Sequence[Run]) -> str:
             time += f" (expected {run.expected_cost:.3f} of FLOPs, {run.expected_time:.3f} of time)"
         return (
             f"Test error {run.test_error:.2f} % with stochastic depth, {constant.test_error:.2f} % with constant depth."
-            f"{time} and {run.realised_cost:.3f} of the FLOPs. One run of each (n = 1): this does not show how "
+            f"{time} and {run.realized_cost:.3f} of the FLOPs. One run of each (n = 1): this does not show how "
             "much such runs differ between seeds."
         )
     if len(runs) == 1:

@@ -28,8 +28,8 @@ class Epoch:
     test_error: Number
     test_loss: Number
     train_s: Number
-    realised_depth: Number
-    realised_cost: Number
+    realized_depth: Number
+    realized_cost: Number
     first_conv_grad: Number
     learning_rate: Number
     num_steps: Count
@@ -166,14 +166,14 @@ class Run:
         return sum(e.num_steps for e in self.epochs)
 
     @property
-    def realised_depth(self) -> float:
+    def realized_depth(self) -> float:
         """Mean number of blocks run per step."""
-        return self._mean_over_steps([e.realised_depth for e in self.epochs])
+        return self._mean_over_steps([e.realized_depth for e in self.epochs])
 
     @property
-    def realised_cost(self) -> float:
+    def realized_cost(self) -> float:
         """Mean executed share of constant depth's training FLOPs per step."""
-        return self._mean_over_steps([e.realised_cost for e in self.epochs])
+        return self._mean_over_steps([e.realized_cost for e in self.epochs])
 
     @property
     def first_conv_grad(self) -> float:

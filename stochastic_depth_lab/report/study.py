@@ -250,12 +250,12 @@ _COLUMNS = (
     _Column(
         "share of the training FLOPs",
         ("", "FLOPs"),
-        lambda row: f"{statistics.mean(r.realised_cost for r in row.runs):.3f}",
+        lambda row: f"{statistics.mean(r.realized_cost for r in row.runs):.3f}",
     ),
     _Column(
         "expected depth / realized depth, blocks",
         ("depth, exp.", "/ realized"),
-        lambda row: f"{row.runs[0].expected_depth:.2f} / {statistics.mean(run.realised_depth for run in row.runs):.2f}",
+        lambda row: f"{row.runs[0].expected_depth:.2f} / {statistics.mean(run.realized_depth for run in row.runs):.2f}",
     ),
 )
 _VALIDATION = _Column(
@@ -418,9 +418,9 @@ def _runs_csv(rows: Sequence[Seeds], others: Mapping[str, tuple[float, ...]]) ->
             "train_s": run.train_s,
             "process_s": run.process_s,
             "expected_cost": run.expected_cost,
-            "realised_cost": run.realised_cost,
+            "realized_cost": run.realized_cost,
             "expected_depth": run.expected_depth,
-            "realised_depth": run.realised_depth,
+            "realized_depth": run.realized_depth,
             "first_conv_grad": run.first_conv_grad,
             "late_gradient": run.late_gradient,
         }

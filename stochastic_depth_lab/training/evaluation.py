@@ -70,7 +70,7 @@ def evaluate_part(
     model: nn.Module, images: Images, part: Split | PictureSplit, precision: Precision = "fp32"
 ) -> Evaluation:
     """Error and loss on one part of an experiment's images."""
-    return evaluate(model, batches(part, BATCH_SIZE, normalisation=images.normalisation), precision)
+    return evaluate(model, batches(part, BATCH_SIZE, normalization=images.normalization), precision)
 
 
 def _sum_dtype(device: torch.device) -> torch.dtype:

@@ -141,7 +141,7 @@ def _totals(rows: list[dict[str, Any]]) -> dict[str, float]:
     num_steps = sum(row["num_steps"] for row in rows)
     means = {
         name: math.fsum(row[name] * row["num_steps"] for row in rows) / num_steps
-        for name in ("realised_depth", "realised_cost")
+        for name in ("realized_depth", "realized_cost")
     }
     # Older versions, whose rows a resumed run may begin with, did not measure process time.
     times = {name: math.fsum(row[name] for row in rows) for name in ("train_s", "process_s") if name in rows[0]}

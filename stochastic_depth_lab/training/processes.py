@@ -76,7 +76,7 @@ class Processes:
             return model
         if synchronize_batch_norm:
             if device.type != "cuda":
-                raise ValueError("recipe.batch_norm is synchronised, which PyTorch supports on GPUs only: use local.")
+                raise ValueError("recipe.batch_norm is synchronized, which PyTorch supports on GPUs only: use local.")
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 

@@ -60,7 +60,7 @@ def _checkpoint() -> bytes:
 _NAMES = ["1.residual", "2.residual"]
 _EPOCH = {
     "epoch": 1, "train_loss": 2.0, "validation_error": 50.0, "validation_loss": 1.5, "test_error": 51.0,
-    "test_loss": 1.6, "train_s": 3.0, "realised_depth": 1.5, "realised_cost": 0.8, "first_conv_grad": 0.01,
+    "test_loss": 1.6, "train_s": 3.0, "realized_depth": 1.5, "realized_cost": 0.8, "first_conv_grad": 0.01,
     "learning_rate": 0.1, "num_steps": 10, "steps_per_s": 3.3, "open_counts": [9.0, 6.0],
 }  # fmt: skip
 _RUN: dict[str, bytes] = {

@@ -90,7 +90,7 @@ def write_svhn(folder: Path, source: SvhnSource) -> SvhnSource:
 
 
 def write_pictures(folder: Path, *, pictures_per_class: int) -> None:
-    """Writes three folders of JPEGs of several sizes, each class with a colour of its own, one picture of them grey."""
+    """Writes three folders of JPEGs of several sizes, each class with a color of its own, one picture of them gray."""
     for label, name in enumerate(("n01", "n02", "n03")):
         (folder / name).mkdir(parents=True)
         for number in range(pictures_per_class):

@@ -90,7 +90,7 @@ def outcome(folder: Path) -> dict[str, Any]:
         "metrics": [{name: value for name, value in row.items() if name not in TIMES} for row in rows],
         "result": {name: value for name, value in result.items() if name not in TIMES},
         "best": torch.load(folder / "checkpoints" / "best.pt", weights_only=True),
-        **{name: last[name] for name in ("model", "optimiser", "gates", "scaler", "epoch", "best")},
+        **{name: last[name] for name in ("model", "optimizer", "gates", "scaler", "epoch", "best")},
     }
 
 

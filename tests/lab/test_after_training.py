@@ -43,7 +43,7 @@ def expected_logits(runs: Path) -> tuple[torch.Tensor, torch.Tensor]:
     run = load_trained(runs / "small-stochastic", device=CPU)
     images = run.images.data.test.images[:40]
     with torch.no_grad():
-        return images, run.model(run.images.normalisation(images))
+        return images, run.model(run.images.normalization(images))
 
 
 def test_sub_networks_of_a_pair_side_by_side(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,13 +117,13 @@ def test_training_on_is_plain_training_from_the_weights_that_were_left(runs: Pat
     trained = load_trained(next(tmp_path.glob("*/")), device=CPU)
     last = torch.load(next(tmp_path.glob("*/checkpoints/last.pt")), weights_only=True)["model"]
 
-    optimiser = torch.optim.SGD(network.parameters(), lr=0.002, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.002, momentum=0.9, nesterov=True, weight_decay=1e-4)
     network.train()
     for step, batch in enumerate([*training_batches(run, epoch=1), *training_batches(run, epoch=2)]):
-        optimiser.param_groups[0]["lr"] = one_cycle(step, 14, 0.002)
-        optimiser.zero_grad()
+        optimizer.param_groups[0]["lr"] = one_cycle(step, 14, 0.002)
+        optimizer.zero_grad()
         nn.functional.cross_entropy(network(batch[0]), batch[1]).backward()
-        optimiser.step()
+        optimizer.step()
     assert last.keys() == network.state_dict().keys()
     for name, value in network.state_dict().items():
         torch.testing.assert_close(last[name], value, atol=1e-12, rtol=1e-9)
@@ -131,9 +131,9 @@ def test_training_on_is_plain_training_from_the_weights_that_were_left(runs: Pat
 
 
 def training_batches(run: Trained, epoch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    normalisation, augmentation = run.images.normalisation, run.images.augmentation
+    normalization, augmentation = run.images.normalization, run.images.augmentation
     return list(
-        batches(run.images.data.train, 16, normalisation=normalisation, augmentation=augmentation, seed=0, epoch=epoch)
+        batches(run.images.data.train, 16, normalization=normalization, augmentation=augmentation, seed=0, epoch=epoch)
     )
 
 
@@ -142,7 +142,7 @@ def one_cycle(step: int, num_steps: int, peak: float) -> float:
     parameter = nn.Parameter(torch.zeros(1))
     schedule = torch.optim.lr_scheduler.OneCycleLR(torch.optim.SGD([parameter]), peak, num_steps, cycle_momentum=False)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it asks for steps of the optimiser
+        warnings.simplefilter("ignore")  # it asks for steps of the optimizer
         for _ in range(step):
             schedule.step()
     return schedule.get_last_lr()[0]
@@ -151,7 +151,7 @@ def one_cycle(step: int, num_steps: int, peak: float) -> float:
 @torch.no_grad()
 def accuracy(run: Trained) -> float:
     test = run.images.data.test
-    answers = run.model(run.images.normalisation(test.images)).argmax(1)
+    answers = run.model(run.images.normalization(test.images)).argmax(1)
     return (answers == test.labels).double().mean().item()
 
 
@@ -217,7 +217,7 @@ def test_a_file_gives_what_the_run_gives(
     assert "test images it differs by" in capsys.readouterr().out
     images, expected = expected_logits(runs)
     run = load_trained(runs / "small-stochastic", device=CPU)
-    inputs = run.images.normalisation(images)
+    inputs = run.images.normalization(images)
     if form == "onnx":
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         given = torch.from_numpy(session.run(None, {"images": inputs.numpy()})[0])  # 40 images: the batch is dynamic
@@ -235,14 +235,14 @@ def test_a_file_gives_what_the_run_gives(
             metadata = file.metadata()
     assert_same_outputs(given, expected)
     assert json.loads(metadata["classes"]) == [str(digit) for digit in range(10)]
-    assert json.loads(metadata["mean"]) == run.images.normalisation.mean.tolist()
+    assert json.loads(metadata["mean"]) == run.images.normalization.mean.tolist()
 
 
 def test_a_smaller_file_takes_images_as_they_are_stored(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "small.onnx"
-    arguments = ["export", str(runs / "small-stochastic"), "--cost", "0.6", "--normalise", "--out", str(path)]
+    arguments = ["export", str(runs / "small-stochastic"), "--cost", "0.6", "--normalize", "--out", str(path)]
     assert main(arguments) == 0
     images, _ = expected_logits(runs)
     run = load_trained(runs / "small-stochastic", device=CPU)
@@ -250,7 +250,7 @@ def test_a_smaller_file_takes_images_as_they_are_stored(
     sd.recalibrate_batchnorm_(small_one, run.training_batches(1000))
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     given = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-    assert_same_outputs(given, small_one(run.images.normalisation(images)))
+    assert_same_outputs(given, small_one(run.images.normalization(images)))
     metadata = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
     residuals = [name for name, module in run.model.named_modules() if isinstance(module, sd.Residual)]
     left = [name for name, module in small_one.named_modules() if isinstance(module, sd.Residual)]
@@ -294,10 +294,10 @@ def test_an_operator_that_onnx_lacks_is_named_in_one_line() -> None:
         (["--cost", "0.01"], "below the smallest possible network"),
         (["--keep", "0", "--cost", "0.5"], "--keep and --cost exclude each other"),
         (["--order", "lesion"], "--order needs --cost: it says which blocks are removed first"),
-        (["--format", "safetensors", "--normalise"], "safetensors holds weights only"),
+        (["--format", "safetensors", "--normalize"], "safetensors holds weights only"),
         (["--format", "tensorflow"], "tensorflow"),
     ],
-    ids=["keep", "cost", "both", "order", "normalise", "format"],
+    ids=["keep", "cost", "both", "order", "normalize", "format"],
 )
 def test_wrong_input_exits_with_2_and_writes_nothing(
     options: list[str], message: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -167,7 +167,7 @@ MISTAKES = {
     "evaluate NOWHERE": "is not a run folder",
     "report FULL": "is not a run folder",
     "report": "Missing RUN",
-    "evaluate FULL --analyse --out OUT": "--out is for --subnetworks and --monte-carlo",
+    "evaluate FULL --analyze --out OUT": "--out is for --subnetworks and --monte-carlo",
     "evaluate FULL --out OUT": "--out is for --subnetworks and --monte-carlo",
     "sweep digits-stochastic --quick --out /proc/nowhere": "/proc/nowhere",
     "reproduce gradients --quick --out /proc/nowhere": "/proc/nowhere",

@@ -144,7 +144,7 @@ def training_factors(survival_probs: Sequence[float], rescale: str) -> list[floa
 
 
 def fill_skipped_gradients(net: nn.Module, gates: Sequence[bool | Tensor], skipped_grad: str) -> None:
-    """Zeros where the optimiser is to see zeros; PyTorch itself leaves None where nothing ran."""
+    """Zeros where the optimizer is to see zeros; PyTorch itself leaves None where nothing ran."""
     if skipped_grad == "zero":
         for block, gate in zip(net.blocks, gates, strict=True):
             if not (gate if isinstance(gate, bool) else bool(gate.any())):
@@ -189,7 +189,7 @@ def pattern_prob(gates: Sequence[bool], survival_probs: Sequence[float]) -> floa
 
 @contextmanager
 def counted_calls(net: nn.Module) -> Iterator[list[list[int]]]:
-    """For each branch the batch sizes of the calls that it gets within, by hooks that are gone afterwards."""
+    """For each branch the batch sizes of the calls that it gets within, by hooks that are gone afterward."""
     branches = [residual.branch for residual in residuals_of(net)]
     calls: list[list[int]] = [[] for _ in branches]
     hooks = [

@@ -92,8 +92,8 @@ def test_a_restored_network_computes_as_before_with_the_weights_it_has_now() -> 
     plain = conv_net()
     net, x = copied(plain), images(3)
     sd.make_stochastic_(net, sd.uniform(1.0))
-    optimiser = [torch.optim.SGD(model.parameters(), 0.1) for model in (net, plain)]
-    for model, step in zip((net, plain), optimiser, strict=True):
+    optimizer = [torch.optim.SGD(model.parameters(), 0.1) for model in (net, plain)]
+    for model, step in zip((net, plain), optimizer, strict=True):
         loss_of(model(x)).backward()
         step.step()
     sd.restore_(net)
@@ -338,7 +338,7 @@ def _cost_on_cpu() -> float:
     return sd.make_stochastic_(net, SURVIVAL_PROBS).cost(images(5)).flops_share
 
 
-def test_made_on_meta_and_materialised_later() -> None:
+def test_made_on_meta_and_materialized_later() -> None:
     net = mlp().to("meta")
     depth = sd.make_stochastic_(net, SURVIVAL_PROBS)
     net.to_empty(device="cpu").load_state_dict(mlp().state_dict())

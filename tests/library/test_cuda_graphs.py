@@ -84,12 +84,12 @@ def test_training_is_that_of_plain_branches(granularity: Any, skipped_grad: Any,
     sd.make_stochastic_(plain, sd.linear_decay(0.3), **options)
     graphs = captured(depth, device)
     num_run = 0
-    optimisers = [torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9) for net in (model, plain)]
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9) for net in (model, plain)]
     for _ in range(6):
-        for net, optimiser in zip((model, plain), optimisers, strict=True):
-            optimiser.zero_grad()
+        for net, optimizer in zip((model, plain), optimizers, strict=True):
+            optimizer.zero_grad()
             loss_of(net, device).backward()
-            optimiser.step()
+            optimizer.step()
         num_run += sum(gate > 0 for gate in depth.last_gates or [])
     assert_same(list(model.state_dict().values()), list(plain.state_dict().values()))
     assert graphs.num_replayed == num_run

@@ -198,7 +198,7 @@ def test_which_samples_says_nothing_about_how_many() -> None:
 
 
 def test_large_batches_have_no_ties() -> None:
-    """24-bit keys would tie about 2,000 times here, and a stable sort would favour the first samples."""
+    """24-bit keys would tie about 2,000 times here, and a stable sort would favor the first samples."""
     order = draw_order(1, 2**18, seed=0, counter=0)[0]
     assert len(order.unique()) == 2**18
     assert_binomial(int((order[: 2**17] < 2**17).sum()), 2**17, 0.5)

@@ -209,7 +209,7 @@ def test_a_batch_of_one_fails_as_the_plain_network_does() -> None:
 
 
 def test_one_survivor_is_alone_where_batch_norm_is_in_evaluation_mode() -> None:
-    """A frozen BatchNorm normalises by its buffers: no second sample is paid for."""
+    """A frozen BatchNorm normalizes by its buffers: no second sample is paid for."""
     net = sd.Residual(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
     depth = sd.make_stochastic_(net, [0.5], granularity="sample")
     net.branch[1].eval()

@@ -177,7 +177,7 @@ def test_parts_in_several_threads_have_a_draw_each() -> None:
 
 
 def test_a_thread_that_the_forward_starts_belongs_to_it_with_its_context() -> None:
-    """`contextvars.copy_context().run` hands on what the forward is; afterwards the context holds nothing of it."""
+    """`contextvars.copy_context().run` hands on what the forward is; afterward the context holds nothing of it."""
     net, plain, depth = pair()
     contexts: list[contextvars.Context] = []
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from stochastic_depth_lab.data import DataError, Normalisation, cifar, default_data_root, load, published, svhn
+from stochastic_depth_lab.data import DataError, Normalization, cifar, default_data_root, load, published, svhn
 from stochastic_depth_lab.data.published import PublishedFile
 
 PIXELS = np.zeros((2, 3072), np.uint8)
@@ -54,7 +54,7 @@ def test_real_cifar10(cifar10_root: Path) -> None:
     assert (data.train.labels.bincount() + data.validation.labels.bincount()).tolist() == [5000] * 10
     assert data.test.labels[:5].tolist() == [3, 8, 8, 0, 6]
     # Known to everybody who trains on CIFAR-10: mean 0.4914 0.4822 0.4465, deviation 0.247 0.243 0.261 (all 50,000).
-    fitted = Normalisation.fit(torch.cat([data.train.images, data.validation.images]), "channel")
+    fitted = Normalization.fit(torch.cat([data.train.images, data.validation.images]), "channel")
     torch.testing.assert_close(fitted.mean.flatten() / 255, torch.tensor([0.4914, 0.4822, 0.4465]), atol=5e-5, rtol=0)
     torch.testing.assert_close(fitted.std.flatten() / 255, torch.tensor([0.2470, 0.2435, 0.2616]), atol=5e-5, rtol=0)
 

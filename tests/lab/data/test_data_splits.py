@@ -56,9 +56,9 @@ def test_any_data_set_of_pairs_becomes_a_split(source: Dataset | DataLoader) -> 
     assert torch.equal(split.labels, LABELS)
 
 
-def test_grey_images_get_a_channel() -> None:
-    grey = [Image.fromarray(image[0].numpy()) for image in IMAGES]
-    assert torch.equal(Split.from_dataset(Pairs([*grey], LABELS.tolist())).images, IMAGES[:, :1])
+def test_gray_images_get_a_channel() -> None:
+    gray = [Image.fromarray(image[0].numpy()) for image in IMAGES]
+    assert torch.equal(Split.from_dataset(Pairs([*gray], LABELS.tolist())).images, IMAGES[:, :1])
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_grey_images_get_a_channel() -> None:
         ([IMAGES[0]], [torch.tensor([0, 1])], r"label 0 must be .* shape \(2,\)"),
         ([], [], "holds no image"),
     ],
-    ids=["normalised", "over 1", "nan", "int32", "text", "object", "sizes", "named", "float", "one-hot", "empty"],
+    ids=["normalized", "over 1", "nan", "int32", "text", "object", "sizes", "named", "float", "one-hot", "empty"],
 )
 def test_other_images_and_labels_are_refused(images: list[object], labels: list[object], message: str) -> None:
     with pytest.raises(DataError, match=message):

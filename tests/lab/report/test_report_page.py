@@ -104,7 +104,7 @@ def test_identifiers_are_unique_and_references_lead_somewhere(pair_report):
     assert {first or second for first, second in references} <= set(identifiers)
 
 
-def test_dark_has_a_colour_for_every_light_one(pair_report):
+def test_dark_has_a_color_for_every_light_one(pair_report):
     html = pair_report.read_text()
     assert set(DARK) == set(CSS_NAMES.values())
     svgs = "".join(re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL))
@@ -112,8 +112,8 @@ def test_dark_has_a_colour_for_every_light_one(pair_report):
     assert set(re.findall(r"var\((--[a-z0-9-]+)\)", svgs)) <= set(DARK)
 
 
-def luminance(colour: str) -> float:
-    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+def luminance(color: str) -> float:
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
@@ -124,15 +124,15 @@ def contrast(one: str, other: str) -> float:
 
 
 @pytest.mark.parametrize(
-    ("page", "colours"),
-    [("#ffffff", {name: colour for colour, name in CSS_NAMES.items()}), ("#161718", DARK)],
+    ("page", "colors"),
+    [("#ffffff", {name: color for color, name in CSS_NAMES.items()}), ("#161718", DARK)],
     ids=["light", "dark"],
 )
-def test_colours_can_be_read(page, colours):
-    for name, colour in colours.items():
+def test_colors_can_be_read(page, colors):
+    for name, color in colors.items():
         # WCAG 2: 4.5 for text, 3 for lines. The grid may stay in the background.
         if name != "--grid":
-            assert contrast(page, colour) >= (4.5 if name in ("--ink", "--muted") else 3), name
+            assert contrast(page, color) >= (4.5 if name in ("--ink", "--muted") else 3), name
 
 
 @pytest.mark.parametrize("num_runs", [1, 2], ids=["alone", "compared"])

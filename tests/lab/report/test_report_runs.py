@@ -35,8 +35,8 @@ def test_numbers_are_weighted_by_steps(write_run):
     # Steps 10, 20, 20, 50: the mean of the epochs' numbers is (10*1 + 20*2 + 20*3 + 50*4) / 100 = 3.1
     assert run.num_steps == 100
     assert run.first_conv_grad == pytest.approx(0.0031)
-    assert run.realised_depth == pytest.approx(2.75 + 0.031)
-    assert run.realised_cost == pytest.approx(0.6875 - 0.0031)
+    assert run.realized_depth == pytest.approx(2.75 + 0.031)
+    assert run.realized_cost == pytest.approx(0.6875 - 0.0031)
     assert run.train_s == pytest.approx(0.7 * (1 + 2 + 3 + 4))
     assert run.open_frequencies == pytest.approx((0.875, 0.75, 0.625, 0.5))
 

@@ -143,7 +143,7 @@ def test_the_heat_map_holds_every_mean_and_marks_the_lowest():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0.5", "constant"]
 
 
-def test_a_heat_maps_colours_survive_the_page(folders, tmp_path):
+def test_a_heat_maps_colors_survive_the_page(folders, tmp_path):
     study = replace(STUDY, figures=("heat_map",))
     page = write_study(study, folders, tmp_path / "out").page.read_text()
     assert "fill: #" in page

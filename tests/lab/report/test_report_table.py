@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stochastic_depth_lab.experiments.config import Regularisers
+from stochastic_depth_lab.experiments.config import Regularizers
 from stochastic_depth_lab.report import read_run, text_table
 from stochastic_depth_lab.report.runs import labels
 from stochastic_depth_lab.report.table import NOTHING, constant_depth_of, html_table, rows, summary_csv, time_share
@@ -70,9 +70,9 @@ def independently(folder: Path, constant: Path) -> dict[str, float | None]:
         "time_share": seconds / len(epochs) / (sum(e["train_s"] for e in of_constant) / len(of_constant)),
         "expected_time": branches["expected_time"],
         "expected_depth": sum(branches["survival_probs"]),
-        "realised_depth": sum(e["realised_depth"] * e["num_steps"] for e in epochs) / steps,
+        "realized_depth": sum(e["realized_depth"] * e["num_steps"] for e in epochs) / steps,
         "expected_cost": branches["expected_cost"],
-        "realised_cost": sum(e["realised_cost"] * e["num_steps"] for e in epochs) / steps,
+        "realized_cost": sum(e["realized_cost"] * e["num_steps"] for e in epochs) / steps,
         "first_conv_grad": sum(e["first_conv_grad"] * e["num_steps"] for e in epochs) / steps,
         "num_parameters": result["num_parameters"],
     }
@@ -115,12 +115,12 @@ def test_constant_depth_is_that_of_the_same_network_and_seed(write_run):
     assert time_share(run, [other_network, other_data, run]) is None
     assert constant_depth_of(run, [other_network, other_seed, run]) is other_seed
     assert constant_depth_of(run, [other_seed, same_seed, run]) is same_seed
-    dropout = asdict(Regularisers(activation_survival_prob=0.8))
-    regularised = read_run(write_run("f", config={"seed": 2, "regularisers": dropout}))
+    dropout = asdict(Regularizers(activation_survival_prob=0.8))
+    regularized = read_run(write_run("f", config={"seed": 2, "regularizers": dropout}))
     other_batch = read_run(write_run("h", config={"seed": 2, "recipe": {"epochs": 4, "batch_size": 999}}))
-    assert constant_depth_of(run, [regularised, other_batch, run]) is None
-    assert constant_depth_of(run, [regularised, other_seed, run]) is other_seed
-    assert constant_depth_of(regularised, [regularised, same_seed]) is same_seed
+    assert constant_depth_of(run, [regularized, other_batch, run]) is None
+    assert constant_depth_of(run, [regularized, other_seed, run]) is other_seed
+    assert constant_depth_of(regularized, [regularized, same_seed]) is same_seed
 
 
 @pytest.mark.parametrize(("width", "per_block"), [(80, [2, 2, 1]), (120, [3, 2]), (200, [5])])

@@ -178,15 +178,15 @@ class PreHooked(Hooked):
     def __init__(self) -> None:
         super().__init__()
         self.b = nn.Linear(6, 6)
-        self.b.register_forward_pre_hook(_normalise)
+        self.b.register_forward_pre_hook(_normalize)
 
 
-def _normalise(module: nn.Module, _args: object) -> None:
+def _normalize(module: nn.Module, _args: object) -> None:
     module.weight.data.div_(module.weight.data.norm())
 
 
 class OwnForward(Hooked):
-    """The last linear map has a forward of its own, as accelerate's and quantisers' have."""
+    """The last linear map has a forward of its own, as accelerate's and quantizers' have."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ class OwnForward(Hooked):
         self.b.forward = types.MethodType(lambda own, x: F.linear(x, own.weight, own.bias).tanh(), self.b)
 
 
-class Normalised(nn.Linear):
+class Normalized(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight / self.weight.norm(dim=1, keepdim=True), self.bias)
 
@@ -239,7 +239,7 @@ STACKS = {
     "pre-hook": PreHooked,
     "own-forward": OwnForward,
     "hook-on-relu": HookedRelu,
-    "normalised": lambda: WithLast(Normalised(6, 6)),
+    "normalized": lambda: WithLast(Normalized(6, 6)),
     "weight-norm": lambda: WithLast(nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))),
     "pruned": lambda: WithLast(pruned()),
     "lora": lambda: WithLast(Lora()),

@@ -477,14 +477,14 @@ def test_a_network_trained_with_stochastic_depth_ends_as_a_fresh_model_of_its_li
     torch.manual_seed(0)
     model = make()
     depth = sd.make_stochastic_(model, sd.linear_decay(0.5))
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, nesterov=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, nesterov=True)
     losses, num_closed = [], 0
     for step in range(16):
         batch = slice(32 * (step % 8), 32 * (step % 8) + 32)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(images[batch]), labels[batch])
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
         num_closed += depth.last_gates.count(0)
     assert num_closed > 0

@@ -35,7 +35,7 @@ def test_statistics_are_those_of_the_evaluated_network_walked_by_hand() -> None:
     for name, layer in plain.named_modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.register_forward_pre_hook(lambda _m, args, name=name: expected.update({name: pooled(args[0])}))
-    reference.forward(plain.train(), x, factors=P)  # in training mode BatchNorm normalises by the batch
+    reference.forward(plain.train(), x, factors=P)  # in training mode BatchNorm normalizes by the batch
     assert len(expected) == 10
     for name, (mean, variance) in expected.items():
         layer = net.get_submodule(name)

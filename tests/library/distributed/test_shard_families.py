@@ -133,16 +133,16 @@ def _train(rank: int, family: str) -> dict[str, Any]:
     net = copy.deepcopy(plain)
     branches, rest = _branches_and_rest(family, 2)
     sd.shard_(net, init_device_mesh("cpu", (2,)))
-    optimisers = [torch.optim.SGD(each.parameters(), lr=0.02, momentum=0.9) for each in (plain, net)]
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.02, momentum=0.9) for each in (plain, net)]
     steps = []
     for step in range(NUM_STEPS):
         _backward(plain, _images(step))
         with counted_bytes() as sent:
             _backward(net, _images(step)[2 * rank : 2 * rank + 2])
         steps.append((sent, sd.controller(net).last_gates))
-        for optimiser in optimisers:
-            optimiser.step()
-            optimiser.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
     state = {name: value.full_tensor() for name, value in dict(net.named_parameters()).items()}
     return {
         "state": state,

@@ -232,7 +232,7 @@ def test_a_layer_that_changes_the_shape_cannot_be_a_branch() -> None:
         model(torch.ones(2, 3))
 
 
-class Normalised(nn.Module):
+class Normalized(nn.Module):
     """A layer with BatchNorm."""
 
     def __init__(self) -> None:
@@ -243,12 +243,12 @@ class Normalised(nn.Module):
         return self.norm(self.linear(x)).tanh() * scale
 
 
-class NormalisedNet(nn.Module):
+class NormalizedNet(nn.Module):
     """Two layers, the second of which is a branch."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.layer = nn.Linear(4, 4), Normalised()
+        self.stem, self.layer = nn.Linear(4, 4), Normalized()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(self.stem(x), scale=torch.full((4,), 2.0, dtype=x.dtype))
@@ -257,7 +257,7 @@ class NormalisedNet(nn.Module):
 def test_one_survivor_where_batch_norm_would_see_one_value() -> None:
     """As in a `Residual`: another sample, of weight 0, gives BatchNorm a second value per channel."""
     torch.manual_seed(0)
-    model = NormalisedNet().double()
+    model = NormalizedNet().double()
     plain, x = copy.deepcopy(model), torch.randn(5, 4, dtype=torch.float64)
     depth = sd.make_stochastic_(model, [0.5], layers=["layer"], granularity="sample", rescale="none")
     with depth.gates([torch.tensor([False, False, True, False, False])]):
@@ -277,7 +277,7 @@ def test_verify_proves_layers_too(name: str, monkeypatch: pytest.MonkeyPatch) ->
     called = next(module for module in model.modules() if hasattr(module, "_stochastic_depth_branch"))
     inside = next(part for part in called.modules() if isinstance(part, nn.Linear))
     layer_forward = type(called).forward
-    # Put back afterwards: the class is that of all such layers.
+    # Put back afterward: the class is that of all such layers.
     monkeypatch.setattr(
         type(called),
         "forward",

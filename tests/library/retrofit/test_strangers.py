@@ -613,7 +613,7 @@ def test_a_selective_checkpoint_is_masked() -> None:
         assert_same(net(x), gated_checkpointed(plain, x, 2 * gate.double()[:, None]))
 
 
-# ------------------------------------------------------------------------- what changes afterwards
+# ------------------------------------------------------------------------- what changes afterward
 
 
 class Reads(nn.Module):

@@ -44,12 +44,12 @@ def test_the_gradient_scaler_scales_and_unscales_what_was_skipped_too() -> None:
     sd.make_stochastic_(model)
     reference = copy.deepcopy(model)
     reference(images()).square().sum().backward()
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     scaler.scale(model(images()).square().sum()).backward()
-    scaler.unscale_(optimiser)
+    scaler.unscale_(optimizer)
     assert_close(gradients(model), gradients(reference))
-    scaler.step(optimiser)
+    scaler.step(optimizer)
     scaler.update()
 
 
