@@ -317,9 +317,7 @@ class Attribution:
         number = number_of(node)
         latest = self._latest_of_each_thread(number, node)
         if not latest or number < self._forgotten_below:
-            raise RuntimeError(
-                f"The recomputed forward pass is not among the latest {_NUM_REMEMBERED} of this model."
-            )
+            raise RuntimeError(f"The recomputed forward pass is not among the latest {_NUM_REMEMBERED} of this model.")
         found = {id(nodes.extent.gates): nodes for nodes in latest}
         if len(found) > 1:
             found = {key: nodes for key, nodes in found.items() if nodes.end is None or number < nodes.end}

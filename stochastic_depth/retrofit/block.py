@@ -1,4 +1,4 @@
-"""A block of a foreign model whose branches are gated: rewritten code runs in its place, or its own code with masks."""
+"""A block of another library with gated branches: it runs rewritten code, or its own code with masks."""
 
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
@@ -37,29 +37,29 @@ Treatment = Literal["skip", "mask"]
 
 
 class MaskedBranchWarning(UserWarning):
-    """A branch is computed and masked, because it cannot be skipped: right, but nothing is saved."""
+    """A branch is computed and masked because it cannot be skipped: correct, but nothing is saved."""
 
 
-# How many samples of a call the proof runs on.
+# Number of samples of a call that the proof runs on.
 _NUM_SAMPLES = 4
-# And where integers or booleans are among its arguments, at most.
+# The largest such number if the arguments include integers or booleans.
 _MAX_SAMPLES = 64
-# A call that comes in more forms than this has the oldest ones forgotten.
+# Number of forms of a call that are kept.
 _MAX_FORMS = 128
-# Of how many arguments it is tried whether they hold samples.
+# Number of arguments that are tested for holding samples.
 _MAX_UNSURE = 4
 
 
 @dataclass
 class Prepared:
-    """What is known of one form of a block's call.
+    """The prepared code of one form of a block's call.
 
     Attributes:
         code: the rewritten code; None where the block's own code runs, with masks.
         masked: the branches that are computed and masked, each with the cause.
         stores: plain numbers that the block's own code sets on the block.
-        uses: where its gated branches stand in its own code.
-        ungated: of each addition that was not found before the call, what it uses.
+        uses: places of the gated branches in the block's own code.
+        ungated: for each addition that was not found before the call, what it uses.
         recorded: what the block's own code does with a few samples, and which rows of the arguments these are.
         num_checked: how many calls any block has made when that was last compared with what the code does then.
         refusal: why the form is refused, where what the code does has changed since.
@@ -255,8 +255,8 @@ class BlockBranches:
             if own.prepared.code is not None and ("training", False) in state[0] and known == shapes:
                 return own.prepared
         raise RuntimeError(
-            f"{self._described(block)} has not been proven in evaluation yet, which an "
-            "export cannot do: run the evaluated model once on the example inputs, or fold_ it first."
+            f"{self._described(block)} has not been proven in evaluation yet, and an export "
+            "cannot do that: run the model once in evaluation mode on the example inputs, or fold_ it first."
         )
 
     def _refuse_ways_around(self, block: nn.Module) -> None:
@@ -270,12 +270,12 @@ class BlockBranches:
             if what := way_around(child):
                 raise RuntimeError(
                     f"{self._described(block)} runs the code of its {path} ({plain_class(child).__name__}) step by "
-                    f"step, because a branch ends in there, and would pass over {what} set on it. Set that on the "
-                    "block or on what is inside, or call restore_(model) first."
+                    f"step, because a branch ends there, and would ignore {what} set on it. Set that on the "
+                    "block or on a module inside, or call restore_(model) first."
                 )
 
     def _look_again(self, block: nn.Module) -> Reads:
-        """The block's children are others than before: adapters, conversions, a copy."""
+        """Read the block again after its children changed: adapters, conversions, a copy."""
         self._reads, self._fingerprint = Reads(block, self.inlined), None
         self._own, self._parts_at = {}, {}
         for parts in self.parts.values():
@@ -300,8 +300,8 @@ class BlockBranches:
     def _prepare(self, block: nn.Module, signature: Any, leaves: list[Any]) -> Prepared:
         if is_capturing():
             raise RuntimeError(
-                f"{self._described(block)} is called in this form for the first time, which cannot be proven inside a "
-                "CUDA graph: run a few steps before you capture."
+                f"{self._described(block)} is called in this form for the first time, and code cannot be proven inside "
+                "a CUDA graph: run a few steps before you capture."
             )
         for key in self.gated:
             in_training(block, key)  # raises where its drop path was replaced
@@ -318,9 +318,9 @@ class BlockBranches:
         return prepared
 
     def _check_again(self, block: nn.Module, signature: Any, leaves: list[Any], prepared: Prepared) -> None:
-        """Record the block's own code again, after 2, 4, 8, … calls: it may read what cannot be seen from outside.
+        """Record the block's own code again, after 2, 4, 8, … calls, because it may read values in unknown ways.
 
-        Where it does something else now, drop paths are masked from here on, and additions are refused.
+        If it computes something else now, drop paths are masked from then on, and additions raise an error.
         """
         if prepared.recorded is None or is_capturing():
             return
@@ -355,7 +355,7 @@ class BlockBranches:
         other = "granularity='batch', " if sample else ""
         return (
             f"{self._described(block)} cannot be gated here ({names}): {error}. "
-            f"Use {other}inputs=[...] of an example to find its branches as they run, layers=[{self.name!r}] for the "
+            f"Use {other}inputs=[...] to find its branches on an example, layers=[{self.name!r}] for the "
             "whole layer, where= to leave it out, or write the sum as stochastic_depth.Residual."
         )
 
@@ -367,8 +367,8 @@ class BlockBranches:
         self.forms.warned.add(kind)
         warnings.warn(
             f"The branch {branch.passes.names[branch.index]} is computed and masked, which saves nothing. "
-            f"{self._described(block)}: {cause}. The same may hold for other blocks of this "
-            f"class. layers=[{self.name!r}] would run it as a whole, if it keeps samples apart.",
+            f"{self._described(block)}: {cause}. Other blocks of this class may be affected "
+            f"too. layers=[{self.name!r}] runs it as a whole, if it does not mix samples.",
             MaskedBranchWarning,
             stacklevel=2,
         )
@@ -475,7 +475,7 @@ def _some_rows(rows_per_sample: Mapping[int, int], num: int, num_samples: int) -
 
 
 class StochasticBlock(nn.Module):
-    """Behavior of a foreign block whose branches are gated. `make_stochastic_` gives this class to modules."""
+    """Behavior of another library's block with gated branches. `make_stochastic_` gives this class to modules."""
 
     _stochastic_depth_branch: BlockBranches
 
@@ -503,10 +503,10 @@ class StochasticBlock(nn.Module):
 
 
 def refuse_bypass(module: nn.Module, forward: Any) -> None:
-    """Refuse a forward that is set on a stochastic module and does not call the one that it had.
+    """Refuse a forward that is set on a stochastic module and does not call the previous one.
 
     Raises:
-        RuntimeError: if nothing shows that it does.
+        RuntimeError: if it does not visibly call the previous one.
     """
     pending, seen = [forward], set[int]()
     while pending and len(seen) < 100:
@@ -524,6 +524,6 @@ def refuse_bypass(module: nn.Module, forward: Any) -> None:
         pending += [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
         pending += list(getattr(value, "__defaults__", None) or ())
     raise RuntimeError(
-        f"The forward that is set on a stochastic {plain_class(module).__name__} would bypass its gates. Set it before "
-        "make_stochastic_, or call restore_(model) first; a forward that calls the one before it is all right."
+        f"The forward that you set on a stochastic {plain_class(module).__name__} would bypass its gates. Set it "
+        "before make_stochastic_, or call restore_(model) first. A forward that calls the previous one is allowed."
     )

@@ -1,8 +1,8 @@
-"""Objects that a block is given and that its code calls, such as a cache of keys and values.
+"""Objects that a block receives and whose methods it calls, such as a cache of keys and values.
 
-A recording holds the values that a call's tensors are computed to, not what happens inside of such an object. So each
-call of one of its methods is a single call of the recording, made anew on the object that the block is given then. Code
-that looks into the object itself decides by what it has become, and is refused.
+A recording contains the computation of a call's tensors, not what happens inside such an object. So each call of one of
+its methods is a single call in the recording, repeated on the object that the block receives then. Code that reads the
+object's content itself is refused.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from stochastic_depth.retrofit.trace import PLAIN_TYPES, TraceError
 
 
 class Watcher(Protocol):
-    """What is told of the calls of an object's methods."""
+    """Receives the calls of an object's methods."""
 
     def call_of_object(self, value: Any, name: str, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Make the call, and give what it gives."""
+        """Make the call and return its result."""
         ...
 
     @property
     def is_inside(self) -> bool:
-        """Whether the code that runs is a part of a call already."""
+        """Whether the running code is already part of a call."""
         ...
 
 
@@ -80,8 +80,8 @@ def _called_class(kind: type) -> type:
         if isinstance(value, PLAIN_TYPES) and not isinstance(getattr(kind, name, None), property):
             return value
         raise TraceError(
-            f"the forward looks into the {kind.__name__} that it is given, which changes with every call: leave it out "
-            "in training (use_cache=False, where it is a cache)"
+            f"the forward reads the content of its {kind.__name__} argument, which changes with every call: leave it "
+            "out in training (use_cache=False if it is a cache)"
         )
 
     def fill(space: dict[str, Any]) -> None:

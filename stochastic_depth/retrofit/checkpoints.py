@@ -1,4 +1,4 @@
-"""Activation checkpoints inside of a block: what ran in one when it was recorded runs in one when it is rewritten."""
+"""Activation checkpoints inside a block: code that was recorded in a checkpoint runs in one after rewriting."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Regions:
             return None
         found = innermost_checkpoint()
         if found is None or found.repeats:
-            raise TraceError("the forward decides itself how what its backward needs is kept")
+            raise TraceError("the forward sets its own hooks for saved tensors")
         if current_dispatch_mode() is not None:
             raise TraceError("a part of the forward runs inside a selective activation checkpoint")
         if not any(frame is found.frame for frame in self._frames):

@@ -1,8 +1,8 @@
 """Finds the residual branches in the recording of a block's forward.
 
-A *drop path* is followed forward, through what leaves zeros zero (a LayerScale, views, permutations), to the addition
-that consumes it; the other operand is the shortcut. The branch is everything that the sum needs and neither the
-shortcut nor anything else does. Sizes are no values: they are read again inside the branch, from its own samples.
+A *drop path* is followed forward, through operations that keep zeros (a LayerScale, views, permutations), to the
+addition that uses it; the other operand is the shortcut. The branch is everything that only this operand needs. Sizes
+do not count as values: the branch reads them again from its own samples.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ _KEEPS_ZERO_MODULES = (nn.Identity, nn.Dropout, nn.Dropout2d)
 
 
 class CutError(Exception):
-    """Why a branch cannot be separated from the rest of its block."""
+    """A branch cannot be separated from the rest of its block; the message says why."""
 
 
 class SidesError(CutError):
-    """What a branch computes beside its output is used outside of it."""
+    """Values that a branch computes besides its output are used outside it."""
 
 
 class UnusedError(CutError):
-    """Nothing uses what the branch gives."""
+    """Nothing uses the branch's output."""
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,13 @@ def _addition(drop_path: fx.Node, block: nn.Module) -> Sum:
     while True:
         users = [user for user in output.users if not is_size(user)]
         if not users:
-            raise UnusedError("nothing uses what the drop path gives")
+            raise UnusedError("nothing uses the output of the drop path")
         if len(users) != 1:
             names = ", ".join(user.name for user in users)
-            raise CutError(f"what the drop path gives is used by {names}, not by one addition")
+            raise CutError(f"the output of the drop path is used by {names}, not by one addition")
         (user,) = users
         if user.op == "output":
-            raise CutError("what the drop path gives leaves the block without being added to anything")
+            raise CutError("the output of the drop path leaves the block without being added to anything")
         operands = added(user)
         if operands is not None:
             others = [operand for operand in operands if operand is not output]
@@ -219,7 +219,7 @@ def cut(residual: Sum, block: nn.Module) -> Branch:
             nodes.discard(node)
     _leave_containers(nodes)
     if residual.output not in nodes or (residual.drop_path is not None and residual.drop_path not in nodes):
-        raise CutError("the branch's output is used outside of the sum")
+        raise CutError("the branch's output is used outside the sum")
     for node in nodes:
         if any(is_size(user) and _is_used_outside(user, nodes) for user in node.users):
             raise CutError(f"the size of {node.name}, which only the branch computes, is used outside of it")
@@ -234,7 +234,7 @@ def cut(residual: Sum, block: nn.Module) -> Branch:
         if node not in nodes and _changes_one_of(inputs, node, block):
             raise CutError(f"{_describe(node)} changes the input of the branch in place before the sum")
     if not any(_computes(node, block) for node in ordered):
-        raise CutError("all that the branch computes is used outside of it too")
+        raise CutError("everything that the branch computes is used outside it too")
     return Branch(ordered, tuple(inputs), tuple(side for side in sides if side.args[0] in nodes))
 
 

@@ -123,7 +123,7 @@ class ChangedObjectError(StoredError):
 
     def __init__(self, values: Sequence[Any]) -> None:
         names = ", ".join(dict.fromkeys(type(value).__name__ for value in values))
-        super().__init__(f"the forward changes a {names} that it is given")
+        super().__init__(f"the forward changes its {names} argument")
         self.kinds = {type(value) for value in values} if all(is_data(value) for value in values) else set[type]()
 
 

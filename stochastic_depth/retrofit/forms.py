@@ -1,4 +1,4 @@
-"""The form of a block's call: all that may decide which way its code goes. Calls of one form do the same."""
+"""The form of a block's call: everything that may decide which path its code takes. Calls of one form do the same."""
 
 # pyright: reportPrivateUsage=false
 from __future__ import annotations

@@ -65,8 +65,8 @@ class StochasticDropPath(nn.Module):
         """The samples `x` (N, ...) times their gates."""
         if any(isinstance(value, float) for value in (*args, *kwargs.values())):
             raise RuntimeError(
-                f"The {plain_class(self).__name__} is given a number with its call, which would be its rate: its gates "
-                "have the rate that it was made with. Give it that rate as an attribute."
+                f"The {plain_class(self).__name__} is called with a number, which would be its rate, but its gates "
+                "have the rate from its attribute. Set the rate as an attribute."
             )
         if _passing.get():
             return x
@@ -84,7 +84,7 @@ class StochasticDropPath(nn.Module):
                 return x
             raise RuntimeError(
                 f"The drop path of {gated[0].passes.names[gated[0].index]} serves several branches, but is called "
-                "outside of its block, where it cannot be told which one."
+                "outside its block, where it is unknown which one."
             )
         if number >= len(gated):
             raise RuntimeError(
@@ -116,8 +116,8 @@ def follow_rate(drop_path: nn.Module, own: DropPathUses) -> None:
     name = draws.names[branches[0].index]
     if not own.own_rate:
         raise RuntimeError(
-            f"The rate of the drop path {name} does not act: the survival probabilities come from a schedule. Change "
-            "them by controller(model).set_survival_probs."
+            f"The rate of the drop path {name} has no effect: the survival probabilities come from a schedule. Change "
+            "them with controller(model).set_survival_probs."
         )
     if not 0 <= rate < 1:
         raise ValueError(f"The drop rate of {name} must be in [0, 1), but is {rate:g}.")

@@ -37,7 +37,7 @@ _Outcome = tuple[list[Any], "list[Tensor | None] | None"]
 
 
 class ProofError(Exception):
-    """Rewritten code does something else than the block's own."""
+    """Rewritten code computes something else than the block's own."""
 
 
 class FixedGates:

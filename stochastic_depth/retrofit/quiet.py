@@ -1,4 +1,4 @@
-"""Takes the noise out of what runs: dropout and drop paths keep everything, BatchNorm keeps its statistics."""
+"""Runs code without noise: dropout and drop paths keep everything, BatchNorm keeps its statistics."""
 
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-# What each function calls its chance to drop, or its switch.
+# The argument of each function for its drop rate, or its switch.
 _OFF: dict[str, dict[str, Any]] = {
     **{
         name: {"p": 0.0}
@@ -124,7 +124,7 @@ def _with_running_statistics(args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 
 @contextmanager
 def quiet() -> Generator[None]:
-    """Within, nothing that runs is noise, and random states are as before afterward."""
+    """Context without noise, which restores random states afterward."""
     python = random.getstate()
     numpy: Any = sys.modules.get("numpy")
     of_numpy = None if numpy is None else numpy.random.get_state()
@@ -140,7 +140,7 @@ def quiet() -> Generator[None]:
 
 @contextmanager
 def without_noise(model: nn.Module) -> Generator[None]:
-    """Within, a whole model runs without noise: `quiet`, and its BatchNorm layers use their running statistics."""
+    """Context in which a model runs without noise: `quiet`, and BatchNorm layers use their running statistics."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     modes = [norm.training for norm in norms]
     try:

@@ -1,4 +1,4 @@
-"""What the code of a block tells of its branches, on any way through it: with symbols, or as an example runs."""
+"""Reads the branches of a block from its code, on every path through it: with symbols, or as an example runs."""
 
 from __future__ import annotations
 

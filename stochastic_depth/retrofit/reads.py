@@ -1,7 +1,7 @@
-"""Where a block's code reads something beside its arguments, and what is there: attributes, globals, closures, classes.
+"""Finds the values that a block's code reads besides its arguments: attributes, globals, closures, classes.
 
-What is read is found by name: whatever has a name that appears in the code of the block's class, in functions and
-methods that this code calls, and can be reached from there.
+Values are found by name: everything reachable whose name appears in the code of the block's class, or in functions and
+methods that this code calls.
 """
 
 # pyright: reportPrivateUsage=false

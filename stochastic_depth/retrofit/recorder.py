@@ -1,8 +1,8 @@
 """Records a call of a block while its own code runs, as a graph of calls to its children and to PyTorch.
 
-The code sees real tensors: `isinstance`, sizes of intermediate values, the gradient mode, autocast and every decision
-by them are what they are in the call. So a recording holds for calls of the same form, and for no other. Children are
-single calls. What a recording could not repeat is noticed and refused: decisions by the values of tensors, random
+The code sees real tensors, so `isinstance`, sizes of intermediate values, the gradient mode, autocast and all decisions
+that depend on them are those of the call. A recording is valid only for calls of the same form. Children are single
+calls. Code that a recording could not repeat is refused: decisions that depend on the values of tensors, random
 numbers, side effects, tensors of unknown origin.
 """
 
@@ -353,7 +353,7 @@ class _Recorder(TorchFunctionMode):
         """Refuse what has moved since the end of the last call that was recorded."""
         now = outside(self._generators)
         if differ(self._state, now):
-            raise TraceError("the forward draws random numbers itself, outside of its children")
+            raise TraceError("the forward draws random numbers itself, outside its children")
 
     def _keep(self) -> AbstractContextManager[None]:
         """Note in which checkpoint the next call is made; within, what it saves is kept."""

@@ -1,4 +1,4 @@
-"""How a model was called: small examples, on which what comes out of it after training is checked."""
+"""Remembers small example calls of a model, on which results after training are checked."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MOST_KEPT = 64 * 2**20
 class RememberedCalls:
     """The arguments of a model's first forward in each mode, copied; large ones cut to two samples.
 
-    They stay in this process: copies and files of the model, which may go to others, hold none.
+    They stay in this process: copies and pickles of the model, which may be shared, contain none.
     """
 
     def __init__(self) -> None:

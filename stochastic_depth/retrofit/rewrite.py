@@ -1,4 +1,4 @@
-"""Rewrites the recording of a block: every gated branch goes behind its gate, and the rest stays as it was."""
+"""Rewrites the recording of a block: every gated branch goes behind its gate; the rest stays the same."""
 
 # pyright: reportPrivateUsage=false
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The proof that a model's branches are gated rightly: it runs an example and compares with the model's own code."""
+"""Proves that a model's branches are gated correctly: runs an example and compares with the model's own code."""
 
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Verification:
         forward_flops_closed: FLOPs of a forward with all gates closed.
         output_deviation: largest difference of an output from the model's own code under masks, in training and
             evaluation, relative to the largest value.
-        gradient_deviation: the same of the gradient of a parameter, relative to the largest one of all.
-        statuses: for each branch its name, "proven" or "masked", and why it is masked.
+        gradient_deviation: the same for gradients of parameters, relative to the largest gradient.
+        statuses: for each branch, its name, "proven" or "masked", and why it is masked.
     """
 
     num_branches: int
@@ -260,7 +260,7 @@ def _check_zeros(expected: _Outcome, closed: _Outcome, where: str) -> None:
     missing = [name for name in closed.without if name in expected.gradients]
     if missing:
         raise RuntimeError(
-            f"{len(missing)} parameters get no gradient {where}, where zeros are promised: {', '.join(missing[:3])}."
+            f"{len(missing)} parameters get no gradient {where}, but zeros are promised: {', '.join(missing[:3])}."
         )
 
 

@@ -253,7 +253,7 @@ def test_measured_costs_are_refused_on_one_of_several_ranks(monkeypatch: pytest.
     measured, counted = depth.cost(vectors(4), measure=True), depth.cost(vectors(4))
     monkeypatch.setattr(sys.modules[sd.Controller.__module__], "has_several_ranks", lambda: True)
     depth.set_costs(counted)
-    with pytest.raises(ValueError, match=r"^Every rank must be told the same costs, but measured times differ"):
+    with pytest.raises(ValueError, match=r"^All ranks need the same costs, but measured times differ"):
         depth.set_costs(measured)
     assert depth.state_dict()["costs"] == [each.training_flops for each in counted.branches]
 

@@ -116,7 +116,7 @@ def test_a_controller_that_was_taken_off_controls_nothing_and_says_so() -> None:
         lambda: depth.load_state_dict(depth.state_dict()),
         depth.capture,
     ):
-        with pytest.raises(RuntimeError, match="was taken off the model"):
+        with pytest.raises(RuntimeError, match="was removed from the model"):
             use()
 
 

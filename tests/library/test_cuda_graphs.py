@@ -348,7 +348,7 @@ def test_saved_tensors_that_are_sent_elsewhere() -> None:
 def test_what_a_graph_would_freeze_is_refused() -> None:
     inner = sd.Residual(nn.Linear(4, 4))
     model = nn.Sequential(sd.Residual(nn.Sequential(nn.Linear(4, 4), inner)))
-    with pytest.raises(ValueError, match=r"branch 0 cannot .* inside of it has a gate of its own"):
+    with pytest.raises(ValueError, match=r"branch 0 cannot .* inside it has its own gate"):
         sd.make_stochastic_(model, sd.uniform(0.5)).capture()
     model = nn.Sequential(sd.Residual(nn.SyncBatchNorm(4)))
     with pytest.raises(ValueError, match=r"SyncBatchNorm waits for other ranks"):

@@ -329,7 +329,7 @@ def assert_gradients(net: nn.Module, plain: nn.Module, x: Tensor, gates: tuple[b
     assert_close(ours, filled)
 
 
-SEVERAL_THREADS = r"^Forwards of this stochastic model have run in several threads, .* use_reentrant=False\)\.$"
+SEVERAL_THREADS = r"^Forwards of this stochastic model ran in several threads, .* use_reentrant=False\)\.$"
 
 
 @pytest.mark.parametrize("calls_root", [True, False], ids=["root", "parts"])

@@ -281,7 +281,7 @@ def test_folding_a_sum_in_the_roots_own_forward() -> None:
     net, x = RootSum().double(), vectors(4)
     expected = copy.deepcopy(net).expected(x)
     sd.make_stochastic_(net, sd.uniform(P))
-    with pytest.warns(UserWarning, match="it ends in a call of gelu. It is kept as a scalar"):
+    with pytest.warns(UserWarning, match="it ends in a call of gelu. It stays as a scalar"):
         sd.fold_(net)
     assert isinstance(net, RootSum)
     assert_near(net(x), expected)
@@ -697,7 +697,7 @@ def test_gates_that_do_not_act_in_evaluation_are_refused_or_do(make: Callable[[]
     try:
         prediction = sd.monte_carlo(net, x, 8, outputs="values")
     except RuntimeError as error:
-        assert "run without their drop paths, so that their gates do not act" in str(error)  # noqa: PT017
+        assert "run without their drop paths, so their gates have no effect" in str(error)  # noqa: PT017
     else:
         assert prediction.variance.max() > 0
 

@@ -187,7 +187,7 @@ def test_what_cannot_be_folded_keeps_its_factor_and_is_named(end: str) -> None:
     h = x + 0.7 * plain[0].branch(x)
     expected = h + 0.4 * plain[1].branch(h)
     sd.make_stochastic_(net, [0.7, 0.4], where=["0", "1"])
-    with pytest.warns(UserWarning, match=r"probability 0\.4 of 1 cannot go into weights: .* kept as a scalar"):
+    with pytest.warns(UserWarning, match=r"probability 0\.4 of 1 cannot go into weights: .* stays as a scalar"):
         sd.fold_(net)
     assert_near(net(x), expected, 1e-12)
     assert type(net[0]) is sd.Residual
@@ -351,7 +351,7 @@ def test_a_layer_with_drop_paths_has_the_factor_in_each_of_its_sums(end: type[nn
         assert same_classes(net, plain)
     else:
         assert len(warned) == len(keep) + 2
-        assert "it ends in a call of gelu. It is kept as a scalar" in str(warned[0].message)
+        assert "it ends in a call of gelu. It stays as a scalar" in str(warned[0].message)
     if len(keep) == 2:
         assert_near(net(x), expected, 1e-12)
     assert list(net.state_dict()) == keys
@@ -387,7 +387,7 @@ def test_blocks_that_share_a_drop_path_keep_their_own_factors() -> None:
     for p, block in zip([0.9, 0.6, 0.3], plain, strict=True):
         expected = expected + p * block.branch(expected)
     sd.make_stochastic_(net, [0.9, 0.6, 0.3])
-    with pytest.warns(UserWarning, match="kept as a scalar") as warned:
+    with pytest.warns(UserWarning, match="stays as a scalar") as warned:
         sd.fold_(net)
     assert len(warned) == 2
     assert_near(net(x), expected, 1e-12)
@@ -416,7 +416,7 @@ def test_a_block_keeps_the_factors_of_all_of_its_branches() -> None:
     expected = expected + 0.6 * torch.tanh(plain.b(expected))
     expected = expected + 0.3 * torch.tanh(plain.c(expected))
     sd.make_stochastic_(net, [0.9, 0.6, 0.3])
-    with pytest.warns(UserWarning, match="kept as a scalar") as warned:
+    with pytest.warns(UserWarning, match="stays as a scalar") as warned:
         sd.fold_(net)
     assert len(warned) == 3
     assert_near(net(x), expected, 1e-12)
@@ -518,7 +518,7 @@ def test_what_timm_computes_in_place_keeps_its_factor_in_the_place_of_the_drop_p
     twin, x = copy.deepcopy(model), plain_models.images(64)
     depth = sd.make_stochastic_(model, sd.uniform(0.5))
     expected = with_factors(twin, depth.names, depth.survival_probs)(x)
-    with pytest.warns(UserWarning, match="MultiScaleAttention cannot be recorded.* kept as a scalar"):
+    with pytest.warns(UserWarning, match="MultiScaleAttention cannot be recorded.* stays as a scalar"):
         sd.fold_(model)
     assert_near(model(x), expected, 1e-12)
     assert list(model.state_dict()) == list(twin.state_dict())

@@ -298,7 +298,7 @@ def test_a_block_whose_code_depends_on_the_call_needs_an_example_and_refuses_ano
     x = torch.randn(2, 5, 4, dtype=torch.float64)
     expected = x + 6 * 0.5 * net.sized.b(x)
     sd.make_stochastic_(net, sd.uniform(0.5))
-    with pytest.raises(ValueError, match="give inputs, an example"):
+    with pytest.raises(ValueError, match="pass an example as inputs"):
         sd.subnetwork(net, [1])
     small = sd.subnetwork(net, [1], inputs=x[:1])
     assert_near(small(x), expected)
@@ -330,7 +330,7 @@ def test_a_factor_that_fits_no_weights_stays_in_the_code_of_a_foreign_block() ->
         small = sd.subnetwork(net, [0])
     assert_near(small(x), h)
     assert set(small.state_dict()) == {"0.a.weight", "0.a.bias"}
-    with pytest.warns(UserWarning, match="kept as a scalar"):
+    with pytest.warns(UserWarning, match="stays as a scalar"):
         sd.fold_(net)
     assert_near(net(x), h + 0.4 * plain.b(h))
     assert set(net.state_dict()) == {"0.a.weight", "0.a.bias", "0.b.weight", "0.b.bias"}
@@ -587,7 +587,7 @@ def test_what_stands_in_for_a_block_takes_its_arguments(is_masked: bool, layers:
         ({"keep": [0, 4]}, r"indices in 0\.\.3, but holds 4"),
         ({"keep": [-1]}, r"indices in 0\.\.3, but holds -1"),
         ({"keep": [1, 1]}, "holds 1 several times"),
-        ({"keep": [True, False, True, True]}, "no list of gates"),
+        ({"keep": [True, False, True, True]}, "not a list of gates"),
         ({"num_blocks": 0}, r"whole number in 1\.\.4, but is 0"),
         ({"num_blocks": 5}, r"whole number in 1\.\.4, but is 5"),
         ({"num_blocks": 0.6}, r"whole number in 1\.\.4, but is 0\.6"),
@@ -627,7 +627,7 @@ def test_a_branch_that_is_only_masked_cannot_be_taken_out() -> None:
 def test_flops_need_an_example_where_none_can_be_guessed() -> None:
     net = nn.Sequential(nn.Embedding(4, 6), sd.Residual(nn.Linear(6, 6)), sd.Residual(nn.Linear(6, 6)))
     sd.make_stochastic_(net, sd.uniform(0.5))
-    with pytest.raises(ValueError, match="cost needs inputs"):
+    with pytest.raises(ValueError, match="cost counts FLOPs on an example"):
         sd.subnetwork(net, cost=0.6)
     small = sd.subnetwork(net, cost=0.6, inputs=torch.tensor([1, 2]))
     assert size(small) == 24 + 42

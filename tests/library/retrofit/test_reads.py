@@ -396,7 +396,7 @@ class GivesARate(nn.Module):
 def test_a_rate_that_a_drop_path_is_called_with_is_refused() -> None:
     net = nn.Sequential(GivesARate()).double()
     sd.make_stochastic_(net)
-    with pytest.raises(RuntimeError, match="given a number with its call, which would be its rate"):
+    with pytest.raises(RuntimeError, match="called with a number, which would be its rate"):
         net(data(4))
 
 

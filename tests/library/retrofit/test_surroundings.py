@@ -363,7 +363,7 @@ def test_an_addition_that_comes_later_is_told() -> None:
     net[0].more = True
     with depth.gates([False, False]):
         assert_same(net(x), x + net[0].g(x))
-    assert "no branch: 0 also adds what g gives, which was not found before: it has no gate" in str(depth)
+    assert "no branch: 0 also adds the output of g, which was not found before: it has no gate" in str(depth)
 
 
 # ---------------------------------------- attention maps
@@ -426,7 +426,7 @@ def test_a_branch_with_a_map_is_skipped_and_its_map_cannot_be_used_unseen() -> N
                 assert_same(weights, own)
             else:
                 closed += 1
-                with pytest.raises(RuntimeError, match="attention map is used of a branch that did not run"):
+                with pytest.raises(RuntimeError, match="attention map was not computed"):
                     torch.ones(3) + weights
                 with pytest.raises(RuntimeError, match="attention map"):
                     weights.mean()
@@ -441,7 +441,7 @@ def test_a_map_that_the_model_uses_raises_aloud() -> None:
     depth = sd.make_stochastic_(net, sd.uniform(0.5))
     with depth.gates([True, True]):
         net(x)
-    with depth.gates([False, True]), pytest.raises(RuntimeError, match=r"leave the branches .* out by where="):
+    with depth.gates([False, True]), pytest.raises(RuntimeError, match=r"exclude the branches .* with where="):
         net(x)
 
 
