@@ -175,7 +175,7 @@ class _Nodes:
     end: int | None = None
 
 
-class _Here(threading.local):
+class _ThreadState(threading.local):
     """What an `Attribution` knows about each thread."""
 
     def __init__(self) -> None:
@@ -185,7 +185,7 @@ class _Here(threading.local):
         # Autograd nodes from this number on belong to no extent yet; None if an extent may still be creating some.
         self.unclaimed_from: int | None = 0
         # Number of the next node when a part last got its gate.
-        self.asked_at = 0
+        self.gate_read_at = 0
 
 
 # Marks a checkpoint in which several extents began.
@@ -196,7 +196,7 @@ class Attribution:
     """Finds the extents of one model's calls."""
 
     def __init__(self) -> None:
-        self._here = _Here()
+        self._here = _ThreadState()
         self._nodes: deque[_Nodes] = deque()
         self._only_thread: object | None = None
         self._has_several_threads = False
@@ -222,7 +222,7 @@ class Attribution:
             first = next_node()
             # Reentrant checkpointing creates its node just before it runs the function without gradients. Such a node
             # belongs to this extent unless a branch of the previous extent has run since.
-            claims_previous = not torch.is_grad_enabled() and here.asked_at < first
+            claims_previous = not torch.is_grad_enabled() and here.gate_read_at < first
         if here.latest is not None and here.latest.end is None:
             here.latest.end = first
         made = here.latest = _Nodes(here.thread, first, claims_previous, extent)
@@ -242,12 +242,12 @@ class Attribution:
         """Record that the extent of these nodes creates no more."""
         nodes.end = self._here.unclaimed_from = next_node()
 
-    def go_on(self, extent: Extent) -> None:
+    def continue_extent(self, extent: Extent) -> None:
         """Record that a call of a part belongs to `extent`, even if the previous call belongs to another one."""
         here = self._here
         if here.latest is None or here.latest.extent is not extent:
             self.begin(extent)
-        here.asked_at = next_node()
+        here.gate_read_at = next_node()
 
     def note_checkpoints(self, extent: Extent) -> None:
         """Record that the running non-reentrant checkpoints contain calls of `extent`."""

@@ -137,7 +137,7 @@ class BranchGraphs:
         Raises:
             RuntimeError: if the branch cannot be recorded.
         """
-        state = _State(module)
+        state = _ModuleState(module)
         if not torch.is_grad_enabled() or not (x.requires_grad or any(state.need_gradients)):
             return branch(module, x)
         recorded = self._recorded[index]
@@ -165,7 +165,12 @@ class BranchGraphs:
         return cast(Tensor, _Replay.apply(x, replayable, *used))
 
     def _new(
-        self, index: int, branch: Callable[[nn.Module, Tensor], Tensor], module: nn.Module, x: Tensor, state: _State
+        self,
+        index: int,
+        branch: Callable[[nn.Module, Tensor], Tensor],
+        module: nn.Module,
+        x: Tensor,
+        state: _ModuleState,
     ) -> _Replayable | None:
         stand_ins = _stand_ins(module)
 
@@ -229,7 +234,7 @@ def refuse_unrecordable(names: Sequence[str], parts: Sequence[nn.Module]) -> Non
                 raise ValueError(f"The branch {name} cannot be recorded as a CUDA graph: {cause}.")
 
 
-class _State:
+class _ModuleState:
     """State of a module that a recording is valid for.
 
     Attributes:

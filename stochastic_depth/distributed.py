@@ -106,12 +106,12 @@ def _units(model: nn.Module, depth: Controller) -> list[list[nn.Module]]:
     own = [
         inside
         for inside, called in sorted(units.items(), key=lambda item: len(item[0]))
-        if not inside & _reached_otherwise(model, owners[inside], called)
+        if not inside & _reachable_without(model, owners[inside], called)
     ]
     return [units[inside] for inside in own]
 
 
-def _reached_otherwise(model: nn.Module, owners: set[nn.Module], called: list[nn.Module]) -> set[nn.Module]:
+def _reachable_without(model: nn.Module, owners: set[nn.Module], called: list[nn.Module]) -> set[nn.Module]:
     """The modules that can be reached from the root without passing through a branch of the owners."""
     reached: set[tuple[nn.Module, bool]] = set()
     pending = [(model, model in owners)]

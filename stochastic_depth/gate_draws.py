@@ -108,9 +108,9 @@ class GateDraws:
         """Cost of one sample of each branch, for "equal_cost"; None: equal costs."""
         self.latest: Pass | None = None
         """The latest pass with a draw, in any thread."""
-        self._of_this_process()
+        self._init_process_state()
 
-    def _of_this_process(self) -> None:
+    def _init_process_state(self) -> None:
         """Initialize what copies and pickles do not contain."""
         self.observer: Observer | None = None
         """Runs every branch instead of its plain call during a measurement; see `observed`."""
@@ -152,7 +152,7 @@ class GateDraws:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._of_this_process()
+        self._init_process_state()
 
     # -------------------------------------------------------------------------------------- passes
 
@@ -214,7 +214,7 @@ class GateDraws:
                 # A branch in training mode under a root in evaluation mode.
                 scope.gates = self._new_pass()
             if scope.thread != threading.get_ident():
-                self._attribution.go_on(scope)
+                self._attribution.continue_extent(scope)
         self._attribution.note_checkpoints(extent)
         return extent
 
@@ -237,7 +237,7 @@ class GateDraws:
             self._parts.set(current)
         if is_gated and current.gates is not None:
             current.gates.branches_drawn.add(index)
-        self._attribution.go_on(current)
+        self._attribution.continue_extent(current)
         return current
 
     def end_parts(self) -> None:

@@ -108,7 +108,7 @@ def test_the_workflows_use_the_versions_that_are_pinned() -> None:
 @pytest.mark.parametrize(
     "form", sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("[!c]*.yml")), ids=lambda form: form.stem
 )
-def test_an_issue_form_is_one(form: Path) -> None:
+def test_issue_forms_are_valid(form: Path) -> None:
     """As far as the code host's rules can be checked here."""
     content = yaml.safe_load(form.read_text())
     assert content.keys() <= {"name", "description", "title", "labels", "assignees", "body"}

@@ -118,7 +118,7 @@ def last_affine(model: nn.Module, branch: BranchWithGate, calls: Calls) -> list[
     if found.key is None and not isinstance(found.module, Residual):
         raise NotAffineError(found.cause)
     holders: list[Holder] = []
-    for end in _followed_everywhere(branch, calls):
+    for end in _ends_in_all_calls(branch, calls):
         if isinstance(end, _Passed):
             raise NotAffineError("it ends in what it was given")
         holders.append(end)
@@ -161,7 +161,7 @@ def last_child(model: nn.Module, branch: BranchWithGate, calls: Calls) -> tuple[
     assert key is not None
     ends = {
         _last_child(*end, block)
-        for graph in _recorded_everywhere(block, branch.drop_paths, calls)
+        for graph in _graphs_of_all_calls(block, branch.drop_paths, calls)
         if (end := _branch_end(graph, block, key, branch.drop_paths)) is not None
     }
     if len(ends) != 1:
@@ -196,31 +196,31 @@ def _last_child(value: fx.Node, consumer: fx.Node, block: nn.Module) -> tuple[nn
 def _passes_on(child: nn.Module) -> bool:
     """Whether a child commutes with a positive factor of its first argument."""
     is_homogeneous = drop_path_rule(child) is not None or plain_class(child).forward in _HOMOGENEOUS
-    return is_homogeneous and not has_own_way(child)
+    return is_homogeneous and not is_customized(child)
 
 
-def has_own_way(module: nn.Module) -> bool:
+def is_customized(module: nn.Module) -> bool:
     """Whether a module has hooks or its own forward, so that a call does more than its class's forward."""
     return "forward" in module.__dict__ or has_forward_hooks(module) or type(module).__call__ is not nn.Module.__call__
 
 
-def _refuse_own_way(module: nn.Module) -> None:
-    if has_own_way(module):
+def _refuse_customized(module: nn.Module) -> None:
+    if is_customized(module):
         raise NotAffineError(f"a {plain_class(module).__name__} at its end has a hook or its own forward")
 
 
-def _followed_everywhere(branch: BranchWithGate, calls: Calls) -> _Ends:
+def _ends_in_all_calls(branch: BranchWithGate, calls: Calls) -> _Ends:
     block, key = branch.found.module, branch.found.key
     if key is None:
         return _of_child(cast(Residual, block).branch, ((object(),), {}), ())
     ends = [
         _branch_end(graph, block, key, branch.drop_paths)
-        for graph in _recorded_everywhere(block, branch.drop_paths, calls)
+        for graph in _graphs_of_all_calls(block, branch.drop_paths, calls)
     ]
     return _agreed([_follow(*end, block) for end in ends if end is not None])
 
 
-def _recorded_everywhere(block: nn.Module, drop_paths: Sequence[str], calls: Calls) -> list[fx.Graph]:
+def _graphs_of_all_calls(block: nn.Module, drop_paths: Sequence[str], calls: Calls) -> list[fx.Graph]:
     """Recordings of a block in these calls and in a call with its defaults, in both modes.
 
     A drop path may be called in training only, and code that can be recorded in one mode may branch on values in the
@@ -271,7 +271,7 @@ def _follow(value: fx.Node, consumer: fx.Node, block: nn.Module, path: tuple[int
     others = [user for user in _users(value) if user is not consumer]
     if path and all(_is_other_entry(user, path[0]) for user in others):
         others = []
-    hidden = _hiding_from(others, value, block)
+    hidden = _compensating(others, value, block)
     if _PASSED in hidden:
         raise NotAffineError(f"{value.name} leaves the block too")
     if value.op == "get_attr":
@@ -285,12 +285,12 @@ def _follow(value: fx.Node, consumer: fx.Node, block: nn.Module, path: tuple[int
     raise NotAffineError("it ends in what it was given")
 
 
-def _hiding_from(users: Iterable[fx.Node], value: fx.Node, block: nn.Module) -> _Ends:
+def _compensating(users: Iterable[fx.Node], value: fx.Node, block: nn.Module) -> _Ends:
     """The parameters to divide by the factor so that these users compute the same as without a factor in `value`."""
-    return [end for user in users for end in _hiding_from_one(user, value, block)]
+    return [end for user in users for end in _compensating_one(user, value, block)]
 
 
-def _hiding_from_one(user: fx.Node, value: fx.Node, block: nn.Module) -> _Ends:
+def _compensating_one(user: fx.Node, value: fx.Node, block: nn.Module) -> _Ends:
     if user.op == "output" and user.args[0] is value:
         return [_PASSED]
     if not (
@@ -299,7 +299,7 @@ def _hiding_from_one(user: fx.Node, value: fx.Node, block: nn.Module) -> _Ends:
         raise NotAffineError(f"{value.name} is used by {user.name} too")
     if user.op == "call_module":
         child = block.get_submodule(cast(str, user.target))
-        _refuse_own_way(child)
+        _refuse_customized(child)
         if plain_class(child).forward not in _HOMOGENEOUS:
             _refuse_several_calls(user, child, block)
             if plain_class(child).forward in _LINEAR:
@@ -308,13 +308,13 @@ def _hiding_from_one(user: fx.Node, value: fx.Node, block: nn.Module) -> _Ends:
                 raise NotAffineError(f"{value.name} is used by a {type(child).__name__} too")
             graphs = _graphs(child, (user.args, dict(user.kwargs)))
             inputs = [next(iter(graph.nodes)) for graph in graphs]
-            ends = _agreed([_hiding_from(_users(own), own, child) for own in inputs])
+            ends = _agreed([_compensating(_users(own), own, child) for own in inputs])
             if _PASSED not in ends:
                 return ends
-            return [*(end for end in ends if end != _PASSED), *_hiding_from(_users(user), user, block)]
+            return [*(end for end in ends if end != _PASSED), *_compensating(_users(user), user, block)]
     elif _name_of(user) not in _HOMOGENEOUS_NAMES:
         raise NotAffineError(f"{value.name} is used by {user.name} too")
-    return _hiding_from(_users(user), user, block)
+    return _compensating(_users(user), user, block)
 
 
 def _users(value: fx.Node) -> list[fx.Node]:
@@ -351,7 +351,7 @@ def _refuse_several_calls(call: fx.Node, child: nn.Module, block: nn.Module) -> 
 
 
 def _of_child(child: nn.Module, arguments: Any, path: tuple[int, ...]) -> _Ends:
-    _refuse_own_way(child)
+    _refuse_customized(child)
     plain = plain_class(child)
     if plain.forward is nn.MultiheadAttention.forward and path[:1] == (0,):
         return [*_weight_and_bias(cast(nn.MultiheadAttention, child).out_proj)]

@@ -41,7 +41,7 @@ from stochastic_depth.torch_private import assert_in_graph, child_dict, tree_map
 _Recorded = TypeVar("_Recorded")
 
 
-def with_branches_taken_out(
+def without_branches(
     block: nn.Module,
     drop_paths: Sequence[str],
     dropped: Collection[Key],

@@ -61,7 +61,7 @@ def lesions(model: nn.Module, branches: Sequence[BranchWithGate], calibration: I
                 if branch.found.treatment == "mask":
                     change[index] = float("inf")
                     continue
-                with observed(draws, without(branches, [index])):
+                with observed(draws, dropping(branches, [index])):
                     lesioned = _values(model(*args, **kwargs))
                 change[index] += sum(
                     float((one - other).double().square().sum()) for one, other in zip(lesioned, whole, strict=True)
@@ -75,7 +75,7 @@ def _values(output: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def without(branches: Sequence[BranchWithGate], dropped: Collection[int]) -> Observer:
+def dropping(branches: Sequence[BranchWithGate], dropped: Collection[int]) -> Observer:
     """Observer that makes some branches return zero, and whole layers return their input."""
 
     def run(index: int, branch: Callable[[Any], Any], x: Any) -> Any:

@@ -29,12 +29,12 @@ from stochastic_depth.deploy.blocks import (
     is_identity,
     replaced_,
     takes_one_argument,
-    with_branches_taken_out,
+    without_branches,
     without_layer,
 )
 from stochastic_depth.deploy.branches import BranchWithGate, branches_with_gates
 from stochastic_depth.deploy.check import Check
-from stochastic_depth.deploy.in_place import put_copies_
+from stochastic_depth.deploy.in_place import insert_copies_
 from stochastic_depth.deploy.scalars import (
     BranchFactors,
     Scale,
@@ -305,15 +305,13 @@ def _replacements(
             new.update({drop_path: Scale(branch.test_factor) for drop_path in own[branch]})
     for block, paths in drop_paths.items():
         try:
-            made = with_branches_taken_out(
-                block, paths, dropped_keys[block], factors.get(block, {}), _first(calls.get(block))
-            )
+            made = without_branches(block, paths, dropped_keys[block], factors.get(block, {}), _first(calls.get(block)))
         except ValueError as error:
             name = next(branch.found.block_name for branch in dropped if branch.found.module is block)
             raise ValueError(f"{name or 'the model'}: {error}") from error
         is_idle = is_identity(made) and _is_alone(model, block) and takes_one_argument(block)
         new[block] = nn.Identity() if is_idle else made
-    put_copies_(model, new)
+    insert_copies_(model, new)
     return new, factors_of_blocks
 
 

@@ -19,23 +19,23 @@ from stochastic_depth.retrofit.trace import TraceError
 from stochastic_depth.torch_private import child_dict
 
 
-def put_copies_(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+def insert_copies_(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
     """Make replacements of dropped branches return copies where needed.
 
     Args:
         model: the model; it is not changed.
         replacements: replacements of its modules; it is changed.
     """
-    handing_on = {module for module, new in replacements.items() if _hands_on(new)}
-    if not handing_on or not any(_writes_in_place(module) for module in model.modules()):
+    returning_input = {module for module, new in replacements.items() if _returns_input(new)}
+    if not returning_input or not any(_writes_in_place(module) for module in model.modules()):
         return
     # From the end, so that only one of several in a row copies.
     for module in reversed(list(model.modules())):
-        if module in handing_on and _is_written_behind(model, module, replacements):
+        if module in returning_input and _may_be_written_after(model, module, replacements):
             replacements[module] = _copying(replacements[module])
 
 
-def _hands_on(new: nn.Module) -> bool:
+def _returns_input(new: nn.Module) -> bool:
     if isinstance(new, fx.GraphModule):
         return bool(unchanged_outputs(new))
     return type(new) in (nn.Identity, nn.Sequential) and next(new.parameters(), None) is None
@@ -68,13 +68,13 @@ def _writes_in_place(module: nn.Module) -> bool:
     return any(cuts.writes_in_place(node, module) for graph in graphs for node in graph.nodes)
 
 
-def _is_written_behind(model: nn.Module, module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> bool:
+def _may_be_written_after(model: nn.Module, module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> bool:
     for parent, name in holders(model, module):
         if plain_class(parent).forward is nn.Sequential.forward:
             children = list(child_dict(parent).items())
             position = [other for other, _ in children].index(name)
             written = _first_writes([child for _, child in children[position + 1 :] if child], replacements)
-            if written or (written is None and _is_written_behind(model, parent, replacements)):
+            if written or (written is None and _may_be_written_after(model, parent, replacements)):
                 return True
         elif plain_class(parent).forward is not Residual.forward:  # A sum is a new tensor.
             return True
@@ -90,7 +90,7 @@ def _first_writes(modules: list[nn.Module], replacements: Mapping[nn.Module, nn.
         elif plain_class(new).forward is Residual.forward:
             written = any(_first_writes([child], replacements) for child in new.children())
         else:
-            is_own = not _hands_on(new) and (module in replacements or next(new.parameters(), None) is not None)
+            is_own = not _returns_input(new) and (module in replacements or next(new.parameters(), None) is not None)
             written = any(_writes_in_place(part) for part in new.modules()) or (False if is_own else None)
         if written is not None:
             return written

@@ -14,7 +14,7 @@ from stochastic_depth.cost import observed
 from stochastic_depth.deploy.batches import Inputs, call_of
 from stochastic_depth.deploy.branches import branches_with_gates
 from stochastic_depth.deploy.check import Check
-from stochastic_depth.deploy.choice import Order, forward_flops, num_parameters, removal_order, without
+from stochastic_depth.deploy.choice import Order, dropping, forward_flops, num_parameters, removal_order
 from stochastic_depth.deploy.decoder import remove_layers_, stack_of
 from stochastic_depth.deploy.fold import is_stochastic, remove_gates_, warn_of_scalars
 from stochastic_depth.deploy.undo import Snapshot
@@ -102,7 +102,7 @@ def subnetwork(
         kept = sorted(_within_budget(network, num_blocks, cost, parameters, order, calibration, example))
     dropped = [index for index in range(len(branches)) if index not in kept]
     remembered = controller(model).calls if is_stochastic(model) else None
-    context = partial(observed, branches[0].gated.passes, without(branches, dropped))
+    context = partial(observed, branches[0].gated.passes, dropping(branches, dropped))
     check = Check(network, branches, inputs, remembered=remembered, context=context)
     check.warn_if_impossible("subnetwork", stacklevel=2)
     # A guess is good enough for a comparison, but not to specialize the code of blocks.

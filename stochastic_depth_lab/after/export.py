@@ -91,7 +91,7 @@ def export_run(
     Raises:
         ValueError: in one line, if the export fails, or the file differs from the network.
     """
-    _require(form)
+    _check_format(form)
     if form == "safetensors" and normalize:
         raise ValueError("--normalize adds code to the file, but safetensors holds weights only: use another format.")
     if keep is not None and cost is not None:
@@ -144,7 +144,7 @@ def _metadata(run: Trained, kept: Sequence[int], *, normalize: bool) -> dict[str
     }
 
 
-def _require(form: Format) -> None:
+def _check_format(form: Format) -> None:
     if form not in get_args(Format):
         raise ValueError(f"--format must be one of {', '.join(get_args(Format))}, but is {form!r}.")
     packages = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "safetensors": ("safetensors",), "torch-export": ()}[

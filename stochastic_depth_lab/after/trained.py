@@ -16,7 +16,7 @@ from stochastic_depth_lab.runs import checkpoint, records
 from stochastic_depth_lab.training.setup import Images, branch_names, build_network, load_images, set_epoch
 
 NUM_RECALIBRATION = 1000
-"""Number of training images, without augmentation, for the BatchNorm statistics of a sub-network."""
+"""Number of training images, without augmentation, for the BatchNorm statistics of a subnetwork."""
 NUM_LESION = 250
 """Number of training images on which lesions are measured."""
 
@@ -46,7 +46,7 @@ class Trained:
         return len(branch_names(self.model, self.depth))
 
     def smaller(self, keep: Sequence[int]) -> Experiment:
-        """The experiment of the sub-network with these blocks, at constant depth."""
+        """The experiment of the subnetwork with these blocks, at constant depth."""
         numbers = self.experiment.model.keep or range(self.num_blocks)
         model = replace(self.experiment.model, keep=tuple(numbers[index] for index in keep))
         return replace(self.experiment, model=model, depth=None, published=None)

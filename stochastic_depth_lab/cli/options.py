@@ -119,7 +119,7 @@ class Reproduce:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Evaluate a run's weights, its blocks, its sub-networks, or its calibration.
+    """Evaluate a run's weights, its blocks, its subnetworks, or its calibration.
 
     Examples:
       stochastic-depth evaluate runs/one
@@ -132,19 +132,19 @@ class Evaluate:
     analyze: bool = False
     """Measure what each block adds to its shortcut, the error without it, and calibration; the next report shows it."""
     subnetworks: bool = False
-    """Plot error against parameters, FLOPs and latency of sub-networks, with and without new BatchNorm statistics,
+    """Plot error against parameters, FLOPs and latency of subnetworks, with and without new BatchNorm statistics,
     next to those of --against, or of the constant-depth run in the same folder."""
     against: Annotated[Path, "RUN"] | None = None
-    """Compare the sub-networks with those of another run folder."""
+    """Compare the subnetworks with those of another run folder."""
     order: Order = "last"
     """Remove first the last blocks, those that survive least, or those whose removal changes the outputs least."""
     points: int = 9
-    """Number of sub-networks per run, the whole network included."""
+    """Number of subnetworks per run, the whole network included."""
     finetune_epochs: Annotated[int, "N"] | None = None
-    """Fine-tune each sub-network for N epochs at a tenth of the learning rate, as a run in the folder finetuned
+    """Fine-tune each subnetwork for N epochs at a tenth of the learning rate, as a run in the folder finetuned
     of the output folder. Finished runs are skipped."""
     monte_carlo: Annotated[int, "N"] | None = None
-    """Compare the calibration of the mean of N random sub-networks with that of a single forward."""
+    """Compare the calibration of the mean of N random subnetworks with that of a single forward."""
     out: Folder | None = None
     """Output folder for tables and figures (default: evaluation, in the run folder)."""
     data_root: Folder | None = None

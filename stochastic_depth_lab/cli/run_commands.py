@@ -10,7 +10,7 @@ from stochastic_depth_lab.cli.training_commands import show_report
 
 
 def evaluate(arguments: Sequence[str]) -> int:
-    """Evaluate a run's weights, blocks, sub-networks or calibration."""
+    """Evaluate a run's weights, blocks, subnetworks or calibration."""
     options = parse(Evaluate, "evaluate", arguments)
     if options.analyze + options.subnetworks + (options.monte_carlo is not None) > 1:
         return fail("--analyze, --subnetworks and --monte-carlo exclude each other.")
@@ -84,7 +84,7 @@ def _evaluate_subnetworks(options: Evaluate) -> int:
                 progress=observer.on_remark,
             )
         except KeyboardInterrupt:
-            kept = " Trained sub-networks are kept: repeat the command to resume." if options.finetune_epochs else ""
+            kept = " Trained subnetworks are kept: repeat the command to resume." if options.finetune_epochs else ""
             return fail(f"Stopped.{kept}", code=128 + signal.SIGINT)
     show(curve_text(points))
     show(f"\n{' '.join(map(str, write_curve(points, out)))}")

@@ -41,9 +41,9 @@ class Split:
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
         if images.dtype != torch.uint8 or images.ndim != 4:
-            raise DataError(f"images must be uint8 of shape (N, C, H, W), but are {_form(images)}.")
+            raise DataError(f"images must be uint8 of shape (N, C, H, W), but are {_describe(images)}.")
         if labels.dtype != torch.int64 or labels.ndim != 1:
-            raise DataError(f"labels must be int64 of shape (N,), but are {_form(labels)}.")
+            raise DataError(f"labels must be int64 of shape (N,), but are {_describe(labels)}.")
         if len(images) != len(labels):
             raise DataError(
                 f"every image needs one label, but there are {len(images)} images and {len(labels)} labels."
@@ -103,7 +103,9 @@ class Split:
             try:
                 image, label = example
             except (TypeError, ValueError) as error:
-                raise DataError(f"example {index} must be a pair (image, label), but is {_form(example)}.") from error
+                raise DataError(
+                    f"example {index} must be a pair (image, label), but is {_describe(example)}."
+                ) from error
             images.append(_as_bytes(image, index))
             labels.append(_as_label(label, index))
             if images[-1].shape != images[0].shape:
@@ -236,22 +238,22 @@ def _as_bytes(image: object, index: int) -> Tensor:
     else:
         array = np.array(image)  # PIL images and arrays: channels last
         if array.dtype != np.uint8:
-            raise DataError(f"image {index} must be a uint8 tensor, array or PIL image, but is {_form(image)}.")
+            raise DataError(f"image {index} must be a uint8 tensor, array or PIL image, but is {_describe(image)}.")
         tensor = torch.from_numpy(array)
         tensor = tensor.permute(2, 0, 1) if tensor.ndim == 3 else tensor
     if tensor.dtype != torch.uint8 or tensor.ndim not in (2, 3):
-        raise DataError(f"image {index} must be uint8 with 2 or 3 dimensions, but is {_form(image)}.")
+        raise DataError(f"image {index} must be uint8 with 2 or 3 dimensions, but is {_describe(image)}.")
     return tensor.reshape(-1, *tensor.shape[-2:])
 
 
 def _as_label(label: object, index: int) -> int:
     value = label.item() if isinstance(label, Tensor | np.generic) and np.ndim(cast(Any, label)) == 0 else label
     if not isinstance(value, int) or isinstance(value, bool):
-        raise DataError(f"label {index} must be an integer class index, but is {_form(label)}.")
+        raise DataError(f"label {index} must be an integer class index, but is {_describe(label)}.")
     return value
 
 
-def _form(value: object) -> str:
+def _describe(value: object) -> str:
     """A short description: `torch.float32 of shape (3, 32, 32)`, or the type."""
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         return f"{cast(Any, value).dtype} of shape {tuple(cast(Any, value).shape)}"

@@ -41,8 +41,8 @@ def load(
     Raises:
         DataError: if the folder is missing or of another form.
     """
-    train_paths, train_labels, classes = _listed(data_root, "train")
-    test_paths, test_labels, test_classes = _listed(data_root, "val")
+    train_paths, train_labels, classes = _list_pictures(data_root, "train")
+    test_paths, test_labels, test_classes = _list_pictures(data_root, "val")
     if test_classes != classes:
         different = sorted({*classes} ^ {*test_classes})
         raise DataError(
@@ -74,7 +74,7 @@ def load(
     )
 
 
-def _listed(data_root: Path, part: str) -> tuple[tuple[Path, ...], Tensor, list[str]]:
+def _list_pictures(data_root: Path, part: str) -> tuple[tuple[Path, ...], Tensor, list[str]]:
     """Paths, labels and class names of one part."""
     folder = data_root / FOLDER / part
     try:

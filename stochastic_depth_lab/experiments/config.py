@@ -61,7 +61,7 @@ class Model:
     init: Literal["he", "authors"] = "he"
     """Initialize as He et al., or as the authors' code (BatchNorm gains from U(0, 1))."""
     keep: tuple[int, ...] | None = None
-    """Keep only these blocks, by index from 0. With --weights, continue training a sub-network that `export` wrote as
+    """Keep only these blocks, by index from 0. With --weights, continue training a subnetwork that `export` wrote as
     safetensors (default: all)."""
 
 

@@ -1,4 +1,4 @@
-"""What `evaluate` left in a run folder, for its report: an analysis of the blocks, sub-networks, and calibration."""
+"""What `evaluate` left in a run folder, for its report: an analysis of the blocks, subnetworks, and calibration."""
 
 import csv
 from collections.abc import Sequence
@@ -115,7 +115,7 @@ def evaluation_drawings(runs: Sequence[Run]) -> tuple[Drawing, ...]:
             with table.open(newline="") as file:
                 rows = list(csv.DictReader(file))
             if table.stem == "subnetworks":
-                figure, title = curve_figure(read_curve(rows)), "Sub-networks"
+                figure, title = curve_figure(read_curve(rows)), "Subnetworks"
                 caption = "Test error of networks from which blocks were removed, over their relative size."
             else:
                 figure, title = reliability_figure(read_reliability(rows)), "Calibration"

@@ -294,14 +294,14 @@ def inline_svg(svg: bytes, name: str, title: str) -> str:
                 parent.remove(child)
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
-        element.attrib = {key.rpartition("}")[2]: _own(value, name) for key, value in element.attrib.items()}
+        element.attrib = {key.rpartition("}")[2]: _with_prefix(value, name) for key, value in element.attrib.items()}
         if "id" in element.attrib:
             element.set("id", f"{name}-{element.get('id')}")
     root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": title}
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def _own(value: str, name: str) -> str:
+def _with_prefix(value: str, name: str) -> str:
     value = re.sub(r"^#(?![0-9a-f]{6}$)|(?<=url\()#", f"#{name}-", value)
     return re.sub(r"#[0-9a-f]{6}(?![\w-])", _variable, value)
 

@@ -396,7 +396,7 @@ def differing(configs: Sequence[Mapping[str, object]]) -> list[str]:
         if len({str(each.get(key)) for each in flat}) > 1
     ]
     return [
-        " · ".join(_said(key, each[key]) for key in keys if key in each) or str(config["name"])
+        " · ".join(_setting_text(key, each[key]) for key in keys if key in each) or str(config["name"])
         for config, each in zip(configs, flat, strict=True)
     ]
 
@@ -413,7 +413,7 @@ def _flat(fields: Mapping[str, object], above: str = "") -> dict[str, object]:
     return flat
 
 
-def _said(key: str, value: object) -> str:
+def _setting_text(key: str, value: object) -> str:
     name = _SHORT.get(key, key.rpartition(".")[2].replace("_", " "))
     text = _number(value) if isinstance(value, float) else str(value).replace("_", " ")
     return f"{name} {text}".strip()

@@ -114,10 +114,10 @@ def remarks(runs: Sequence[Run]) -> tuple[str, ...]:
         for label, run in named
         if run.published
     ]
-    return (*notes, *_unlike(named, runs), *sources)
+    return (*notes, *_timing_warnings(named, runs), *sources)
 
 
-def _unlike(named: Sequence[tuple[str, Run]], runs: Sequence[Run]) -> list[str]:
+def _timing_warnings(named: Sequence[tuple[str, Run]], runs: Sequence[Run]) -> list[str]:
     """Warnings about runs whose time is compared with that of another machine or precision."""
     warnings: list[str] = []
     for label, run in named:

@@ -108,7 +108,7 @@ def test_pieces_that_failed_before_come_last(tmp_path: Path) -> None:
     assert order == ["first", "second", "first", "third"]
 
 
-def test_nothing_is_begun_that_does_not_fit_or_has_no_data_yet(tmp_path: Path) -> None:
+def test_pieces_that_do_not_fit_or_lack_data_do_not_start(tmp_path: Path) -> None:
     waiting = piece("waiting", kept("waiting"), is_ready=lambda _: (tmp_path / "data").exists())
     long = gpu.Piece("long", kept("long"), 600, 500)
     assert not follow(tmp_path, waiting, long, piece("short", kept("short")))

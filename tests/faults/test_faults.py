@@ -11,7 +11,7 @@ from small_runs import assert_same, outcome
 
 
 @pytest.mark.slow
-def test_whatever_happens_to_it_a_run_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
+def test_a_run_survives_every_fault_and_ends_the_same(tmp_path: Path) -> None:
     survived = faults.interrupt(tmp_path, epochs=3, kills=4, others=len(faults.OTHERS), seed=1)
     assert survived["kill"] + survived["kill in a write"] == 4
     assert all(survived[kind] == 1 for kind in faults.OTHERS)
@@ -19,7 +19,7 @@ def test_whatever_happens_to_it_a_run_ends_as_if_nothing_had_happened(tmp_path: 
 
 
 @pytest.mark.slow
-def test_torchrun_goes_on_after_one_of_two_processes_was_killed(tmp_path: Path) -> None:
+def test_torchrun_resumes_after_one_of_two_processes_is_killed(tmp_path: Path) -> None:
     survived = faults.interrupt_two(tmp_path, epochs=30, kills=1, seed=0)
     assert survived == {"one of two processes killed": 1, "SIGTERM to torchrun": 1}
 
@@ -37,7 +37,7 @@ exit $code
 
 
 @pytest.mark.slow
-def test_a_full_disk_keeps_the_last_checkpoint_and_with_more_room_the_run_goes_on(tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_resumes_with_more_space(tmp_path: Path) -> None:
     """A file system of three megabytes, which holds two checkpoints, but not the best weights beside them."""
     (tmp_path / "run").mkdir()
     if subprocess.run([*MOUNT, "mount -t tmpfs none run"], cwd=tmp_path, capture_output=True, check=False).returncode:

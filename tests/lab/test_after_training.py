@@ -1,4 +1,4 @@
-"""The command line after training: sub-networks of a run, its calibration, and files of it."""
+"""The command line after training: subnetworks of a run, its calibration, and files of it."""
 
 import csv
 import hashlib
@@ -46,7 +46,7 @@ def expected_logits(runs: Path) -> tuple[torch.Tensor, torch.Tensor]:
         return images, run.model(run.images.normalization(images))
 
 
-def test_sub_networks_of_a_pair_side_by_side(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_subnetworks_of_a_pair_side_by_side(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = main(
         ["evaluate", str(runs / "small-stochastic"), "--subnetworks", "--order", "lesion", "--out", str(tmp_path)]
     )
@@ -69,7 +69,7 @@ def test_sub_networks_of_a_pair_side_by_side(runs: Path, tmp_path: Path, capsys:
     assert (tmp_path / "subnetworks.svg").exists()
 
 
-def test_each_sub_network_is_trained_on_as_a_run_of_its_own(
+def test_each_subnetwork_is_fine_tuned_as_its_own_run(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = str(runs / "small-stochastic")
@@ -108,7 +108,7 @@ def _float64() -> Generator[None]:
 
 
 @pytest.mark.usefixtures("_float64")
-def test_training_on_is_plain_training_from_the_weights_that_were_left(runs: Path, tmp_path: Path) -> None:
+def test_fine_tuning_is_plain_training_from_the_remaining_weights(runs: Path, tmp_path: Path) -> None:
     run = load_trained(runs / "small-stochastic", device=CPU)
     keep = [0, 1, 4]
     network = sd.subnetwork(run.model, keep)
@@ -155,7 +155,7 @@ def accuracy(run: Trained) -> float:
     return (answers == test.labels).double().mean().item()
 
 
-def test_an_exported_sub_network_learns_on_under_the_numbers_in_its_file(
+def test_an_exported_subnetwork_continues_training_with_the_numbers_in_its_file(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "small.safetensors"
@@ -171,7 +171,7 @@ def test_an_exported_sub_network_learns_on_under_the_numbers_in_its_file(
     weights = safetensors.torch.load_file(path)
     for name, parameter in after.named_parameters():
         torch.testing.assert_close(parameter.detach(), weights[name], atol=0, rtol=1e-6)
-    # A sub-network of a sub-network has the numbers of the whole.
+    # A subnetwork of a subnetwork has the numbers of the whole.
     export_it = ["export", str(tmp_path / "run"), "--keep", "0", "2", "--format", "safetensors"]
     shown = subprocess.run([sys.executable, "-m", "stochastic_depth_lab", *export_it], capture_output=True, text=True)
     assert shown.returncode == 0
@@ -182,13 +182,13 @@ def test_an_exported_sub_network_learns_on_under_the_numbers_in_its_file(
         assert json.loads(file.metadata()["keep"]) == [kept[0], kept[2]]
 
 
-def test_calibration_of_sub_networks_against_one_forward(
+def test_calibration_of_subnetworks_against_one_forward(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["evaluate", str(runs / "small-stochastic"), "--monte-carlo", "4", "--out", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("one forward ")
-    assert lines[2].startswith("4 sub-networks ")
+    assert lines[2].startswith("4 subnetworks ")
     rows = list(csv.DictReader((tmp_path / "reliability.csv").read_text().splitlines()))
     assert sum(int(row["count"]) for row in rows if row["prediction"] == "one forward") == 100
     assert (tmp_path / "reliability.png").stat().st_size > 1000
@@ -321,7 +321,7 @@ def test_wrong_input_exits_with_2_and_writes_nothing(
     ],
     ids=["no-epochs", "no-points", "finetune-alone", "keep", "weights"],
 )
-def test_wrong_wishes_for_sub_networks_exit_with_2(
+def test_wrong_subnetwork_options_exit_with_2(
     command: list[str], message: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "broken.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0nonsense")

@@ -101,7 +101,7 @@ def emptied(content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("damage", [truncated, altered, emptied])
-def test_a_damaged_one_gives_way_to_the_one_before(tmp_path, damage):
+def test_a_damaged_checkpoint_is_replaced_by_the_previous_one(tmp_path, damage):
     save(tmp_path, state(1), EXPERIMENT)
     save(tmp_path, state(2), EXPERIMENT)
     (tmp_path / "last.pt").write_bytes(damage((tmp_path / "last.pt").read_bytes()))
@@ -135,7 +135,7 @@ class _Harmful:
         return os.mkdir, ("harmed",)
 
 
-def test_nothing_is_run(tmp_path, monkeypatch):
+def test_no_code_of_a_checkpoint_is_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": _Harmful()}, tmp_path / "last.pt")
     with pytest.raises(CheckpointError):

@@ -106,7 +106,7 @@ def test_without_the_extra_one_line_says_how_to_get_it(tmp_path, capsys, monkeyp
     )
 
 
-def test_whoever_stops_reading_ends_the_command_in_silence():
+def test_a_closed_pipe_ends_the_command_silently():
     read, write = os.pipe()
     os.close(read)
     code = "import sys; from stochastic_depth_lab.cli.main import main; sys.exit(main(['schedule']))"
@@ -274,7 +274,7 @@ def test_reproduce_trains_both_and_reports(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_says_how_to_go_on(tmp_path, capsys, monkeypatch, number, code):
+def test_a_signal_saves_and_says_how_to_resume(tmp_path, capsys, monkeypatch, number, code):
     arguments = ["train", "digits-stochastic", *SMALL, "--out"]
     assert main([*arguments, str(tmp_path / "whole")]) == 0
     before = signal.getsignal(number)

@@ -56,7 +56,7 @@ def test_the_network_is_torchvisions_and_every_block_a_branch(name, made_up_data
 
 
 @pytest.mark.parametrize("name", PAIR)
-def test_an_interrupted_run_goes_on_bit_for_bit(name, made_up_data_root, tmp_path):
+def test_an_interrupted_run_resumes_bit_for_bit(name, made_up_data_root, tmp_path):
     experiment = small(name)
     train(experiment, tmp_path / "whole")
     num_asked = 0
@@ -124,7 +124,7 @@ def test_what_it_does_not_have_is_refused(changes, match):
         check(replace(experiment, **parts))
 
 
-def test_after_training_it_is_cut_trained_on_and_exported_as_any_other(made_up_data_root, tmp_path):
+def test_after_training_it_is_cut_fine_tuned_and_exported(made_up_data_root, tmp_path):
     import safetensors.torch
     import torchvision
 

@@ -284,7 +284,7 @@ def test_global_settings_are_as_before(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:x", "cuda:99", "cpu:1:2", "mps"])
-def test_a_device_that_is_not_there(name):
+def test_a_missing_device(name):
     with pytest.raises(ValueError, match=r"^(--device must be|There is no device)"):
         find_device(name, "fp32")
 

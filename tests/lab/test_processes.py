@@ -156,7 +156,7 @@ def test_stopped_by_one_and_resumed_by_both_it_is_the_uninterrupted_run(trained)
     assert_same(outcome(folder / "parts"), outcome(folder / "whole"))
 
 
-def test_dropout_differs_between_processes_and_goes_on_when_resumed(trained):
+def test_dropout_differs_between_processes_and_resumes(trained):
     _, (first, second) = trained
     assert first["whole"]["seed"] == first["resumed"]["seed"] != second["whole"]["seed"] == second["resumed"]["seed"]
 

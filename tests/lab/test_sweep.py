@@ -49,7 +49,7 @@ def run(jobs, watcher=None, **options) -> None:
     sweep.run(jobs, watcher or Watcher(), **{**settings, **options})
 
 
-def test_one_killed_run_loses_itself_alone_and_goes_on_the_next_time(tmp_path):
+def test_a_killed_run_does_not_affect_others_and_resumes_next_time(tmp_path):
     def kill(job: sweep.Job) -> None:
         os.kill(int((job.folder / ".lock").read_text()), signal.SIGKILL)
 
@@ -106,7 +106,7 @@ def test_shards_are_the_whole_and_share_nothing():
 
 
 @pytest.mark.parametrize("text", ["3/3", "1", "a/b", "-1/2", "1/0", ""])
-def test_no_shard(text):
+def test_bad_shards(text):
     with pytest.raises(ValueError, match="--shard must be i/n"):
         sweep.shard([], text)
 

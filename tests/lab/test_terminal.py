@@ -106,7 +106,7 @@ def test_help_fits_the_terminal(line, width, variables):
     assert all(text.startswith("  stochastic-depth ") or "{" in text for text in too_long), too_long
 
 
-def test_help_names_what_is_meant():
+def test_help_names_experiments_and_placeholders():
     shown = Terminal("train --help", 100, {"TERM": "xterm"}).shown()
     assert {*cli.EXPERIMENTS} <= {*re.findall(r"[\w-]+", shown)}  # no name is broken at a hyphen
     assert "Usage: stochastic-depth train EXPERIMENT --out FOLDER [options]" in shown
@@ -283,7 +283,7 @@ def test_completion(shell, words, completed, capsys):
     ],
     ids=["quick", "fp16", "resume"],
 )
-def test_what_may_surprise_later_is_said_first(options, remark, tmp_path, capsys):
+def test_possible_surprises_are_announced_first(options, remark, tmp_path, capsys):
     assert main(["train", "digits-constant", "--device", "cpu", "--out", str(tmp_path), *shlex.split(options)]) == 0
     assert capsys.readouterr().err.startswith(remark)
 

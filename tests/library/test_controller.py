@@ -102,7 +102,7 @@ def test_a_restored_network_computes_as_before_with_the_weights_it_has_now() -> 
     assert pickle.dumps(net)
 
 
-def test_a_controller_that_was_taken_off_controls_nothing_and_says_so() -> None:
+def test_a_controller_of_a_restored_model_raises() -> None:
     net = mlp()
     depth = sd.make_stochastic_(net, SURVIVAL_PROBS)
     sd.restore_(net)
@@ -529,7 +529,7 @@ def test_models_that_are_refused(case: tuple) -> None:
 
 
 @pytest.mark.parametrize("where", ["itself", "around", "inside"])
-def test_twice_is_refused(where: str) -> None:
+def test_making_a_model_stochastic_twice_is_refused(where: str) -> None:
     net = mlp()
     depth = sd.make_stochastic_(net, SURVIVAL_PROBS)
     model = {"itself": net, "around": nn.Sequential(net), "inside": net.blocks}[where]
@@ -701,7 +701,7 @@ def test_a_forward_replaced_in_the_root_is_one_pass_too(when: str) -> None:
         assert depth.state_dict()["counter"] == step + 1
 
 
-def test_what_lies_on_top_of_the_root_s_class_stays_when_it_is_restored() -> None:
+def test_classes_on_top_of_the_roots_class_survive_restore() -> None:
     """A parametrization swaps the class as well, and FSDP2 does."""
 
     class Root(nn.Module):

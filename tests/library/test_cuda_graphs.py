@@ -299,7 +299,7 @@ def test_parameters_that_are_used_twice(make: Callable[[], nn.Module]) -> None:
     assert graphs.num_replayed == 4
 
 
-def test_a_parameter_of_nobody_is_refused() -> None:
+def test_a_parameter_outside_the_module_is_refused() -> None:
     weight = nn.Parameter(torch.ones(4))
 
     class Borrowing(nn.Linear):

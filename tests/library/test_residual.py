@@ -126,7 +126,7 @@ def test_evaluation_follows_changed_survival_probs() -> None:
 def test_forced_gates_follow_the_training_rule(
     make: Make, inputs: Make, granularity: str, rescale: str, training: bool, skipped_grad: str
 ) -> None:
-    """All sixteen sub-networks in either mode: an open branch has factor 1 or 1/p, a closed one is not run."""
+    """All sixteen subnetworks in either mode: an open branch has factor 1 or 1/p, a closed one is not run."""
     plain = make().train(training)
     net, x = copied(plain), inputs(3)
     depth = sd.make_stochastic_(

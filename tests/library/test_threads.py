@@ -422,7 +422,7 @@ def test_a_checkpoint_around_two_forwards_is_refused() -> None:
         loss.backward()
 
 
-def test_a_look_at_what_a_checkpoint_has_saved() -> None:
+def test_inspecting_what_a_checkpoint_saved() -> None:
     """It recomputes outside of a backward."""
     net, _, depth = pair()
     x = vectors(3).requires_grad_()
@@ -518,7 +518,7 @@ def test_another_stochastic_model_inside_of_a_forward() -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, GeneratorExit])
 @pytest.mark.parametrize("where", ["forward", "hook before", "hook after"])
-def test_nothing_is_left_of_a_forward_that_is_broken_off(error: type[BaseException], where: str) -> None:
+def test_a_forward_that_is_broken_off_leaves_no_state(error: type[BaseException], where: str) -> None:
     net, plain, _ = pair()
 
     def fail(*_: object) -> None:

@@ -332,7 +332,7 @@ def test_hooks_are_seen(kind: str) -> None:
     assert not any(private.hooks_of(module))
 
 
-def test_a_call_with_own_hooks_is_a_call() -> None:
+def test_a_call_with_own_hooks_equals_a_plain_call() -> None:
     module = nn.Linear(2, 2)
     module.register_forward_pre_hook(lambda _, args: (args[0] + 1,))
     module.register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs), with_kwargs=True)

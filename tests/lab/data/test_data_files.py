@@ -368,7 +368,7 @@ def counting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[
         thread.join()
 
 
-def test_of_many_that_miss_a_file_one_downloads_it(
+def test_one_of_several_processes_downloads_a_missing_file(
     tmp_path: Path, counting: tuple[type[Counting], PublishedFile], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     handler, file = counting
@@ -383,7 +383,7 @@ def test_of_many_that_miss_a_file_one_downloads_it(
 
 
 @pytest.mark.parametrize("status", [403, 500, 503])
-def test_a_servers_error_is_reported_and_nothing_is_kept_of_it(
+def test_a_server_error_is_reported_and_leaves_no_file(
     tmp_path: Path, counting: tuple[type[Counting], PublishedFile], status: int
 ) -> None:
     handler, file = counting
@@ -393,7 +393,9 @@ def test_a_servers_error_is_reported_and_nothing_is_kept_of_it(
     assert not visible(tmp_path / "root")
 
 
-def test_no_network_says_what_to_fetch_and_where_to_put_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_network_the_error_says_what_to_download_and_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     nobody = replace(svhn.SVHN.train, url="http://127.0.0.1:1/train_32x32.mat")
     monkeypatch.setattr(svhn, "SVHN", replace(svhn.SVHN, train=nobody))

@@ -88,7 +88,7 @@ def test_the_links_of_a_page_that_was_mailed_still_work(pair_report):
     assert others == ["https://arxiv.org/abs/1603.09382"]
 
 
-def test_page_asks_for_nothing_from_outside(pair_report):
+def test_page_loads_nothing_from_outside(pair_report):
     html = pair_report.read_text().replace('<a href="https://arxiv.org/abs/1603.09382">', "")
     html = re.sub(r"base64,[\w+/=]*", "", html)
     assert not re.search(r"https?:|//[a-z]|@import|<script|<link|<img|<iframe|url\((?!#)", html)
@@ -170,7 +170,7 @@ def test_interrupted_report_leaves_the_old_page(write_run, monkeypatch):
     assert (folder / "report.html").read_bytes() == old
 
 
-def test_page_comes_last(write_run, monkeypatch):
+def test_page_is_written_last(write_run, monkeypatch):
     written: list[str] = []
     monkeypatch.setattr(page_module, "write_whole", lambda path, _content: written.append(path.name))
     write_report([write_run()])
@@ -188,12 +188,12 @@ def test_one_run_is_written_into_its_folder_its_resumptions_counted(write_run):
         assert text in read_page(path).text
 
 
-def test_runs_in_different_folders_need_a_place(write_run):
+def test_runs_in_different_folders_need_an_output_folder(write_run):
     with pytest.raises(ReportError, match="choose the folder of their report with --out"):
         write_report([write_run("a"), write_run("deeper/b")])
 
 
-def test_place_that_cannot_be_written(write_run, tmp_path):
+def test_folder_that_cannot_be_written(write_run, tmp_path):
     (tmp_path / "file").write_text("kept")
     with pytest.raises(ReportError, match=r"cannot be written to .*file"):
         write_report([write_run()], tmp_path / "file")
@@ -243,7 +243,7 @@ def test_a_color_means_the_same_on_every_page(write_run, stochastic):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [400, 1100])
-def test_nothing_lies_beside_the_screen(pair_report, tmp_path, width):
+def test_nothing_overflows_the_screen(pair_report, tmp_path, width):
     """As Chromium lays the page out: what is wider than the window can be scrolled to."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
@@ -274,7 +274,7 @@ def test_what_evaluate_found_is_on_the_run_s_page(write_run):
     write_reliability(measured, folder / "evaluation")
     page = write_report([folder])
     text = read_page(page).text
-    assert "Sub-networks" in text
+    assert "Subnetworks" in text
     assert "Calibration" in text
     for name in ("subnetworks", "reliability"):
         assert (folder / "data" / f"{name}.csv").read_bytes() == (folder / "evaluation" / f"{name}.csv").read_bytes()

@@ -62,7 +62,7 @@ def test_first_of_equal_validation_errors(write_run):
 
 
 @pytest.mark.parametrize("kept", [1, 40, -1], ids=["a brace", "a part", "all but a brace"])
-def test_cut_off_last_line_is_passed_over_and_said(write_run, kept):
+def test_a_cut_off_last_line_is_skipped_with_a_note(write_run, kept):
     folder = write_run(finished=False)
     whole = (folder / "metrics.jsonl").read_text()
     last = whole.splitlines()[-1]

@@ -77,7 +77,7 @@ def test_the_table_is_the_papers_with_ours_beside_it(folders, tmp_path):
     ]
 
 
-def test_what_is_missing_is_said(folders, tmp_path):
+def test_missing_runs_are_mentioned(folders, tmp_path):
     (folders[1][1] / "result.json").unlink()
     (folders[2][1] / "result.json").unlink()
     (folders[2][1] / "failed.json").write_text("{}")

@@ -96,7 +96,7 @@ def test_no_published_row_where_nothing_is_published(write_run):
     assert "published" not in text_table([read_run(write_run())])
 
 
-def test_unfinished_run_is_compared_per_epoch_and_said_so(write_run):
+def test_unfinished_run_is_compared_per_epoch_with_a_remark(write_run):
     constant = read_run(write_run("constant"))
     half = read_run(write_run("half", stochastic=True, finished=False, num_epochs=2))
     # (0.7 + 1.4) / 2 epochs against (1 + 2 + 3 + 4) / 4 epochs
@@ -139,7 +139,7 @@ def test_html_table_escapes_names(write_run):
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
 
 
-def test_time_across_machines_is_said(write_run):
+def test_time_across_machines_has_a_remark(write_run):
     constant, run = write_run("constant"), write_run("stochastic", stochastic=True, config={"precision": "bf16"})
     (constant / "environment.json").write_text('{"cpu": "A", "num_threads": 2, "started": "then"}')
     (run / "environment.json").write_text('{"cpu": "B", "num_threads": 2, "started": "now"}')

@@ -394,7 +394,7 @@ def test_a_check_leaves_no_traces() -> None:
     assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), states[2], strict=True))
 
 
-def test_a_model_that_draws_in_evaluation_is_no_false_alarm() -> None:
+def test_a_model_that_draws_in_evaluation_raises_no_false_alarm() -> None:
     class Noisy(Stack):
         def forward(self, x: Tensor, mask: Tensor | None = None) -> dict[str, object]:
             x = x + torch.randn_like(x) + random.random() + np.random.rand()
@@ -440,7 +440,7 @@ def test_without_a_factor_nothing_needs_a_check() -> None:
     reference.assert_plain(net)
 
 
-def test_inputs_on_which_the_model_itself_fails_are_the_users_to_mend() -> None:
+def test_inputs_on_which_the_model_fails_are_a_users_error() -> None:
     net = RootSum().double()
     sd.make_stochastic_(net, sd.uniform(P))
     state = reference.state_of(net)

@@ -589,7 +589,7 @@ def test_a_branch_that_cannot_be_converted_stays_and_nothing_changes() -> None:
 # ---------------------------------------------------------------------------------------------- bad input
 
 
-def test_a_plain_model_has_nothing_to_fold_and_is_told_so() -> None:
+def test_folding_a_plain_model_warns() -> None:
     net = reference.mlp()
     before = reference.state_of(net)
     with pytest.warns(UserWarning, match="not stochastic: there is nothing to fold"):

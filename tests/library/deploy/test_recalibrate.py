@@ -89,7 +89,7 @@ def test_a_layer_that_sees_nothing_keeps_its_statistics() -> None:
     assert net.unused.num_batches_tracked == 0
 
 
-def test_without_batchnorm_there_is_nothing_to_do_and_it_says_so() -> None:
+def test_without_batchnorm_a_warning_says_so() -> None:
     net = reference.mlp()
     before = reference.state_of(net)
     with pytest.warns(UserWarning, match="no BatchNorm with running statistics"):

@@ -91,7 +91,7 @@ def test_a_relu_goes_only_where_another_one_comes_before() -> None:
     assert [type(module) for module in both[2:]] == [nn.ReLU, nn.Identity, nn.Identity]
 
 
-def test_what_is_left_learns_on() -> None:
+def test_a_subnetwork_can_be_trained() -> None:
     net, x = reference.conv_net(), reference.images(6)
     sd.make_stochastic_(net, P)
     small = sd.subnetwork(net, [0, 2])
@@ -240,7 +240,7 @@ def test_blocks_of_which_nothing_is_left_go_altogether() -> None:
     assert [type(block) for block in small.blocks] == [type(timm_model("mixer").blocks[0])] * 7 + [nn.Identity]
 
 
-def test_of_a_block_that_takes_more_than_one_argument_nothing_but_that_is_left() -> None:
+def test_a_dropped_block_still_takes_all_its_arguments() -> None:
     model = awake(timm_model("vit"))  # it iterates over its Sequential and gives masks
     sd.make_stochastic_(model, sd.linear_decay(0.5))
     small = sd.subnetwork(model, num_blocks=2)  # of four: the first of the three blocks has a rate of 0
@@ -346,7 +346,7 @@ def test_dropping_does_not_let_code_in_place_write_into_the_input() -> None:
     assert torch.equal(x, before)
 
 
-def test_a_dropped_layer_hands_its_input_on() -> None:
+def test_a_dropped_layer_returns_its_input() -> None:
     torch.manual_seed(0)
     layers = [nn.TransformerEncoderLayer(8, 2, 8, batch_first=True, dropout=0.0) for _ in range(3)]
     net = nn.Sequential(*layers).double().eval()
@@ -537,7 +537,7 @@ def test_without_code_in_place_nothing_is_copied() -> None:
     assert not any(isinstance(module, torch.fx.GraphModule) for module in small.modules())
 
 
-def test_of_dropped_blocks_in_a_row_one_copies_and_none_before_a_layer_of_weights() -> None:
+def test_one_of_several_dropped_blocks_copies_and_none_before_weights() -> None:
     blocks = [sd.Residual(nn.Linear(4, 4)) for _ in range(5)]
     net = nn.Sequential(*blocks[:2], nn.Linear(4, 4), *blocks[2:4], nn.ReLU(inplace=True), blocks[4])
     sd.make_stochastic_(net, sd.uniform(0.5))

@@ -280,7 +280,7 @@ def test_a_closed_layer_is_not_gathered(small_cases: list[dict[str, Any]]) -> No
             assert sent == {"gathered": 2 * padded * sum(gates), "scattered": padded * sum(gates), "summed": 0}
 
 
-def test_what_something_else_uses_too_stays_with_the_rest(small_cases: list[dict[str, Any]]) -> None:
+def test_shared_modules_stay_with_the_rest(small_cases: list[dict[str, Any]]) -> None:
     linear = 8 * (6 * 5 + 6)
     for of_rank in small_cases:
         seen = set()
@@ -305,7 +305,7 @@ def test_mixed_precision_gathers_half_and_reduces_whole(small_cases: list[dict[s
             assert sent == {"gathered": whole["gathered"] // 4, "scattered": whole["scattered"] // 2, "summed": 0}
 
 
-def test_ranks_that_disagree_are_told_so_on_every_rank(small_cases: list[dict[str, Any]]) -> None:
+def test_ranks_that_disagree_raise_on_every_rank(small_cases: list[dict[str, Any]]) -> None:
     for of_rank, counter in zip(small_cases, (1, 5), strict=True):
         assert f"do not agree on their gates (here: seed {SEED}, draw {counter})" in of_rank["disagree"]
 
@@ -372,7 +372,7 @@ def _load(rank: int, folder: str) -> dict[str, Any]:
     }
 
 
-def test_a_checkpoint_of_four_ranks_goes_on_on_two_with_the_same_gates(tmp_path: Path) -> None:
+def test_a_checkpoint_of_four_ranks_resumes_on_two_with_the_same_gates(tmp_path: Path) -> None:
     ranks.run(_save, 4, str(tmp_path))
     first, second = ranks.run(_load, 2, str(tmp_path))
     alone = build("mlp")

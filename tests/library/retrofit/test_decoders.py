@@ -125,7 +125,7 @@ def test_generation_is_that_of_the_plain_model(family: str) -> None:
 
 @pytest.mark.parametrize("closed", range(1, NUM_LAYERS))
 def test_a_closed_layer_leaves_the_cache_of_the_others_alone(closed: int) -> None:
-    """In evaluation gates may be forced and the cache be used: a sub-network generates."""
+    """In evaluation gates may be forced and the cache be used: a subnetwork generates."""
     plain = decoder(use_cache=True).eval()
     model = copy.deepcopy(plain)
     depth = sd.make_stochastic_(model, sd.layerdrop(0.5), layers=["model.layers.*"])

@@ -59,7 +59,7 @@ def inputs_of(name: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_closed_layers_hand_their_input_on_sample_by_sample(name: str) -> None:
+def test_closed_layers_return_their_input_per_sample(name: str) -> None:
     model = model_of(name)
     pattern = layers_of(name, model)
     plain = copy.deepcopy(model)

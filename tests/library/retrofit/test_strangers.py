@@ -205,7 +205,7 @@ RIGHT: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
 
 @pytest.mark.parametrize("granularity", ["batch", "sample"])
 @pytest.mark.parametrize("name", RIGHT)
-def test_it_is_its_own_code_under_gates(name: str, granularity: str) -> None:
+def test_it_equals_its_own_code_under_gates(name: str, granularity: str) -> None:
     make, args = RIGHT[name]
     torch.manual_seed(0)
     net = Stack(make).double()
@@ -293,7 +293,7 @@ def test_functional_drop_paths_are_skipped(kind: str) -> None:
     assert_same(net.eval()(x), plain.eval()(x))
 
 
-def test_the_rate_of_a_functional_drop_path_that_changes_is_no_silent_matter() -> None:
+def test_a_changed_rate_of_a_functional_drop_path_raises() -> None:
     class Changing(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -355,7 +355,7 @@ class Later(nn.Module):
         return x + self.g(x) if self.more else x
 
 
-def test_an_addition_that_comes_later_is_told() -> None:
+def test_an_addition_that_appears_later_is_listed() -> None:
     net, x = nn.Sequential(Later(), Later()).double(), data(4)
     depth = sd.make_stochastic_(net, sd.uniform(0.5))
     net(x)
@@ -436,7 +436,7 @@ def test_a_branch_with_a_map_is_skipped_and_its_map_cannot_be_used_unseen() -> N
     assert depth.verify(x).num_masked == 0
 
 
-def test_a_map_that_the_model_uses_raises_aloud() -> None:
+def test_using_a_map_that_was_not_computed_raises() -> None:
     net, x = MapNet(use=True).double(), data(2, 3)
     depth = sd.make_stochastic_(net, sd.uniform(0.5))
     with depth.gates([True, True]):
