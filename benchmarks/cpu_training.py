@@ -1,11 +1,11 @@
-"""A training step of the paper's ResNet-110 on a CPU, as one would write it, and with all that the laboratory does.
+"""A training step of the paper's ResNet-110 on a CPU: a plain loop, and the laboratory with all its optimizations.
 
     python benchmarks/cpu_training.py [--train FOLDER] [--seeds 2]
 
 The plain loop: constant depth, fp32, torchvision's transforms image by image in a `DataLoader`. The laboratory's: the
-whole batch augmented at once, channels last, a fused optimizer, bf16 where asked for, stochastic depth. A step here
-begins with fetching its batch. With `--train`, each also trains for a few epochs on part of real CIFAR-10, as
-torchvision lays it out in FOLDER, to see that the faster step learns as much.
+whole batch augmented at once, channels last, a fused optimizer, optionally bf16, stochastic depth. A step here begins
+with fetching its batch. With `--train`, each also trains for a few epochs on part of real CIFAR-10, in torchvision's
+layout in FOLDER, to check that the faster step learns as much.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Trainer:
         self.batches = itertools.chain.from_iterable(map(epoch, itertools.count(1)))
 
     def step(self) -> None:
-        """Fetch a batch and learn from it."""
+        """Fetch a batch and train on it."""
         images, labels = next(self.batches)
         self.optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
@@ -78,7 +78,7 @@ class Trainer:
 
     @torch.no_grad()
     def error(self, split: Split) -> float:
-        """Percent of the images that are taken for something else."""
+        """Test error in percent."""
         self.model.eval()
         wrong = 0
         for start in range(0, len(split), 500):

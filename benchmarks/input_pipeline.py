@@ -1,4 +1,4 @@
-"""The cost of an image before the network sees it: crop, flip, normalize and batch, one by one and a batch at once.
+"""Cost of preprocessing an image: crop, flip, normalize and batch, one by one or a batch at once.
 
     python benchmarks/input_pipeline.py
 

@@ -1,8 +1,8 @@
-"""From timm and torchvision and back: trained with stochastic depth on real images, folded, loaded into a fresh model.
+"""Round trip of timm and torchvision models: train with stochastic depth, fold, load into a fresh model.
 
-Each model learns from some thousand images of CIFAR-10 with linear decay to 0.5. Then `fold_`, `load_state_dict` with
-`strict=True` into a new model of the same library, and both are run on test images. The training is short: what is
-measured is the way back, not the accuracy.
+Each model trains on a few thousand images of CIFAR-10 with linear decay to 0.5. Then `fold_`, `load_state_dict` with
+`strict=True` into a new model of the same library, and both run on test images. The training is short, because the test
+is about the round trip, not the accuracy.
 
 python benchmarks/round_trip.py --data-root FOLDER
 """

@@ -1,4 +1,4 @@
-"""Process time of a training step of the paper's CIFAR network, against the same network at constant depth.
+"""Process time of a training step of the paper's CIFAR network, relative to constant depth.
 
 The expected share of the FLOPs is not the expected share of the time: blocks of the first group, which are dropped
 least, take more time per FLOP than later ones. So the script also measures what share of the time each group takes
@@ -80,7 +80,7 @@ def main() -> None:
         steps[f"group {number} closed"] = functools.partial(
             forced_step, forced_depth, [not closed for closed in group], forced
         )
-    # The convolution library prepares a kernel for each number of samples when it first sees it.
+    # The convolution library prepares a kernel for each new number of samples.
     for _ in range(3 * args.warm_up):
         sample()
     times = interleaved(steps, rounds=args.rounds, warm_up=args.warm_up)

@@ -1,4 +1,4 @@
-"""How long the slowest of many ranks takes for a step, by how their gates are drawn; a simulation with the real draws.
+"""Simulates the step time of the slowest of many ranks for each way of drawing gates, with the library's own draws.
 
     python benchmarks/stragglers.py
 

@@ -1,4 +1,4 @@
-"""What the blocks of a trained network do: how much each adds, the error without it, and calibration."""
+"""Analyzes the blocks of a trained network: how much each adds, the error without it, and calibration."""
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager

@@ -74,9 +74,9 @@ def export_run(
 ) -> Exported:
     """Write a run's network as plain weights, with the survival probabilities folded in.
 
-    The BatchNorm statistics of a smaller network (`keep`, `cost`) are computed again on training images. The content is
-    first checked on test images: onnxruntime runs an ONNX file, PyTorch an exported program, both in batches of several
-    sizes; safetensors are loaded into a new network. A file that differs is not written.
+    The BatchNorm statistics of a smaller network (`keep`, `cost`) are recomputed on training images. The content is
+    checked on test images before it is written: onnxruntime runs an ONNX file and PyTorch an exported program, both in
+    batches of several sizes; safetensors are loaded into a new network. A file that differs is not written.
 
     Args:
         folder: the run folder.

@@ -32,10 +32,10 @@ def finetune(
     interrupted one is resumed.
 
     Args:
-        experiment: of the subnetwork, from `Trained.smaller`.
+        experiment: experiment of the subnetwork, from `Trained.smaller`.
         network: the subnetwork; it is not changed.
         epochs: number of epochs.
-        folder: where to write a run folder, and beside it the initial weights.
+        folder: where to write the run folder, with the initial weights next to it.
         observers: receive progress callbacks.
         device: where to train.
         data_root: folder of the data sets.

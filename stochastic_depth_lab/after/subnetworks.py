@@ -1,4 +1,4 @@
-"""How small a trained network can get: error against size of the subnetworks of one or several runs."""
+"""Error against size of the subnetworks of one or several runs."""
 
 import time
 import warnings
@@ -77,7 +77,7 @@ def subnetwork_curve(
 
 def _point(run: Trained, keep: list[int]) -> tuple[Point, nn.Module]:
     with warnings.catch_warnings():
-        # The curve shows what happens to constant depth without a block.
+        # The curve shows constant depth without blocks too.
         warnings.filterwarnings("ignore", message=".*was not trained with stochastic depth")
         network = sd.subnetwork(run.model, keep)
 

@@ -1,4 +1,4 @@
-"""A finished run as objects again: its experiment, its images, and the network with its best weights."""
+"""Loads a finished run: its experiment, its images, and the network with its best weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

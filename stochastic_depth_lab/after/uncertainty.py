@@ -49,7 +49,7 @@ def uncertainty(
 
 
 def reliability(name: str, probabilities: Tensor, labels: Tensor, doubt: Tensor | None = None) -> Reliability:
-    """How far confidence is from accuracy, and whether doubt ranks the mistakes.
+    """Distance between confidence and accuracy, and how well doubt ranks the mistakes.
 
     The expected calibration error is the mean over all samples of |accuracy - confidence| of their bin, in 15 bins of
     equal width (Guo et al. 2017).

@@ -1,6 +1,6 @@
 """Dataclasses as command lines: one option per field, with the docstring below the field as its help.
 
-It uses Python's argparse, so that help and mistakes need no package, and look the same in a terminal and in a pipe.
+Uses Python's argparse, so help and error messages need no package and look the same in a terminal and in a pipe.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""A data set and its parts in memory, as bytes, on the device that trains."""
+"""A data set and its parts in memory, as bytes, on the training device."""
 
 import math
 from collections.abc import Iterable, Iterator

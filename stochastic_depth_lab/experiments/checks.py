@@ -1,12 +1,12 @@
-"""Settings that cannot be trained with, refused before any work."""
+"""Rejects invalid settings before any work."""
 
 from stochastic_depth_lab.experiments.config import Experiment
 
 
 def check(experiment: Experiment) -> None:
-    """Refuse settings that cannot be trained with.
+    """Reject invalid settings.
 
-    The library and the data sets check what only they know, such as a depth of 6n + 2.
+    The library and the data sets check the rest, such as a depth of 6n + 2.
 
     Raises:
         ValueError: in one line that names the field.
@@ -78,7 +78,7 @@ def check(experiment: Experiment) -> None:
 
 
 def _check_family(experiment: Experiment) -> None:
-    """Refuse combinations that ImageNet's pictures or networks do not support."""
+    """Reject combinations that ImageNet's pictures or networks do not support."""
     data, model = experiment.data, experiment.model
     if data.dataset == "imagenet" and data.normalization != "channel":
         raise ValueError("data.normalization must be channel for imagenet: its pictures are not in memory.")

@@ -1,4 +1,4 @@
-"""What a training run consists of: frozen dataclasses of plain values.
+"""The configuration of a training run: frozen dataclasses of plain values.
 
 The docstring below a field is its help text on the command line. Nothing here imports torch, so `--help` is instant:
 strings name schedules, shortcuts and the like.
@@ -20,7 +20,7 @@ Order = Literal["last", "survival", "lesion"]
 
 @dataclass(frozen=True)
 class Data:
-    """The images and what happens to them before the network sees them."""
+    """The images and their preprocessing."""
 
     dataset: str
     """Train on digits, cifar10, cifar100, svhn or imagenet."""
@@ -56,8 +56,9 @@ class Model:
     family: Literal["cifar", "imagenet"] = "cifar"
     """Use the paper's networks for small images, or torchvision's ResNets for ImageNet."""
     shortcut: Literal["pad", "subsample", "projection", "projection_all"] = "pad"
-    """Where a block halves the image, use average pooling and zero channels (pad, the paper's text), every second pixel
-    and zero channels (subsample), or a 1x1 convolution, there (projection; imagenet: always) or in every block."""
+    """Use as shortcut of blocks that halve the image: average pooling and zero channels (pad, the paper's text), every
+    second pixel and zero channels (subsample), or a 1x1 convolution (projection; always for imagenet), or one in every
+    block (projection_all)."""
     init: Literal["he", "authors"] = "he"
     """Initialize as He et al., or as the authors' code (BatchNorm gains from U(0, 1))."""
     keep: tuple[int, ...] | None = None
@@ -86,7 +87,7 @@ class Depth:
     """Change the drop rates over the epochs: constant (the paper); warm_up: rise from 0; early: fall to 0; late: 0 at
     first; exponential: rise ever more slowly ("progressive"); plateau: stay, then fall to 0 and recover."""
     turn: float = 0.5
-    """End that change (plateau: begin it) after this share of the epochs, in (0, 1)."""
+    """End this change (plateau: begin it) after this share of the epochs, in (0, 1)."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Regularizers:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the network is trained: SGD with Nesterov momentum, weight decay on every parameter."""
+    """The training recipe: SGD with Nesterov momentum, weight decay on every parameter."""
 
     epochs: int
     """Train for N epochs; each ends with an evaluation."""

@@ -1,4 +1,4 @@
-"""The paper's tables and figures, and its readers' questions: the runs behind each, and how they are shown.
+"""The paper's tables and figures, and further questions: the runs behind each, and how they are shown.
 
 `stochastic-depth reproduce NAME --out FOLDER` trains the missing runs and draws the result. Experiments with the same
 configuration share a run: in one folder, all runs of `table2` are done after `table1`. `--scale small` asks the same

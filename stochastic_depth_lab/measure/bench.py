@@ -22,10 +22,10 @@ _WIDTH = 12
 
 @dataclass(frozen=True)
 class Measured:
-    """One way of training, measured.
+    """The measurement of one method.
 
     Attributes:
-        name: what it is.
+        name: name of the method.
         ratio: median over the rounds of its step's time over that of constant depth.
         expected_flops: share of the training FLOPs of constant depth that it executes on average.
         expected_time: share of the time of constant depth that would be left if closed branches took none.
@@ -41,7 +41,7 @@ class Measured:
 def bench(
     *, num_layers: int, batch_size: int, final_survival_prob: float, rounds: int, device: torch.device
 ) -> list[Measured]:
-    """Measure a training step of the paper's network in interleaved rounds: the ratios hold on a busy machine too.
+    """Measure a training step of the paper's network in interleaved rounds, which is robust on a busy machine.
 
     Args:
         num_layers: 6n + 2.

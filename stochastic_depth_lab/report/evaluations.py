@@ -1,4 +1,4 @@
-"""What `evaluate` left in a run folder, for its report: an analysis of the blocks, subnetworks, and calibration."""
+"""Reads the output of `evaluate` for the report: an analysis of the blocks, subnetworks, and calibration."""
 
 import csv
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Reads run folders into typed, frozen objects. Whatever is missing or damaged is a `ReportError` of one line."""
+"""Reads run folders into typed, frozen objects. Missing or damaged files raise a one-line `ReportError`."""
 
 import json
 import math
@@ -50,7 +50,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Result:
-    """The part of `result.json` that the epochs do not hold; errors in percent."""
+    """The part of `result.json` that the epochs do not contain; errors in percent."""
 
     epochs: Count
     best_epoch: Count
@@ -317,10 +317,10 @@ def read_runs(folders: Sequence[Path]) -> tuple[Run, ...]:
 
 
 def run_folders(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """The run folders among some paths, where a folder of runs, such as that of a sweep or table, stands for its runs.
+    """The run folders in some paths. A folder of runs, such as the output of a sweep or table, stands for its runs.
 
     Returns:
-        Those to report on, and those found in a folder of runs that have no finished epoch yet.
+        Run folders to report on, and those in folders of runs that have no finished epoch yet.
     """
     folders: list[Path] = []
     left_out: list[Path] = []
@@ -358,7 +358,7 @@ def labels(runs: Sequence[Run]) -> tuple[str, ...]:
         shown = [printable(name) for name in names]
         if len(set(shown)) == len(shown) and max(map(len, shown)) <= _LONGEST:
             return tuple(shown)
-    # Numbers at the front make them different whatever they are called.
+    # Numbers in front make them unique in any case.
     return tuple(f"{number}: {_shortened(printable(run.name))}" for number, run in enumerate(runs, start=1))
 
 

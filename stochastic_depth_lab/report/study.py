@@ -603,5 +603,5 @@ def _duration(seconds: float) -> str:
 
 
 def _wrapped(text: str, width: int, indent: str = "") -> list[str]:
-    """Lines to read: no longer than 100 characters on a wide terminal either."""
+    """Lines of at most 100 characters, on a wide terminal too."""
     return textwrap.wrap(text, min(width, 100), initial_indent=indent, subsequent_indent=indent + "  " * bool(indent))

@@ -106,7 +106,7 @@ def time_share(run: Run, runs: Sequence[Run]) -> float | None:
 
 
 def remarks(runs: Sequence[Run]) -> tuple[str, ...]:
-    """Notes on the numbers: what a run lacks, differences in hardware, sources of published results."""
+    """Notes on the numbers: missing values, differences in hardware, sources of published results."""
     named = tuple(zip(labels(runs), runs, strict=True))
     notes = [f"{label}: {note}" for label, run in named for note in run.notes]
     sources = [

@@ -1,4 +1,4 @@
-"""The run folder: what a run is, where it ran, and what it measured."""
+"""The run folder: configuration, environment and measurements of a run."""
 
 import contextlib
 import fcntl

@@ -1,4 +1,4 @@
-"""Error and loss of a network by the test-time rule: every block runs, its branch multiplied by p (`model.eval()`)."""
+"""Error and loss of a network in evaluation mode: every block runs, its branch multiplied by p (`model.eval()`)."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ def evaluate(
         model: the network.
         batches: the batches of this process.
         precision: of the computation.
-        sum_over_processes: adds up what the processes found on their parts.
+        sum_over_processes: adds up the results of all processes.
 
     Raises:
         ValueError: if there is no batch.

@@ -36,7 +36,7 @@ class Processes:
         """Call a function on rank 0 and return its result on every rank.
 
         Raises:
-            ValueError: and other errors of input or disk, on every rank, so that none waits for one that has ended.
+            ValueError: and other input or disk errors, on every rank, so that no rank waits for one that has ended.
         """
         if self.size == 1:
             return function()

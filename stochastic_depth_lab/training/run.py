@@ -1,4 +1,4 @@
-"""The state of a run, and its steps: everything that a checkpoint must hold to resume bit for bit.
+"""The state and the steps of a run. A checkpoint contains everything that resuming bit for bit needs.
 
 A run is a function of its configuration: the order of the images and their augmentation follow from (seed, epoch), the
 gates from (seed, step), dropout from (seed, epoch, step), the learning rate from (epoch, step). `Run.state_dict` holds
@@ -79,7 +79,7 @@ class Stopwatch:
 
 @dataclass
 class Tally:
-    """What the steps of an epoch have given so far."""
+    """Sums and measurements over the steps of an epoch so far."""
 
     losses: Tensor
     """(num_steps,) float32 on the device."""
@@ -294,7 +294,7 @@ class Run:
         return evaluation
 
     def result(self) -> dict[str, Any]:
-        """The result of the run, as far as its state holds it."""
+        """The part of the run's result that its state contains."""
         return {
             "best_epoch": self.best.epoch,
             "best_step": self.best.step,

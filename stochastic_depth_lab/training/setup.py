@@ -44,7 +44,7 @@ class BranchTable:
 
 
 _MOST_TIMED = 64
-"""Images that the expected time is measured with: no more memory than training needs, and a few seconds."""
+"""Number of images for measuring the expected time: no more memory than training needs, and a few seconds."""
 
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -81,7 +81,7 @@ def prepare(
     """Load an experiment's images and build its network. See `training.loop.train` for the arguments.
 
     Raises:
-        ValueError: in one line, for what is missing or does not fit together.
+        ValueError: in one line, if something is missing or does not fit together.
     """
     images = load_images(experiment, device, data_root, data)
     model, depth = build_network(experiment, images.data)
@@ -231,7 +231,7 @@ def describe_branches(
     if depth is None or experiment.depth is None:
         names = branch_names(model, depth)
         return BranchTable(names, [1.0] * len(names), float(len(names)), 1.0, 1.0), None
-    # Times are no part of the cost, which `draw="equal_cost"` evens out: the same run would draw other gates.
+    # Times are not part of the cost for `draw="equal_cost"`: with them, a repeated run would draw other gates.
     cost = depth.cost(inputs[:2])
     probs = mean_survival_probs(depth.survival_probs, experiment.depth, experiment.recipe.epochs)
     time_share = depth.cost(inputs, measure=True).share_of_time(probs)
@@ -248,7 +248,7 @@ def set_epoch(experiment: Experiment, depth: sd.Controller | None, epoch: int) -
 
 
 def capture_branches(experiment: Experiment, model: nn.Module, depth: sd.Controller | None) -> None:
-    """Replay the branches as CUDA graphs; at constant depth all of them in every step.
+    """Replay the branches as CUDA graphs; at constant depth, all branches in every step.
 
     Raises:
         ValueError: if there is no GPU, or a branch does something that a graph cannot repeat exactly.
