@@ -22,20 +22,11 @@ from stochastic_depth.copies import plain_class
 from stochastic_depth.deploy.affine import drop_path_call
 from stochastic_depth.deploy.batches import Call
 from stochastic_depth.retrofit import cuts
-from stochastic_depth.retrofit.cuts import CutError
+from stochastic_depth.retrofit.errors import CutError, TraceError
 from stochastic_depth.retrofit.readings import recordings
+from stochastic_depth.retrofit.sizes import decide_by, is_size
 from stochastic_depth.retrofit.sums import Key, inlined_of, known_sums
-from stochastic_depth.retrofit.trace import (
-    OPAQUE,
-    PLAIN_TYPES,
-    Opaque,
-    Recording,
-    TraceError,
-    decide_by,
-    flatten,
-    is_size,
-    record,
-)
+from stochastic_depth.retrofit.trace import OPAQUE, PLAIN_TYPES, Opaque, Recording, flatten, record
 from stochastic_depth.torch_private import assert_in_graph, child_dict, tree_map
 
 _Recorded = TypeVar("_Recorded")

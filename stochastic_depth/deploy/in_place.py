@@ -14,8 +14,8 @@ from stochastic_depth.copies import plain_class
 from stochastic_depth.deploy.blocks import holders, unchanged_outputs
 from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit import cuts
+from stochastic_depth.retrofit.errors import TraceError
 from stochastic_depth.retrofit.readings import recordings
-from stochastic_depth.retrofit.trace import TraceError
 from stochastic_depth.torch_private import child_dict
 
 

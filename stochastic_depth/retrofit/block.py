@@ -18,18 +18,21 @@ from stochastic_depth.compiling import eager, is_capturing
 from stochastic_depth.copies import plain_class, way_around
 from stochastic_depth.residual import GatedBranch, masks_only, outside_graph
 from stochastic_depth.retrofit.called import called
-from stochastic_depth.retrofit.cuts import CutError
 from stochastic_depth.retrofit.effects import ChangedObjectError
+from stochastic_depth.retrofit.errors import CutError, ProofError, StoredError, TraceError
 from stochastic_depth.retrofit.forms import fingerprint, form_of_leaves, settings
 from stochastic_depth.retrofit.functional import FUNCTIONAL
+from stochastic_depth.retrofit.gated_calls import in_training
+from stochastic_depth.retrofit.generated_code import Code
 from stochastic_depth.retrofit.masked_drop_path import own_code, passing_drop_paths
-from stochastic_depth.retrofit.proof import FixedGates, ProofError, arguments_anew, private, prove
+from stochastic_depth.retrofit.num_samples import generalize, skeleton
+from stochastic_depth.retrofit.proof import FixedGates, arguments_anew, private, prove
 from stochastic_depth.retrofit.reads import Reads
 from stochastic_depth.retrofit.recorder import Run, run_block, run_with_edits
-from stochastic_depth.retrofit.rewrite import Code, GatedUse, edits_of, generalize, in_training, rewrite, skeleton
+from stochastic_depth.retrofit.rewrite import GatedUse, edits_of, rewrite
 from stochastic_depth.retrofit.stand_in import stand_in
 from stochastic_depth.retrofit.sums import BranchParts, DropPaths, Identity, Key, Paths, find_sums
-from stochastic_depth.retrofit.trace import StoredError, TraceError, flatten, own_forward, unflatten
+from stochastic_depth.retrofit.trace import flatten, own_forward, unflatten
 
 __all__ = ["BlockBranches", "BranchParts", "Key", "StochasticBlock", "Treatment", "find_sums"]
 
@@ -84,7 +87,7 @@ class _Form:
 
 
 class KnownForms:
-    """The forms of calls that are known, of all blocks of a model; equal blocks share what is known."""
+    """The known forms of calls of all blocks of a model; equal blocks share them."""
 
     def __init__(self) -> None:
         self.prepared: dict[Any, Prepared] = {}
@@ -114,7 +117,7 @@ class KnownForms:
 
 @dataclass
 class BlockBranches:
-    """What a stochastic block knows about its branches.
+    """The branches of a stochastic block.
 
     Attributes:
         name: the block's name, for messages.
@@ -227,10 +230,10 @@ class BlockBranches:
             raise RuntimeError(own.prepared.refusal)
         return own.prepared, leaves
 
-    def maskedown_code(
+    def masked_code(
         self, block: nn.Module, prepared: Prepared, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]
     ) -> Any:
-        """What the block's own code gives where each branch's output is multiplied by its gate."""
+        """The result of the block's own code with each branch's output multiplied by its gate."""
 
         def weights(use: GatedUse) -> Callable[[Tensor], float | Tensor]:
             def of(output: Tensor) -> float | Tensor:
@@ -491,7 +494,7 @@ class StochasticBlock(nn.Module):
             with own_code(self):
                 return own(*args, **kwargs)
         if masks_only.get():
-            return branches.maskedown_code(self, prepared, args, kwargs, leaves)
+            return branches.masked_code(self, prepared, args, kwargs, leaves)
         for name, value in prepared.stores.items():
             setattr(self, name, value)
         return prepared.code(self, *leaves)

@@ -13,7 +13,8 @@ from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
-from stochastic_depth.retrofit.trace import PLAIN_TYPES, TraceError
+from stochastic_depth.retrofit.errors import TraceError
+from stochastic_depth.retrofit.trace import PLAIN_TYPES
 
 
 class Watcher(Protocol):

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import checkpoint
 
-from stochastic_depth.retrofit.trace import TraceError
+from stochastic_depth.retrofit.errors import TraceError
 from stochastic_depth.torch_private import current_dispatch_mode, innermost_checkpoint, top_saved_tensors_hooks
 
 _Compile = Callable[[fx.Graph, str], Callable[..., Any]]

@@ -16,7 +16,8 @@ import torch
 from torch import fx, nn
 
 from stochastic_depth.copies import has_hooks, plain_class
-from stochastic_depth.retrofit.trace import is_size
+from stochastic_depth.retrofit.errors import CutError, UnusedError
+from stochastic_depth.retrofit.sizes import is_size
 
 _ADDITIONS = {operator.add, operator.iadd, torch.add}
 _ADDITION_METHODS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
@@ -29,18 +30,6 @@ _VIEW_FUNCTIONS = (
     {operator.getitem} | {getattr(torch, name) for name in _VIEWS if hasattr(torch, name)} | {nn.functional.dropout}
 )
 _KEEPS_ZERO_MODULES = (nn.Identity, nn.Dropout, nn.Dropout2d)
-
-
-class CutError(Exception):
-    """A branch cannot be separated from the rest of its block; the message says why."""
-
-
-class SidesError(CutError):
-    """Values that a branch computes besides its output are used outside it."""
-
-
-class UnusedError(CutError):
-    """Nothing uses the branch's output."""
 
 
 @dataclass(frozen=True)

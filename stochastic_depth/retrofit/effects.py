@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from stochastic_depth.retrofit.called import Called
+from stochastic_depth.retrofit.errors import StoredError, TraceError
 from stochastic_depth.retrofit.reads import Reads, code_of, places_of_children
 from stochastic_depth.retrofit.stand_in import is_data, snapshot
-from stochastic_depth.retrofit.trace import StoredError, TraceError
 from stochastic_depth.torch_private import tree_leaves
 
 CONSTANTS = (

@@ -11,11 +11,12 @@ from torch import fx, nn
 
 from stochastic_depth.cost import undisturbed
 from stochastic_depth.retrofit.effects import ChangedObjectError
+from stochastic_depth.retrofit.errors import TraceError
 from stochastic_depth.retrofit.proof import arguments_anew, copy_of_object, private
 from stochastic_depth.retrofit.quiet import without_noise
 from stochastic_depth.retrofit.recorder import run_block
 from stochastic_depth.retrofit.stand_in import stand_in, untouched
-from stochastic_depth.retrofit.trace import TraceError, flatten, unflatten
+from stochastic_depth.retrofit.trace import flatten, unflatten
 from stochastic_depth.torch_private import tree_map
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]

@@ -11,7 +11,7 @@ from torch import nn
 
 from stochastic_depth.copies import plain_class
 from stochastic_depth.residual import Residual
-from stochastic_depth.retrofit.cuts import CutError, UnusedError
+from stochastic_depth.retrofit.errors import CutError, TraceError, UnusedError
 from stochastic_depth.retrofit.example import Example
 from stochastic_depth.retrofit.functional import FUNCTIONAL
 from stochastic_depth.retrofit.readings import BranchReading, inlined_in, read
@@ -22,9 +22,6 @@ from stochastic_depth.retrofit.sums import (
     DropPaths,
     Identity,
     Key,
-)
-from stochastic_depth.retrofit.trace import (
-    TraceError,
 )
 
 Where = Callable[[str, nn.Module], bool] | str | Sequence[str]

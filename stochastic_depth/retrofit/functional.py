@@ -16,8 +16,9 @@ from typing import Any, cast
 from torch import fx, nn
 
 from stochastic_depth.retrofit import cuts
+from stochastic_depth.retrofit.errors import TraceError
 from stochastic_depth.retrofit.rules import DropPathRule
-from stochastic_depth.retrofit.trace import TraceError, is_size
+from stochastic_depth.retrofit.sizes import is_size
 
 FUNCTIONAL = "()"
 """Stands for the path of a drop path that is a function."""

@@ -18,13 +18,14 @@ from stochastic_depth.gate_draws import CLOSED, Gate
 from stochastic_depth.residual import GatedBranch
 from stochastic_depth.retrofit.called import as_called
 from stochastic_depth.retrofit.effects import unchanged_surroundings
+from stochastic_depth.retrofit.errors import ProofError, TraceError
+from stochastic_depth.retrofit.generated_code import Code
 from stochastic_depth.retrofit.maps import NotComputed
 from stochastic_depth.retrofit.quiet import quiet
 from stochastic_depth.retrofit.recorder import Edits, run_block
-from stochastic_depth.retrofit.rewrite import Code, GatedUse, edits_of
+from stochastic_depth.retrofit.rewrite import GatedUse, edits_of
 from stochastic_depth.retrofit.stand_in import sample_leaf, uniform
 from stochastic_depth.retrofit.sums import Key
-from stochastic_depth.retrofit.trace import TraceError
 from stochastic_depth.torch_private import disable_current_modes, outside_transforms, tree_leaves, version_of
 
 Pattern = Mapping[Key, "bool | Tensor | None"]
@@ -34,10 +35,6 @@ Pattern = Mapping[Key, "bool | Tensor | None"]
 _Call = Callable[[], "tuple[Sequence[Any], Mapping[str, Any], list[Any]]"]
 _Outcome = tuple[list[Any], "list[Tensor | None] | None"]
 """What a run has given: outputs, and gradients, None where its backward fails."""
-
-
-class ProofError(Exception):
-    """Rewritten code computes something else than the block's own."""
 
 
 class FixedGates:

@@ -11,11 +11,12 @@ from torch import fx, nn
 
 from stochastic_depth.copies import plain_class, way_around
 from stochastic_depth.retrofit import cuts
-from stochastic_depth.retrofit.cuts import CutError
 from stochastic_depth.retrofit.effects import unchanged_surroundings
+from stochastic_depth.retrofit.errors import CutError, StoredError, TraceError
 from stochastic_depth.retrofit.example import Example, Reading
 from stochastic_depth.retrofit.functional import FUNCTIONAL, put_functional
 from stochastic_depth.retrofit.rules import DropPathRule
+from stochastic_depth.retrofit.sizes import is_size, may_be_size
 from stochastic_depth.retrofit.sums import (
     BranchParts,
     DropPaths,
@@ -27,17 +28,7 @@ from stochastic_depth.retrofit.sums import (
     match,
     paths_of,
 )
-from stochastic_depth.retrofit.trace import (
-    OPAQUE,
-    Recording,
-    StoredError,
-    TraceError,
-    flatten,
-    is_size,
-    may_be_size,
-    own_forward,
-    record,
-)
+from stochastic_depth.retrofit.trace import OPAQUE, Recording, flatten, own_forward, record
 
 _MAX_WAYS = 16
 

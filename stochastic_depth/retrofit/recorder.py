@@ -35,6 +35,7 @@ from stochastic_depth.retrofit.effects import (
     stores_of,
     unchanged_surroundings,
 )
+from stochastic_depth.retrofit.errors import StoredError, TraceError
 from stochastic_depth.retrofit.held import Cached, Outside, held_tensors, name_of, tensors_in
 from stochastic_depth.retrofit.maps import is_attention_map
 from stochastic_depth.retrofit.reads import Reads
@@ -50,7 +51,6 @@ from stochastic_depth.retrofit.torch_calls import (
     named_call,
     set_item,
 )
-from stochastic_depth.retrofit.trace import StoredError, TraceError
 from stochastic_depth.torch_private import (
     tree_flatten,
     tree_leaves,

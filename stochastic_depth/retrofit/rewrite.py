@@ -3,25 +3,29 @@
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
 
-import builtins
-import keyword
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from fractions import Fraction
-from typing import Any, NamedTuple, Protocol, cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from stochastic_depth.residual import GatedBranch, masked, outside_graph
 from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.checkpoints import put_in_checkpoints
-from stochastic_depth.retrofit.cuts import CutError, SidesError, Sum
+from stochastic_depth.retrofit.cuts import Sum
+from stochastic_depth.retrofit.errors import CutError, SidesError
 from stochastic_depth.retrofit.functional import FUNCTIONAL, FunctionalDropPath, put_functional
-from stochastic_depth.retrofit.maps import NotComputed
+from stochastic_depth.retrofit.gated_calls import (
+    BlockGates,
+    BranchInput,
+    make_gated_sum,
+    make_gated_sum_and_maps,
+    make_gated_value,
+    make_mask,
+)
+from stochastic_depth.retrofit.generated_code import Code, compiled
 from stochastic_depth.retrofit.recorder import Edit, Edits
+from stochastic_depth.retrofit.sizes import is_size
 from stochastic_depth.retrofit.sums import (
-    DropPaths,
-    Identity,
     Key,
     Paths,
     additions_of,
@@ -31,24 +35,6 @@ from stochastic_depth.retrofit.sums import (
     match,
     paths_of,
 )
-from stochastic_depth.retrofit.trace import TraceError, is_size
-from stochastic_depth.torch_private import child_dict
-
-Code = Callable[..., Any]
-
-
-class BlockGates(Protocol):
-    """What a block knows about its branches, as far as its rewritten code needs it."""
-
-    name: str
-    drop_paths: DropPaths
-    known: dict[Key, Identity]
-    gated: dict[Key, GatedBranch]
-    rates: dict[Key, float]
-
-    def parts_at(self, block: nn.Module, key: Key, paths: Paths) -> nn.Module:
-        """What holds the parameters that a branch has on one way through the code."""
-        ...
 
 
 class GatedUse(NamedTuple):
@@ -75,156 +61,6 @@ def edits_of(uses: Sequence[GatedUse], weights: Callable[[GatedUse], Any]) -> Ed
     for use in uses:
         edits.setdefault(use.call, []).append(Edit(use.operand, weights(use)))
     return edits
-
-
-# Sizes that depend on the number of samples.
-
-
-def generalize(graph: fx.Graph, other: fx.Graph) -> bool:
-    """Let a recording hold for any number of samples, by comparison with one for another number of them.
-
-    Numbers in the code that differ become sizes of the tensors beside them. Each node is told whether the first
-    dimension of its value is one of samples (metadata `samples`).
-
-    Args:
-        graph: the recording; it is changed.
-        other: of the same call with another number of samples.
-
-    Returns:
-        Whether that is possible; if not, nothing is changed.
-    """
-    nodes, others = list(graph.nodes), list(other.nodes)
-    if len(nodes) != len(others):
-        return False
-    twin = dict(zip(nodes, others, strict=True))
-    changes: list[tuple[fx.Node, Any, Any]] = []
-    for node, its in twin.items():
-        same_call = node.op == its.op and (node.target == its.target or _is_wrapped(node, its))
-        if not same_call or not _same_form(node.args, its.args, twin) or not _same_form(node.kwargs, its.kwargs, twin):
-            return False
-        if _differ(node.args, its.args) or _differ(node.kwargs, its.kwargs):
-            changes.append((node, its, _rows(node, twin)))
-    if any(rows is None for _, _, rows in changes):
-        return False
-    for node, its in twin.items():
-        shape, its_shape = node.meta.get("shape"), its.meta.get("shape")
-        if shape is not None and its_shape is not None:
-            node.meta["samples"] = shape[:1] != its_shape[:1]
-    for node, its, (source, here, there) in changes:
-        with graph.inserting_before(node):
-            rows = graph.call_function(operator.getitem, (graph.call_function(getattr, (source, "shape")), 0))
-
-            def sized(a: Any, b: Any, rows: fx.Node = rows, here: int = here, there: int = there) -> Any:
-                return _map_two(a, b, lambda x, y: _affine(graph, rows, here, there, x, y))
-
-            args, kwargs = sized(node.args, its.args), sized(node.kwargs, its.kwargs)
-        node.args, node.kwargs = args, kwargs
-    return True
-
-
-def _is_wrapped(node: fx.Node, its: fx.Node) -> bool:
-    """Whether both are a function under settings of its own, which is another object in every recording."""
-    return getattr(node.target, "__name__", 0) == getattr(its.target, "__name__", 1) and "settings" in node.meta
-
-
-def _same_form(a: Any, b: Any, twin: Mapping[fx.Node, fx.Node]) -> bool:
-    if isinstance(a, fx.Node):
-        return twin.get(a) is b
-    if type(a) is not type(b) and not (isinstance(a, (tuple, list)) and isinstance(b, (tuple, list))):
-        return False
-    if isinstance(a, (tuple, list)):
-        first, second = cast("list[Any]", a), cast("list[Any]", b)
-        return len(first) == len(second) and all(_same_form(x, y, twin) for x, y in zip(first, second, strict=True))
-    if isinstance(a, dict):
-        mine, its = cast("dict[Any, Any]", a), cast("dict[Any, Any]", b)
-        return mine.keys() == its.keys() and all(_same_form(mine[key], its[key], twin) for key in mine)
-    if isinstance(a, slice):
-        return all(_same_form(getattr(a, n), getattr(b, n), twin) for n in ("start", "stop", "step"))
-    return a is b or a == b or (type(a) is int and type(b) is int)
-
-
-def _differ(a: Any, b: Any) -> bool:
-    if isinstance(a, fx.Node):
-        return False
-    if isinstance(a, (tuple, list)):
-        return any(_differ(x, y) for x, y in zip(cast("list[Any]", a), b, strict=True))
-    if isinstance(a, dict):
-        return any(_differ(a[key], b[key]) for key in cast("dict[Any, Any]", a))
-    if isinstance(a, slice):
-        return any(_differ(getattr(a, name), getattr(b, name)) for name in ("start", "stop", "step"))
-    return type(a) is int and a != b
-
-
-def _rows(node: fx.Node, twin: Mapping[fx.Node, fx.Node]) -> tuple[fx.Node, int, int] | None:
-    """A tensor whose first dimension follows the number of samples, best one that the node itself uses."""
-    earlier = list(node.all_input_nodes)
-    earlier += [other for other in node.graph.nodes if other.op == "placeholder"]
-    for source in earlier:
-        shape, its = source.meta.get("shape"), twin[source].meta.get("shape")
-        if shape and its and shape[0] != its[0]:
-            return source, shape[0], its[0]
-    return None
-
-
-def _map_two(a: Any, b: Any, function: Callable[[int, int], Any]) -> Any:
-    if isinstance(a, (tuple, list)):
-        kind = tuple if isinstance(a, tuple) else list
-        return kind(_map_two(x, y, function) for x, y in zip(cast("list[Any]", a), b, strict=True))
-    if isinstance(a, dict):
-        return {key: _map_two(value, b[key], function) for key, value in cast("dict[Any, Any]", a).items()}
-    if isinstance(a, slice):
-        return slice(*(_map_two(getattr(a, n), getattr(b, n), function) for n in ("start", "stop", "step")))
-    return function(a, b) if type(a) is int and a != b else a
-
-
-def _affine(graph: fx.Graph, rows: fx.Node, here: int, there: int, x: int, y: int) -> fx.Node:
-    """The number that is `x` for as many rows as `here` and `y` for as many as `there`."""
-    slope = Fraction(x - y, here - there)
-    node = rows if slope.numerator == 1 else graph.call_function(operator.mul, (rows, slope.numerator))
-    if slope.denominator != 1:
-        node = graph.call_function(operator.floordiv, (node, slope.denominator))
-    offset = x - slope * here
-    if offset != 0:
-        node = graph.call_function(operator.add, (node, int(offset)))
-    return node
-
-
-def skeleton(graph: fx.Graph, *, with_numbers: bool = False) -> tuple[Any, ...]:
-    """What a recording does, to be compared with another.
-
-    Args:
-        graph: the recording.
-        with_numbers: whether the real numbers in it count; a factor that changes with every step changes nothing else.
-    """
-    index = {node: position for position, node in enumerate(graph.nodes)}
-
-    def of(value: Any) -> Any:
-        if isinstance(value, fx.Node):
-            return index[value]
-        if isinstance(value, (tuple, list)):
-            return type(value).__name__, tuple(of(item) for item in cast("list[Any]", value))
-        if isinstance(value, dict):
-            return tuple((key, of(item)) for key, item in cast("dict[Any, Any]", value).items())
-        if isinstance(value, slice):
-            return "slice", of(value.start), of(value.stop), of(value.step)
-        return type(value).__name__ if type(value) is float and not with_numbers else repr(value)
-
-    return tuple(
-        (
-            node.op,
-            node.target if isinstance(node.target, str) or "settings" not in node.meta else str(node.meta["settings"]),
-            of(node.args),
-            of(node.kwargs),
-            node.meta.get("samples"),
-            len(node.meta.get("shape", ())),
-            tuple(index[each] for each in node.meta.get("writes", ()) if each in index),
-            node.meta.get("checkpoint"),
-        )
-        for node in graph.nodes
-    )
-
-
-# Gated code.
 
 
 class Rewritten(NamedTuple):
@@ -353,18 +189,6 @@ def _reference(residual: Sum | None, call: fx.Node | None) -> tuple[int, int | N
     return residual.add.meta["call"], residual.add.args.index(residual.output) if own is None else own, 1.0
 
 
-class _Input(NamedTuple):
-    """What is known of an input of a branch.
-
-    Attributes:
-        samples: whether its first dimension is one of samples.
-        carried: whether it is the shortcut or what that is computed from.
-    """
-
-    samples: bool
-    carried: bool
-
-
 def _gate(residual: Sum, key: Key, block: nn.Module, gates: BlockGates, granularity: str, paths: Paths) -> fx.Node:
     branch = cuts.cut(residual, block)
     graph = residual.add.graph
@@ -379,13 +203,13 @@ def _gate(residual: Sum, key: Key, block: nn.Module, gates: BlockGates, granular
         _check_samples(branch, source)
     # Where the branch does not run, the shortcut carries no gradient to these inputs.
     carried: set[fx.Node] = set() if residual.shortcut is None else cuts.ancestors(residual.shortcut)
-    inputs = [_Input(bool(node.meta.get("samples")), node in carried) for node in branch.inputs]
+    inputs = [BranchInput(bool(node.meta.get("samples")), node in carried) for node in branch.inputs]
     if residual.shortcut is None:
-        gated_sum = _gated_value(key, paths, function, inputs, residual.add.meta["shape"])
+        gated_sum = make_gated_value(key, paths, function, inputs, residual.add.meta["shape"])
     elif branch.sides:
-        gated_sum = _gated_sum_and_maps(key, paths, function, inputs, len(branch.sides))
+        gated_sum = make_gated_sum_and_maps(key, paths, function, inputs, len(branch.sides))
     else:
-        gated_sum = _gated_sum(key, paths, function, inputs)
+        gated_sum = make_gated_sum(key, paths, function, inputs)
     with graph.inserting_before(residual.add):
         shortcut = () if residual.shortcut is None else (residual.shortcut,)
         gated_node = graph.call_function(gated_sum, (*shortcut, *branch.inputs))
@@ -450,111 +274,9 @@ def _branch_graph(branch: cuts.Branch, residual: Sum) -> fx.Graph:
     return graph
 
 
-def _gates_of(block: nn.Module) -> BlockGates | None:
-    """The gates of a block; None for a copy of it without data, whose shapes are being looked up."""
-    return block.__dict__["_stochastic_depth_branch"]
-
-
-def in_training(block: nn.Module, key: Key) -> bool:
-    """Whether the rule of training holds for a branch: a drop path in evaluation keeps everything.
-
-    Raises:
-        RuntimeError: if its drop path was replaced.
-    """
-    if key[0] in ("", FUNCTIONAL):
-        return block.training
-    module: Any = block
-    for name in key[0].split("."):
-        module = child_dict(module).get(name)
-        if module is None:
-            break
-    if module is None or "_stochastic_depth_branch" not in module.__dict__:
-        raise RuntimeError(
-            f"The drop path {key[0]} of a {type(block).__name__} was replaced after make_stochastic_, so that its gate "
-            "would act unseen. Call restore_(model), change the model, and make it stochastic again."
-        )
-    return module.training
-
-
-def _gated_sum(
-    key: Key, paths: Paths, function: Callable[..., Tensor], inputs: Sequence[_Input], *, capturable: bool = True
-) -> Callable[..., Tensor]:
-    only = len(inputs) == 1 and inputs[0].samples
-    others_at = [index for index, kind in enumerate(inputs) if not kind.carried]
-    of_batch = [kind.samples for kind in inputs]
-
-    @outside_graph
-    def gated_sum(block: nn.Module, shortcut: Tensor, *values: Any) -> Tensor:
-        gates = _gates_of(block)
-        if gates is None:
-            return shortcut + function(block, *values)
-        gated, parts, training = gates.gated[key], gates.parts_at(block, key, paths), in_training(block, key)
-        others = [values[index] for index in others_at if isinstance(values[index], Tensor)]
-        if only:
-            return gated.add(
-                shortcut,
-                values[0],
-                block,
-                function,
-                parts=parts,
-                training=training,
-                extra_inputs=others,
-                capturable=capturable,
-            )
-        shared = [value for value, samples in zip(values, of_batch, strict=True) if not samples]
-        own = tuple(value for value, samples in zip(values, of_batch, strict=True) if samples)
-
-        def of_samples(module: nn.Module, taken: tuple[Tensor, ...]) -> Tensor:
-            rest, some = iter(shared), iter(taken)
-            return function(module, *(next(some if samples else rest) for samples in of_batch))
-
-        return gated.add(shortcut, own, block, of_samples, parts=parts, training=training, extra_inputs=others)
-
-    gated_sum.__name__ = f"gated_sum_{key[1]}"
-    return gated_sum
-
-
-def _gated_sum_and_maps(
-    key: Key, paths: Paths, function: Callable[..., Any], inputs: Sequence[_Input], num_maps: int
-) -> Callable[..., Any]:
-    """The sum, and the attention maps of the branch, which nothing can use where not all samples ran."""
-
-    @outside_graph
-    def gated_sum_and_maps(block: nn.Module, shortcut: Tensor, *values: Any) -> tuple[Any, ...]:
-        seen: list[tuple[Any, ...]] = []
-
-        def first(module: nn.Module, *given: Any) -> Tensor:
-            output, *maps = function(module, *given)
-            if output.shape[0] == shortcut.shape[0]:
-                seen.append(tuple(maps))
-            return output
-
-        summed = _gated_sum(key, paths, first, inputs, capturable=False)(block, shortcut, *values)
-        return summed, *(seen[-1] if seen else [NotComputed()] * num_maps)
-
-    gated_sum_and_maps.__name__ = f"gated_sum_and_maps_{key[1]}"
-    return gated_sum_and_maps
-
-
-def _gated_value(
-    key: Key, paths: Paths, function: Callable[..., Tensor], inputs: Sequence[_Input], shape: tuple[int, ...]
-) -> Callable[..., Tensor]:
-    """Where a block without a shortcut drops all that it computes, closed gates give zeros."""
-    gated_sum = _gated_sum(key, paths, function, inputs)
-
-    @outside_graph
-    def gated_value(block: nn.Module, *values: Any) -> Tensor:
-        tensor = next(value for value in values if isinstance(value, Tensor))
-        rows = next((v.shape[0] for v, kind in zip(values, inputs, strict=True) if kind.samples), shape[0])
-        return gated_sum(block, tensor.new_zeros(rows, *shape[1:]), *values)
-
-    gated_value.__name__ = f"gated_value_{key[1]}"
-    return gated_value
-
-
 def _mask(call: fx.Node, key: Key, gates: BlockGates) -> None:
     """Put the mask in place of a drop path."""
-    call.op, call.target = "call_function", _masking(key, gates)
+    call.op, call.target = "call_function", make_mask(key, gates)
     call.args = (call.args[0] if call.args else next(iter(call.kwargs.values())),)
     call.kwargs = {}
     call.meta["takes_block"] = True
@@ -563,116 +285,6 @@ def _mask(call: fx.Node, key: Key, gates: BlockGates) -> None:
 def _mask_operand(residual: Sum, key: Key, gates: BlockGates) -> None:
     """Mask the branch's output where it is added."""
     with residual.add.graph.inserting_before(residual.add):
-        output = residual.add.graph.call_function(_masking(key, gates), (residual.output,))
+        output = residual.add.graph.call_function(make_mask(key, gates), (residual.output,))
     output.meta["takes_block"] = True
     residual.add.replace_input_with(residual.output, output)
-
-
-def _masking(key: Key, gates: BlockGates) -> Code:
-    @outside_graph
-    def gated_output(block: nn.Module, x: Tensor) -> Tensor:
-        gates = _gates_of(block)
-        return x if gates is None else masked(gates.gated[key], x, training=in_training(block, key))
-
-    gated_output.__name__ = f"gated_output_{list(gates.known).index(key)}"
-    return gated_output
-
-
-# Python code from a graph.
-
-
-def compiled(graph: fx.Graph, description: str) -> Code:
-    """A function `(block, *arguments)` that does what the graph says.
-
-    Raises:
-        TraceError: if it holds something that no code can name.
-    """
-    constants: dict[str, Any] = {"__builtins__": builtins}
-    names: dict[fx.Node, str] = {}
-    last_use: dict[fx.Node, list[fx.Node]] = {}
-    for node in reversed(list(graph.nodes)):
-        for used in node.all_input_nodes:
-            if not any(used in ends for ends in last_use.values()):
-                last_use.setdefault(node, []).append(used)
-
-    def constant(value: Any) -> str:
-        name = f"constant_{len(constants)}"
-        constants[name] = value
-        return name
-
-    def source(value: Any) -> str:
-        if isinstance(value, fx.Node):
-            return names[value]
-        if value is None or type(value) in (bool, int, str):
-            return repr(value)
-        if type(value) in (tuple, fx.immutable_collections.immutable_list, list):  # pyright: ignore
-            items = "".join(f"{source(item)}, " for item in value)
-            return f"({items})" if isinstance(value, tuple) else f"[{items}]"
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return f"{constant(type(value))}({', '.join(map(source, cast('tuple[Any]', value)))})"
-        if isinstance(value, dict):
-            pairs = ", ".join(f"{source(key)}: {source(item)}" for key, item in cast("dict[Any, Any]", value).items())
-            return f"{{{pairs}}}"
-        if isinstance(value, slice):
-            part = cast("slice[Any, Any, Any]", value)
-            return f"slice({source(part.start)}, {source(part.stop)}, {source(part.step)})"
-        return constant(value)
-
-    def arguments(args: Sequence[Any], kwargs: Mapping[str, Any], first: str = "") -> str:
-        given = [source(argument) for argument in args]
-        plain = {key: value for key, value in kwargs.items() if key.isidentifier() and not keyword.iskeyword(key)}
-        given += [f"{key}={source(value)}" for key, value in plain.items()]
-        others = {key: value for key, value in kwargs.items() if key not in plain}
-        if others:
-            given.append(f"**{source(others)}")
-        return ", ".join(filter(None, [first, *given]))
-
-    lines: list[str] = []
-    parameters: list[str] = []
-    for index, node in enumerate(graph.nodes):
-        names[node] = f"v{index}"
-        if node.op == "placeholder":
-            parameters.append(names[node])
-            continue
-        if node.op == "output":
-            lines.append(f"return {source(node.args[0])}")
-            continue
-        if node.op == "get_attr":
-            lines.append(f"{names[node]} = {_reached('block', node.meta.get('path') or str(node.target).split('.'))}")
-        elif node.op == "call_module":
-            lines.append(
-                f"{names[node]} = {_reached('block', str(node.target).split('.'))}({arguments(node.args, node.kwargs)})"
-            )
-        elif node.op == "call_method":
-            receiver, *others = node.args
-            given = arguments(others, node.kwargs)
-            lines.append(f"{names[node]} = {source(receiver)}.{node.target}({given})")
-        else:
-            first = "block" if node.meta.get("takes_block") else ""
-            lines.append(f"{names[node]} = {constant(node.target)}({arguments(node.args, node.kwargs, first)})")
-        gone = [names[used] for used in last_use.get(node, ()) if used is not node]
-        if not node.users:
-            gone.append(names[node])
-        if gone:
-            lines[-1] += f"; {' = '.join(gone)} = None"
-    body = "\n    ".join(lines)
-    text = f"def forward({', '.join(['block', *parameters])}):\n    {body}\n"
-    try:
-        exec(compile(text, f"<{description}>", "exec"), constants)
-    except SyntaxError as error:
-        raise TraceError(f"its code cannot be written down: {error}") from error
-    return constants["forward"]
-
-
-def _reached(owner: str, path: Sequence[Any]) -> str:
-    for name in path:
-        if isinstance(name, tuple):
-            kind, key = cast("tuple[str, Any]", name)
-            owner += f"[{key!r}]" if kind == "item" else f".{key}"
-        elif isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name):
-            owner += f".{name}"
-        elif isinstance(name, str) and name.isdigit():
-            owner = f"getattr({owner}, {name!r})"
-        else:
-            owner += f"[{name!r}]"
-    return owner

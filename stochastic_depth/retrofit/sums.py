@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, cast
 from torch import fx, nn
 
 from stochastic_depth.retrofit import cuts
-from stochastic_depth.retrofit.cuts import CutError, Sum
+from stochastic_depth.retrofit.cuts import Sum
+from stochastic_depth.retrofit.errors import CutError
 from stochastic_depth.retrofit.functional import FUNCTIONAL, functional_drop_path
 from stochastic_depth.torch_private import child_dict, parameter_dict
 

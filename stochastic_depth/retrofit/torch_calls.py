@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from stochastic_depth.retrofit.trace import StoredError
+from stochastic_depth.retrofit.errors import StoredError
 
 # Where a tensor is stored is another place in another call of the same form.
 ORIGIN = {"storage_offset", "data_ptr", "untyped_storage", "is_set_to"}

@@ -10,14 +10,9 @@ condition for using the recording again.
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
 
-import builtins
-import dataclasses
 import functools
-import math
 import operator
-import os
 import random
-import sys
 import types
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -26,11 +21,12 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.proxy import GraphAppendingTracer
-from torch.overrides import TorchFunctionMode
 
 from stochastic_depth.copies import own_class
 from stochastic_depth.retrofit.classes import Unannounced
+from stochastic_depth.retrofit.errors import StoredError, TraceError
+from stochastic_depth.retrofit.sizes import may_be_size, size_value
+from stochastic_depth.retrofit.symbols import BlockTracer, Decide, SymbolsForNoise, context
 from stochastic_depth.torch_private import (
     TENSORS_AND_CHILDREN,
     TorchDispatchMode,
@@ -43,24 +39,9 @@ from stochastic_depth.torch_private import (
 )
 
 PLAIN_TYPES = (type(None), bool, int, float, str, torch.dtype, torch.device)
-_SIZE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda"}
-_SIZE_METHODS = {"size", "dim", "numel", "ndimension", "element_size", "is_floating_point", "__len__", "get_device"}
-_SIZE_FUNCTIONS = {
-    function for module in (operator, math, builtins) for function in vars(module).values() if callable(function)
-} - {getattr}
-
 _MAX_FORMS = 64
 
-_Decide = Callable[[fx.Node], Any]
 _Known = TypeVar("_Known")
-
-
-class TraceError(Exception):
-    """Why a block's forward cannot be recorded."""
-
-
-class StoredError(TraceError):
-    """The forward leaves something behind on its block, which a recording of it would not."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +125,7 @@ def record(
     block: nn.Module,
     signature: Any,
     num_leaves: int,
-    decide: _Decide,
+    decide: Decide,
     *,
     with_buffers: bool = False,
     other_mode: bool = False,
@@ -186,17 +167,17 @@ def record(
 
 
 def _traced(
-    call: _Call, num_leaves: int, decide: _Decide, *, with_buffers: bool, guess_sizes: bool = False
+    call: _Call, num_leaves: int, decide: Decide, *, with_buffers: bool, guess_sizes: bool = False
 ) -> tuple[fx.Graph, list[tuple[fx.Node, Any]]]:
     """The graph of a call, and the values that its code has decided by."""
     conditions: list[tuple[fx.Node, Any]] = []
-    tracer = _BlockTracer(conditions, decide, guess_sizes=guess_sizes)
+    tracer = BlockTracer(conditions, decide, guess_sizes=guess_sizes)
     # What only holds for a part of the forward, such as autocast, is seen as a change of this state.
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.enable_grad(), torch.random.fork_rng([]):
-        tracer.expected_state = _context()
+        tracer.expected_state = context()
         random_state = torch.get_rng_state(), random.getstate()
         try:
-            with _UnchangedBuffers(call.original), warnings.catch_warnings(), _SymbolsForNoise(tracer):
+            with _UnchangedBuffers(call.original), warnings.catch_warnings(), SymbolsForNoise(tracer):
                 warnings.simplefilter("ignore")  # The arguments are none that anybody has given.
                 leaves = [tracer.create_proxy("placeholder", f"leaves_{i}", (), {}) for i in range(num_leaves)]
                 _put_symbols(call.block, call.original, tracer, with_buffers=with_buffers, inlined=call.inlined)
@@ -218,7 +199,7 @@ def _traced(
 def _put_symbols(
     shadow: nn.Module,
     module: nn.Module,
-    tracer: _BlockTracer,
+    tracer: BlockTracer,
     path: str = "",
     *,
     with_buffers: bool,
@@ -425,226 +406,6 @@ def _storage(tensor: Tensor) -> int:
         return id(tensor)
 
 
-def _context() -> tuple[Any, ...]:
-    return torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_grad_enabled()
-
-
-class _Symbol(fx.Proxy):
-    """Stands for a tensor, or for a number that follows from sizes, and answers as one would.
-
-    `x += y` is recorded as the change in place that it is; `fx.Proxy` takes it for `x = x + y`.
-    """
-
-    _is_param = False
-
-    def __getattr__(self, name: str) -> Any:
-        if self.tracer.guess_sizes and name in _GUESSES and (name == "ndim" or not _takes_symbols()):  # pyright: ignore
-            return _GUESSES[name]
-        return super().__getattr__(name)
-
-    @property
-    def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
-        # Only where code asks. PyTorch's own C++ would believe it, and take a symbol for a tensor in memory.
-        code = sys._getframe(1).f_code  # pyright: ignore[reportPrivateUsage]
-        if code.co_filename.startswith(_TORCH) and code.co_filename not in _ASKING:
-            return _Symbol
-        if not _ASKS & {*code.co_names}:
-            return _Symbol
-        return int if is_size(self.node) and _is_plain_number(self.node) else Tensor
-
-    def __int__(self) -> int:
-        return int(self.tracer._value(self, int))  # pyright: ignore
-
-    def __index__(self) -> int:
-        return int(self)
-
-    def __float__(self) -> float:
-        return float(int(self))
-
-    def __len__(self) -> int:
-        # The error by which `(*shape, 1)` goes on without a hint; that of `fx.Proxy` would end it.
-        raise TypeError("the forward asks for a length")
-
-    def __hash__(self) -> int:
-        return id(self)
-
-
-# What every size is taken to be where code wants numbers, only to see which way it goes; and every type and device
-# where PyTorch takes no symbol for one.
-_GUESS = 4
-_GUESSES = {"ndim": _GUESS, "dtype": torch.float32, "device": torch.device("cpu")}
-
-
-@functools.cache
-def _takes_symbols() -> bool:
-    """Whether PyTorch's functions take symbols for sizes, types and devices; through 2.8 they do not."""
-    x = GraphAppendingTracer(fx.Graph()).create_proxy("placeholder", "x", (), {})
-    try:
-        torch.empty([x.shape[0]], dtype=x.dtype, device=x.device)  # pyright: ignore
-    except TypeError:
-        return False
-    return True
-
-
-class _SymbolsForNoise(TorchFunctionMode):
-    """Within, what a functional drop path fills with noise is a symbol, where its guessed size has made it a tensor."""
-
-    def __init__(self, tracer: _BlockTracer) -> None:
-        super().__init__()
-        self._tracer = tracer
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (torch.empty, torch.rand) and self._tracer.guess_sizes and not _takes_symbols():
-            return self._tracer.create_proxy("call_function", func, args, kwargs)
-        return func(*args, **kwargs)
-
-
-def _made_tensor() -> None:
-    """Stands for a tensor that code has made of sizes that were guessed."""
-
-
-def _is_part(node: fx.Node) -> bool:
-    return node.target is operator.getitem and isinstance(node.args[1], slice)
-
-
-_TORCH = os.path.dirname(torch.__file__) + os.sep
-_ASKING = {torch.is_tensor.__code__.co_filename}
-_ASKS = {"isinstance", "is_tensor", "Tensor", "type"}
-
-
-def _is_plain_number(node: fx.Node) -> bool:
-    return not (node.target is getattr and node.args[1] in ("shape", "dtype", "device")) and node.target != "size"
-
-
-def _record_in_place(method: str) -> None:
-    def changed(symbol: _Symbol, other: Any) -> Any:
-        if is_size(symbol.node):
-            return NotImplemented  # A number is not changed: Python goes on with `x = x + y`.
-        return symbol.tracer.create_proxy("call_function", getattr(operator, method), (symbol, other), {})
-
-    setattr(_Symbol, f"__{method}__", changed)
-
-
-for _method in ("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
-    _record_in_place(_method)
-
-
-class _BlockTracer(GraphAppendingTracer):
-    """Appends to a graph. Unlike `fx.Tracer`, it patches nothing that other threads use."""
-
-    def __init__(self, conditions: list[tuple[fx.Node, Any]], decide: _Decide, *, guess_sizes: bool) -> None:
-        super().__init__(fx.Graph())
-        self.guess_sizes = guess_sizes
-        self._conditions = conditions
-        self._decide = decide
-        self.expected_state: tuple[Any, ...] = ()
-        self.inside: tuple[str, ...] = ()
-        self.stand_ins: dict[nn.Module, nn.Module] = {}
-        self.buffers: dict[int, str] = {}
-        self._attributes: dict[int, fx.Proxy] = {}
-
-    def attribute(self, path: str, tensor: Tensor) -> fx.Proxy:
-        """The symbol of a parameter or buffer; one that has several names has one symbol."""
-        if id(tensor) not in self._attributes:
-            self._attributes[id(tensor)] = self.create_proxy("get_attr", path, (), {})
-        return self._attributes[id(tensor)]
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        if self.guess_sizes and is_size(node) and _is_plain_number(node) and not _is_part(node):
-            return cast(fx.Proxy, _GUESS)
-        return _Symbol(node, self)
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if self.expected_state and _context() != self.expected_state:
-            raise TraceError("a part of the forward runs under autocast or gradient settings of its own")
-        node = super().create_node(*args, **kwargs)
-        if self.inside:
-            node.meta["inlined"] = self.inside
-        return node
-
-    def create_arg(self, a: Any) -> Any:
-        if isinstance(a, fx.Proxy):
-            return a.node
-        if isinstance(a, Tensor):
-            if id(a) not in self.buffers and self.guess_sizes:
-                return self.create_node("call_function", _made_tensor, (), {})
-            if id(a) not in self.buffers:
-                raise TraceError("the forward makes a tensor, or holds one, that is neither parameter nor buffer")
-            return self.create_node("get_attr", self.buffers[id(a)], (), {})
-        if isinstance(a, nn.Module):
-            raise TraceError("the block passes a module on")
-        if dataclasses.is_dataclass(a) and not isinstance(a, type):
-            raise TraceError(f"the forward makes a {type(a).__name__}")
-        return super().create_arg(a)
-
-    def to_bool(self, obj: fx.Proxy) -> bool:
-        return bool(self._value(obj, bool))
-
-    def iter(self, obj: fx.Proxy) -> Any:
-        try:
-            return super().iter(obj)
-        except fx.proxy.TraceError:  # pyright: ignore
-            return builtins.iter([obj[index] for index in range(self._value(obj, len))])  # pyright: ignore
-
-    def _value(self, obj: fx.Proxy, of: Callable[[Any], Any]) -> Any:
-        node = self.create_node("call_function", of, (obj.node,), {})
-        value = self._decide(node)
-        self._conditions.append((node, value))
-        return value
-
-
-def is_size(node: fx.Node) -> bool:
-    """Whether a node is a plain value computed from sizes, types and devices of tensors only."""
-    known = node.meta.get("is_size")
-    if known is None:
-        known = node.meta["is_size"] = _is_size(node)
-    return known
-
-
-def _is_size(node: fx.Node) -> bool:
-    if node.op == "call_method":
-        return node.target in _SIZE_METHODS or (
-            bool(node.all_input_nodes) and all(is_size(argument) for argument in node.all_input_nodes)
-        )
-    if node.op != "call_function":
-        return False
-    if node.target is getattr:
-        return node.args[1] in _SIZE_ATTRIBUTES or is_size(cast(fx.Node, node.args[0]))
-    if node.target is len:
-        return True
-    if node.target not in _SIZE_FUNCTIONS or not node.all_input_nodes:
-        return False
-    return all(is_size(argument) for argument in node.all_input_nodes)
-
-
-def may_be_size(node: fx.Node) -> bool:
-    """Whether a node is a plain value if the arguments that it is computed from are."""
-    if node.op == "placeholder" or is_size(node):
-        return True
-    is_plain = node.op == "call_function" and node.target in _SIZE_FUNCTIONS
-    return is_plain and all(may_be_size(argument) for argument in node.all_input_nodes)
-
-
-def size_value(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-    """The value of a size, computed from the arguments of a call.
-
-    Raises:
-        TraceError: if it depends on more than the arguments.
-    """
-    if node in values:
-        return values[node]
-    if node.op not in ("call_function", "call_method") or not (is_size(node) or node.target in (bool, len)):
-        raise TraceError(f"the forward decides by the value of {node.name}")
-    args = fx.map_arg(node.args, lambda argument: size_value(argument, values))
-    kwargs = fx.map_arg(node.kwargs, lambda argument: size_value(argument, values))
-    if node.target is bool and isinstance(args[0], Tensor):
-        raise TraceError("the forward decides by the values of a tensor")
-    if node.op == "call_method":
-        return getattr(args[0], cast(str, node.target))(*args[1:], **kwargs)
-    return cast("Callable[..., Any]", node.target)(*args, **kwargs)
-
-
 def remember(known: dict[Any, list[_Known]], form: Any, entries: list[_Known]) -> None:
     """Keep what is known of a form of call, on each way through the code, and forget the oldest of too many.
 
@@ -653,13 +414,3 @@ def remember(known: dict[Any, list[_Known]], form: Any, entries: list[_Known]) -
     known[form] = entries[-_MAX_FORMS:]
     while len(known) > _MAX_FORMS:
         del known[next(iter(known))]
-
-
-def decide_by(leaves: Sequence[Any], node: fx.Node) -> Any:
-    """The value of a node that a forward decides by, in a call with these opaque arguments.
-
-    Raises:
-        TraceError: if it depends on more than their sizes.
-    """
-    placeholders = [other for other in node.graph.nodes if other.op == "placeholder"]
-    return size_value(node, dict(zip(placeholders, leaves, strict=True)))

@@ -1,0 +1,199 @@
+"""Symbols that a block's code sees instead of tensors and sizes while it is traced."""
+
+# pyright: reportPrivateUsage=false
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import functools
+import operator
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.proxy import GraphAppendingTracer
+from torch.overrides import TorchFunctionMode
+
+from stochastic_depth.retrofit.errors import TraceError
+from stochastic_depth.retrofit.sizes import is_size
+
+Decide = Callable[[fx.Node], Any]
+"""Gives the value of a node that the code decides by."""
+
+
+def context() -> tuple[Any, ...]:
+    """The settings that a part of a forward may have of its own: autocast and gradients."""
+    return torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_grad_enabled()
+
+
+class _Symbol(fx.Proxy):
+    """Stands for a tensor, or for a number that follows from sizes, and answers as one would.
+
+    `x += y` is recorded as the change in place that it is; `fx.Proxy` takes it for `x = x + y`.
+    """
+
+    _is_param = False
+
+    def __getattr__(self, name: str) -> Any:
+        if self.tracer.guess_sizes and name in _GUESSES and (name == "ndim" or not _takes_symbols()):  # pyright: ignore
+            return _GUESSES[name]
+        return super().__getattr__(name)
+
+    @property
+    def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # Only where code asks. PyTorch's own C++ would believe it, and take a symbol for a tensor in memory.
+        code = sys._getframe(1).f_code  # pyright: ignore[reportPrivateUsage]
+        if code.co_filename.startswith(_TORCH) and code.co_filename not in _ASKING:
+            return _Symbol
+        if not _ASKS & {*code.co_names}:
+            return _Symbol
+        return int if is_size(self.node) and _is_plain_number(self.node) else Tensor
+
+    def __int__(self) -> int:
+        return int(self.tracer._value(self, int))  # pyright: ignore
+
+    def __index__(self) -> int:
+        return int(self)
+
+    def __float__(self) -> float:
+        return float(int(self))
+
+    def __len__(self) -> int:
+        # The error by which `(*shape, 1)` goes on without a hint; that of `fx.Proxy` would end it.
+        raise TypeError("the forward calls len()")
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+# What every size is taken to be where code wants numbers, only to see which way it goes; and every type and device
+# where PyTorch takes no symbol for one.
+_GUESS = 4
+_GUESSES = {"ndim": _GUESS, "dtype": torch.float32, "device": torch.device("cpu")}
+
+
+@functools.cache
+def _takes_symbols() -> bool:
+    """Whether PyTorch's functions take symbols for sizes, types and devices; through 2.8 they do not."""
+    x = GraphAppendingTracer(fx.Graph()).create_proxy("placeholder", "x", (), {})
+    try:
+        torch.empty([x.shape[0]], dtype=x.dtype, device=x.device)  # pyright: ignore
+    except TypeError:
+        return False
+    return True
+
+
+class SymbolsForNoise(TorchFunctionMode):
+    """Within, what a functional drop path fills with noise is a symbol, where its guessed size has made it a tensor."""
+
+    def __init__(self, tracer: BlockTracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.empty, torch.rand) and self._tracer.guess_sizes and not _takes_symbols():
+            return self._tracer.create_proxy("call_function", func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def _made_tensor() -> None:
+    """Stands for a tensor that code has made of sizes that were guessed."""
+
+
+def _is_part(node: fx.Node) -> bool:
+    return node.target is operator.getitem and isinstance(node.args[1], slice)
+
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_ASKING = {torch.is_tensor.__code__.co_filename}
+_ASKS = {"isinstance", "is_tensor", "Tensor", "type"}
+
+
+def _is_plain_number(node: fx.Node) -> bool:
+    return not (node.target is getattr and node.args[1] in ("shape", "dtype", "device")) and node.target != "size"
+
+
+def _record_in_place(method: str) -> None:
+    def changed(symbol: _Symbol, other: Any) -> Any:
+        if is_size(symbol.node):
+            return NotImplemented  # A number is not changed: Python goes on with `x = x + y`.
+        return symbol.tracer.create_proxy("call_function", getattr(operator, method), (symbol, other), {})
+
+    setattr(_Symbol, f"__{method}__", changed)
+
+
+for _method in ("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
+    _record_in_place(_method)
+
+
+class BlockTracer(GraphAppendingTracer):
+    """Appends to a graph. Unlike `fx.Tracer`, it patches nothing that other threads use."""
+
+    def __init__(self, conditions: list[tuple[fx.Node, Any]], decide: Decide, *, guess_sizes: bool) -> None:
+        super().__init__(fx.Graph())
+        self.guess_sizes = guess_sizes
+        self._conditions = conditions
+        self._decide = decide
+        self.expected_state: tuple[Any, ...] = ()
+        self.inside: tuple[str, ...] = ()
+        self.stand_ins: dict[nn.Module, nn.Module] = {}
+        self.buffers: dict[int, str] = {}
+        self._attributes: dict[int, fx.Proxy] = {}
+
+    def attribute(self, path: str, tensor: Tensor) -> fx.Proxy:
+        """The symbol of a parameter or buffer; one that has several names has one symbol."""
+        if id(tensor) not in self._attributes:
+            self._attributes[id(tensor)] = self.create_proxy("get_attr", path, (), {})
+        return self._attributes[id(tensor)]
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """The symbol of a node; a number where sizes are guessed."""
+        if self.guess_sizes and is_size(node) and _is_plain_number(node) and not _is_part(node):
+            return cast(fx.Proxy, _GUESS)
+        return _Symbol(node, self)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """A new node, which knows inside of which inlined children it was made."""
+        if self.expected_state and context() != self.expected_state:
+            raise TraceError("a part of the forward runs under autocast or gradient settings of its own")
+        node = super().create_node(*args, **kwargs)
+        if self.inside:
+            node.meta["inlined"] = self.inside
+        return node
+
+    def create_arg(self, a: Any) -> Any:
+        """What an argument is in the graph."""
+        if isinstance(a, fx.Proxy):
+            return a.node
+        if isinstance(a, Tensor):
+            if id(a) not in self.buffers and self.guess_sizes:
+                return self.create_node("call_function", _made_tensor, (), {})
+            if id(a) not in self.buffers:
+                raise TraceError("the forward makes a tensor, or holds one, that is neither parameter nor buffer")
+            return self.create_node("get_attr", self.buffers[id(a)], (), {})
+        if isinstance(a, nn.Module):
+            raise TraceError("the block passes a module on")
+        if dataclasses.is_dataclass(a) and not isinstance(a, type):
+            raise TraceError(f"the forward makes a {type(a).__name__}")
+        return super().create_arg(a)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Which way the code goes, noted as a condition."""
+        return bool(self._value(obj, bool))
+
+    def iter(self, obj: fx.Proxy) -> Any:
+        """The items of what the code unpacks; their number is noted as a condition."""
+        try:
+            return super().iter(obj)
+        except fx.proxy.TraceError:  # pyright: ignore
+            return builtins.iter([obj[index] for index in range(self._value(obj, len))])  # pyright: ignore
+
+    def _value(self, obj: fx.Proxy, of: Callable[[Any], Any]) -> Any:
+        node = self.create_node("call_function", of, (obj.node,), {})
+        value = self._decide(node)
+        self._conditions.append((node, value))
+        return value
