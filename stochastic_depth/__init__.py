@@ -4,7 +4,7 @@ import re
 
 import torch
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _OLDEST = (2, 8)
 # Compare the first two numbers only: builds such as 2.8.0a0+34c6371 count as 2.8.
