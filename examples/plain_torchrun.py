@@ -1,6 +1,6 @@
 """Plain PyTorch: torchrun --nproc-per-node 2 --max-restarts 3 examples/plain_torchrun.py --out runs/plain.
 
-Run it again with more epochs, or kill a process: it goes on from its last epoch, with the same gates, bit for bit.
+Run it again with more epochs, or kill a process: it resumes from its last epoch, with the same gates, bit for bit.
 """
 
 import argparse
@@ -52,7 +52,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=4)
-    # torchrun keeps its store over restarts: a new attempt must not find the addresses of the one before.
+    # torchrun keeps its store over restarts: a new attempt must not find the addresses of the previous one.
     store, rank, size = next(iter(dist.rendezvous("env://")))
     store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)

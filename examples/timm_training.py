@@ -1,6 +1,6 @@
 """timm's own training utilities: python examples/timm_training.py --out runs/timm.
 
-Run it again with more epochs: it goes on from its last checkpoint, with the same gates, bit for bit.
+Run it again with more epochs: it resumes from its last checkpoint, with the same gates, bit for bit.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def train(out: Path, epochs: int) -> dict[str, torch.Tensor]:
         "vit_tiny_patch16_224", img_size=8, patch_size=4, in_chans=1, num_classes=10, depth=4, embed_dim=24,
         num_heads=2, drop_path_rate=0.5,
     )  # fmt: skip
-    depth = sd.make_stochastic_(model)  # the model's own rates, really skipped
+    depth = sd.make_stochastic_(model)  # the model's own rates; dropped branches are skipped
     optimizer = create_optimizer_v2(model, opt="adamw", lr=2e-3, weight_decay=0.05)
     scheduler = CosineLRScheduler(optimizer, t_initial=100, warmup_t=2)
     averaged = ModelEmaV3(model, decay=0.9)

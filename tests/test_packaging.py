@@ -1,4 +1,4 @@
-"""What a user installs: wheel and sdist, with and without the laboratory's packages, and PyTorch that is too old."""
+"""Installation from wheel and sdist, with and without the laboratory's packages, and with an old PyTorch."""
 
 import os
 import re

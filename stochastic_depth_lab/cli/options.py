@@ -60,7 +60,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class ManyOptions:
-    """Which runs to train, and how many at a time."""
+    """Which runs to train, and how many concurrently."""
 
     scale: Literal["full", "small"] = "full"
     """Train the full networks, or smaller ones on few images, which takes seconds to minutes per run."""
@@ -253,7 +253,7 @@ class Inspect:
     final_survival_prob: float = 0.5
     """With --schedule: survival probability of the last branch, in (0, 1]."""
     measure: bool = False
-    """Measure time and memory of a step too, against the original model, on this machine."""
+    """Also measure time and memory of a step on this machine, relative to the original model."""
     batch_size: int = 8
     """Number of images in a measured step."""
     image_size: Annotated[int, "N"] | None = None

@@ -1,4 +1,4 @@
-"""The plan for the minutes on a GPU: limits, order, whatever kills it, and what travels there; rehearsed on the CPU."""
+"""The plan for the minutes on a GPU: limits, order, kills, and the packed files; rehearsed on the CPU."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ from stochastic_depth_lab.data import cifar  # noqa: E402
 
 
 def in_fork(function: Callable[[], int]) -> int:
-    """What a fork of this process ends with: its exit code, or minus the number of the signal that killed it."""
+    """Exit code of a fork of this process, or minus the number of the signal that killed it."""
     child = os.fork()
     if child == 0:
         with contextlib.suppress(BaseException):

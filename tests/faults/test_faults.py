@@ -1,4 +1,4 @@
-"""The short form of `make faults`: a few faults of every kind into one run or two."""
+"""The short form of `make faults`: a few faults of every kind in one or two runs."""
 
 import shlex
 import subprocess
@@ -38,7 +38,7 @@ exit $code
 
 @pytest.mark.slow
 def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_resumes_with_more_space(tmp_path: Path) -> None:
-    """A file system of three megabytes, which holds two checkpoints, but not the best weights beside them."""
+    """A file system of three megabytes, enough for two checkpoints but not for the best weights as well."""
     (tmp_path / "run").mkdir()
     if subprocess.run([*MOUNT, "mount -t tmpfs none run"], cwd=tmp_path, capture_output=True, check=False).returncode:
         pytest.skip("this user may not mount a file system")

@@ -1,4 +1,4 @@
-"""The command line after training: subnetworks of a run, its calibration, and files of it."""
+"""The command line after training: subnetworks of a run, its calibration, and exported files."""
 
 import csv
 import hashlib
@@ -88,7 +88,7 @@ def test_each_subnetwork_is_fine_tuned_as_its_own_run(
         assert config["model"]["keep"] == list(range(int(row["num_blocks"])))
         assert config["initial_weights"] == hashlib.sha256(Path(f"{folder}.safetensors").read_bytes()).hexdigest()
         assert json.loads((folder / "result.json").read_text())["test_error"] == float(row["finetuned_error"])
-    # What is trained is not trained again, and is a run like any other.
+    # A finished fine-tuning is not repeated, and is a run like any other.
     assert printed.err.count("epoch 1/1") == 4
     assert main(command) == 0
     assert "epoch 1/1" not in capsys.readouterr().err
@@ -166,7 +166,7 @@ def test_an_exported_subnetwork_continues_training_with_the_numbers_in_its_file(
     learn_on = ["train", "digits-constant", "--data.limit", "100", "--model.num-layers", "14", "--recipe.epochs", "1"]
     learn_on += ["--model.keep", *map(str, kept), "--weights", str(path), "--recipe.learning-rate", "1e-30"]
     assert main([*learn_on, "--out", str(tmp_path / "run")]) == 0
-    # At that learning rate nothing but the statistics of BatchNorm changes.
+    # At this learning rate, only the statistics of BatchNorm change.
     after = load_trained(tmp_path / "run", device=CPU).model
     weights = safetensors.torch.load_file(path)
     for name, parameter in after.named_parameters():

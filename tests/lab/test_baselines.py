@@ -1,4 +1,4 @@
-"""The baselines of the demo: the same images as the network's, and the nearest neighbor worked out by hand."""
+"""The baselines of the demo: the same images as the network's, and nearest neighbor computed by hand."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, the one before kept, damage noticed."""
+"""Checkpoints: written atomically, with the previous one kept and damage detected."""
 
 import errno
 import json
@@ -159,7 +159,7 @@ def test_a_state_that_does_not_match_its_digest_is_damaged(tmp_path):
         save(tmp_path, state(number), EXPERIMENT)
     content = torch.load(tmp_path / "last.pt", weights_only=True)
     content["model"]["weight"][7] += 1e-3
-    torch.save(content, tmp_path / "last.pt")  # a whole archive, with checksums of its own
+    torch.save(content, tmp_path / "last.pt")  # a complete archive with its own checksums
     content, remarks = load(tmp_path, EXPERIMENT)
     assert content["number"] == 1
     assert "does not match its digest" in remarks[0]

@@ -220,7 +220,7 @@ def test_a_loss_that_is_not_finite_is_one_line(tmp_path, capsys):
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, capsys, monkeypatch):
-    """The file may grow to a megabyte, as on a disk that is full there; a real limit of the operating system."""
+    """Files may grow to a megabyte, as on a full disk; a real limit of the operating system."""
     run = tmp_path / "run"
     code = (
         "import resource, signal, sys; from stochastic_depth_lab.cli.main import main; "
@@ -296,7 +296,7 @@ def test_a_signal_saves_and_says_how_to_resume(tmp_path, capsys, monkeypatch, nu
 
 @pytest.mark.slow
 def test_killed_at_random_moments_and_resumed_it_is_the_uninterrupted_run(tmp_path):
-    """`kill -9` of a real training process; a moment is so many saves after the start and up to 0.1 s more."""
+    """`kill -9` of a real training process; a moment is a number of saves after the start plus up to 0.1 s."""
     arguments = ["train", "digits-stochastic", *SMALL, "--recipe.epochs", 30, "--recipe.checkpoint-every", 2]
     assert main([*map(str, arguments), "--out", str(tmp_path / "whole")]) == 0
     run = tmp_path / "parts"

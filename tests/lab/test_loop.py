@@ -1,4 +1,4 @@
-"""The loop against a plain one, and against itself interrupted."""
+"""The loop compared with a plain one, and with interrupted runs."""
 
 import json
 import math
@@ -26,7 +26,7 @@ from stochastic_depth_lab.training.setup import find_device
 
 
 class StopAfter:
-    """Asks to stop at the n-th question."""
+    """Requests a stop at the n-th call."""
 
     def __init__(self, questions: int) -> None:
         self.left = questions
@@ -38,7 +38,7 @@ class StopAfter:
 
 @pytest.mark.parametrize("depth", [None, Depth()], ids=["constant", "stochastic"])
 def test_it_is_the_plain_loop(tmp_path, depth):
-    """The optimizer's formula written out, gates drawn by a controller of the test's own, the mean taken by hand."""
+    """The optimizer's formula written out, gates drawn by the test's own controller, the mean computed by hand."""
     experiment = replace(small(depth, epochs=2), data=Data("digits", limit=100, translation=1))
     observer = Silent()
     with float64():

@@ -1,4 +1,4 @@
-"""What users have: a PyTorch data set, a loader, a file of weights. All of it enters the same loop."""
+"""Users' own PyTorch data sets, loaders and weights, in the same loop."""
 
 from dataclasses import replace
 from itertools import count

@@ -1,4 +1,4 @@
-"""Several processes on one run: each its part of every batch, one writes, resumed it is the uninterrupted run."""
+"""Several processes train one run: each on its part of every batch; one writes; a resumed run is bit-identical."""
 
 import contextlib
 import errno
@@ -40,7 +40,7 @@ EXACT = replace(EXACT, regularizers=replace(EXACT.regularizers, filter_penalty=1
 def _train(
     rank: int, folder: str, stop_after: int | None = None, experiment: Experiment = SMALL, **options: Any
 ) -> dict[str, Any]:
-    """Trains; told to stop, only the second process is asked to."""
+    """Trains; if it is to stop, only the second process is asked."""
     asked = [0]
 
     def stop_requested() -> bool:
@@ -144,7 +144,7 @@ def test_two_processes_agree_on_the_result_and_one_writes_it(trained, capsys):
     epochs = [json.loads(line)["epoch"] for line in (folder / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert epochs == [1, 2, 3, 4]
     assert json.loads((folder / "whole" / "environment.json").read_text())["num_processes"] == 2
-    # Evaluated by a single process, the weights give what the two have found on their halves.
+    # A single process gets the same evaluation as the two on their halves.
     assert main(["evaluate", str(folder / "whole"), "--device", "cpu"]) == 0
     assert f"best weights  test        error {first['whole']['result']['test_error']:.2f} %" in capsys.readouterr().out
 

@@ -40,7 +40,7 @@ def test_a_second_run_on_one_folder_is_refused_and_a_dead_ones_lock_is_not(tmp_p
         process.wait()
         process.stdout.close()
     assert (tmp_path / "run" / ".lock").exists()
-    with RunFolder(tmp_path / "run", small()).opened(resume=False):  # nothing but the lock: as good as empty
+    with RunFolder(tmp_path / "run", small()).opened(resume=False):  # contains only the lock: counts as empty
         pass
 
 

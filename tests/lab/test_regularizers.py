@@ -13,7 +13,7 @@ from stochastic_depth_lab.training.regularizers import add_dropout_, filter_pena
 
 
 def relu_outputs(settings: Regularizers, *, training: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """What goes into the second convolution of a branch, without and with the regularizer; positive throughout."""
+    """The inputs of a branch's second convolution, without and with the regularizer; all positive."""
     torch.manual_seed(0)
     net = sd.models.cifar_resnet(8, 10)
     add_dropout_(net, settings)
@@ -41,7 +41,7 @@ def test_dropped_filters_are_whole_channels_of_a_sample():
     channels = kept.any((2, 3))
     assert torch.equal(kept, channels[:, :, None, None].expand_as(kept))
     assert channels.double().mean().item() == pytest.approx(0.6, abs=4 * (0.24 / channels.numel()) ** 0.5)
-    assert len({tuple(row) for row in channels.tolist()}) > 32  # each sample its own
+    assert len({tuple(row) for row in channels.tolist()}) > 32  # each sample has its own
     torch.testing.assert_close(dropped[kept], plain[kept] / 0.6)
 
 

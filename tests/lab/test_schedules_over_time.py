@@ -1,4 +1,4 @@
-"""Survival over time: values worked out by hand, and what a run makes of them."""
+"""Survival over time: values computed by hand, and their effect in a run."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""depth.cost(measure=True) with a clock that counts work: a branch takes what a step without it takes less."""
+"""depth.cost(measure=True) with a clock that counts work: a branch takes the time that a step without it saves."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class After(nn.Module):
 
 
 class Block(nn.Module):
-    """Somebody's block, with a drop path; two tensors go into its branch."""
+    """A user's block with a drop path; two tensors go into its branch."""
 
     def __init__(self) -> None:
         super().__init__()

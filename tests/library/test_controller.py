@@ -1,4 +1,4 @@
-"""make_stochastic_, controller, restore_: on, look, off; copies, files, number formats; and every refusal."""
+"""make_stochastic_, controller and restore_; copies, pickles, number formats; and every error."""
 
 from __future__ import annotations
 
@@ -245,7 +245,7 @@ def test_a_copy_is_restored_by_itself(copy_of: Callable) -> None:
 
 @all_copies
 def test_a_copy_after_a_backward_with_checkpointing_state(copy_of: Callable) -> None:
-    """What belongs to the process and its autograd graphs stays behind, and does no harm."""
+    """State of the process and its autograd graphs is not copied."""
     net, x = mlp(), vectors(3)
     sd.make_stochastic_(net, SURVIVAL_PROBS)
     pending = loss_of(net(x))
@@ -290,7 +290,7 @@ def test_a_saved_module_loads_in_a_new_process(tmp_path: Path) -> None:
 
 
 def test_a_part_of_a_stochastic_model_says_so() -> None:
-    """A stage cut out of a stochastic model has no controller: the message names the way out."""
+    """A stage cut out of a stochastic model has no controller; the message says what to do."""
     net = mlp()
     sd.make_stochastic_(net, SURVIVAL_PROBS)
     for part in (net.blocks, copy.deepcopy(net.blocks)):

@@ -1,4 +1,4 @@
-"""Recorded branches against plain ones. Off a GPU a recording runs its function again, on the same fixed memory."""
+"""Recorded branches compared with plain ones. Without a GPU, a recording runs its function again on fixed memory."""
 
 from __future__ import annotations
 

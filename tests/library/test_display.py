@@ -1,4 +1,4 @@
-"""How a controller shows itself: print, notebook, plot, metrics; length, iteration, indexing, public names."""
+"""Display of a controller: print, notebook, plot, metrics; length, iteration, indexing, public names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The library on a GPU; what can is tried on the CPU too, so that these tests are known to run."""
+"""The library on a GPU; tests that can also run on the CPU do, so that they are known to work."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_synchronized_batch_norm_of_one_process_is_batch_norm() -> None:
 @pytest.mark.gpu
 @both_granularities
 def test_a_step_waits_for_nothing(granularity: str) -> None:
-    """Gates are drawn on the CPU ahead of the GPU: nothing asks it for a number."""
+    """Gates are drawn on the CPU ahead of the GPU: nothing waits for a number from it."""
     net, x = conv_net().cuda(), images(6).cuda()
     sd.make_stochastic_(net, PROBS, granularity=granularity)
     step(net, x)

@@ -670,7 +670,7 @@ def test_the_plain_residual_is_the_sum_and_nothing_more() -> None:
 
 
 def test_a_step_leaves_no_graph_behind() -> None:
-    """What a pass remembers must not keep activations alive."""
+    """A pass must not keep activations alive."""
     net = mlp()
     sd.make_stochastic_(net, SURVIVAL_PROBS, granularity="sample")
     loss_of(net(vectors(4))).backward()

@@ -1,4 +1,4 @@
-"""Each sample its own gate: the library runs the survivors only, and equals a mask over all of them."""
+"""One gate per sample: the library runs the survivors only, and equals a mask over all samples."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_every_batch_size_equals_the_survivors_with_batch_norm(num_samples: int)
 
 @pytest.mark.parametrize("num_samples", [1, 2, 5, 64])
 def test_each_sample_is_kept_with_its_probability(num_samples: int) -> None:
-    """Seen from outside, by exact binomial tests: which rows a branch of ones has changed."""
+    """Checked from outside with exact binomial tests: the rows that a branch of ones changed."""
 
     class One(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What autograd keeps of samples that were taken from a batch: nothing where it keeps the batch anyway."""
+"""Autograd does not store samples gathered from a batch that it stores anyway."""
 
 from __future__ import annotations
 

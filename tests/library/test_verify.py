@@ -1,4 +1,4 @@
-"""depth.verify: the proof passes on right models and names the branch where something is wrong."""
+"""depth.verify passes on correct models and names the branch if something is wrong."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_branch_replaced_after_the_fact_is_still_gated() -> None:
 
 
 def test_a_swapped_out_residual_is_found() -> None:
-    """Somebody put a plain module where a gated one was."""
+    """A user replaced a gated module by a plain one."""
     net = mlp()
     depth = sd.make_stochastic_(net, PROBS)
     net.blocks[1].residual = sd.Residual(net.blocks[1].residual.branch)

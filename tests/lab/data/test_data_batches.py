@@ -1,4 +1,4 @@
-"""An epoch's batches: every image once, and the same ones wherever the epoch is entered."""
+"""An epoch's batches: every image once, and the same batches from any start."""
 
 import pytest
 import torch

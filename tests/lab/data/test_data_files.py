@@ -1,4 +1,4 @@
-"""CIFAR and SVHN from their authors' files: what is right is read, what is not is refused in one line."""
+"""CIFAR and SVHN from their authors' files: correct files are read, others are refused in one line."""
 
 import gc
 import hashlib
@@ -53,7 +53,7 @@ def test_real_cifar10(cifar10_root: Path) -> None:
     assert data.test.labels.bincount().tolist() == [1000] * 10
     assert (data.train.labels.bincount() + data.validation.labels.bincount()).tolist() == [5000] * 10
     assert data.test.labels[:5].tolist() == [3, 8, 8, 0, 6]
-    # Known to everybody who trains on CIFAR-10: mean 0.4914 0.4822 0.4465, deviation 0.247 0.243 0.261 (all 50,000).
+    # Well-known numbers of CIFAR-10: mean 0.4914 0.4822 0.4465, deviation 0.247 0.243 0.261 (all 50,000).
     fitted = Normalization.fit(torch.cat([data.train.images, data.validation.images]), "channel")
     torch.testing.assert_close(fitted.mean.flatten() / 255, torch.tensor([0.4914, 0.4822, 0.4465]), atol=5e-5, rtol=0)
     torch.testing.assert_close(fitted.std.flatten() / 255, torch.tensor([0.2470, 0.2435, 0.2616]), atol=5e-5, rtol=0)
@@ -298,7 +298,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Pa
 
 
 def served_cifar(server: tuple[Path, str]) -> cifar.CifarSource:
-    """The archive of a made-up CIFAR-10 lies on the server, and nowhere else."""
+    """The archive of a made-up CIFAR-10 is only on the server."""
     folder, address = server
     source = made_up_data.write_cifar(folder, cifar.CIFAR10, images_per_file=60)
     source = replace(source, archive=replace(source.archive, url=f"{address}/cifar-10-python.tar.gz"))

@@ -1,4 +1,4 @@
-"""Splits: what they accept, what they take from PyTorch's data sets, and who goes into which part."""
+"""Splits: what they accept, how they read PyTorch's data sets, and which images are in which part."""
 
 from collections.abc import Iterator
 
@@ -168,7 +168,7 @@ def test_split_seed_changes_the_validation_part_but_never_the_test_part() -> Non
 
 
 def test_digits_do_not_change_between_versions() -> None:
-    """A division that silently changed would make results incomparable: these sums were written down on 2026-11-21."""
+    """A silently changed division would make results incomparable; these sums are from 2026-11-21."""
     digits = load("digits")
     sums = [
         int(part.images.flatten(1).long().sum(1).mul(torch.arange(len(part))).sum())

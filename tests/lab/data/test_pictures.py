@@ -1,4 +1,4 @@
-"""ImageNet from a folder of pictures: which go where, what is read of them, and that a seed decides it."""
+"""ImageNet from a folder of pictures: the parts, the crops, and that they follow from a seed."""
 
 import shutil
 from dataclasses import replace

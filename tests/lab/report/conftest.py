@@ -1,4 +1,4 @@
-"""Made-up run folders whose every number can be worked out by hand."""
+"""Made-up run folders whose numbers can be computed by hand."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -98,7 +98,7 @@ def write(
 
 @pytest.fixture
 def write_run(tmp_path: Path) -> RunWriter:
-    """Writes a run folder of this test's own; returns its path."""
+    """Writes a separate run folder for this test; returns its path."""
     return partial(write, tmp_path / "runs")
 
 

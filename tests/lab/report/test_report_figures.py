@@ -163,7 +163,7 @@ def test_no_band_for_gates_per_sample(write_run):
 
 
 def test_no_band_where_survival_changes_over_the_epochs(write_run):
-    """Realized counts are then sums of unlike draws; of an unfinished run their means are not even those planned."""
+    """Realized counts are then sums of different draws; in an unfinished run their means differ even from the plan."""
     folder = write_run(stochastic=True)
     config = json.loads((folder / "config.json").read_text())
     assert [line["band_low"] for line in csv.DictReader(io.StringIO(survival_csv([read_run(folder)])))] != [""] * 4

@@ -1,4 +1,4 @@
-"""The page: whole, self-contained, harmless whatever a run is called, the same every time."""
+"""The page: complete, self-contained, safe for any name of a run, the same every time."""
 
 import base64
 import csv
@@ -220,7 +220,7 @@ def test_many_runs_have_an_index_that_leads_to_their_pages(write_run, tmp_path, 
     ]
     assert "realized frequency" in read_page(folders[1] / "report.html").text
 
-    # The next index writes the page of the run that has gone on, and no other.
+    # The next index rewrites only the page of the run that has continued.
     pages = [folder / "report.html" for folder in folders]
     before = [page.stat().st_mtime_ns for page in pages]
     later = max(before) + 1
@@ -244,7 +244,7 @@ def test_a_color_means_the_same_on_every_page(write_run, stochastic):
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [400, 1100])
 def test_nothing_overflows_the_screen(pair_report, tmp_path, width):
-    """As Chromium lays the page out: what is wider than the window can be scrolled to."""
+    """In Chromium's layout, content that is wider than the window can be scrolled."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("needs Chromium")

@@ -1,4 +1,4 @@
-"""Reading run folders: what is whole is read exactly, what is damaged is refused in one line."""
+"""Reading run folders: intact ones are read exactly, damaged ones are refused in one line."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What a schedule promises, as text and as a figure."""
+"""Schedules as text and as a figure."""
 
 import pytest
 from PIL import Image

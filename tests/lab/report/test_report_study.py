@@ -1,4 +1,4 @@
-"""A study's page: means, deviations and published numbers as worked out by hand; what is missing is said."""
+"""A study's page: means, deviations and published numbers as computed by hand; missing runs are mentioned."""
 
 import csv
 import html
@@ -110,7 +110,7 @@ def test_verdicts_pair_the_seeds(folders, tmp_path):
     text, page = report.text, report.page.read_text()
     assert "<strong>undecided</strong>: Less error." in page
     assert RULE in html.unescape(page)
-    # 9.0 - 10.0 and 9.5 - 12.0: the mean is -1.75, and two seeds settle nothing.
+    # 9.0 - 10.0 and 9.5 - 12.0: the mean is -1.75, and two seeds decide nothing.
     assert "UNDECIDED: Less error." in text
     assert "-1.75 points" in text
     assert "lower in 2 of 2 seeds" in " ".join(text.split())

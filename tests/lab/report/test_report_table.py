@@ -48,7 +48,7 @@ def test_text_table_word_for_word(published_pair):
 
 
 def independently(folder: Path, constant: Path) -> dict[str, float | None]:
-    """The table's numbers, computed from the files by nothing but the definition."""
+    """The table's numbers, computed from the files by definition."""
     epochs, of_constant = (
         [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
         for place in (folder, constant)

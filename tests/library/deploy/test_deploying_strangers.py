@@ -1,4 +1,4 @@
-"""After training, on models as other people write them: the outputs that were promised, or a refusal that undoes all.
+"""After training, on models as other people write them: the promised outputs, or an error that changes nothing.
 
 Expected outputs are written out by hand with a plain copy of each model.
 """
@@ -91,7 +91,7 @@ class OptionalBlock(nn.Module):
 
 
 class FunctionalEnd(OptionalBlock):
-    """What the branch gives is made in the block's own code, of optional arguments."""
+    """The block's own code computes the branch's output from optional arguments."""
 
     def branch(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         y = torch.tanh(self.attn.q(x))
@@ -110,7 +110,7 @@ class PairAttn(Attn):
 
 
 class PairBlock(OptionalBlock):
-    """Its attention gives two values, of which one is added."""
+    """Its attention returns two values, of which one is added."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class Cross(nn.Module):
 
 
 class Stack(nn.Module):
-    """Hands optional arguments on to its blocks."""
+    """Passes optional arguments on to its blocks."""
 
     def __init__(self, make: Callable[[], nn.Module]) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class Stack(nn.Module):
 
 
 class Hooked(nn.Module):
-    """A hook changes what the last linear map gives."""
+    """A hook changes the output of the last linear map."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ def _normalize(module: nn.Module, _args: object) -> None:
 
 
 class OwnForward(Hooked):
-    """The last linear map has a forward of its own, as accelerate's and quantizers' have."""
+    """The last linear map has its own forward, as with accelerate and quantizers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -200,7 +200,7 @@ class Normalized(nn.Linear):
 
 
 class HookedRelu(Hooked):
-    """A hook on what would pass the factor on."""
+    """A hook on a module that would pass the factor on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -311,7 +311,7 @@ def test_a_scaled_block_does_not_trust_a_recording_of_another_form_of_call() -> 
 
 
 class Peeks(nn.Module):
-    """Something outside of the branch uses its last weights."""
+    """Code outside the branch uses its last weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -327,7 +327,7 @@ class Peeks(nn.Module):
 
 
 class PeeksInTheLayer(Peeks):
-    """Its blocks are foreign, and its last layer is still all zeros."""
+    """Its blocks are not `Residual`s, and its last layer is still all zeros."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -378,7 +378,7 @@ def test_a_model_whose_outputs_would_change_is_refused_and_as_it_was(
 def test_a_check_leaves_no_traces() -> None:
     net, x = Peeks().double().train(), vectors(4)
     net.blocks[0].eval()
-    net.forward = types.MethodType(lambda own, x: own.blocks(own.norm(x)), net)  # it does not peek
+    net.forward = types.MethodType(lambda own, x: own.blocks(own.norm(x)), net)  # it does not inspect values
     sd.make_stochastic_(net, [0.7, P])
     modes, buffers = [module.training for module in net.modules()], reference.buffers(net)
     gradients = reference.gradients(net)
@@ -536,7 +536,7 @@ def test_a_subnetwork_of_a_strangers_model_takes_its_call(name: str, how: str) -
 
 
 class Dropout(nn.Module):
-    """Asks for its mode in its code."""
+    """Reads its mode in its code."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -86,7 +86,7 @@ def test_the_papers_network_costs_what_constant_depth_costs(shortcut: str) -> No
 
 
 def operators(net: nn.Module, x: Tensor) -> list[str]:
-    """What a forward makes PyTorch do: each operator with shapes, strides and types, and its other arguments."""
+    """The operators of a forward, each with shapes, strides, types and other arguments."""
 
     def described(value: object) -> object:
         if isinstance(value, Tensor):

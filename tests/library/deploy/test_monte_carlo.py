@@ -34,7 +34,7 @@ def test_all_four_numbers_are_those_of_the_networks_that_were_drawn() -> None:
 
 
 def drawn(net: nn.Module, x: torch.Tensor, num_samples: int) -> list[tuple[bool, ...]]:
-    """The subnetworks of `monte_carlo`, seen from outside: which branches each forward calls."""
+    """The subnetworks of `monte_carlo`, observed from outside: the branches that each forward calls."""
     patterns: list[list[bool]] = []
     begin = net.register_forward_pre_hook(lambda _m, _x: patterns.append([False] * len(P)))
     hooks = [

@@ -48,7 +48,7 @@ def test_statistics_are_those_of_the_evaluated_network_walked_by_hand() -> None:
 
 def test_batches_of_any_size_count_by_their_values() -> None:
     net, x = nn.Sequential(nn.BatchNorm2d(3)).double(), reference.images(7)
-    net[0].running_mean.fill_(7.0)  # what was there counts for nothing
+    net[0].running_mean.fill_(7.0)  # earlier statistics do not count
     sd.recalibrate_batchnorm_(net, [(x[:4], "labels"), [x[4:6], "labels"], x[6:]])
     mean, variance = pooled(x)
     torch.testing.assert_close(net[0].running_mean, mean, atol=1e-13, rtol=0)

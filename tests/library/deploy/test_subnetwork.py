@@ -1,4 +1,4 @@
-"""`subnetwork`: plain, smaller, and equal to the evaluated network whose dropped branches give zero."""
+"""`subnetwork`: plain, smaller, and equal to the evaluated network whose dropped branches return zero."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_equals_the_evaluated_network_without_the_dropped_branches(keep: list[in
     factors = [p if rescale == "eval" else 1.0 for p in P]
     expected = reference.forward(plain, x, gates=[index in keep for index in range(4)], factors=factors)
     assert_near(small(x), expected)
-    # The original is as it was, and shares nothing with what came out of it.
+    # The original is unchanged and shares nothing with the result.
     reference.assert_same(reference.state_of(net), before)
     assert torch.equal(net(x), whole)
     assert not {p.data_ptr() for p in small.parameters()} & {p.data_ptr() for p in net.parameters()}
@@ -267,7 +267,7 @@ def test_a_small_network_of_foreign_blocks_loads_without_the_library(tmp_path: P
 
 
 class Sized(nn.Module):
-    """Goes another way for large inputs."""
+    """Takes another path for large inputs."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ from torch.multiprocessing import start_processes
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[3] / "benchmarks")]
 
 _TIMEOUT = timedelta(seconds=60)
-"""A hang becomes an error of the collective that waits."""
+"""Turns a hang into an error of the waiting collective."""
 
 
 def run(function: Callable[..., Any], num_ranks: int, *args: Any) -> list[Any]:

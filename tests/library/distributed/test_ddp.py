@@ -137,7 +137,7 @@ def test_each_rank_follows_gates_of_its_own_and_gradients_are_averaged(
 def test_a_rank_without_survivors_runs_a_sample_of_weight_zero(
     case: str, trained: dict[str, list[dict[str, Any]]]
 ) -> None:
-    """Rank 0 has one sample, which does not survive in every step: its branches are called all the same."""
+    """Rank 0 has one sample, which does not survive in every step: its branches are called anyway."""
     net = build("mlp", granularity="sample")
     counts = [draw_counts(SURVIVAL_PROBS, 1, seed=SEED, counter=step) for step in range(NUM_STEPS)]
     assert any(0 in of_step for of_step in counts), "no gate is closed: the test could not fail"
@@ -170,7 +170,7 @@ def _refused(rank: int, options: dict[str, Any], ddp: dict[str, Any]) -> str:
     with pytest.raises(RuntimeError) as refusal:
         net(images(3))
     net.eval()
-    net(images(3))  # evaluation is nobody's business
+    net(images(3))  # evaluation is not checked
     return str(refusal.value)
 
 

@@ -183,7 +183,7 @@ def test_with_gradient_checkpointing() -> None:
 
 
 def test_samples_without_labels_give_no_loss() -> None:
-    """Of the samples for which the layer is open, none has a label: no mean of nothing."""
+    """None of the samples for which the layer is open has a label: there must be no mean over nothing."""
     model, depth = stochastic()
     labels = token_ids()
     labels[1] = -100

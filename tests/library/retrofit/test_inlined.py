@@ -1,4 +1,4 @@
-"""Branches that end in a child: it is handed the branch's last value and the shortcut, and adds them (Bert)."""
+"""Branches that end in a child, which receives the branch's last value and the shortcut and adds them (Bert)."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -52,7 +52,7 @@ class AttentionBlock(nn.Module):
 
 
 class Layer(nn.Module):
-    """By name; the attention's branch belongs to a block of its own."""
+    """By name; the attention's branch belongs to a separate block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Sum(nn.Module):
 
 
 class Handed(nn.Module):
-    """A child that hands both on to a child of its own."""
+    """A child that passes both on to its own child."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -226,7 +226,7 @@ def test_verify_passes_and_restore_gives_the_model_back() -> None:
 
 
 class HoldsItsSum(nn.Module):
-    """Given two values, of which one is the shortcut of a branch of its own."""
+    """Receives two values, of which one is the shortcut of its own branch."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -342,7 +342,7 @@ class Counted(nn.Linear):
 
 
 class Unrecordable(nn.Module):
-    """A layer of which only a run can tell what it returns."""
+    """A layer whose output structure only a run shows."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a block's code reads beside its arguments: from anywhere, it is what is there in each call.
+"""Values that a block's code reads besides its arguments are read in each call, wherever they are.
 
 The reference is the block's own code, called again after what it reads has changed, in float64.
 """

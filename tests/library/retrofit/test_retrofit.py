@@ -1,4 +1,4 @@
-"""What every retrofitted model keeps, residual additions, refusals, and what is found but is no branch."""
+"""What a retrofitted model keeps, residual additions, errors, and what is found but is not a branch."""
 
 import copy
 import io

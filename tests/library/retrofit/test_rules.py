@@ -1,4 +1,4 @@
-"""Modules that are called drop paths, and do something else: they stay as they are, and it is told."""
+"""Modules that are named like drop paths but do something else stay as they are, and `print` says so."""
 
 from __future__ import annotations
 

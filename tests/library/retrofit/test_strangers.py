@@ -1,4 +1,4 @@
-"""Models of strangers: each is right under given gates, or is masked or refused aloud; never silently wrong.
+"""Models of other authors: each is correct under given gates, masked, or refused; never silently wrong.
 
 The reference is each model's own formula with its gates written into it, in float64.
 """
@@ -515,7 +515,7 @@ def test_code_that_is_no_function_is_refused(beside: Callable[..., object], caus
 
 
 class Lists(nn.Module):
-    """Hands an auxiliary loss to a list."""
+    """Appends an auxiliary loss to a list."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -578,7 +578,7 @@ def test_a_checkpoint_inside_a_block_stays_one(part: str, granularity: str) -> N
     first = torch.tensor([True, False, True, False])
     gates = [first, ~first] if granularity == "sample" else [True, False]
     with depth.gates(gates):
-        net(x)  # What the first call proves is no part of the step.
+        net(x)  # The proof of the first call is not part of the step.
         net[0].f.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda kept: kept):
             output = net(x)

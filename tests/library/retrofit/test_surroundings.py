@@ -1,4 +1,4 @@
-"""What lies around a block's tensors: caches that it is given, what attention gives beside its output, tables, masks.
+"""The surroundings of a block's tensors: caches, extra outputs of attention, tables, masks.
 
 The reference is each model's own formula with its gates written into it, in float64.
 """
