@@ -176,7 +176,7 @@ def test_an_exported_subnetwork_continues_training_with_the_numbers_in_its_file(
     shown = subprocess.run([sys.executable, "-m", "stochastic_depth_lab", *export_it], capture_output=True, text=True)
     assert shown.returncode == 0
     assert shown.stderr == (
-        "CifarResNet was not trained with stochastic depth: without some of its branches it may be far off.\n"
+        "CifarResNet was not trained with stochastic depth: without some of its branches it may be far less accurate.\n"
     )
     with safetensors.safe_open(tmp_path / "run" / "digits-constant-smaller.safetensors", "pt") as file:
         assert json.loads(file.metadata()["keep"]) == [kept[0], kept[2]]
@@ -290,7 +290,7 @@ def test_an_operator_that_onnx_lacks_is_named_in_one_line() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--keep", "9"], "keep must hold indices in 0..5, but holds 9"),
+        (["--keep", "9"], "keep must contain indices in 0..5, but contains 9"),
         (["--cost", "0.01"], "below the smallest possible network"),
         (["--keep", "0", "--cost", "0.5"], "--keep and --cost exclude each other"),
         (["--order", "lesion"], "--order needs --cost: it says which blocks are removed first"),
@@ -316,7 +316,7 @@ def test_wrong_input_exits_with_2_and_writes_nothing(
         (["evaluate", "RUN", "--subnetworks", "--finetune-epochs", "0"], "--finetune-epochs must be at least 1"),
         (["evaluate", "RUN", "--subnetworks", "--points", "0"], "--points must be at least 1, but is 0"),
         (["evaluate", "RUN", "--finetune-epochs", "2"], "are for --subnetworks"),
-        (["train", "digits-constant", "--out", "NEW", "--model.keep", "0", "60"], "indices in 0..26, but holds 60"),
+        (["train", "digits-constant", "--out", "NEW", "--model.keep", "0", "60"], "indices in 0..26, but contains 60"),
         (["train", "digits-constant", "--out", "NEW", "--weights", "BROKEN"], "broken.safetensors is damaged"),
     ],
     ids=["no-epochs", "no-points", "finetune-alone", "keep", "weights"],

@@ -344,7 +344,7 @@ def test_a_forgotten_forward_is_refused() -> None:
     with torch.no_grad():
         for _ in range(1025):
             ours(vectors(1))
-    with pytest.raises(RuntimeError, match=r"^The forward pass that is being recomputed is not among the latest 1024"):
+    with pytest.raises(RuntimeError, match=r"^The recomputed forward pass is not among the latest 1024"):
         loss.backward()
 
 

@@ -309,7 +309,7 @@ def test_a_parameter_outside_the_module_is_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 4), sd.Residual(Borrowing(4, 4)))
     captured(sd.make_stochastic_(model, sd.uniform(1.0)))
     with pytest.raises(
-        RuntimeError, match=r"branch 1 cannot be recorded .*: it uses parameters that are not its module"
+        RuntimeError, match=r"branch 1 cannot be recorded .*: it uses parameters that do not belong to its module"
     ):
         model(torch.ones(2, 4))
 

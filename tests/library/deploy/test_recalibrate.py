@@ -100,7 +100,7 @@ def test_without_batchnorm_a_warning_says_so() -> None:
 @pytest.mark.parametrize(
     ("batches", "error", "message"),
     [
-        ([], ValueError, "no batch"),
+        ([], ValueError, "is empty"),
         (torch.zeros(4, 3, 8, 8), TypeError, "not a tensor"),
         ([torch.zeros(4, 3, 8, 8), "images"], TypeError, "A batch must be a tensor"),
         ([torch.zeros(4, 3, 8, 8), torch.zeros(4, 5, 8, 8)], RuntimeError, "channels"),

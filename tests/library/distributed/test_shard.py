@@ -314,7 +314,7 @@ def test_ranks_that_disagree_raise_on_every_rank(small_cases: list[dict[str, Any
     ("case", "words"),
     [
         ("decorrelated", "needs the same gates on every rank"),
-        ("twice", "sharded already"),
+        ("twice", "already sharded"),
         ("DDP", "wrapped in DistributedDataParallel"),
         ("plain", "is not stochastic: call make_stochastic_ first"),
     ],

@@ -219,7 +219,7 @@ def test_a_named_layer_runs_as_a_whole_and_its_gate_stands_for_its_drop_paths() 
 
 def test_layers_whose_drop_paths_disagree_need_a_schedule() -> None:
     model = nn.Sequential(DecidingBlock((0.5, 0.2)))
-    with pytest.raises(ValueError, match="the drop paths of 0 have several rates or rules"):
+    with pytest.raises(ValueError, match="the drop paths of 0 have different rates or rules"):
         sd.make_stochastic_(model, layers=["0"])
     depth = sd.make_stochastic_(model, sd.uniform(0.8), layers=["0"], rescale="train")
     assert depth.survival_probs == [0.8]
