@@ -177,7 +177,7 @@ def test_a_cache_in_training_is_refused() -> None:
     model = decoder("Llama", use_cache=True)
     depth = sd.make_stochastic_(model, sd.layerskip(0.5), layers=["model.layers.*"])
     message = (
-        r"^The layer model\.layers\.1 may be dropped in training, but is given a key-value cache[^\n]*use_cache = F"
+        r"^The layer model\.layers\.1 may be dropped in training, but receives a key-value cache[^\n]*use_cache = F"
     )
     for call in (lambda: model.train()(token_ids()), lambda: model.train().generate(token_ids(), max_new_tokens=2)):
         with pytest.raises(ValueError, match=message):

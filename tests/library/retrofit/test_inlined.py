@@ -264,12 +264,12 @@ def test_a_hook_that_would_be_passed_over_is_refused() -> None:
     sd.make_stochastic_(model, sd.uniform(0.5))
     model(features().float())
     handle = model.get_submodule("0.output").register_forward_hook(lambda *_: None)
-    with pytest.raises(RuntimeError, match=r"The block 0 \(Layer\) runs the code of its output .* over hooks"):
+    with pytest.raises(RuntimeError, match=r"The block 0 \(Layer\) runs the code of its output .* ignore hooks"):
         model(features().float())
     handle.remove()
     model(features().float())
     model.get_submodule("0.output").forward = lambda _, shortcut: shortcut
-    with pytest.raises(RuntimeError, match="over a forward of its own"):
+    with pytest.raises(RuntimeError, match="ignore a forward of its own"):
         model(features().float())
 
 
