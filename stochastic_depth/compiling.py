@@ -30,7 +30,7 @@ def graph_break(function: Function, *, recursive: bool, exported: Callable[..., 
     def either(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return ((exported or function) if torch.compiler.is_exporting() else outside)(*args, **kwargs)
-        # PyTorch's way out of compilation takes several microseconds per call; outside of compilation it is not needed.
+        # PyTorch's way out of compilation takes several microseconds per call and is not needed here.
         return (function if compiler_of_frames() is None else outside)(*args, **kwargs)
 
     return cast(Function, either)

@@ -1,4 +1,4 @@
-"""What a block's code leaves behind or draws from: attributes, arguments, globals, random states."""
+"""Side effects of a block's code: on attributes, arguments, globals and random states."""
 
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
@@ -30,14 +30,14 @@ CONSTANTS = (
 
 @contextmanager
 def unchanged_surroundings(block: nn.Module, inlined: Collection[str] = ()) -> Generator[None]:
-    """Within, what a block's code may read outside of the block must stay as it is; it is put back if it does not.
+    """Context in which the values that a block's code may read outside the block must not change; changes are undone.
 
-    The code of its `inlined` children counts as its own. What other children change is put back, and no error: a call
-    of theirs does with it what it does.
+    The code of its `inlined` children counts as its own. Changes by other children are undone without an error, because
+    their calls are repeated anyway.
 
     Raises:
         StoredError: if something changes.
-        TraceError: if it, or an attribute of the block, is an iterator: looking at it would change it.
+        TraceError: if one of them, or an attribute of the block, is an iterator, which reading would advance.
     """
     modules = {id(module) for module in block.modules()}
     own = dict.fromkeys(place for place in Reads(block, inlined).places if id(place.owner) not in modules)
@@ -73,7 +73,7 @@ def unchanged_surroundings(block: nn.Module, inlined: Collection[str] = ()) -> G
 
 
 def _remembers(now: Any, value: Any, before: Any) -> bool:
-    """Whether a dictionary has only gained objects, such as what to do for a type, and no values of this call."""
+    """Whether a dictionary only gained objects, as in a dispatch table, and no values of this call."""
     return (
         now is value
         and isinstance(value, dict)
@@ -88,7 +88,7 @@ def _remembers(now: Any, value: Any, before: Any) -> bool:
 
 
 def contents_of(block: nn.Module, arguments: Any) -> dict[str, Any]:
-    """What a forward could leave something on: the attributes of the block and its children, and of its arguments."""
+    """Everything a forward could store on: attributes of the block and its children, and its arguments."""
     found: dict[str, Any] = {}
     for path, module in block.named_modules():
         for name, value in module.__dict__.items():
@@ -115,10 +115,10 @@ def containers_in(value: Any) -> Iterator[Any]:
 
 
 class ChangedObjectError(StoredError):
-    """The forward changes objects that it is given.
+    """The forward changes its arguments.
 
     Attributes:
-        kinds: their classes; empty where there are lists among them, which have no methods of their own.
+        kinds: their classes; empty if lists are among them, whose methods cannot be recorded.
     """
 
     def __init__(self, values: Sequence[Any]) -> None:
@@ -137,15 +137,15 @@ def check_arguments(before: dict[str, Any], after: dict[str, Any], containers: S
     changed = [name for name in names if not is_same(before.get(name, _NOTHING), after.get(name, _NOTHING))]
     if changed:
         values = [containers[int(name.split()[1])] for name in changed]
-        # What holds a changed object has changed too.
+        # An object that contains a changed object has changed too.
         raise ChangedObjectError([value for value in values if is_data(value)] or values)
 
 
 def stores_of(before: dict[str, Any], after: dict[str, Any], by_children: set[str]) -> dict[str, Any]:
-    """The plain numbers that a forward has left on its block; it may leave nothing else.
+    """The plain numbers that a forward stored on its block; it must not store anything else.
 
     Raises:
-        StoredError: if it does.
+        StoredError: if it stores anything else.
     """
     names = {**before, **after}
     changed = [name for name in names if not is_same(before.get(name, _NOTHING), after.get(name, _NOTHING))]
@@ -181,7 +181,7 @@ def is_same(a: Any, b: Any) -> bool:
 
 
 def generators_of(block: nn.Module, inlined: Collection[str]) -> list[Any]:
-    """Random generators that a block's code may draw from, beside the global ones."""
+    """Random generators that a block's code may draw from, besides the global ones."""
     names, _ = code_of(block, inlined)
     values = [value for module in block.modules() for name, value in module.__dict__.items() if name in names]
     values += [place() for place in Reads(block, inlined).places]
@@ -204,13 +204,13 @@ def _state_of(generator: Any) -> Any:
 
 @dataclass
 class Outside:
-    """What must not move between the calls that are recorded: random states."""
+    """Random states, which must not change between recorded calls."""
 
     random: list[Any]
 
 
 def outside(generators: Sequence[Any] = ()) -> Outside:
-    """What is so now, also of these random generators."""
+    """The current random states, including those of these generators."""
     states: list[Any] = [torch.get_rng_state(), random.getstate(), *map(_state_of, generators)]
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         states += torch.cuda.get_rng_state_all()
@@ -222,7 +222,7 @@ def outside(generators: Sequence[Any] = ()) -> Outside:
 
 
 def differ(a: Outside, b: Outside) -> bool:
-    """Whether a random state has moved."""
+    """Whether a random state has changed."""
     return not all(
         torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in zip(a.random, b.random, strict=False)
     )

@@ -27,7 +27,7 @@ from stochastic_depth.retrofit.sums import (
 Where = Callable[[str, nn.Module], bool] | str | Sequence[str]
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-# A block that branches on sizes is recorded for at most this many combinations of its decisions.
+# A block that whose control flow depends on sizes is recorded for at most this many combinations of its decisions.
 
 
 @dataclass(frozen=True, eq=False)

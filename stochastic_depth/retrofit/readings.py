@@ -36,9 +36,9 @@ _MAX_WAYS = 16
 def inlined_in(
     block: nn.Module, example: Example | None, name: str = "", notes: list[str] | None = None
 ) -> tuple[str, ...]:
-    """Paths of the children in which the block's branches end: they add what it computes to a shortcut that it gives.
+    """Paths of the children in which the block's branches end: they add one value of the block to another.
 
-    A child that holds a whole branch, from the shortcut to the sum, is a block itself and none of them.
+    A child that contains a whole branch, from the shortcut to the sum, is a block itself and does not count.
 
     Args:
         block: the block.
@@ -313,7 +313,7 @@ def recordings(
 def _explore(decisions: Sequence[bool], taken: list[bool], node: fx.Node) -> bool | int:
     subject = cast(fx.Node, node.args[0])
     if not may_be_size(subject):
-        raise TraceError(f"the forward decides by the value of {subject.name}")
+        raise TraceError(f"the forward's control flow depends on the value of {subject.name}")
     if node.target is int:
         return 4
     if node.target is len:

@@ -26,12 +26,12 @@ from stochastic_depth.torch_private import buffer_dict, parameter_dict
 
 _MAX_DEPTH = 4
 _MAX_FUNCTIONS = 256
-# What happens to an object without its method being named.
+# Methods that code calls on an object without naming them.
 _PROTOCOLS = {"__call__", "__getitem__", "__getattr__", "__len__", "__iter__", "__bool__", "__contains__", "__float__"}
 
 
 class Place:
-    """Where code may read a value."""
+    """A place where code may read a value."""
 
     __slots__ = ("_get", "name", "owner")
 
@@ -39,12 +39,12 @@ class Place:
         self._get, self.owner, self.name = get, owner, name
 
     def __call__(self) -> Any:
-        """What is there now; None where nothing is."""
+        """The current value; None if there is none."""
         return self._get(self.owner, self.name)
 
     @property
     def description(self) -> str:
-        """What it is, for messages."""
+        """A description for messages."""
         if self._get is _item:
             return f"the global variable {self.name}"
         if self._get is _content:
@@ -55,7 +55,7 @@ class Place:
         return f"{self.name} of {self.owner.__name__ if isinstance(self.owner, ModuleType) else kind.__name__}"
 
     def put(self, value: Any) -> None:
-        """Put a value there."""
+        """Set the value."""
         _PUT[self._get](self.owner, self.name, value)
 
     def __eq__(self, other: object) -> bool:
@@ -84,7 +84,7 @@ def _item(owner: dict[str, Any], name: str) -> Any:
 def _content(owner: types.CellType, _name: str) -> Any:
     try:
         return owner.cell_contents
-    except ValueError:  # It has none yet.
+    except ValueError:  # It has no value yet.
         return None
 
 
@@ -102,12 +102,12 @@ _PUT: dict[Callable[[Any, Any], Any], Callable[[Any, Any, Any], None]] = {
 
 
 class Reads:
-    """The values outside of a call's arguments that a block's code may read: few, so that each call can look at them.
+    """The values besides a call's arguments that a block's code may read: few, so that each call can check them.
 
     Attributes:
-        places: where they are.
-        children: the modules whose calls the block's code makes.
-        may_cache: whether any of them is a function that keeps what it has given (`functools.cache`).
+        places: their places.
+        children: the modules that the block's code calls.
+        may_cache: whether any of them is a cached function (`functools.cache`).
     """
 
     def __init__(self, block: nn.Module, inlined: Collection[str] = ()) -> None:
@@ -134,7 +134,7 @@ class Reads:
         self.children = self.children_now(block)
 
     def children_now(self, block: nn.Module) -> tuple[nn.Module | None, ...]:
-        """The modules whose calls the block's code makes, and the inlined ones."""
+        """The modules that the block's code calls, and the inlined ones."""
         children: list[nn.Module | None] = []
         for part in _with_inlined(block, self._inlined) if self._inlined else (block,):
             for child in part.__dict__["_modules"].values():
@@ -144,7 +144,7 @@ class Reads:
         return tuple(children)
 
     def now(self, block: nn.Module) -> tuple[Any, ...]:
-        """What the values are now."""
+        """The current values."""
         state = block.__dict__
         plain = tuple([(name, value) for name, value in state.items() if is_plain(value)])
         empty = tuple(
@@ -154,7 +154,7 @@ class Reads:
         return (
             plain,
             empty,
-            len(parameters) - len(set(parameters)),  # how many are tied
+            len(parameters) - len(set(parameters)),  # number of tied parameters
             tuple([_quick(state.get(name)) for name in self._own]),
             tuple([_quick(place()) for place in self.places]),
             tuple(os.environ.items()) if self._environment else (),
@@ -162,7 +162,8 @@ class Reads:
 
 
 def _quick(value: Any) -> Any:
-    """`form_of` for what is read with every call: objects count as themselves, what is read of them is looked at."""
+    """`form_of` for values that are read in every call: objects count by identity; values read from them are
+    checked."""
     if isinstance(value, PLAIN):
         return value
     if isinstance(value, Tensor):
@@ -180,7 +181,7 @@ _MAX_BYTES = 4096
 
 
 class _Walk:
-    """Finds the places from which code with certain names in it may read."""
+    """Finds the places that code with certain names may read."""
 
     def __init__(self, names: Collection[str]) -> None:
         self.found: dict[Place, None] = {}
@@ -188,14 +189,14 @@ class _Walk:
         self._seen: set[int] = set()
 
     def enter_class(self, kind: type[nn.Module]) -> None:
-        """Look at what code reads of its own class."""
+        """Visit the attributes that code reads from its own class."""
         for part in kind.__mro__:
             if "forward" in vars(part) and part is not nn.Module:
                 self.found[Place(_own, part, "forward")] = None
         self.enter(kind)
 
     def enter_function(self, function: FunctionType) -> None:
-        """Look at what a function reads: global variables, its closure, and default values that may change."""
+        """Visit the values that a function reads: globals, its closure, and mutable defaults."""
         for name in names_of(function.__code__):
             value = function.__globals__.get(name)
             if value is not None and not name.startswith("__"):
@@ -213,7 +214,7 @@ class _Walk:
         self.enter(value, depth)
 
     def enter(self, value: Any, depth: int = _MAX_DEPTH) -> None:
-        """Look at what can be reached from a value."""
+        """Visit the values that can be reached from a value."""
         if depth == 0 or isinstance(value, (Tensor, FunctionType, *PLAIN)) or id(value) in self._seen:
             return
         self._seen.add(id(value))
@@ -262,7 +263,7 @@ def _attributes_of(value: Any) -> Iterator[str]:
 
 
 def code_of(block: nn.Module, inlined: Collection[str] = ()) -> tuple[frozenset[str], tuple[FunctionType, ...]]:
-    """All names in the code of a block's class and of what this code calls or holds, and the functions.
+    """All names in the code of a block's class and of the functions that this code calls or holds, and the functions.
 
     The code of its `inlined` children counts as its own.
     """
@@ -277,7 +278,7 @@ def code_of(block: nn.Module, inlined: Collection[str] = ()) -> tuple[frozenset[
 
 
 def places_of_children(block: nn.Module) -> list[Place]:
-    """Where the code of a block's children reads something outside of them."""
+    """Places outside a block's children that their code reads."""
     found: dict[Place, None] = {}
     for kind in dict.fromkeys(plain_class(child) for child in block.modules() if child is not block):
         if is_users(kind):
@@ -296,7 +297,7 @@ def _with_inlined(block: nn.Module, inlined: Collection[str]) -> list[nn.Module]
 
 @functools.cache
 def names_in_code(kind: type[nn.Module], *held: FunctionType | type) -> tuple[frozenset[str], tuple[FunctionType, ...]]:
-    """All names in the forward of a class, and in the functions and methods that it calls by them.
+    """All names in the forward of a class, and in the functions and methods that it calls by name.
 
     Args:
         kind: the class of a module.
@@ -331,7 +332,7 @@ def names_in_code(kind: type[nn.Module], *held: FunctionType | type) -> tuple[fr
 
 
 def _code_in(value: Any, depth: int = 2) -> Iterator[FunctionType | type]:
-    """Functions that a value is, and classes of users' objects whose methods code may call that has the value."""
+    """The function that a value is, or the class of a user's object whose methods code may call."""
     value = getattr(value, "__wrapped__", value) if callable(value) else value
     if isinstance(value, (FunctionType, type)):
         if is_users(value):
@@ -362,13 +363,13 @@ def _methods_of(kinds: Collection[type], names: Collection[str]) -> list[Functio
 
 
 def _function_of(value: Any) -> FunctionType | None:
-    """The function that a method, a property or a decorated method runs."""
+    """The function behind a method, a property or a decorated method."""
     value = getattr(value, "__wrapped__", getattr(value, "fget", None) or getattr(value, "__func__", value))
     return value if isinstance(value, FunctionType) else None
 
 
 def is_users(value: Any) -> bool:
-    """Whether a class, function or module is neither of PyTorch, NumPy nor of Python itself."""
+    """Whether a class, function or module does not belong to PyTorch, NumPy or Python itself."""
     name = getattr(value, "__name__" if isinstance(value, ModuleType) else "__module__", None) or ""
     top = name.partition(".")[0]
     return top not in ("torch", "numpy", "stochastic_depth") and (
@@ -381,7 +382,7 @@ def _is_users_module(value: Any) -> bool:
 
 
 def names_of(code: CodeType) -> set[str]:
-    """All names in the code of a function and of the functions in it."""
+    """All names in the code of a function and of its inner functions."""
     names = {*code.co_names, *code.co_freevars}
     for constant in code.co_consts:
         if isinstance(constant, CodeType):

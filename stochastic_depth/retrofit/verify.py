@@ -23,7 +23,7 @@ from stochastic_depth.tally import Tally
 from stochastic_depth.torch_private import BatchNorm, tree_leaves
 
 CauseOf = Callable[[Branch], str]
-"""Says why a branch is masked; nothing where it is skipped."""
+"""Returns why a branch is masked; empty if it is skipped."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Verification:
     """What `Controller.verify` found.
 
     Attributes:
-        num_branches: number of branches, each of them gated.
-        num_masked: how many of them are not skipped but masked.
+        num_branches: number of branches, all gated.
+        num_masked: number of branches that are masked instead of skipped.
         forward_flops_open: FLOPs of a forward with all gates open.
         forward_flops_closed: FLOPs of a forward with all gates closed.
         output_deviation: largest difference of an output from the model's own code under masks, in training and
@@ -81,12 +81,12 @@ def verify(
         passes: its passes.
         branches: its branches.
         call: runs the model on an example.
-        cause_of: says why a branch is masked.
-        skipped_grad: what the parameters of a branch that did not run get.
+        cause_of: returns why a branch is masked.
+        skipped_grad: gradients of the parameters of a branch that did not run.
     """
     every = range(len(branches))
     before = passes.forced, passes.counter, passes.latest, passes.tally
-    passes.tally = Tally(len(branches))  # its draws are no training steps
+    passes.tally = Tally(len(branches))  # its draws do not count as training steps
     with undisturbed(root), untouched(root):
         try:
             of_outputs, of_gradients = _compare_with_masks(root, passes, branches, call, skipped_grad)
@@ -98,7 +98,7 @@ def verify(
                 closed = watch.run(root, call, (False,) * len(branches))
                 _refuse(passes, closed.branches - masked, "run although their gates are closed")
                 for index in every:
-                    # Also one by one: a gate that opens with another branch's would pass the test above.
+                    # Also one by one: a gate that opens together with another one would pass the test above.
                     alone = watch.run(root, call, tuple(other == index for other in every))
                     others = alone.branches - {index} - masked
                     _refuse(passes, others, f"run where only {passes.names[index]!r} is open")
@@ -126,7 +126,7 @@ def _compare_with_masks(
     """Largest deviations of outputs and gradients from the model's own code under masks, in both modes.
 
     Raises:
-        RuntimeError: if they are more than rounding, or closed branches have no gradients of zero that were promised.
+        RuntimeError: if they are more than rounding, or if closed branches lack promised gradients of zero.
     """
     every = range(len(branches))
     patterns: list[tuple[str, tuple[bool, ...] | None]] = [
@@ -134,7 +134,7 @@ def _compare_with_masks(
         ("all gates closed", (False,) * len(branches)),
         ("every second gate closed", tuple(index % 2 == 0 for index in every)),
     ]
-    # A branch inside of another draws for the samples that it sees, which are all of them under masks.
+    # A branch inside another one draws for the samples that it sees, which are all samples under masks.
     if passes.granularity == "batch" or not _is_nested(passes, call):
         patterns.append(("gates that are drawn", None))
     counter = passes.counter
@@ -161,7 +161,7 @@ def _compare_with_masks(
 
 
 def _is_nested(passes: GateDraws, call: Call) -> bool:
-    """Whether a branch lies inside of another."""
+    """Whether a branch lies inside another one."""
     depths: list[int] = []
     running: list[int] = []
 
@@ -180,7 +180,7 @@ def _is_nested(passes: GateDraws, call: Call) -> bool:
 
 
 def _set_mode(root: nn.Module, *, training: bool) -> None:
-    """Training or evaluation, in which BatchNorm uses its running statistics."""
+    """Set training or evaluation mode, with BatchNorm using its running statistics."""
     root.train(training)
     for module in root.modules():
         if isinstance(module, BatchNorm):
@@ -189,7 +189,7 @@ def _set_mode(root: nn.Module, *, training: bool) -> None:
 
 @dataclass
 class _Outcome:
-    """Outputs of a forward, gradients by name, and the names of the parameters that got none."""
+    """Outputs of a forward, gradients by name, and the names of parameters without gradients."""
 
     outputs: list[Tensor]
     gradients: dict[str, Tensor]
@@ -197,7 +197,7 @@ class _Outcome:
 
 
 def _outcome(root: nn.Module, call: Call, absent: set[int]) -> _Outcome:
-    """Run the model, without those of its outputs that are `absent`; the run adds the attention maps that it lacks."""
+    """Run the model and ignore the `absent` outputs; adds the attention maps that were not computed to `absent`."""
     with torch.enable_grad():
         leaves = [leaf for leaf in tree_leaves(call()) if isinstance(leaf, (Tensor, NotComputed))]
         absent |= {index for index, leaf in enumerate(leaves) if isinstance(leaf, NotComputed)}
@@ -225,7 +225,7 @@ def _deviations(expected: _Outcome, actual: _Outcome, where: str) -> tuple[float
     Raises:
         RuntimeError: if they are more than rounding.
     """
-    # A cache does not hold what a branch that did not run would have put there.
+    # A cache does not contain the values of a branch that did not run.
     outputs = zip(expected.outputs, actual.outputs, strict=False)
     if len(expected.outputs) != len(actual.outputs):
         outputs = [next(outputs)]
@@ -252,7 +252,7 @@ def _deviations(expected: _Outcome, actual: _Outcome, where: str) -> tuple[float
 
 
 def _check_zeros(expected: _Outcome, closed: _Outcome, where: str) -> None:
-    """Closed branches promise gradients of zero wherever masks would give them.
+    """Check that closed branches have gradients of zero wherever masks would give them.
 
     Raises:
         RuntimeError: if a parameter has none.
@@ -265,7 +265,7 @@ def _check_zeros(expected: _Outcome, closed: _Outcome, where: str) -> None:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    # NaN where NaN is no difference.
+    # NaN in the same place is not a difference.
     return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
@@ -283,12 +283,12 @@ class _Run:
 
 
 class _Watch:
-    """Sees which branches run: by the gate's own account, and by the modules that are called inside of each."""
+    """Observes which branches run: from the gate, and from the modules called inside each branch."""
 
     def __init__(self, root: nn.Module, passes: GateDraws, branches: Sequence[Branch]) -> None:
         self._passes = passes
         self._ran: set[int] = set()
-        # A module that serves several branches, or something else too, does not tell who has called it.
+        # A module that other code uses too does not show which branch called it.
         parents: dict[nn.Module, set[nn.Module]] = {}
         for module in root.modules():
             for child in module.children():
@@ -298,7 +298,7 @@ class _Watch:
             tops = set(branch.parts.members) if isinstance(branch.parts, BranchParts) else {branch.parts}
             inside = {module for top in tops for module in top.modules()}
             if branch.kind == "layer":
-                inside -= tops  # a whole layer is called to ask for its gate
+                inside -= tops  # a whole layer reads its gate inside its call
             for module in inside:
                 if module in tops or parents.get(module, set()) <= inside | tops:
                     owners.setdefault(module, set()).add(index)

@@ -334,7 +334,7 @@ class Run:
             DataError: if the normalization shows that the images are not those that the run began with.
         """
         normalization = self.images.normalization.to("cpu").state_dict()
-        then = state.get("normalization", state.get("normalisation"))  # as checkpoints of version 0.1 spell it
+        then = state["normalization" if "normalization" in state else "normalisation"]  # as version 0.1 spelled it
         if not all(torch.equal(value, normalization[name]) for name, value in then.items()):
             raise DataError("the training images have another mean or deviation than those that this run began with.")
         self.epoch = state["epoch"]

@@ -199,5 +199,7 @@ def test_layers_that_cannot_be_found() -> None:
 def test_layerdrop_of_the_model_itself() -> None:
     model = decoder("OPT")
     model.config.layerdrop = 0.1
-    with pytest.raises(ValueError, match=r"^The model itself skips layers too, with a rate of 0\.1[^\n]*layerdrop = 0\.0"):
+    with pytest.raises(
+        ValueError, match=r"^The model itself skips layers too, with a rate of 0\.1[^\n]*layerdrop = 0\.0"
+    ):
         sd.make_stochastic_(model, sd.layerskip(0.2), layers=["model.decoder.layers.*"])

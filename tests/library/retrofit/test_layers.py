@@ -157,7 +157,7 @@ def test_a_block_that_cannot_be_recorded_is_masked_with_the_same_gates_and_says_
     inputs = [torch.randn(4, 6, dtype=torch.float64)]
     depth = assert_equals_original_under_mask(make, inputs)
     assert [name for name, _ in depth.masked] == depth.names
-    assert "mask, nothing is saved: the forward decides by the values of a tensor" in str(depth)
+    assert "mask, nothing is saved: the forward's control flow depends on the values of a tensor" in str(depth)
 
 
 @pytest.mark.filterwarnings("ignore::stochastic_depth.MaskedBranchWarning")

@@ -491,13 +491,13 @@ def leaves_on_a_child(block: Beside, x: Tensor) -> None:
 @pytest.mark.parametrize(
     ("beside", "cause"),
     [
-        (rolls_dice, "draws random numbers itself|decides by the values"),
+        (rolls_dice, "draws random numbers itself|depends on the values"),
         (rolls_rare_dice, "draws random numbers itself"),
         (advances, "may advance the iterator numbers"),
         (counts, "changes the global variable TOTAL"),
         (counts_inside, "stores stats"),
-        (looks_at_values, "decides by the value"),
-        (looks_at_sizes_of_values, "decides by a size that follows from the values"),
+        (looks_at_values, "depends on the value"),
+        (looks_at_sizes_of_values, "depends on a size that depends on the values"),
         (leaves_on_a_child, "stores f.seen"),
     ],
 )

@@ -128,7 +128,8 @@ class LookingInto(Caching):
 
 
 @pytest.mark.parametrize(
-    ("kind", "cause"), [(Peeking, "decides by what a Cache holds"), (LookingInto, "reads the content of its Cache .*use_cache")]
+    ("kind", "cause"),
+    [(Peeking, "depends on the content of a Cache"), (LookingInto, "reads the content of its Cache .*use_cache")],
 )
 def test_code_that_looks_into_a_cache_is_refused(kind: type[nn.Module], cause: str) -> None:
     net, cache = CachingNet(kind).double(), Cache()
