@@ -162,8 +162,7 @@ class Reads:
 
 
 def _quick(value: Any) -> Any:
-    """`form_of` for values that are read in every call: objects count by identity; values read from them are
-    checked."""
+    """`form_of` for values that every call reads: objects count by identity; values read from them are checked."""
     if isinstance(value, PLAIN):
         return value
     if isinstance(value, Tensor):

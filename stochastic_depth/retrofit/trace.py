@@ -3,8 +3,8 @@
 Only the block itself is traced (torch.fx). Its children are single calls, which keep their hooks, their own control
 flow and their compilation. A forward is recorded for one *signature*: tensors are symbols; other values, above all
 `None`, stay as they are, so `if mask is not None` takes the same path as in the call. Sizes are symbols too, so one
-recording is valid for all batch sizes and resolutions, unless the control flow depends on them: then each decision becomes a
-condition for using the recording again.
+recording is valid for all batch sizes and resolutions, unless the control flow depends on them: then each decision
+becomes a condition for using the recording again.
 """
 
 # pyright: reportPrivateUsage=false
