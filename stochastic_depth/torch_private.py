@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
+from torch.utils.checkpoint import _StopRecomputationError
 
 _autograd = torch._C._autograd  # pyright: ignore
 
@@ -111,6 +112,10 @@ def saves_as_usual() -> bool:
         and _autograd._saved_tensors_hooks_is_enabled()
         and _autograd._top_saved_tensors_default_hooks(True) is None
     )
+
+
+EndOfRecomputation = _StopRecomputationError
+"""What ends the recomputation of a non-reentrant checkpoint early. A recording would take it for an error."""
 
 
 class Checkpoint(NamedTuple):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any, Literal, cast
@@ -20,7 +20,7 @@ from stochastic_depth.residual import GatedBranch, masks_only, outside_graph
 from stochastic_depth.retrofit.called import called
 from stochastic_depth.retrofit.effects import ChangedObjectError
 from stochastic_depth.retrofit.errors import CutError, ProofError, StoredError, TraceError
-from stochastic_depth.retrofit.forms import fingerprint, form_of_leaves, settings
+from stochastic_depth.retrofit.forms import fingerprint, form_of_leaves, identities, settings
 from stochastic_depth.retrofit.functional import FUNCTIONAL
 from stochastic_depth.retrofit.gated_calls import in_training
 from stochastic_depth.retrofit.generated_code import Code
@@ -208,9 +208,16 @@ class BlockBranches:
         self._refuse_ways_around(block)
         reads = self._reads
         if reads is None or reads.children != reads.children_now(block):
-            reads = self._look_again(block)
-        form = (signature, form_of_leaves(leaves, self.forms.called), settings(leaves), reads.now(block))
+            reads = self._look_again(block, leaves)
+        of_leaves = form_of_leaves(leaves, self.forms.called)
+        set_to = settings(leaves), identities(leaves)
+        form = (signature, of_leaves, set_to, reads.now(block))
         own = self._own.get(form)
+        if own is None and reads != (now := self._reads_with(block, leaves)):
+            # What is there now leads to more that is read.
+            self._reads = now
+            form = (signature, of_leaves, set_to, now.now(block))
+            own = self._own.get(form)
         if own is None:
             if self._fingerprint is None:
                 self._fingerprint = self._make_fingerprint(block)
@@ -277,9 +284,14 @@ class BlockBranches:
                     "block or on a module inside, or call restore_(model) first."
                 )
 
-    def _look_again(self, block: nn.Module) -> Reads:
+    def _reads_with(self, block: nn.Module, leaves: Sequence[Any]) -> Reads:
+        """The values that the block's code may read in a call with these arguments."""
+        skipped = (Tensor, *self.forms.called)
+        return Reads(block, self.inlined, [leaf for leaf in leaves if not isinstance(leaf, skipped)])
+
+    def _look_again(self, block: nn.Module, leaves: Sequence[Any]) -> Reads:
         """Read the block again after its children changed: adapters, conversions, a copy."""
-        self._reads, self._fingerprint = Reads(block, self.inlined), None
+        self._reads, self._fingerprint = self._reads_with(block, leaves), None
         self._own, self._parts_at = {}, {}
         for parts in self.parts.values():
             if isinstance(parts, BranchParts):
@@ -441,8 +453,11 @@ class BlockBranches:
         It is compared with a recording of the same call for another number of samples. Where an argument has as many
         rows as there are samples by chance only, the code fails unless it keeps all of them.
         """
+        first_of = identities(leaves) or range(len(leaves))
         lengths = {
-            index: int(leaf.shape[0]) for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.dim()
+            index: int(leaf.shape[0])
+            for index, leaf in enumerate(leaves)
+            if isinstance(leaf, Tensor) and leaf.dim() and first_of[index] == index
         }
         if not lengths or 0 in lengths.values():
             return 0, {}, None

@@ -37,7 +37,10 @@ class Called:
 def as_called(value: Any) -> None:
     """Let an object tell its watcher of the calls of its methods; whoever has no watcher notices nothing."""
     if not isinstance(value, Called):
-        object.__setattr__(value, "__class__", _called_class(type(value)))
+        try:
+            object.__setattr__(value, "__class__", _called_class(type(value)))
+        except TypeError as error:
+            raise TraceError(f"the forward changes a {type(value).__name__} that it is given") from error
 
 
 @contextmanager

@@ -3,88 +3,26 @@
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
 
-import copy
 import enum
 import random
 import sys
 import types
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from stochastic_depth.retrofit.called import Called
-from stochastic_depth.retrofit.errors import StoredError, TraceError
-from stochastic_depth.retrofit.reads import Reads, code_of, places_of_children
+from stochastic_depth.retrofit.errors import StoredError
+from stochastic_depth.retrofit.reads import Reads, code_of
 from stochastic_depth.retrofit.stand_in import is_data, snapshot
-from stochastic_depth.torch_private import tree_leaves
 
 CONSTANTS = (
     type(None), bool, int, float, complex, str, bytes, type(...), torch.dtype, torch.device, torch.layout,
     torch.memory_format, enum.Enum, type, range, types.FunctionType, types.BuiltinFunctionType, torch.Generator,
 )  # fmt: skip
-
-
-@contextmanager
-def unchanged_surroundings(block: nn.Module, inlined: Collection[str] = ()) -> Generator[None]:
-    """Context in which the values that a block's code may read outside the block must not change; changes are undone.
-
-    The code of its `inlined` children counts as its own. Changes by other children are undone without an error, because
-    their calls are repeated anyway.
-
-    Raises:
-        StoredError: if something changes.
-        TraceError: if one of them, or an attribute of the block, is an iterator, which reading would advance.
-    """
-    modules = {id(module) for module in block.modules()}
-    own = dict.fromkeys(place for place in Reads(block, inlined).places if id(place.owner) not in modules)
-    names, _ = code_of(block, inlined)
-    values = [(place.description, place()) for place in own] + [
-        item for item in block.__dict__.items() if item[0] in names
-    ]
-    for name, value in values:
-        if isinstance(value, Iterator):
-            raise TraceError(f"the forward may advance the iterator {name}")
-    before = [
-        (place, value, snapshot(value), copy.copy(value))
-        for place in {**own, **dict.fromkeys(places_of_children(block))}
-        if isinstance(value := place(), (*CONSTANTS, list, dict, set)) and not isinstance(value, type)
-    ]
-    try:
-        yield
-    finally:
-        moved = [each for each in before if not is_same(each[2], snapshot(each[0]()))]
-        changed = [
-            place.description
-            for place, value, _, contents in moved
-            if place in own and not _remembers(place(), value, contents)
-        ]
-        for place, value, _, contents in moved:
-            place.put(value)
-            if isinstance(value, (list, dict, set)):
-                held = cast(Any, value)
-                held.clear()
-                (held.extend if isinstance(value, list) else held.update)(contents)
-    if changed:
-        raise StoredError(f"the forward changes {changed[0]}")
-
-
-def _remembers(now: Any, value: Any, before: Any) -> bool:
-    """Whether a dictionary only gained objects, as in a dispatch table, and no values of this call."""
-    return (
-        now is value
-        and isinstance(value, dict)
-        and all(value.get(key) is item for key, item in cast("dict[Any, Any]", before).items())
-        and not any(
-            isinstance(leaf, (Tensor, fx.Node, bool, int, float, str)) or hasattr(type(leaf), "__torch_function__")
-            for key, item in cast("dict[Any, Any]", value).items()
-            if key not in before
-            for leaf in tree_leaves(item)
-        )
-    )
 
 
 def contents_of(block: nn.Module, arguments: Any) -> dict[str, Any]:
@@ -180,11 +118,11 @@ def is_same(a: Any, b: Any) -> bool:
     return isinstance(a, (bool, int, float, str, bytes, set)) and a == b
 
 
-def generators_of(block: nn.Module, inlined: Collection[str]) -> list[Any]:
+def generators_of(block: nn.Module, inlined: Collection[str], reads: Reads) -> list[Any]:
     """Random generators that a block's code may draw from, besides the global ones."""
     names, _ = code_of(block, inlined)
     values = [value for module in block.modules() for name, value in module.__dict__.items() if name in names]
-    values += [place() for place in Reads(block, inlined).places]
+    values += [place() for place in reads.places]
     values += [part for value in values for _, part in parts_of(value)]
     return [value for value in values if _state_of(value) is not None]
 

@@ -16,6 +16,7 @@ from stochastic_depth.retrofit.proof import arguments_anew, copy_of_object, priv
 from stochastic_depth.retrofit.quiet import without_noise
 from stochastic_depth.retrofit.recorder import run_block
 from stochastic_depth.retrofit.stand_in import stand_in, untouched
+from stochastic_depth.retrofit.surroundings import kept_surroundings
 from stochastic_depth.retrofit.trace import flatten, unflatten
 from stochastic_depth.torch_private import tree_map
 
@@ -52,7 +53,7 @@ class Example:
 
         hooks = [module.register_forward_pre_hook(note, with_kwargs=True, prepend=True) for module in modes]
         try:
-            with undisturbed(model), untouched(model), torch.enable_grad():
+            with undisturbed(model), untouched(model), kept_surroundings(model), torch.enable_grad():
                 for training in (True, False):
                     for module in modes:
                         module.training = training

@@ -19,7 +19,7 @@ from stochastic_depth.retrofit.trace import PLAIN_TYPES
 from stochastic_depth.torch_private import MODULE_ATTRIBUTES, buffer_dict, parameter_dict
 
 PLAIN = (*PLAIN_TYPES, bytes, complex, enum.Enum, torch.memory_format, torch.layout)
-_MAX_DEPTH = 3
+_MAX_DEPTH = 6
 
 
 class Same:
@@ -45,9 +45,12 @@ def form_of(value: Any, depth: int = _MAX_DEPTH) -> Any:
     """
     kind = type(value)
     if isinstance(value, PLAIN):
-        return kind, value
+        return kind, value or repr(value)  # 0.0 is not -0.0
     if isinstance(value, Tensor):
-        return kind, value.shape, value.dtype, value.device, value.requires_grad
+        form = kind, value.shape, value.dtype, value.device, value.requires_grad
+        if value.layout is torch.strided and depth:
+            form = (*form, value.is_contiguous() or value.stride())
+        return (*form, form_of(vars(value), depth - 1)) if vars(value) and depth else form
     if isinstance(value, (nn.Module, FunctionType, type, ModuleType)) or depth == 0:
         return Same(value)
     if isinstance(value, MethodType):
@@ -94,13 +97,19 @@ def form_of_leaves(leaves: Sequence[Any], called: Collection[type] = ()) -> tupl
     return tuple(
         [
             (leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad, leaf.is_contiguous() or leaf.stride())
-            if type(leaf) is Tensor or type(leaf) is nn.Parameter
+            if (type(leaf) is Tensor or type(leaf) is nn.Parameter) and not leaf.__dict__
             else (type(leaf), tuple([(n, v) for n, v in vars(leaf).items() if is_plain(v)]))
             if type(leaf) in called
             else form_of(leaf)
             for leaf in leaves
         ]
     )
+
+
+def identities(leaves: Sequence[Any]) -> tuple[int, ...]:
+    """Which of the tensors and objects that a call is given are the same; empty where none are."""
+    ids = [id(leaf) for leaf in leaves]
+    return () if len(set(ids)) == len(ids) else tuple([ids.index(each) for each in ids])
 
 
 def settings(leaves: Sequence[Any]) -> tuple[Any, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from stochastic_depth.residual import GatedBranch, masked, outside_graph
@@ -137,7 +138,12 @@ def make_gated_sum_and_maps(
 
 
 def make_gated_value(
-    key: Key, paths: Paths, function: Callable[..., Tensor], inputs: Sequence[BranchInput], shape: tuple[int, ...]
+    key: Key,
+    paths: Paths,
+    function: Callable[..., Tensor],
+    inputs: Sequence[BranchInput],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
 ) -> Callable[..., Tensor]:
     """For a block without a shortcut that drops its whole output: closed gates return zeros."""
     gated_sum = make_gated_sum(key, paths, function, inputs)
@@ -146,7 +152,7 @@ def make_gated_value(
     def gated_value(block: nn.Module, *values: Any) -> Tensor:
         tensor = next(value for value in values if isinstance(value, Tensor))
         rows = next((v.shape[0] for v, kind in zip(values, inputs, strict=True) if kind.samples), shape[0])
-        return gated_sum(block, tensor.new_zeros(rows, *shape[1:]), *values)
+        return gated_sum(block, tensor.new_zeros(rows, *shape[1:], dtype=dtype), *values)
 
     gated_value.__name__ = f"gated_value_{key[1]}"
     return gated_value

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from stochastic_depth.gate_draws import CLOSED, Gate
 from stochastic_depth.residual import GatedBranch
 from stochastic_depth.retrofit.called import as_called
-from stochastic_depth.retrofit.effects import unchanged_surroundings
 from stochastic_depth.retrofit.errors import ProofError, TraceError
 from stochastic_depth.retrofit.generated_code import Code
 from stochastic_depth.retrofit.maps import NotComputed
@@ -26,6 +25,7 @@ from stochastic_depth.retrofit.recorder import Edits, run_block
 from stochastic_depth.retrofit.rewrite import GatedUse, edits_of
 from stochastic_depth.retrofit.stand_in import sample_leaf, uniform
 from stochastic_depth.retrofit.sums import Key
+from stochastic_depth.retrofit.surroundings import unchanged_surroundings
 from stochastic_depth.torch_private import disable_current_modes, outside_transforms, tree_leaves, version_of
 
 Pattern = Mapping[Key, "bool | Tensor | None"]
@@ -154,7 +154,7 @@ def prove(
         # A branch that mixes samples fails or computes something else on a subset of them.
         mixes = ": its first dimension is not one of independent samples" if name == _SOME else ""
         try:
-            with unchanged_surroundings(block, inlined):
+            with unchanged_surroundings(block, inlined, [leaf for leaf in leaves if not isinstance(leaf, Tensor)]):
                 actual = _with_gradients(block, leaves, lambda given: code(block, *given))
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
             first = (str(error).splitlines() or [""])[0]
@@ -232,7 +232,8 @@ def _with_gradients(
 ) -> _Outcome:
     """Outputs of a run, and gradients of its inputs and of the block's parameters, of all outputs but `absent`."""
     # Not the leaves themselves, which in-place code could not change.
-    given = [leaf.clone() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf for leaf in leaves]
+    anew = {id(leaf): _anew(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad}
+    given = [anew.get(id(leaf), leaf) for leaf in leaves]
     outputs = tree_leaves(run(given))
     sources = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
     sources += [parameter for parameter in block.parameters() if parameter.requires_grad]
@@ -253,6 +254,13 @@ def _with_gradients(
         return outputs, None
 
 
+def _anew(leaf: Tensor) -> Tensor:
+    """The same tensor behind a node of autograd, with the attributes that somebody has set on it."""
+    new = leaf.clone()
+    vars(new).update(vars(leaf))
+    return new
+
+
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 2e-2}
 
 
@@ -265,6 +273,8 @@ def _compare(expected: _Outcome, actual: _Outcome, name: str, *, zero_gradients:
             continue
         if isinstance(a, Tensor) and isinstance(b, Tensor):
             difference = deviation(a, b)
+            if a.dtype != b.dtype:
+                raise ProofError(f"{name} output {index} is of {b.dtype}, not of {a.dtype}")
             if difference > tolerance(a):
                 raise ProofError(f"{name} output {index} differs by {difference:.2g} of its largest value")
         elif isinstance(a, Tensor) or isinstance(b, Tensor) or (type(a) is not type(b)):
@@ -332,10 +342,12 @@ def arguments_anew(
     """
 
     def call() -> tuple[Sequence[Any], Mapping[str, Any], list[Any]]:
-        own = [
-            sample_leaf(leaf, rows.get(index)) if isinstance(leaf, Tensor) else copy_of_object(leaf)
-            for index, leaf in enumerate(leaves)
-        ]
+        made: dict[int, Any] = {}  # What is given twice is one object.
+        for index, leaf in enumerate(leaves):
+            if id(leaf) not in made:
+                is_tensor = isinstance(leaf, Tensor)
+                made[id(leaf)] = sample_leaf(leaf, rows.get(index)) if is_tensor else copy_of_object(leaf)
+        own = [made[id(leaf)] for leaf in leaves]
         for value, leaf in zip(own, leaves, strict=True):
             if type(leaf) in called:
                 as_called(value)
@@ -351,6 +363,8 @@ def copy_of_object(leaf: Any) -> Any:
     Raises:
         TraceError: if it cannot be copied.
     """
+    if isinstance(leaf, Iterator):
+        raise TraceError(f"it is given an iterator (a {type(leaf).__name__}), which a look at it would use up")
     if isinstance(leaf, (Tensor, nn.Module)) or callable(leaf) or not hasattr(leaf, "__dict__"):
         return leaf
     tensors = [(tensor, tensor.detach().clone()) for tensor in _tensors_of(leaf, set())]

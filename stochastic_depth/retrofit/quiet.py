@@ -50,7 +50,9 @@ class _Quiet(TorchFunctionMode):
         elif name in ("rand", "rand_like"):
             make = torch.empty if name == "rand" else torch.empty_like
             kwargs = {key: value for key, value in kwargs.items() if key != "generator"}
-            return make(*args, **kwargs).fill_(_ALMOST_ONE)
+            drawn = make(*args, **kwargs).fill_(_ALMOST_ONE)
+            # One number for each sample may be drawn to sort them by.
+            return drawn.copy_(torch.linspace(1 - 2**-14, _ALMOST_ONE, len(drawn))) if drawn.dim() == 1 else drawn
         elif name == "batch_norm":
             args, kwargs = _with_running_statistics(args, kwargs)
         output = func(*args, **kwargs)
@@ -82,7 +84,8 @@ def _still_integer(output: Tensor, *args: Any, **given: Any) -> Tensor:
 
 
 def _still_order(output: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-    return torch.arange(len(output), out=output)
+    # Backwards: what exchanges samples would not be seen where each stays in its place.
+    return output.copy_(torch.arange(len(output) - 1, -1, -1))
 
 
 # What stands for noise is no zero, which would hide what it is multiplied by.

@@ -11,7 +11,6 @@ from torch import fx, nn
 
 from stochastic_depth.copies import plain_class, way_around
 from stochastic_depth.retrofit import cuts
-from stochastic_depth.retrofit.effects import unchanged_surroundings
 from stochastic_depth.retrofit.errors import CutError, StoredError, TraceError
 from stochastic_depth.retrofit.example import Example, Reading
 from stochastic_depth.retrofit.functional import FUNCTIONAL, put_functional
@@ -28,6 +27,7 @@ from stochastic_depth.retrofit.sums import (
     match,
     paths_of,
 )
+from stochastic_depth.retrofit.surroundings import unchanged_surroundings
 from stochastic_depth.retrofit.trace import OPAQUE, Recording, flatten, own_forward, record
 
 _MAX_WAYS = 16

@@ -7,7 +7,10 @@ methods that this code calls.
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
 
+import builtins
+import dis
 import functools
+import keyword
 import os
 import sys
 import types
@@ -18,6 +21,7 @@ from contextvars import ContextVar
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from stochastic_depth.copies import plain_class
@@ -51,12 +55,35 @@ class Place:
             return f"the variable {self.name} of a closure"
         if self._get is _in_context:
             return f"the context variable {self.name}"
+        if not self.is_value:
+            return f"an attribute of a {type(self.owner).__name__}"
         kind = self.owner if isinstance(self.owner, type) else type(self.owner)
         return f"{self.name} of {self.owner.__name__ if isinstance(self.owner, ModuleType) else kind.__name__}"
 
-    def put(self, value: Any) -> None:
-        """Set the value."""
-        _PUT[self._get](self.owner, self.name, value)
+    @property
+    def is_value(self) -> bool:
+        """Whether it holds a value, and not a list of names."""
+        return self._get is not _named and self._get is not _number
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no such variable or attribute."""
+        if self._get is _item:
+            return self.name not in self.owner
+        if self._get is _content:
+            return self.owner == types.CellType()
+        return self._get is _attribute and not hasattr(self.owner, self.name)
+
+    def put(self, value: Any, *, empty: bool = False) -> None:
+        """Set the value, or remove it if `empty`."""
+        if not empty:
+            _PUT[self._get](self.owner, self.name, value)
+        elif self._get is _item:
+            self.owner.pop(self.name, None)
+        elif self._get is _content:
+            del self.owner.cell_contents
+        else:
+            delattr(self.owner, self.name)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Place) and (self._get, id(self.owner), self.name) == (
@@ -89,11 +116,32 @@ def _content(owner: types.CellType, _name: str) -> Any:
 
 
 def _in_context(owner: ContextVar[Any], _name: str) -> Any:
-    return owner.get(None)
+    try:
+        return owner.get()
+    except LookupError:  # It has no default.
+        return None
+
+
+def _named(owner: Any, names: Any) -> str:
+    """Which of these names an object has attributes of."""
+    return ",".join([name for name in vars(owner) if name in names])
+
+
+def _number(owner: Any, _name: str) -> int:
+    """How many attributes a module has: a new one may be read."""
+    return len(vars(owner))
+
+
+def _put_attribute(owner: Any, name: str, value: Any) -> None:
+    of_module = buffer_dict(owner) if isinstance(owner, nn.Module) else {}
+    if name in of_module:
+        of_module[name] = value
+    else:
+        object.__setattr__(owner, name, value)
 
 
 _PUT: dict[Callable[[Any, Any], Any], Callable[[Any, Any, Any], None]] = {
-    _attribute: object.__setattr__,
+    _attribute: _put_attribute,
     _own: setattr,
     _item: dict.__setitem__,
     _content: lambda owner, _name, value: setattr(owner, "cell_contents", value),
@@ -110,17 +158,24 @@ class Reads:
         may_cache: whether any of them is a cached function (`functools.cache`).
     """
 
-    def __init__(self, block: nn.Module, inlined: Collection[str] = ()) -> None:
-        names, functions = code_of(block, inlined)
+    def __init__(self, block: nn.Module, inlined: Collection[str] = (), arguments: Collection[Any] = ()) -> None:
+        names, functions = code_of(block, inlined, arguments)
         modules = _with_inlined(block, inlined)
         walk = _Walk(names)
-        self._own = [
-            name
-            for name, value in block.__dict__.items()
-            if name in names and name not in NOT_CONFIGURATION and not is_plain(value)
-        ]
+        # A name that code computes at run time may be any name.
+        is_any = COMPUTED in names
+        self._own = tuple(
+            [
+                name
+                for name, value in block.__dict__.items()
+                if (is_any or name in names) and name not in NOT_CONFIGURATION and not is_plain(value)
+            ]
+        )
         for name in self._own:
             walk.enter(block.__dict__[name])
+        for value in arguments:
+            if isinstance(value, nn.Module) or callable(value):
+                walk.enter(value)
         for child in block.children():
             walk.enter(child)
         for module in modules:
@@ -130,8 +185,20 @@ class Reads:
         self.places = tuple(walk.found)
         self.may_cache = any(hasattr(place(), "cache_info") for place in self.places)
         self._environment = "environ" in names or "getenv" in names
+        self._flags = tuple([flag for name, flag in _FLAGS.items() if name in names])
         self._inlined = inlined
         self.children = self.children_now(block)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Reads) and (self._own, self.places, self._flags, self._environment) == (
+            other._own,
+            other.places,
+            other._flags,
+            other._environment,
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.places)
 
     def children_now(self, block: nn.Module) -> tuple[nn.Module | None, ...]:
         """The modules that the block's code calls, and the inlined ones."""
@@ -146,7 +213,7 @@ class Reads:
     def now(self, block: nn.Module) -> tuple[Any, ...]:
         """The current values."""
         state = block.__dict__
-        plain = tuple([(name, value) for name, value in state.items() if is_plain(value)])
+        plain = tuple([(name, type(value), value) for name, value in state.items() if is_plain(value)])
         empty = tuple(
             [name for name, value in (*state["_parameters"].items(), *state["_buffers"].items()) if value is None]
         )
@@ -155,10 +222,26 @@ class Reads:
             plain,
             empty,
             len(parameters) - len(set(parameters)),  # number of tied parameters
+            len(state),
             tuple([_quick(state.get(name)) for name in self._own]),
             tuple([_quick(place()) for place in self.places]),
             tuple(os.environ.items()) if self._environment else (),
+            tuple([flag() for flag in self._flags]),
         )
+
+
+# Settings that code may read from PyTorch.
+_FLAGS: dict[str, Callable[[], Any]] = {
+    "get_default_dtype": torch.get_default_dtype,
+    "are_deterministic_algorithms_enabled": torch.are_deterministic_algorithms_enabled,
+    "get_float32_matmul_precision": torch.get_float32_matmul_precision,
+    "backends": lambda: (
+        *(getattr(torch.backends.cudnn, name) for name in ("enabled", "benchmark", "deterministic", "allow_tf32")),
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.mkldnn.enabled,  # pyright: ignore
+    ),
+    "get_num_threads": torch.get_num_threads,
+}
 
 
 def _quick(value: Any) -> Any:
@@ -176,13 +259,13 @@ def _quick(value: Any) -> Any:
     return Same(value)
 
 
-_MAX_BYTES = 4096
+_MAX_BYTES = 2**16
 
 
 class _Walk:
     """Finds the places that code with certain names may read."""
 
-    def __init__(self, names: Collection[str]) -> None:
+    def __init__(self, names: frozenset[str]) -> None:
         self.found: dict[Place, None] = {}
         self._names = names
         self._seen: set[int] = set()
@@ -198,11 +281,11 @@ class _Walk:
         """Visit the values that a function reads: globals, its closure, and mutable defaults."""
         for name in names_of(function.__code__):
             value = function.__globals__.get(name)
-            if value is not None and not name.startswith("__"):
+            if (value is not None and not name.startswith("__")) or name in globals_of(function.__code__):
+                # Also what is not there yet.
                 self._read(Place(_item, function.__globals__, name), value)
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            if (value := _content(cell, name)) is not None:
-                self._read(Place(_content, cell, name), value)
+            self._read(Place(_content, cell, name), _content(cell, name))
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             if not isinstance(value, PLAIN):
                 self.enter(value)
@@ -213,15 +296,21 @@ class _Walk:
         self.enter(value, depth)
 
     def enter(self, value: Any, depth: int = _MAX_DEPTH) -> None:
-        """Visit the values that can be reached from a value."""
-        if depth == 0 or isinstance(value, (Tensor, FunctionType, *PLAIN)) or id(value) in self._seen:
+        """Look at what can be reached from a value."""
+        if depth == 0 or isinstance(value, (Tensor, *PLAIN)) or id(value) in self._seen:
             return
         self._seen.add(id(value))
-        if isinstance(value, nn.Module):
-            parts = (*value.__dict__, *parameter_dict(value), *buffer_dict(value))
-            for name in parts:
-                if name in self._names and (name == "training" or name not in NOT_CONFIGURATION):
+        if isinstance(value, FunctionType):
+            for name in vars(value):
+                if name in self._names and name != "__wrapped__":
                     self._read(Place(_attribute, value, name), getattr(value, name, None), depth - 1)
+            return
+        if isinstance(value, nn.Module):
+            is_any = COMPUTED in self._names and is_users(type(value))
+            for name in (*value.__dict__, *parameter_dict(value), *buffer_dict(value)):
+                if (is_any or name in self._names) and (name == "training" or name not in NOT_CONFIGURATION):
+                    self._read(Place(_attribute, value, name), getattr(value, name, None), depth - 1)
+            self.found[Place(_number, value, "")] = None
             for child in value.children():
                 self.enter(child, depth - 1)
         elif isinstance(value, (type, ModuleType)):
@@ -230,7 +319,7 @@ class _Walk:
                     if name in self._names and not name.startswith("__"):
                         self._read(Place(_own, part, name), vars(part)[name], depth - 1)
         elif isinstance(value, ContextVar):
-            self._read(Place(_in_context, value, value.name), cast("ContextVar[Any]", value).get(None), depth - 1)
+            self._read(Place(_in_context, value, value.name), _in_context(value, ""), depth - 1)
         elif isinstance(value, weakref.ref):
             self.enter(cast("weakref.ref[Any]", value)(), depth)
         else:
@@ -238,6 +327,8 @@ class _Walk:
                 self.enter(part, depth - 1)
             if not isinstance(value, (list, tuple, set, frozenset, deque, dict)):
                 self.enter(type(value), depth)
+                if is_users(type(value)) and hasattr(value, "__dict__") and not isinstance(value, MethodType):
+                    self.found[Place(_named, value, cast(str, self._names))] = None
                 for name in _attributes_of(value):
                     if name in self._names:
                         self._read(Place(_attribute, value, name), getattr(value, name, None), depth - 1)
@@ -261,16 +352,21 @@ def _attributes_of(value: Any) -> Iterator[str]:
         yield from (slots,) if isinstance(slots, str) else slots
 
 
-def code_of(block: nn.Module, inlined: Collection[str] = ()) -> tuple[frozenset[str], tuple[FunctionType, ...]]:
-    """All names in the code of a block's class and of the functions that this code calls or holds, and the functions.
+def code_of(
+    block: nn.Module, inlined: Collection[str] = (), arguments: Collection[Any] = ()
+) -> tuple[frozenset[str], tuple[FunctionType, ...]]:
+    """All names in the code of a block's class and of what this code calls, holds or is given, and the functions.
 
-    The code of its `inlined` children counts as its own.
+    The code of its `inlined` children counts as its own, and so do the methods of other children that it calls by name.
     """
     names: set[str] = set()
     functions: dict[FunctionType, None] = {}
+    children = tuple(dict.fromkeys(kind for each in block.modules() if is_users(kind := plain_class(each))))
+    given = dict.fromkeys(each for value in arguments for each in _code_in(value))
+    given.update((kind, None) for value in arguments if isinstance(value, nn.Module) if is_users(kind := type(value)))
     for module in _with_inlined(block, inlined):
         held = dict.fromkeys(each for value in module.__dict__.values() for each in _code_in(value))
-        own = names_in_code(plain_class(module), *held)
+        own = names_in_code(plain_class(module), *held, *given, children=children)
         names |= own[0]
         functions.update(dict.fromkeys(own[1]))
     return frozenset(names), tuple(functions)
@@ -279,34 +375,79 @@ def code_of(block: nn.Module, inlined: Collection[str] = ()) -> tuple[frozenset[
 def places_of_children(block: nn.Module) -> list[Place]:
     """Places outside a block's children that their code reads."""
     found: dict[Place, None] = {}
-    for kind in dict.fromkeys(plain_class(child) for child in block.modules() if child is not block):
+    children = [child for child in block.modules() if child is not block]
+    for kind in dict.fromkeys(map(plain_class, children)):
         if is_users(kind):
             names, functions = names_in_code(kind)
             walk = _Walk(names)
             walk.enter_class(kind)
             for function in functions:
                 walk.enter_function(function)
+            for child in children:
+                if plain_class(child) is kind:
+                    for name in names & vars(child).keys() - NOT_CONFIGURATION:
+                        walk.enter(child.__dict__[name])
             found.update(walk.found)
     return list(found)
+
+
+def written_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters that forwards may write to, such as a codebook that is a moving average.
+
+    Their code names an operation in place, or `data`.
+    """
+    found: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        if is_users(kind := plain_class(module)):
+            names, _ = names_in_code(kind)
+            if any(name == "data" or (name.endswith("_") and not name.startswith("_")) for name in names):
+                found.update((id(parameter), parameter) for parameter in module.parameters())
+    return list(found.values())
 
 
 def _with_inlined(block: nn.Module, inlined: Collection[str]) -> list[nn.Module]:
     return [block, *(block.get_submodule(path) for path in inlined)]
 
 
-@functools.cache
-def names_in_code(kind: type[nn.Module], *held: FunctionType | type) -> tuple[frozenset[str], tuple[FunctionType, ...]]:
-    """All names in the forward of a class, and in the functions and methods that it calls by name.
+_Code = tuple[frozenset[str], tuple[FunctionType, ...]]
+# What was found, with the global variables that were followed and what they were.
+_KNOWN: dict[Any, tuple[list[tuple[dict[str, Any], str, Any]], _Code]] = {}
+_MAX_KNOWN = 1024
+
+
+def names_in_code(kind: type[nn.Module], *held: FunctionType | type, children: tuple[type, ...] = ()) -> _Code:
+    """All names in the forward of a class, and in the functions and methods that it calls by them.
 
     Args:
         kind: the class of a module.
         *held: functions that it holds, and classes of objects that it holds.
+        children: classes of its children, whose methods, but not forwards, may be called by name.
 
     Returns:
         The names and the functions.
     """
+    key = (kind, held, children)
+    followed, code = _KNOWN.get(key, ((), None))
+    if code is None or any(space.get(name) is not value for space, name, value in followed):
+        if len(_KNOWN) >= _MAX_KNOWN:
+            _KNOWN.clear()
+        followed = list[tuple[dict[str, Any], str, Any]]()
+        code = _names_in_code(kind, held, children, followed)
+        _KNOWN[key] = (followed, code)
+    return code
+
+
+def _names_in_code(
+    kind: type[nn.Module],
+    held: tuple[FunctionType | type, ...],
+    children: tuple[type, ...],
+    followed: list[tuple[dict[str, Any], str, Any]],
+) -> _Code:
     pending: list[FunctionType] = [each for each in held if isinstance(each, FunctionType)]
-    kinds = dict.fromkeys([kind, *(each for each in held if isinstance(each, type))])
+    kinds = dict.fromkeys(
+        [kind, *(each for each in held if isinstance(each, type) and not issubclass(each, nn.Module))]
+    )
+    given = [each for each in held if isinstance(each, type) and issubclass(each, nn.Module)]
     pending += _methods_of([kind], {"forward"})
     functions: dict[FunctionType, None] = {}
     names: set[str] = set()
@@ -318,6 +459,7 @@ def names_in_code(kind: type[nn.Module], *held: FunctionType | type) -> tuple[fr
         own = names_of(function.__code__)
         names |= own
         values = [function.__globals__.get(name) for name in own]
+        followed += [(function.__globals__, name, value) for name, value in zip(own, values, strict=True)]
         values += [value.__dict__.get(name) for value in values if _is_users_module(value) for name in own]
         values += [_content(cell, "") for cell in function.__closure__ or ()]
         for code in [each for value in values for each in _code_in(value)]:
@@ -326,7 +468,10 @@ def names_in_code(kind: type[nn.Module], *held: FunctionType | type) -> tuple[fr
             elif not issubclass(code, nn.Module):
                 kinds[code] = None
         if not pending:
-            pending += [each for each in _methods_of(kinds, names) if each not in functions]
+            # `super().forward` names the block's own.
+            of_children = names - _PROTOCOLS - ({"forward"} if "super" in names else set[str]())
+            found = [*_methods_of(kinds, names | _PROTOCOLS), *_methods_of((*given, *children), of_children)]
+            pending += [each for each in found if each not in functions]
     return frozenset(names), tuple(functions)
 
 
@@ -357,7 +502,7 @@ def _methods_of(kinds: Collection[type], names: Collection[str]) -> list[Functio
         for part in kind.__mro__
         if is_users(part) or (issubclass(part, nn.Module) and part is not nn.Module)
         for name, value in vars(part).items()
-        if (name in names or name in _PROTOCOLS) and (function := _function_of(value))
+        if name in names and (function := _function_of(value))
     ]
 
 
@@ -380,10 +525,49 @@ def _is_users_module(value: Any) -> bool:
     return isinstance(value, ModuleType) and is_users(value)
 
 
-def names_of(code: CodeType) -> set[str]:
-    """All names in the code of a function and of its inner functions."""
+@functools.cache
+def names_of(code: CodeType) -> frozenset[str]:
+    """All names in the code of a function and of the functions in it, also those that are strings, as for getattr."""
     names = {*code.co_names, *code.co_freevars}
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             names |= names_of(constant)
-    return names
+        else:
+            for value in constant if isinstance(constant, (tuple, frozenset)) else (constant,):
+                parts = value.split(".") if isinstance(value, str) else ()
+                names.update(part for part in parts if part.isidentifier() and not keyword.iskeyword(part))
+    if _computes_names(code):
+        names.add(COMPUTED)
+    return frozenset(names)
+
+
+COMPUTED = "a name that is computed"
+"""Among the names in code that puts together names of attributes as it runs."""
+_BY_NAME = {"vars", "attrgetter", "__dict__", "__getattribute__"}
+
+
+def _computes_names(code: CodeType) -> bool:
+    """Whether code asks for attributes whose names it does not spell out."""
+    if _BY_NAME & {*code.co_names}:
+        return True
+    is_spelled, is_asked = False, False
+    for each in dis.get_instructions(code):
+        if each.argval == "getattr" and each.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            is_spelled, is_asked = False, True
+        elif is_asked and each.opname == "LOAD_CONST" and isinstance(each.argval, str):
+            is_spelled = True
+        elif is_asked and each.opname.startswith(("BINARY_OP", "BUILD_STRING", "FORMAT")):
+            return True
+        elif is_asked and each.opname.startswith("CALL"):
+            if not is_spelled:
+                return True
+            is_asked = False
+    return False
+
+
+@functools.cache
+def globals_of(code: CodeType) -> frozenset[str]:
+    """The names of the global variables that the code of a function and of the functions in it reads."""
+    inner = [globals_of(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    own = {each.argval for each in dis.get_instructions(code) if each.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return frozenset(name for name in own.union(*inner) if not hasattr(builtins, name))

@@ -33,13 +33,13 @@ from stochastic_depth.retrofit.effects import (
     outside,
     parts_of,
     stores_of,
-    unchanged_surroundings,
 )
 from stochastic_depth.retrofit.errors import StoredError, TraceError
 from stochastic_depth.retrofit.held import Cached, Outside, held_tensors, name_of, tensors_in
 from stochastic_depth.retrofit.maps import is_attention_map
 from stochastic_depth.retrofit.reads import Reads
 from stochastic_depth.retrofit.rules import is_drop_path
+from stochastic_depth.retrofit.surroundings import unchanged_surroundings
 from stochastic_depth.retrofit.torch_calls import (
     ORIGIN,
     as_method,
@@ -52,6 +52,7 @@ from stochastic_depth.retrofit.torch_calls import (
     set_item,
 )
 from stochastic_depth.torch_private import (
+    EndOfRecomputation,
     tree_flatten,
     tree_leaves,
     tree_map_only,
@@ -134,7 +135,7 @@ def run_block(
     recorder = _Recorder(block, leaves, edits or {}, inlined)
     before = contents_of(block, (args, kwargs))
     with (
-        unchanged_surroundings(block, inlined),
+        unchanged_surroundings(block, inlined, recorder.arguments),
         recorder.watching(block),
         watched(recorder.called_objects, recorder),
     ):
@@ -227,7 +228,8 @@ class _Recorder(TorchFunctionMode):
         for path, value in held_tensors(block):
             self._held.setdefault(id(value), path)  # One that has several names goes by its first.
         # Those of other modules and of plain structures, by place. What the stand-in has copied goes by its path.
-        self._reads = Reads(block, inlined)
+        self.arguments = [leaf for leaf in leaves if not isinstance(leaf, (Tensor, Called))]
+        self._reads = Reads(block, inlined, self.arguments)
         self._outside = {
             id(tensor): (place, inner)
             for place in reversed(self._reads.places)
@@ -235,7 +237,7 @@ class _Recorder(TorchFunctionMode):
         }
         self._valued: set[int] = set()
         self.constants: list[Tensor] = []
-        self._generators = generators_of(block, inlined)
+        self._generators = generators_of(block, inlined, self._reads)
         self._held_objects = {
             id(value): (*path, name)
             for path in ((), *(tuple(each.split(".")) for each in inlined))
@@ -258,7 +260,7 @@ class _Recorder(TorchFunctionMode):
         if isinstance(value, Tensor):
             self._alive.append(value)
             self._nodes[id(value)] = node
-            node.meta["shape"] = tuple(value.shape)
+            node.meta["shape"], node.meta["dtype"] = tuple(value.shape), value.dtype
             if node.target is operator.getitem and cast(fx.Node, node.args[0]).op == "call_module":
                 node.meta["attention_map"] = is_attention_map(value)
             if not value.is_inference():
@@ -375,7 +377,7 @@ class _Recorder(TorchFunctionMode):
         try:
             with self:
                 yield
-        except (TraceError, KeyboardInterrupt):
+        except (TraceError, KeyboardInterrupt, EndOfRecomputation):
             raise
         except Exception as error:
             raise TraceError(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error

@@ -204,14 +204,18 @@ def _gate(residual: Sum, key: Key, block: nn.Module, gates: BlockGates, granular
     # Where the branch does not run, the shortcut carries no gradient to these inputs.
     carried: set[fx.Node] = set() if residual.shortcut is None else cuts.ancestors(residual.shortcut)
     inputs = [BranchInput(bool(node.meta.get("samples")), node in carried) for node in branch.inputs]
+    dtype = residual.add.meta["dtype"]
     if residual.shortcut is None:
-        gated_sum = make_gated_value(key, paths, function, inputs, residual.add.meta["shape"])
+        gated_sum = make_gated_value(key, paths, function, inputs, residual.add.meta["shape"], dtype)
     elif branch.sides:
         gated_sum = make_gated_sum_and_maps(key, paths, function, inputs, len(branch.sides))
     else:
         gated_sum = make_gated_sum(key, paths, function, inputs)
     with graph.inserting_before(residual.add):
         shortcut = () if residual.shortcut is None else (residual.shortcut,)
+        if residual.shortcut is not None and residual.shortcut.meta.get("dtype", dtype) != dtype:
+            # Where the branch is closed, nothing else tells which type the sum has.
+            shortcut = (graph.call_method("to", (residual.shortcut, dtype)),)
         gated_node = graph.call_function(gated_sum, (*shortcut, *branch.inputs))
     gated_node.meta.update(residual.add.meta, takes_block=True)
     result = gated_node

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from stochastic_depth.copies import own_class
 from stochastic_depth.retrofit.called import Called
 from stochastic_depth.retrofit.classes import Unannounced
+from stochastic_depth.retrofit.reads import written_parameters
 from stochastic_depth.retrofit.rules import is_drop_path
 from stochastic_depth.retrofit.trace import bound_anew, own_forward
 from stochastic_depth.torch_private import (
@@ -58,6 +59,7 @@ def stand_in(block: nn.Module, *, own_parameters: bool = False) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     made: dict[int, nn.Module] = {}
     tensors: dict[int, Tensor | None] = {}
+    written = {id(parameter) for parameter in written_parameters(block)}
 
     def parameter_of(parameter: nn.Parameter) -> Tensor:
         if id(parameter) not in tensors:
@@ -65,7 +67,7 @@ def stand_in(block: nn.Module, *, own_parameters: bool = False) -> nn.Module:
                 parameter
                 if own_parameters
                 else nn.Parameter(
-                    _awake(parameter if _has_no_data(parameter) else parameter.detach(), generator),
+                    _awake(_data_of(parameter, clone=id(parameter) in written), generator),
                     requires_grad=parameter.requires_grad,
                 )
             )
@@ -222,6 +224,12 @@ def _has_no_data(tensor: Tensor) -> bool:
     return tensor.is_meta or is_fake(tensor) or is_transformed(tensor)
 
 
+def _data_of(parameter: nn.Parameter, *, clone: bool) -> Tensor:
+    if _has_no_data(parameter):
+        return parameter
+    return parameter.detach().clone() if clone else parameter.detach()
+
+
 def _awake(tensor: Tensor, generator: torch.Generator) -> Tensor:
     """Random values in the form of a parameter; the parameter's own where it is large and not zero."""
     plain = type(tensor) is Tensor and not _has_no_data(tensor)
@@ -260,6 +268,7 @@ def sample_leaf(value: Any, rows: Tensor | None) -> Any:
     data = data.clone() if rows is None else _different(data.index_select(0, rows.to(data.device)))
     if rows is not None and value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last):
         data = data.contiguous(memory_format=torch.channels_last)
+    vars(data).update(vars(value))
     return data.requires_grad_(value.requires_grad) if data.is_floating_point() or data.is_complex() else data
 
 

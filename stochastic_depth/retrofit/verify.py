@@ -19,6 +19,7 @@ from stochastic_depth.retrofit.proof import deviation, tolerance
 from stochastic_depth.retrofit.quiet import without_noise
 from stochastic_depth.retrofit.stand_in import uniform, untouched
 from stochastic_depth.retrofit.sums import BranchParts
+from stochastic_depth.retrofit.surroundings import kept_surroundings
 from stochastic_depth.tally import Tally
 from stochastic_depth.torch_private import BatchNorm, tree_leaves
 
@@ -86,8 +87,8 @@ def verify(
     """
     every = range(len(branches))
     before = passes.forced, passes.counter, passes.latest, passes.tally
-    passes.tally = Tally(len(branches))  # its draws do not count as training steps
-    with undisturbed(root), untouched(root):
+    passes.tally = Tally(len(branches))  # its draws are no training steps
+    with undisturbed(root), untouched(root), kept_surroundings(root):
         try:
             of_outputs, of_gradients = _compare_with_masks(root, passes, branches, call, skipped_grad)
             with torch.no_grad(), _Watch(root, passes, branches) as watch:
@@ -149,7 +150,8 @@ def _compare_with_masks(
                     passes.forced, passes.counter = gates, counter
                     token = masks_only.set(masks)
                     try:
-                        outcomes.insert(0, _outcome(root, call, absent))
+                        with kept_surroundings(root):
+                            outcomes.insert(0, _outcome(root, call, absent))
                     finally:
                         masks_only.reset(token)
                 where = f"in {'training' if training else 'evaluation'} with {name}"
@@ -231,7 +233,7 @@ def _deviations(expected: _Outcome, actual: _Outcome, where: str) -> tuple[float
         outputs = [next(outputs)]
     of_outputs = 0.0
     for index, (a, b) in enumerate(outputs):
-        of_outputs = max(of_outputs, deviation(a, b))
+        of_outputs = max(of_outputs, deviation(a, b) if a.dtype == b.dtype else float("inf"))
         if of_outputs > 10 * tolerance(a):
             raise RuntimeError(
                 f"The stochastic model differs from its own code under masks {where}: output {index} by "

@@ -185,6 +185,21 @@ def test_checkpoints_are_found_in_their_forward_and_in_their_recomputation() -> 
     assert private.running_checkpoints() == []
 
 
+def test_end_of_recomputation() -> None:
+    ends: list[type[BaseException]] = []
+
+    def function(x: Tensor) -> Tensor:
+        try:
+            return x.sin().cos()
+        except BaseException as error:
+            ends.append(type(error))
+            raise
+
+    x = torch.ones(2, requires_grad=True)
+    checkpoint(function, x, use_reentrant=False).sum().backward()
+    assert ends == [private.EndOfRecomputation]
+
+
 # ---------------------------------------------------------------------------------------------- compilers, modes
 
 
