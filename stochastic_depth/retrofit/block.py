@@ -63,9 +63,9 @@ class Prepared:
         stores: plain numbers that the block's own code sets on the block.
         uses: places of the gated branches in the block's own code.
         ungated: for each addition that was not found before the call, what it uses.
-        recorded: what the block's own code does with a few samples, and which rows of the arguments these are.
-        num_checked: how many calls any block has made when that was last compared with what the code does then.
-        refusal: why the form is refused, where what the code does has changed since.
+        recorded: recording of the block's own code on a few samples, and the rows of the arguments that these are.
+        num_checked: number of calls, over all blocks, at the last comparison with a new recording.
+        refusal: why the form is refused, if the code has changed since.
     """
 
     code: Code | None
@@ -80,7 +80,7 @@ class Prepared:
 
 @dataclass
 class _Form:
-    """A form of a block's call, and how many calls it had."""
+    """A form of a block's call, with its number of calls."""
 
     prepared: Prepared
     num_calls: int = 0
@@ -92,12 +92,12 @@ class KnownForms:
     def __init__(self) -> None:
         self.prepared: dict[Any, Prepared] = {}
         self.proven: set[Any] = set()
-        """What was proven, without the numbers in it: a number that changes with every step needs no new proof."""
+        """Proven code, without its numbers: a number that changes in every step needs no new proof."""
         self.num_runs = 0
-        """How many times a block's code was run to record and to prove it."""
+        """Number of runs of blocks for recordings and proofs."""
         self.warned: set[Any] = set()
         self.called: set[type] = set()
-        """Classes of objects that are given to blocks whose code calls them, such as a cache."""
+        """Classes of arguments whose methods blocks call, such as a cache."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -109,7 +109,7 @@ class KnownForms:
         return KnownForms()
 
     def remember(self, key: Any, prepared: Prepared) -> None:
-        """Keep what is known of a form, and forget the oldest of too many."""
+        """Keep the prepared code of a form, and drop the oldest if there are too many."""
         self.prepared[key] = prepared
         if len(self.prepared) > _MAX_FORMS:
             del self.prepared[next(iter(self.prepared))]
@@ -122,12 +122,12 @@ class BlockBranches:
     Attributes:
         name: the block's name, for messages.
         drop_paths: paths of its drop paths whose calls are branches; empty where additions are.
-        known: all branches that were found, also those that a filter left out, and what identifies each.
-        gated: the others.
-        parts: what holds the parameters of each.
-        forms: what is known of the forms of calls.
-        rates: of its functional drop paths, where the branches have these rates.
-        own_forward: a forward that somebody has set on the block, in place of its class's.
+        known: all branches that were found, including filtered ones, with their identities.
+        gated: the branches that passed the filter.
+        parts: the holder of each branch's parameters.
+        forms: the known forms of calls.
+        rates: rates of its functional drop paths, if the branches have these rates.
+        own_forward: a forward that was set on the block instead of its class's.
     """
 
     name: str
@@ -148,11 +148,11 @@ class BlockBranches:
         self.gated[key], self.parts[key] = gated, parts
 
     def __getstate__(self) -> dict[str, Any]:
-        # What a copy knows of its own objects, it finds out itself.
+        # A copy finds its own objects again.
         return {**self.__dict__, "_own": {}, "_parts_at": {}, "_reads": None, "_fingerprint": None}
 
     def parts_at(self, block: nn.Module, key: Key, paths: Paths) -> nn.Module:
-        """What holds the parameters that a branch has on one way through the code."""
+        """The holder of a branch's parameters on one path through the code."""
         parts = self._parts_at.get((key, paths))
         if parts is None:
             known = self.parts.get(key)
@@ -163,7 +163,7 @@ class BlockBranches:
 
     @property
     def inlined(self) -> tuple[str, ...]:
-        """Paths of the children whose own code is read as a part of the block's."""
+        """Paths of the children whose own code is read as part of the block's code."""
         return self.drop_paths.inlined
 
     @property
@@ -172,16 +172,16 @@ class BlockBranches:
         return bool(self._own)
 
     def cause_of_mask(self, key: Key) -> str:
-        """Why a branch is masked in the calls that were made; empty where it is skipped in all of them."""
+        """Why a branch is masked in the calls so far; empty if it is skipped in all of them."""
         return next((own.prepared.masked[key] for own in self._own.values() if key in own.prepared.masked), "")
 
     @property
     def ungated(self) -> list[str]:
-        """What the additions use that calls have shown, and that have no gate."""
+        """For each addition without a gate that calls have shown, what it uses."""
         return list(dict.fromkeys(used for own in self._own.values() for used in own.prepared.ungated))
 
     def is_plain(self, block: nn.Module) -> bool:
-        """Whether the block's own code is right: the rule of evaluation holds, with no gate forced and no factor."""
+        """Whether the block's own code is correct as it is: in evaluation without forced gates and without a factor."""
         if block.training:
             return False
         return all(
@@ -196,7 +196,7 @@ class BlockBranches:
     def prepared_for(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Prepared, list[Any]]:
-        """What is known of the form of a call, and the call's opaque arguments.
+        """The prepared code for the form of a call, and the call's opaque arguments.
 
         Raises:
             RuntimeError: if an addition cannot be gated.
@@ -254,9 +254,9 @@ class BlockBranches:
             return run_with_edits(block, own_forward(block, block), args, kwargs, leaves, edits, self.inlined)
 
     def _known_for_export(self, block: nn.Module, leaves: list[Any]) -> Prepared:
-        """Code that was proven in evaluation: what an export sees has no values to prove anything with."""
+        """Code that was proven earlier in evaluation, because an export has no values for a proof."""
         for branch in self.gated.values():
-            branch.passes.gate(branch.index, 1, torch.device("cpu"), block.training)  # raises where gates would act
+            branch.passes.gate(branch.index, 1, torch.device("cpu"), block.training)  # raises if gates would act
         shapes = [leaf.shape[1:] if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves]
         for (_, of_leaves, _, state), own in self._own.items():
             known = [
@@ -270,7 +270,7 @@ class BlockBranches:
         )
 
     def _refuse_ways_around(self, block: nn.Module) -> None:
-        """Refuse what was put on an inlined child, which the rewritten code does not call as a whole.
+        """Refuse hooks and forwards on an inlined child, which the rewritten code does not call as a whole.
 
         Raises:
             RuntimeError: if it has hooks or a forward of its own.
@@ -319,12 +319,12 @@ class BlockBranches:
                 "a CUDA graph: run a few steps before you capture."
             )
         for key in self.gated:
-            in_training(block, key)  # raises where its drop path was replaced
+            in_training(block, key)  # raises if its drop path was replaced
         try:
             with private():
                 prepared = self._proven_with_objects(block, signature, leaves)
         except (TraceError, CutError, ProofError) as error:
-            # In the own code, the gates of a drop path that is a function would not act.
+            # In the block's own code, the gates of functional drop paths would have no effect.
             if not self.drop_paths or any(key[0] == FUNCTIONAL for key in self.gated):
                 raise RuntimeError(self._refusal(block, error)) from error
             prepared = Prepared(None, dict.fromkeys(self.gated, str(error)))
@@ -350,10 +350,13 @@ class BlockBranches:
             return skeleton(run.graph, with_numbers=True)
 
         changed = now()
-        # What is another object in every recording tells nothing, nor that a few samples do not fit to a full cache.
+        # Objects that differ between recordings do not count, and neither do a few samples that do not fit a full
+        # cache.
         if changed == before or changed != now() or (changed is None and now({}) is not None):
             return
-        error = TraceError("its code does something else than in an earlier call, by what it reads from elsewhere")
+        error = TraceError(
+            "its code does something else than in an earlier call, because of values read from elsewhere"
+        )
         if not self.drop_paths or any(key[0] == FUNCTIONAL for key in self.gated):
             prepared.refusal = self._refusal(block, error)
             return
@@ -406,9 +409,7 @@ class BlockBranches:
             if again.stores:
                 raise StoredError(f"the forward stores {', '.join(whole.stores)} on the block")
             if [id(tensor) for tensor in again.constants] != [id(tensor) for tensor in whole.constants]:
-                raise TraceError(
-                    "the forward takes a tensor from where it cannot be followed (autograd.Function, another library)"
-                )
+                raise TraceError("the forward uses a tensor that cannot be traced (autograd.Function, another library)")
         exact = skeleton(whole.graph, with_numbers=True)
         num_proven, rows, few = self._generalize(trial, signature, leaves, whole)
         draws = next(iter(self.gated.values())).passes
@@ -444,14 +445,13 @@ class BlockBranches:
     def _generalize(
         self, trial: nn.Module, signature: Any, leaves: list[Any], whole: Run
     ) -> tuple[int, dict[int, Tensor], tuple[Any, Mapping[int, Tensor]] | None]:
-        """Let a recording hold for any number of samples.
+        """Generalize a recording to any number of samples.
 
         Returns:
-            How many samples to prove it with, which rows of which arguments these are, and the other recording with
-            the rows of its own.
+            The number of samples for the proof, their rows in each argument, and the other recording with its rows.
 
-        It is compared with a recording of the same call for another number of samples. Where an argument has as many
-        rows as there are samples by chance only, the code fails unless it keeps all of them.
+        It is compared with a recording of the same call with another number of samples. If an argument has as many rows
+        as there are samples only by chance, the code fails unless all rows are kept.
         """
         first_of = identities(leaves) or range(len(leaves))
         lengths = {
@@ -462,7 +462,7 @@ class BlockBranches:
         if not lengths or 0 in lengths.values():
             return 0, {}, None
         first = next(iter(lengths))
-        # Where patches are folded into the batch, an argument has several rows for each sample that another has.
+        # If patches are folded into the batch, one argument has several rows per sample of another.
         for num_samples in dict.fromkeys((lengths[first], *lengths.values())):
             if lengths[first] % num_samples:
                 continue
@@ -481,14 +481,14 @@ class BlockBranches:
                         recorded = skeleton(few.graph, with_numbers=True), rows
                         num_proven = _NUM_SAMPLES
                         if not all(leaves[i].is_floating_point() for i in having_rows):
-                            # What is no value may be the number of another sample: the first few may know only few.
+                            # Integers may be the index of another sample, so the first few samples may not be enough.
                             num_proven = max(_NUM_SAMPLES, min(num_samples, _MAX_SAMPLES))
                         return num_proven, _some_rows(having_rows, num_proven, num_samples), recorded
         return 0, {}, None
 
 
 def _some_rows(rows_per_sample: Mapping[int, int], num: int, num_samples: int) -> dict[int, Tensor]:
-    """The rows of the first samples of each argument, again from the start where there are too few."""
+    """The rows of the first samples of each argument, starting over if there are too few."""
     return {i: torch.arange(num * each) % (num_samples * each) for i, each in rows_per_sample.items()}
 
 

@@ -31,11 +31,11 @@ class Watcher(Protocol):
 
 
 class Called:
-    """Marks the class of an object whose methods are single calls."""
+    """Marks the class of objects whose methods are single calls."""
 
 
 def as_called(value: Any) -> None:
-    """Let an object tell its watcher of the calls of its methods; whoever has no watcher notices nothing."""
+    """Make an object report its method calls to its watcher; without a watcher, nothing changes."""
     if not isinstance(value, Called):
         try:
             object.__setattr__(value, "__class__", _called_class(type(value)))
@@ -45,7 +45,7 @@ def as_called(value: Any) -> None:
 
 @contextmanager
 def called(values: Collection[Any]) -> Generator[None]:
-    """Within, these objects tell their watchers."""
+    """Context in which these objects report to their watchers."""
     for value in values:
         as_called(value)
     try:
@@ -57,7 +57,7 @@ def called(values: Collection[Any]) -> Generator[None]:
 
 @contextmanager
 def watched(values: Collection[Any], watcher: Watcher) -> Generator[None]:
-    """Within, `watcher` is told of what code does with these objects."""
+    """Context in which `watcher` receives the method calls on these objects."""
     for value in values:
         object.__getattribute__(value, "__dict__")[_WATCHER] = watcher
     try:
@@ -99,5 +99,5 @@ def _told(watcher: Watcher, value: Any, name: str, method: Callable[..., Any], *
 
 
 def method_of(value: Any, name: str, *args: Any, **kwargs: Any) -> Any:
-    """A call of an object's method."""
+    """Call an object's method."""
     return getattr(value, name)(*args, **kwargs)

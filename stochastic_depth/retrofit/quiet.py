@@ -27,7 +27,7 @@ _OFF: dict[str, dict[str, Any]] = {
     "multi_head_attention_forward": {"dropout_p": 0.0},
     "rrelu": {"training": False},
 }  # fmt: skip
-# A uniform draw that every chance above 0.001 lets survive.
+# A uniform draw that survives with any probability above 0.001.
 _ALMOST_ONE = 0.9990234375
 _POSITIONS = {"scaled_dot_product_attention": 4, "multi_head_attention_forward": 10, "rrelu": 3}
 
@@ -57,7 +57,7 @@ class _Quiet(TorchFunctionMode):
             args, kwargs = _with_running_statistics(args, kwargs)
         output = func(*args, **kwargs)
         if name in _STILL:
-            # Drawn all the same, so that it is noticed, and the same for all samples.
+            # Still drawn, so that it is noticed, but the same for all samples.
             return _STILL[name](output, *args, **kwargs)
         return output
 
@@ -88,7 +88,7 @@ def _still_order(output: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
     return output.copy_(torch.arange(len(output) - 1, -1, -1))
 
 
-# What stands for noise is no zero, which would hide what it is multiplied by.
+# Replacements for noise are not zero, which would hide the values that they multiply.
 _STILL: dict[str, Callable[..., Tensor]] = {
     "randn": _filled(0.5),
     "randn_like": _filled(0.5),
