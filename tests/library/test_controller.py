@@ -505,7 +505,7 @@ class OwnForward(sd.Residual):
 
 BAD_MODELS = {
     "no residual": (lambda: nn.Sequential(nn.Linear(2, 2)), "No residual branch", "Sequential", "Residual(branch"),
-    "own forward": (lambda: nn.Sequential(OwnForward(nn.Linear(2, 2))), "OwnForward", "forward of its own"),
+    "own forward": (lambda: nn.Sequential(OwnForward(nn.Linear(2, 2))), "OwnForward", "its own forward"),
     "data parallel": (lambda: nn.DataParallel(mlp()), "wrapped in DataParallel", "make_stochastic_", "first"),
     "inside": (lambda: nn.Sequential(nn.DataParallel(mlp())), "wrapped in DataParallel"),
     "compiled": (lambda: torch.compile(mlp(), backend="eager"), "is compiled", "make_stochastic_", "first"),
