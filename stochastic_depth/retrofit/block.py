@@ -27,7 +27,7 @@ from stochastic_depth.retrofit.generated_code import Code
 from stochastic_depth.retrofit.masked_drop_path import own_code, passing_drop_paths
 from stochastic_depth.retrofit.num_samples import generalize, skeleton
 from stochastic_depth.retrofit.proof import FixedGates, arguments_anew, private, prove
-from stochastic_depth.retrofit.reads import Reads
+from stochastic_depth.retrofit.reads import Reads, StateOfChildren
 from stochastic_depth.retrofit.recorder import Run, run_block, run_with_edits
 from stochastic_depth.retrofit.rewrite import GatedUse, edits_of, rewrite
 from stochastic_depth.retrofit.stand_in import stand_in
@@ -142,6 +142,7 @@ class BlockBranches:
     _own: dict[Any, _Form] = field(default_factory=dict[Any, _Form], repr=False)
     _reads: Reads | None = field(default=None, repr=False)
     _fingerprint: Any = field(default=None, repr=False)
+    _state_of_children: StateOfChildren = field(default_factory=lambda: StateOfChildren(nn.Module()), repr=False)
 
     def add_branch(self, key: Key, gated: GatedBranch, parts: nn.Module) -> None:
         """Gate one of the known branches."""
@@ -149,7 +150,14 @@ class BlockBranches:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy finds its own objects again.
-        return {**self.__dict__, "_own": {}, "_parts_at": {}, "_reads": None, "_fingerprint": None}
+        return {
+            **self.__dict__,
+            "_own": {},
+            "_parts_at": {},
+            "_reads": None,
+            "_fingerprint": None,
+            "_state_of_children": StateOfChildren(nn.Module()),
+        }
 
     def parts_at(self, block: nn.Module, key: Key, paths: Paths) -> nn.Module:
         """The holder of a branch's parameters on one path through the code."""
@@ -210,7 +218,7 @@ class BlockBranches:
         if reads is None or reads.children != reads.children_now(block):
             reads = self._look_again(block, leaves)
         of_leaves = form_of_leaves(leaves, self.forms.called)
-        set_to = settings(leaves), identities(leaves)
+        set_to = settings(leaves), identities(leaves), self._state_of_children.now()
         form = (signature, of_leaves, set_to, reads.now(block))
         own = self._own.get(form)
         if own is None and reads != (now := self._reads_with(block, leaves)):
@@ -292,6 +300,8 @@ class BlockBranches:
     def _look_again(self, block: nn.Module, leaves: Sequence[Any]) -> Reads:
         """Read the block again after its children changed: adapters, conversions, a copy."""
         self._reads, self._fingerprint = self._reads_with(block, leaves), None
+        if any(branch.passes.granularity == "sample" for branch in self.gated.values()):
+            self._state_of_children = StateOfChildren(block)
         self._own, self._parts_at = {}, {}
         for parts in self.parts.values():
             if isinstance(parts, BranchParts):
@@ -417,7 +427,10 @@ class BlockBranches:
         gated = {key: replace(branch, passes=fixed) for key, branch in self.gated.items()}
         own = replace(self, gated=gated, parts={}, _parts_at={})
         trial.__dict__["_stochastic_depth_branch"] = own
-        of = (self._fingerprint, torch.is_grad_enabled(), block.training, skeleton(whole.graph))
+        # An input without gradients proves nothing about those that have some.
+        of_inputs = [leaf.requires_grad for leaf in leaves if isinstance(leaf, Tensor)]
+        settings = torch.is_grad_enabled(), block.training, tuple(of_inputs), self._state_of_children.now()
+        of = (self._fingerprint, settings, skeleton(whole.graph))
         code, uses, ungated = rewrite(whole.graph, trial, own, draws.granularity)
         if of not in self.forms.proven:
             call = arguments_anew(signature, leaves, rows, self.forms.called, unflatten)

@@ -138,7 +138,9 @@ def skeleton(graph: fx.Graph, *, with_numbers: bool = False) -> tuple[Any, ...]:
             return tuple((key, of(item)) for key, item in cast("dict[Any, Any]", value).items())
         if isinstance(value, slice):
             return "slice", of(value.start), of(value.stop), of(value.step)
-        return type(value).__name__ if type(value) is float and not with_numbers else repr(value)
+        # Times 0 and times 1 may hide what any other number shows.
+        is_any = type(value) is float and value not in (0.0, 1.0, -1.0) and not with_numbers
+        return type(value).__name__ if is_any else repr(value)
 
     return tuple(
         (

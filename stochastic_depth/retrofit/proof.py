@@ -26,7 +26,13 @@ from stochastic_depth.retrofit.rewrite import GatedUse, edits_of
 from stochastic_depth.retrofit.stand_in import sample_leaf, uniform
 from stochastic_depth.retrofit.sums import Key
 from stochastic_depth.retrofit.surroundings import unchanged_surroundings
-from stochastic_depth.torch_private import disable_current_modes, outside_transforms, tree_leaves, version_of
+from stochastic_depth.torch_private import (
+    disable_current_modes,
+    outside_transforms,
+    tree_leaves,
+    version_of,
+    without_torch_function,
+)
 
 Pattern = Mapping[Key, "bool | Tensor | None"]
 """A gate for each branch: open or closed, (n,) one per sample, or None for evaluation."""
@@ -93,7 +99,8 @@ def private() -> Generator[None]:
 
 
 def _pack(tensor: Tensor) -> tuple[Tensor, int]:
-    return tensor.detach(), version_of(tensor)
+    with without_torch_function():  # It is no call of the block's code.
+        return tensor.detach(), version_of(tensor)
 
 
 def _unpack(packed: tuple[Tensor, int]) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from stochastic_depth.copies import plain_class
 from stochastic_depth.retrofit.forms import NOT_CONFIGURATION, PLAIN, Same, form_of, is_plain
+from stochastic_depth.retrofit.rules import is_drop_path
 from stochastic_depth.torch_private import buffer_dict, parameter_dict
 
 _MAX_DEPTH = 4
@@ -260,6 +261,30 @@ def _quick(value: Any) -> Any:
 
 
 _MAX_BYTES = 2**16
+
+
+class StateOfChildren:
+    """What of the children of a block decides what they do, such as their modes: by the names that are there now.
+
+    How they treat samples is proven for this state. A number counts by whether it is 0, 1 or -1: it may be a counter.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self._parts = [
+            (vars(child), name)
+            for child in block.modules()
+            if child is not block and is_users(plain_class(child)) and not is_drop_path(child)
+            for name, value in vars(child).items()
+            if is_plain(value) and (name == "training" or name not in NOT_CONFIGURATION)
+        ]
+
+    def now(self) -> tuple[Any, ...]:
+        """What it is now."""
+        return tuple([_kind(attributes.get(name)) for attributes, name in self._parts])
+
+
+def _kind(value: Any) -> Any:
+    return type(value) if isinstance(value, (int, float)) and value not in (0, 1, -1) else (type(value), value)
 
 
 class _Walk:

@@ -42,6 +42,7 @@ from stochastic_depth.retrofit.rules import is_drop_path
 from stochastic_depth.retrofit.surroundings import unchanged_surroundings
 from stochastic_depth.retrofit.torch_calls import (
     ORIGIN,
+    UNDONE_SETTINGS,
     as_method,
     gives_sizes_of_values,
     is_size,
@@ -484,6 +485,11 @@ class _Recorder(TorchFunctionMode):
                 nodes, named = self._argument(tuple(given)), self._argument(dict(kwargs))
                 context = self._context()
                 output = func(*args, **kwargs)
+            if not any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs, output))):
+                # Settings under which later calls are made, which these note; a recording does not set them.
+                if name_of_function(func) not in UNDONE_SETTINGS and output is None:
+                    raise TraceError(f"the forward changes a setting of PyTorch ({name_of_function(func)})")
+                return output
             if is_value(output) or differ(self._state, outside(self._generators)):
                 name = getattr(func, "__name__", str(func))
                 if is_value(output):

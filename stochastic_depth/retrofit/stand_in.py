@@ -75,9 +75,10 @@ def stand_in(block: nn.Module, *, own_parameters: bool = False) -> nn.Module:
 
     def buffer_of(buffer: Tensor) -> Tensor:
         if id(buffer) not in tensors:
-            tensors[id(buffer)] = (
-                torch.zeros(buffer.shape, dtype=buffer.dtype) if _has_no_data(buffer) else buffer.detach().clone()
-            )
+            data = torch.zeros(buffer.shape, dtype=buffer.dtype) if _has_no_data(buffer) else buffer.detach().clone()
+            if not own_parameters and data.is_floating_point() and not data.any():
+                data = uniform(data.shape, generator).to(data.device, data.dtype)
+            tensors[id(buffer)] = data
         return cast(Tensor, tensors[id(buffer)])
 
     def module_of(module: nn.Module) -> nn.Module:
@@ -277,6 +278,8 @@ def _different(samples: Tensor) -> Tensor:
 
     On equal samples, code that mixes samples would not be noticed.
     """
+    if samples.dtype is torch.bool and (samples.all() or not samples.any()):
+        return samples ^ (uniform(samples.shape, torch.Generator().manual_seed(3)) < 0.25).to(samples.device)
     if (
         samples.layout is not torch.strided
         or not samples.is_floating_point()

@@ -47,7 +47,10 @@ def unchanged_surroundings(
     changed: str | None = None
     try:
         yield
-        changed = next((each.place.description for each in own if each.is_moved and not each.has_learned), None)
+        moved = [each for each in own if each.is_moved and not each.has_learned]
+        # What was put there says more than what holds it.
+        moved.sort(key=lambda each: each.has_same)
+        changed = moved[0].place.description if moved else None
         if environment is not None and environment != dict(os.environ):
             changed = "the environment"
     finally:
@@ -92,9 +95,14 @@ class _KeptPlace(NamedTuple):
     contents: Kept
 
     @property
+    def has_same(self) -> bool:
+        """Whether the same value is there."""
+        return is_same(self.value, self.place())
+
+    @property
     def is_moved(self) -> bool:
         """Whether another value is there, or something else in it."""
-        return not is_same(self.value, self.place()) or self.contents.has_changed
+        return not self.has_same or self.contents.has_changed
 
     @property
     def has_learned(self) -> bool:
@@ -102,7 +110,7 @@ class _KeptPlace(NamedTuple):
         return self.place() is self.value and self.contents.has_learned
 
     def put_back(self) -> None:
-        if not is_same(self.value, self.place()):
+        if not self.has_same:
             self.place.put(self.value, empty=self.was_empty)
         self.contents.put_back()
 

@@ -14,6 +14,8 @@ from stochastic_depth.retrofit.errors import StoredError
 
 # A tensor's memory address differs between calls of the same form.
 ORIGIN = {"storage_offset", "data_ptr", "untyped_storage", "is_set_to"}
+# Settings that `with` undoes, and calls that set nothing.
+UNDONE_SETTINGS = {"_set_grad_enabled", "_record_function_exit", "_assert", "_set_multithreading_enabled"}
 _STRUCTURE_METHODS = {
     "size", "dim", "numel", "nelement", "stride", "is_contiguous", "is_floating_point", "is_complex",
     "is_signed", "element_size", "get_device", "__len__", "ndimension", "is_same_size", "has_names", "type",

@@ -150,7 +150,7 @@ def _compare_with_masks(
                     passes.forced, passes.counter = gates, counter
                     token = masks_only.set(masks)
                     try:
-                        with kept_surroundings(root):
+                        with undisturbed(root), untouched(root), kept_surroundings(root):
                             outcomes.insert(0, _outcome(root, call, absent))
                     finally:
                         masks_only.reset(token)

@@ -147,7 +147,7 @@ class Hidden(nn.Module):
         self.f, self.drop_path = linear(), DropPath(0.5) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.drop_path(self.f(x)) * globals()["SC" + "ALE"]
+        return x + self.drop_path(self.f(x)) * globals()["".join(["SC", "ALE"])]
 
 
 SCALE = 1.0
