@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ class MaskedBranchWarning(UserWarning):
 
 # Number of samples of a call that the proof runs on.
 _NUM_SAMPLES = 4
-# The largest such number if the arguments include integers or booleans.
+# The largest such number if a branch runs on some of them: code may mix samples only if there are many.
 _MAX_SAMPLES = 64
 # Number of forms of a call that are kept.
 _MAX_FORMS = 128
@@ -76,6 +76,22 @@ class Prepared:
     recorded: tuple[Any, Mapping[int, Tensor]] | None = None
     num_checked: int = 1
     refusal: str = ""
+
+
+class _Few(NamedTuple):
+    """A recording of a call with a few of its samples.
+
+    Attributes:
+        rows: their rows in each argument.
+        recorded: the recording.
+        num_many: number of samples for the proof if a branch runs on some of them.
+        many: the rows of these.
+    """
+
+    rows: dict[int, Tensor]
+    recorded: Any
+    num_many: int
+    many: dict[int, Tensor]
 
 
 @dataclass
@@ -270,7 +286,7 @@ class BlockBranches:
             known = [
                 form[0][1:] if isinstance(form, tuple) and isinstance(form[0], tuple) else form for form in of_leaves
             ]
-            if own.prepared.code is not None and ("training", False) in state[0] and known == shapes:
+            if own.prepared.code is not None and ("training", bool, False) in state[0] and known == shapes:
                 return own.prepared
         raise RuntimeError(
             f"{self._described(block)} has not been proven in evaluation yet, and an export "
@@ -421,7 +437,7 @@ class BlockBranches:
             if [id(tensor) for tensor in again.constants] != [id(tensor) for tensor in whole.constants]:
                 raise TraceError("the forward uses a tensor that cannot be traced (autograd.Function, another library)")
         exact = skeleton(whole.graph, with_numbers=True)
-        num_proven, rows, few = self._generalize(trial, signature, leaves, whole)
+        few = self._generalize(trial, signature, leaves, whole)
         draws = next(iter(self.gated.values())).passes
         fixed = FixedGates(draws)
         gated = {key: replace(branch, passes=fixed) for key, branch in self.gated.items()}
@@ -433,8 +449,10 @@ class BlockBranches:
         of = (self._fingerprint, settings, skeleton(whole.graph))
         code, uses, ungated = rewrite(whole.graph, trial, own, draws.granularity)
         if of not in self.forms.proven:
-            call = arguments_anew(signature, leaves, rows, self.forms.called, unflatten)
-            num_samples = num_proven if rows and draws.granularity == "sample" else None
+            call = arguments_anew(signature, leaves, few.rows if few else {}, self.forms.called, unflatten)
+            many = None
+            if few and draws.granularity == "sample":
+                many = few.num_many, arguments_anew(signature, leaves, few.many, self.forms.called, unflatten)
             self.forms.num_runs += prove(
                 trial,
                 code,
@@ -442,26 +460,23 @@ class BlockBranches:
                 gated,
                 fixed,
                 call,
-                num_samples,
+                many,
                 training=block.training,
                 inlined=self.inlined,
             )
             self.forms.proven.add(of)
         masked = {use.key: use.cause for use in uses if use.cause}
-        return Prepared(code, masked, whole.stores, tuple(uses), ungated, few or (exact, {}))
+        return Prepared(
+            code, masked, whole.stores, tuple(uses), ungated, (few.recorded, few.rows) if few else (exact, {})
+        )
 
     def _recorded(self, trial: nn.Module, signature: Any, leaves: list[Any], rows: Mapping[int, Tensor]) -> Run:
         args, kwargs, own = arguments_anew(signature, leaves, rows, self.forms.called, unflatten)()
         self.forms.num_runs += 1
         return run_block(trial, args, kwargs, own, inlined=self.inlined)
 
-    def _generalize(
-        self, trial: nn.Module, signature: Any, leaves: list[Any], whole: Run
-    ) -> tuple[int, dict[int, Tensor], tuple[Any, Mapping[int, Tensor]] | None]:
-        """Generalize a recording to any number of samples.
-
-        Returns:
-            The number of samples for the proof, their rows in each argument, and the other recording with its rows.
+    def _generalize(self, trial: nn.Module, signature: Any, leaves: list[Any], whole: Run) -> _Few | None:
+        """Generalize a recording to any number of samples; None if it is unknown which rows are samples.
 
         It is compared with a recording of the same call with another number of samples. If an argument has as many rows
         as there are samples only by chance, the code fails unless all rows are kept.
@@ -473,7 +488,7 @@ class BlockBranches:
             if isinstance(leaf, Tensor) and leaf.dim() and first_of[index] == index
         }
         if not lengths or 0 in lengths.values():
-            return 0, {}, None
+            return None
         first = next(iter(lengths))
         # If patches are folded into the batch, one argument has several rows per sample of another.
         for num_samples in dict.fromkeys((lengths[first], *lengths.values())):
@@ -491,13 +506,10 @@ class BlockBranches:
                     except TraceError:
                         continue
                     if generalize(whole.graph, few.graph):
-                        recorded = skeleton(few.graph, with_numbers=True), rows
-                        num_proven = _NUM_SAMPLES
-                        if not all(leaves[i].is_floating_point() for i in having_rows):
-                            # Integers may be the index of another sample, so the first few samples may not be enough.
-                            num_proven = max(_NUM_SAMPLES, min(num_samples, _MAX_SAMPLES))
-                        return num_proven, _some_rows(having_rows, num_proven, num_samples), recorded
-        return 0, {}, None
+                        num_many = max(_NUM_SAMPLES, min(num_samples, _MAX_SAMPLES))
+                        many = _some_rows(having_rows, num_many, num_samples)
+                        return _Few(rows, skeleton(few.graph, with_numbers=True), num_many, many)
+        return None
 
 
 def _some_rows(rows_per_sample: Mapping[int, int], num: int, num_samples: int) -> dict[int, Tensor]:

@@ -135,7 +135,7 @@ def spell_out_additions(graph: fx.Graph, block: nn.Module) -> None:
 def _add(node: fx.Node, factors: tuple[Any, Any], shortcut: Any) -> None:
     with node.graph.inserting_before(node):
         product = node.graph.call_function(operator.mul, factors)
-    product.meta.update({key: node.meta[key] for key in ("shape", "samples") if key in node.meta})
+    product.meta.update({key: node.meta[key] for key in ("shape", "dtype", "samples") if key in node.meta})
     node.op, node.target, node.args, node.kwargs = "call_function", operator.add, (shortcut, product), {}
 
 
@@ -508,8 +508,8 @@ def _call_children(call: fx.Node, sequential: nn.Sequential) -> None:
     with call.graph.inserting_before(call):
         for name, _ in sequential.named_children():
             value = call.graph.call_module(f"{call.target}.{name}", (value,))
-            # Only the number of samples of the shape is used.
-            value.meta.update({key: call.meta[key] for key in ("shape", "samples") if key in call.meta})
+            # Of the shape only the number of samples is asked for.
+            value.meta.update({key: call.meta[key] for key in ("shape", "dtype", "samples") if key in call.meta})
     call.replace_all_uses_with(value)
     call.graph.erase_node(call)
 

@@ -143,7 +143,7 @@ def make_gated_value(
     function: Callable[..., Tensor],
     inputs: Sequence[BranchInput],
     shape: tuple[int, ...],
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
 ) -> Callable[..., Tensor]:
     """For a block without a shortcut that drops its whole output: closed gates return zeros."""
     gated_sum = make_gated_sum(key, paths, function, inputs)

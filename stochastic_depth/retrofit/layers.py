@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +21,9 @@ from stochastic_depth.retrofit.sizes import decide_by
 from stochastic_depth.retrofit.trace import Recording, flatten, record, remember, unflatten
 from stochastic_depth.torch_private import tree_map_only
 
+# What layers call their hidden states, also where these are not their first argument.
+_HIDDEN = ("hidden_states", "x")
+
 
 @dataclass(eq=False)
 class GatedLayer(GatedBranch):
@@ -34,8 +38,26 @@ class GatedLayer(GatedBranch):
         default_factory=dict[Any, "list[tuple[Recording | None, Any]]"], init=False, repr=False
     )
 
+    _parameters: dict[Any, tuple[str, ...]] = field(
+        default_factory=dict[Any, "tuple[str, ...]"], init=False, repr=False
+    )
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_structures": {}}
+        return {**self.__dict__, "_structures": {}, "_parameters": {}}
+
+    @eager
+    def hidden_of(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The hidden states of a call: the first tensor by the layer's own order, or that which its code calls so."""
+        forward = plain_class(layer).forward
+        if forward not in self._parameters:
+            self._parameters[forward] = tuple(inspect.signature(forward).parameters)[1:]
+        given = {**dict(zip(self._parameters[forward], args, strict=False)), **kwargs}
+        for name in (*_HIDDEN, *self._parameters[forward]):
+            if isinstance(given.get(name), Tensor):
+                return cast(Tensor, given[name])
+        leaves: list[Any] = []
+        flatten((args, kwargs), leaves)
+        return next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
 
     @eager
     def structure(self, layer: nn.Module, signature: Any, leaves: Sequence[Any]) -> Any:
@@ -71,8 +93,7 @@ class StochasticLayer(nn.Module):
         name = gated.passes.names[gated.index]
         leaves: list[Any] = []
         signature = flatten((args, kwargs), leaves)
-        # The hidden states are the first tensor, given by position or, as some models do, by name.
-        hidden = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
+        hidden = gated.hidden_of(self, args, kwargs)
         if hidden is None:
             raise TypeError(f"The layer {name} is called without a tensor: it has no hidden states to return.")
         if self.training and gated.survival_prob < 1:

@@ -127,7 +127,7 @@ def prove(
     gated: Mapping[Key, GatedBranch],
     fixed: FixedGates,
     call: _Call,
-    num_samples: int | None,
+    many: tuple[int, _Call] | None,
     *,
     training: bool,
     inlined: Collection[str] = (),
@@ -139,9 +139,9 @@ def prove(
         code: the rewritten code.
         uses: places of the gated branches.
         gated: their gates.
-        fixed: provides the gates.
-        call: creates fresh arguments of a call, and those of them that are opaque.
-        num_samples: number of samples in the call if each has its own gate; else None.
+        fixed: what gives the gates.
+        call: makes the arguments of a call anew, and those of them that are opaque.
+        many: where each sample has a gate of its own, a number of samples and a call with these; else None.
         training: whether the block is in training.
         inlined: paths of the children whose code was recorded as a part of the block's.
 
@@ -152,8 +152,10 @@ def prove(
         ProofError: if they differ; the message says where and by how much.
         TraceError: if the block's own code cannot be run again.
     """
-    patterns = _patterns(uses, num_samples, training=training)
+    few = call
+    patterns = _patterns(uses, None if many is None else many[0], training=training)
     for name, pattern in patterns:
+        call = many[1] if many is not None and name == _SOME else few
         for key, gate in pattern.items():
             fixed.pattern[gated[key].index] = gate
         edits = edits_of(uses, lambda use: _weights(pattern[use.key], gated[use.key], use.scale))  # noqa: B023

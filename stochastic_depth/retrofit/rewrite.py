@@ -204,7 +204,7 @@ def _gate(residual: Sum, key: Key, block: nn.Module, gates: BlockGates, granular
     # Where the branch does not run, the shortcut carries no gradient to these inputs.
     carried: set[fx.Node] = set() if residual.shortcut is None else cuts.ancestors(residual.shortcut)
     inputs = [BranchInput(bool(node.meta.get("samples")), node in carried) for node in branch.inputs]
-    dtype = residual.add.meta["dtype"]
+    dtype = residual.add.meta.get("dtype")
     if residual.shortcut is None:
         gated_sum = make_gated_value(key, paths, function, inputs, residual.add.meta["shape"], dtype)
     elif branch.sides:
@@ -213,7 +213,7 @@ def _gate(residual: Sum, key: Key, block: nn.Module, gates: BlockGates, granular
         gated_sum = make_gated_sum(key, paths, function, inputs)
     with graph.inserting_before(residual.add):
         shortcut = () if residual.shortcut is None else (residual.shortcut,)
-        if residual.shortcut is not None and residual.shortcut.meta.get("dtype", dtype) != dtype:
+        if residual.shortcut is not None and dtype and residual.shortcut.meta.get("dtype", dtype) != dtype:
             # Where the branch is closed, nothing else tells which type the sum has.
             shortcut = (graph.call_method("to", (residual.shortcut, dtype)),)
         gated_node = graph.call_function(gated_sum, (*shortcut, *branch.inputs))
