@@ -1,9 +1,10 @@
-"""In how many models every drop path that acts is really skipped: all of timm and torchvision, on the meta device.
+"""Counts the models of timm and torchvision in which every active drop path is skipped, on the meta device.
 
     python benchmarks/coverage.py [timm|torchvision] [--names NAME ...]
 
-Each model is created with a drop path rate and made stochastic. A drop path counts as skipping if its branch was cut
-out of its block; one that the model never calls, or whose result it does not use, is no branch. Nothing is run.
+Each model is created with a drop path rate and made stochastic. A drop path counts as skipped if its branch was
+separated from its block; one that the model never calls, or whose result it does not use, is not a branch. No model
+runs.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def timm_depth(name: str) -> sd.Controller | None:
 
 
 def main() -> None:
-    """Count, and name what is missed with its cause."""
+    """Count, and list missed drop paths with their cause."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("library", choices=["timm", "torchvision"], nargs="?", default="timm")
     parser.add_argument("--names", nargs="+")

@@ -1,11 +1,11 @@
-"""A training step of the paper's ResNet-110 on a CPU, as one would write it, and with all that the laboratory does.
+"""A training step of the paper's ResNet-110 on a CPU: a plain loop, and the laboratory with all its optimizations.
 
     python benchmarks/cpu_training.py [--train FOLDER] [--seeds 2]
 
 The plain loop: constant depth, fp32, torchvision's transforms image by image in a `DataLoader`. The laboratory's: the
-whole batch augmented at once, channels last, a fused optimiser, bf16 where asked for, stochastic depth. A step here
-begins with fetching its batch. With `--train`, each also trains for a few epochs on part of real CIFAR-10, as
-torchvision lays it out in FOLDER, to see that the faster step learns as much.
+whole batch augmented at once, channels last, a fused optimizer, optionally bf16, stochastic depth. A step here begins
+with fetching its batch. With `--train`, each also trains for a few epochs on part of real CIFAR-10, in torchvision's
+layout in FOLDER, to check that the faster step learns as much.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from input_pipeline import NORMALISATION, augmented_at_once, augmented_one_by_one
+from input_pipeline import NORMALIZATION, augmented_at_once, augmented_one_by_one
 from protocol import interleaved, ratio, write_table
 from torch import Tensor, nn
 
@@ -39,7 +39,7 @@ VARIANTS = {
 
 
 class Trainer:
-    """One variant: its network, optimiser and endless batches.
+    """One variant: its network, optimizer and endless batches.
 
     Args:
         variant: see `VARIANTS`.
@@ -57,7 +57,7 @@ class Trainer:
             self.model = self.model.to(memory_format=torch.channels_last)
         if stochastic:
             sd.make_stochastic_(self.model, sd.linear_decay(0.5), seed=seed, draw="equal_cost")
-        self.optimiser = torch.optim.SGD(
+        self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4, fused=laboratory or None
         )
         loader = None if laboratory else augmented_one_by_one(split, batch_size)
@@ -68,21 +68,21 @@ class Trainer:
         self.batches = itertools.chain.from_iterable(map(epoch, itertools.count(1)))
 
     def step(self) -> None:
-        """Fetch a batch and learn from it."""
+        """Fetch a batch and train on it."""
         images, labels = next(self.batches)
-        self.optimiser.zero_grad()
+        self.optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             loss = F.cross_entropy(self.model(images), labels)
         loss.backward()
-        self.optimiser.step()
+        self.optimizer.step()
 
     @torch.no_grad()
     def error(self, split: Split) -> float:
-        """Percent of the images that are taken for something else."""
+        """Test error in percent."""
         self.model.eval()
         wrong = 0
         for start in range(0, len(split), 500):
-            images = NORMALISATION(split.images[start : start + 500])
+            images = NORMALIZATION(split.images[start : start + 500])
             with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
                 wrong += int((self.model(images).argmax(1) != split.labels[start : start + 500]).sum())
         return 100 * wrong / len(split)

@@ -1,8 +1,8 @@
-"""Process time of forward and backward of a timm model with its own drop path, and with the same rates really skipped.
+"""Process time of forward and backward of a timm model with its own drop path, and with the same rates and skipping.
 
-The expected share of the FLOPs is not that of the time where stages differ in time per FLOP. So the script also
-measures what share of the time the branches of each stage take (by steps in which they are closed), and prints what
-perfect skipping would leave of it.
+The expected shares of FLOPs and time differ if stages differ in time per FLOP. So the script also measures the share of
+the time that the branches of each stage take (from steps in which they are closed), and prints the share that perfect
+skipping would leave.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""The runs behind RESULTS.md and docs/results, most valuable first, over as many sessions as it takes.
+"""Runs the experiments behind RESULTS.md and docs/results, most valuable first, over several sessions.
 
-    python benchmarks/evidence.py plan     # what is done, what is left, and about how long that takes
-    python benchmarks/evidence.py run      # goes on; --jobs 2 for two at a time; --until 05:10 stops and saves
-    python benchmarks/evidence.py report   # draws every study from the runs that are done
+    python benchmarks/evidence.py plan     # finished and missing runs, and an estimate of the time
+    python benchmarks/evidence.py run      # resumes; --jobs 2 for two concurrent runs; --until 05:10 stops and saves
+    python benchmarks/evidence.py report   # draws every study from the finished runs
 
-Runs lie in `runs/evidence`. A finished one is copied, without its weights, into `results/STUDY/runs.jsonl`: commit
-that, and where the folder is lost `run` restores it from there and repeats nothing but what was unfinished. Ctrl-C and
-SIGTERM save; `kill -9` loses at most 200 steps.
+Runs are in `runs/evidence`. A finished run is copied, without its weights, into `results/STUDY/runs.jsonl`. Commit this
+file: if the folder is lost, `run` restores finished runs from it and repeats only unfinished ones. Ctrl-C and SIGTERM
+save; `kill -9` loses at most 200 steps.
 
-Each run is a new process that imports the code anew. To go on working on the code meanwhile, start `run` in a clone of
-the repository, with EVIDENCE_ROOT set to where runs and results are to lie.
+Each run is a new process that imports the code again. To keep working on the code in the meantime, start `run` in a
+clone of the repository, with EVIDENCE_ROOT set to the folder for runs and results.
 """
 
 import argparse
@@ -45,13 +45,13 @@ PLAN: tuple[tuple[str, int, str], ...] = (
     ("gradients", 3, "*"),
     ("over-time", 3, "*"),
     ("survival", 5, "*"),
-    ("regularisers", 3, "*"),
+    ("regularizers", 3, "*"),
     ("gradients", 5, "*"),
     ("over-time", 5, "*"),
     ("table1", 3, "*"),
     ("payoff", 1, "digits-*"),
     ("deeper", 1, "*"),
-    ("regularisers", 5, "*"),
+    ("regularizers", 5, "*"),
     ("depth-survival", 3, "*"),
     ("payoff", 3, "digits-*"),
     ("deeper", 3, "*"),
@@ -71,7 +71,7 @@ FILES = ("config.json", "environment.json", "branches.json", "result.json")
 
 
 def experiments(study: str, num_seeds: int, pattern: str = "*") -> list[Experiment]:
-    """All experiments with the first seed, then with the next: what is stopped early has whole pairs."""
+    """All experiments with the first seed, then with the next, so that an early stop leaves complete pairs."""
     first = STUDIES[study].first_seed
     return [
         replace(each, seed=seed)
@@ -101,7 +101,7 @@ def restore() -> None:
 
 
 def archive(study: str, folder: Path) -> None:
-    """Keep a finished run, once."""
+    """Archive a finished run, once."""
     if any(run["folder"] == folder.name for run in archived()):
         return
     run: dict[str, Any] = {"folder": folder.name, **{name: json.loads((folder / name).read_text()) for name in FILES}}
@@ -163,7 +163,7 @@ def run(num_processes: int, until: datetime.datetime | None) -> None:
 
 
 def plan() -> None:
-    """Print how far each study is."""
+    """Print the progress of each study."""
     restore()
     known: set[Path] = set()
     total = 0.0
@@ -245,7 +245,7 @@ Machines: {machines}. Other jobs ran at the same time, so times are process time
 
 
 def command(study: str) -> str:
-    """How anybody repeats it."""
+    """The command that repeats the study."""
     scale = "" if study == "digits" else " --scale small"
     return f"`stochastic-depth reproduce {study}{scale} --seeds {SEEDS[study]} --jobs 2 --out runs/{study}`"
 

@@ -1,7 +1,7 @@
-"""Which models survive the whole way: stochastic depth, fold or cut to 60 %, ONNX, onnxruntime.
+"""Which models work from end to end: stochastic depth, fold or cut to 60 %, ONNX, onnxruntime.
 
 Every model is made stochastic with linear decay to 0.5. The ONNX file of the folded network, and that of the
-sub-network that keeps 60 % of the FLOPs, is run by onnxruntime in batches of several sizes and compared with PyTorch.
+subnetwork that keeps 60 % of the FLOPs, is run by onnxruntime in batches of several sizes and compared with PyTorch.
 
 python benchmarks/exports.py
 """
@@ -26,7 +26,7 @@ OURS = [("cifar_resnet, 20 layers", 20, "pad"), ("cifar_resnet, 110 layers", 110
         ("cifar_resnet, 20 layers, subsample", 20, "subsample"),
         ("cifar_resnet, 20 layers, projection", 20, "projection")]  # fmt: skip
 _VIT: dict[str, Any] = {"img_size": 64, "depth": 4}
-# Shallower than published, at small images: what is tried is every kind of block, not the size.
+# Shallower than published, with small images: the test covers every kind of block, not the size.
 TIMM: dict[str, dict[str, Any]] = {
     "vit_tiny_patch16_224": _VIT, "deit3_small_patch16_224": _VIT, "cait_xxs24_224": _VIT,
     "convnext_atto": {"depths": (1, 1, 2, 1)}, "convnextv2_atto": {"depths": (1, 1, 2, 1)},
@@ -64,7 +64,7 @@ def compared(network: nn.Module, x: Tensor, expected: Tensor) -> str:
 
 @torch.no_grad()
 def tried(make: Callable[[], nn.Module], size: int) -> list[str]:
-    """Branches; scalars that stayed; the folded network's difference; the sub-network's parameters and difference."""
+    """Branches; scalars that stayed; the folded network's difference; the subnetwork's parameters and difference."""
     x = torch.randn(NUM_IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))
     model = awake(make())
     depth = sd.make_stochastic_(model, sd.linear_decay(0.5))
@@ -95,17 +95,17 @@ def main() -> None:
         if options.only in name:
             try:
                 row = [name, *tried(make, size)]
-            except Exception as error:  # one model's failure is a line of the table, not the end of it
+            except Exception as error:  # a failed model is a row of the table
                 row = [name, "", "", f"{type(error).__name__}: {error}".splitlines()[0][:160], "", ""]
             rows.append(row)
             print(row, flush=True)
-    header = ["model", "branches", "scalars kept", "ONNX, folded", "parameters at 60 % FLOPs", "ONNX, sub-network"]
+    header = ["model", "branches", "scalars kept", "ONNX, folded", "parameters at 60 % FLOPs", "ONNX, subnetwork"]
     write_table(
         "exports",
         "Stochastic depth, folded or cut, through ONNX and onnxruntime",
         header,
         rows,
-        f"Largest difference of an output to PyTorch's before folding (of the sub-network: to its own in PyTorch), "
+        f"Largest difference of an output to PyTorch's before folding (of the subnetwork: to its own in PyTorch), "
         f"relative to the largest, on {NUM_IMAGES} random images in batches of several sizes; random weights; models "
         "of timm and torchvision are partly shallower than published.",
     )

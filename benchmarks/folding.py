@@ -1,4 +1,4 @@
-"""What folding costs: its error, and the time of a forward of the folded network against constant depth.
+"""Error of folding, and the time of a forward of the folded network relative to constant depth.
 
 python benchmarks/folding.py
 """

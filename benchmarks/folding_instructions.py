@@ -1,7 +1,7 @@
-"""What folding leaves of the cost, in machine instructions: those of a forward, counted by Valgrind.
+"""Machine instructions of a forward before and after folding, counted by Valgrind.
 
-Unlike times they are the same on a busy machine. A process under callgrind runs the network of constant depth twice,
-the folded one and the stochastic one, and counts each forward by itself. It takes minutes.
+Unlike times, they are the same on a busy machine. A process under callgrind runs the network of constant depth twice,
+the folded one and the stochastic one, and counts each forward separately. It takes minutes.
 
 python benchmarks/folding_instructions.py
 """
@@ -36,7 +36,7 @@ def run_counted() -> None:
     networks = [constant, copy.deepcopy(constant), folded, stochastic]
     x = torch.zeros(1, 3, 32, 32)
     with torch.no_grad():
-        for network in networks:  # whatever is made once
+        for network in networks:  # one-time setup
             for _ in range(2):
                 network(x)
         for network in networks:

@@ -1,4 +1,4 @@
-"""How time and memory of a training step grow with depth and with the batch: with the branches that run, not all.
+"""Time and memory of a training step over depth and batch size: they grow with the branches that run.
 
     python benchmarks/growth.py
 

@@ -1,4 +1,4 @@
-"""The cost of an image before the network sees it: crop, flip, normalize and batch, one by one and a batch at once.
+"""Cost of preprocessing an image: crop, flip, normalize and batch, one by one or a batch at once.
 
     python benchmarks/input_pipeline.py
 
@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from stochastic_depth_lab.data import Augmentation, Normalisation, Split, batches
+from stochastic_depth_lab.data import Augmentation, Normalization, Split, batches
 
 MEAN, STD = [0.49, 0.48, 0.45], [0.25, 0.24, 0.26]
-NORMALISATION = Normalisation(*(255 * torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD)))
+NORMALIZATION = Normalization(*(255 * torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD)))
 """The same for both pipelines."""
 
 
@@ -68,7 +68,7 @@ def augmented_at_once(split: Split, batch_size: int, epoch: int = 1, seed: int =
     return batches(
         split,
         batch_size,
-        normalisation=NORMALISATION,
+        normalization=NORMALIZATION,
         augmentation=Augmentation(translation=4, flip=True),
         seed=seed,
         epoch=epoch,

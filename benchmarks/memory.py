@@ -1,10 +1,10 @@
-"""Memory of a training step: what a forward keeps for its backward, counted, and the process's own peak, measured.
+"""Memory of a training step: bytes that a forward keeps for its backward, counted, and the process's peak, measured.
 
     python benchmarks/memory.py
 
-The paper's ResNet-110 and timm's ViT-Tiny, at constant depth, with timm's masks (ViT) and with dropped branches really
-skipped. The peak is what the operating system saw, each step in a process of its own, less what the process held when
-model and images were there.
+The paper's ResNet-110 and timm's ViT-Tiny, at constant depth, with timm's masks (ViT) and with dropped branches
+skipped. The peak is the operating system's number, with each step in its own process, minus what the process used
+before the step with model and images loaded.
 """
 
 from __future__ import annotations
@@ -76,13 +76,13 @@ def peak_of_step(network: str, variant: str, seed: int, batch_size: int) -> int:
 
 
 def kilobytes(name: str) -> int:
-    """What Linux tells of this process."""
+    """A number from Linux about this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def measured_peak(network: str, variant: str, seed: int, batch_size: int) -> int:
-    """The same in a process of its own."""
+    """The same in a separate process."""
     command = [sys.executable, __file__, "--batch-size", str(batch_size), "--peak", network, variant, str(seed)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 

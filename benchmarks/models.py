@@ -27,7 +27,7 @@ def torchvision_model(name: str, **arguments: Any) -> nn.Module:
 
 @torch.no_grad()
 def awake(model: nn.Module) -> nn.Module:
-    """In evaluation mode, with gains, biases and statistics at random: at initialisation many blocks give nothing."""
+    """In evaluation mode with random gains, biases and statistics, because many blocks output zero at first."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if parameter.dim() <= 1 or parameter.numel() == max(parameter.shape):

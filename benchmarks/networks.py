@@ -47,7 +47,7 @@ def with_drop_paths(model: nn.Module, made: nn.Module) -> nn.Module:
 class SubsetBlock(nn.Module):
     """A block whose residual branches run on a random subset of floor(b * (1 - rate)) samples, scaled by b over that.
 
-    That is how DINOv2 is described; written anew for this comparison.
+    This follows the description of DINOv2; it was written for this comparison.
     """
 
     def __init__(self, block: nn.Module, rate: float) -> None:
@@ -87,7 +87,7 @@ class ConvNeXtBlock(nn.Module):
 
 
 def with_subsets(network: str, rate: float) -> nn.Module | None:
-    """A network whose blocks run on subsets; None for the one with BatchNorm, which that way of skipping rejects."""
+    """A network whose blocks run on subsets; None with BatchNorm, which this method does not support."""
     model = create(network, 0.0)
     if network == "ViT-Tiny":
         model.blocks = nn.Sequential(*(SubsetBlock(block, rate) for block in model.blocks))

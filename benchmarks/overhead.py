@@ -1,11 +1,12 @@
-"""What a gate costs by itself: microseconds of a block whose branch does next to nothing, forward and backward.
+"""The cost of a gate alone: microseconds of a block whose branch does almost nothing, forward and backward.
 
     python benchmarks/overhead.py [--blocks 600]
 
-As many blocks as the 1202-layer network has. A block is one `Residual`; the time of a step divided by their number,
-least of the rounds, so that other work on the machine counts little. A closed block cannot cost less than a module that
-copies its input, which keeps the sum safe from code that changes it in place: that one is measured beside it. Gates
-are forced, since a draw leaves open what it leaves: no draw is in the figures, and one `depth.gates` per step is.
+There are as many blocks as in the 1202-layer network; a block is one `Residual`. The result is the time of a step
+divided by their number, the minimum over the rounds, so that other work on the machine counts little. A closed block
+cannot cost less than a module that copies its input, which protects the shortcut from code that changes the sum in
+place; this module is measured too. Gates are forced, because draws are random: the numbers include one
+`depth.gates` per step and no draw.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import stochastic_depth as sd
 
 
 class Gain(nn.Module):
-    """The least of a branch: one parameter."""
+    """A minimal branch: one parameter."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,11 +1,11 @@
-"""What a user would pick instead, beside it in one run: the same network, batch and rate, in every way of dropping.
+"""Compares all methods of dropping in one run, with the same network, batch and rate.
 
     python benchmarks/peers.py [--networks ...] [--rates 0.1 0.2 0.5] [--batch-sizes 8 64 256]
 
 Constant depth, torchvision's `StochasticDepth` (mode "batch" and "row"), timm's `DropPath`, a random subset of fixed
-size as DINOv2 is described, and `make_stochastic_` in both granularities, with draws of equal cost: a few steps then
-tell the mean. Ratios to constant depth, a table for each: FLOPs, bytes kept for the backward and peak of a step,
-counted; process and wall-clock time of forward and backward.
+size as described for DINOv2, and `make_stochastic_` in both granularities, with draws of equal cost, so a few steps
+show the mean. Ratios to constant depth, one table each: FLOPs, bytes kept for the backward and peak of a step, counted;
+process and wall-clock time of forward and backward.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ WAYS = (
 
 
 def create(network: str, way: str, rate: float, seed: int) -> nn.Module | None:
-    """The network with one way of dropping at this rate; None where that way rejects the network."""
+    """The network with one method of dropping at this rate; None if the method does not support the network."""
     if way in ("constant depth", "again"):
         return networks.create(network, 0.0)
     if way.startswith("fixed subset"):
@@ -80,7 +80,7 @@ def kept(model: nn.Module, images: Tensor, labels: Tensor) -> int:
 
 
 def peak(model: nn.Module, images: Tensor, labels: Tensor) -> int:
-    """Bytes that a step holds at most, gradients too, beyond what was there before: what PyTorch allocates."""
+    """Peak of the bytes that PyTorch allocates during a step, gradients included, above those allocated before."""
     model.zero_grad()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step(model, images, labels)
@@ -94,7 +94,7 @@ COUNTS: dict[str, Callable[[nn.Module, Tensor, Tensor], int]] = {"flops": flops,
 
 
 def count(models: dict[str, nn.Module], batch: tuple[Tensor, Tensor], num_steps: int) -> dict[str, dict[str, float]]:
-    """For each count its ratios to constant depth by way; means where gates are drawn."""
+    """For each count, the ratios to constant depth by method; means if gates are drawn."""
     ratios: dict[str, dict[str, float]] = {}
     for what, measure in COUNTS.items():
         means = {
@@ -106,7 +106,7 @@ def count(models: dict[str, nn.Module], batch: tuple[Tensor, Tensor], num_steps:
 
 
 def measure_times(models: dict[str, nn.Module], batch: tuple[Tensor, Tensor], rounds: int) -> list[dict[str, float]]:
-    """Ratios to constant depth by way, of process time and of wall-clock: medians over interleaved rounds."""
+    """Ratios to constant depth by method, of process time and of wall-clock time: medians over interleaved rounds."""
     clocks = time.process_time, time.perf_counter
     times: list[dict[str, list[float]]] = [{way: [] for way in models} for _ in clocks]
     for way in shuffled_rounds(models, rounds=rounds + 1):

@@ -1,8 +1,8 @@
-"""What the proof at first use costs: process time of the first training steps, and how often a block's code is run.
+"""Cost of the proof at first use: process time of the first training steps, and how often a block's code runs.
 
-Each model is made stochastic with gates that are all open, so that every step runs the same. The first step records and
-proves each kind of block in training; the ordinary one is the median of those after it. The same model without
-stochastic depth stands beside it: its first step warms up PyTorch too, which is no cost of the proof.
+Each model is made stochastic with all gates open, so that every step runs the same. The first step records and proves
+each kind of block in training; an ordinary step is the median of the later ones. The same model without stochastic
+depth is measured too: its first step also warms up PyTorch, which is not a cost of the proof.
 
     python benchmarks/proof.py [--rounds 20] [--threads 1] [--only NAME ...]
 """
@@ -87,7 +87,7 @@ def main() -> None:
         depth = sd.make_stochastic_(net, sd.uniform(1.0), granularity="batch")
         making = time.process_time() - begin
         first, second = step_times(net, inputs, 2)
-        # In turns, so that what else the machine does falls on both.
+        # In turns, so that other load on the machine affects both.
         ours: list[float] = []
         theirs: list[float] = []
         for _ in range(args.rounds):

@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved rounds, medians of ratios, and a table that says where it was measured."""
+"""Shared by the benchmarks: interleaved rounds, medians of ratios, and tables with hardware and versions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 def interleaved(steps: Mapping[str, Callable[[], None]], *, rounds: int, warm_up: int) -> dict[str, list[float]]:
     """Process time in seconds of each step in each round; every round runs every step once, in random order.
 
-    What a step leaves in the processor's caches and in the memory allocator falls on whichever step comes next.
+    The state of caches and memory allocator after a step then affects a random other step.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for name in shuffled_rounds(steps, rounds=warm_up + rounds):

@@ -1,4 +1,4 @@
-"""The figures of a GPU in twelve minutes: a plan of pieces, the most valuable first.
+"""Measures everything on a GPU in twelve minutes: a plan of pieces, the most valuable first.
 
 Prepare, on any machine (`build/` is ignored by git):
 
@@ -11,9 +11,9 @@ Then, on the GPU machine, with `build/gpu-1` in the first call and `build/gpu-2`
     python benchmarks/reproduction_gpu.py --minutes 7.5
     python benchmarks/reproduction_gpu.py --minutes 5
 
-Each piece has a time limit and runs in a process of its own. Every result is written to `build/gpu/gpu.json` as it
-comes, and copied to the folder `$OUT` if there is one; if the script is killed, the same command does what is missing.
-To resume on another machine, put the files of `$OUT` into `build/gpu`. Exit code 0: all is there; 75: run it again.
+Each piece has a time limit and runs in its own process. Every result is written to `build/gpu/gpu.json` at once and
+copied to the folder `$OUT` if there is one; if the script is killed, the same command runs the missing pieces. To
+resume on another machine, put the files of `$OUT` into `build/gpu`. Exit code 0: complete; 75: run it again.
 
 Rehearse it without a GPU, in about a minute:
 
@@ -91,12 +91,12 @@ TEST_FILES = (
 )
 """Where tests are marked `gpu`."""
 PACKAGES = ("pooch", "platformdirs")
-"""What the laboratory needs and a GPU machine may lack; all of it plain Python."""
+"""Packages that the laboratory needs and a GPU machine may lack; all are plain Python."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is.
+    """Sizes of all measurements.
 
     Attributes:
         layers: of the paper's network.
@@ -148,7 +148,7 @@ TINY = Scale(
 
 
 class Results:
-    """The results so far, in one JSON file that is whole whenever it is read.
+    """The results so far, in one JSON file that is written atomically.
 
     Args:
         path: the file.
@@ -183,12 +183,12 @@ class Results:
 
 @dataclass(frozen=True)
 class Setting:
-    """What every piece is given.
+    """Settings of a piece.
 
     Attributes:
         scale: how large everything is.
         device: where to measure.
-        results: where to write what was measured, and to read what is there already.
+        results: where to write measurements, and to read earlier ones.
         out: folder of the runs.
         data: folders with the parts of CIFAR-10.
         deadline: by `time.monotonic`, when the piece must be done.
@@ -209,9 +209,9 @@ class Piece:
     Attributes:
         name: its name.
         run: measures; it returns whether all of it is there.
-        limit_s: it is killed after so many seconds.
-        least_s: it is begun only if so many are left.
-        is_ready: whether it can be begun: what it needs may come later.
+        limit_s: it is killed after this many seconds.
+        least_s: it starts only if this many seconds are left.
+        is_ready: whether it can start; what it needs may arrive later.
     """
 
     name: str
@@ -222,7 +222,7 @@ class Piece:
 
 
 def in_child(piece: Piece, setting: Setting) -> str:
-    """Run a piece in a process of its own, with a time limit: "done", "unfinished", "cut off" or "failed"."""
+    """Run a piece in its own process, with a time limit: "done", "unfinished", "cut off" or "failed"."""
     child = os.fork()
     if child == 0:
         try:
@@ -244,7 +244,7 @@ def in_child(piece: Piece, setting: Setting) -> str:
 
 
 def follow(pieces: Sequence[Piece], setting: Setting, deadline: float) -> bool:
-    """Run the pieces that are missing, as far as the time goes; those that failed before come last.
+    """Run the missing pieces while time is left; those that failed before come last.
 
     Returns:
         Whether all of them are done.
@@ -254,7 +254,7 @@ def follow(pieces: Sequence[Piece], setting: Setting, deadline: float) -> bool:
         if setting.results.of("state").get(piece.name) == "done":
             continue
         if not piece.is_ready(setting):
-            print(f"{piece.name}: what it needs is not there yet", flush=True)
+            print(f"{piece.name}: waiting for its inputs", flush=True)
             continue
         begin = time.monotonic()
         if deadline - begin < piece.least_s:
@@ -358,26 +358,26 @@ def paper_network(layers: int, device: torch.device) -> nn.Module:
     return sd.models.cifar_resnet(layers).to(device).to(memory_format=torch.channels_last)
 
 
-def train_step(model: nn.Module, optimiser: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> None:
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> None:
     """One step, in mixed precision with bf16."""
-    optimiser.zero_grad()
+    optimizer.zero_grad()
     with torch.autocast(images.device.type, torch.bfloat16):
         loss = F.cross_entropy(model(images), labels)
     loss.backward()
-    optimiser.step()
+    optimizer.step()
 
 
 def step_of(model: nn.Module, images: Tensor, num_classes: int = 10) -> Callable[[], None]:
-    """A step of the paper's optimiser."""
-    optimiser = torch.optim.SGD(
+    """A step of the paper's optimizer."""
+    optimizer = torch.optim.SGD(
         model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4, fused=images.is_cuda
     )
     labels = torch.randint(num_classes, (images.shape[0],), device=images.device)
-    return functools.partial(train_step, model, optimiser, images, labels)
+    return functools.partial(train_step, model, optimizer, images, labels)
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait for what the device has been given."""
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -389,11 +389,11 @@ def measure(variants: Mapping[str, Callable[[], None]], device: torch.device, sc
         for _ in range(scale.steps):  # the rarer of two numbers of samples is met, and recorded, before it is timed
             step()
     for name in shuffled_rounds(variants, rounds=scale.rounds):
-        synchronise(device)
+        synchronize(device)
         begin = time.perf_counter()
         for _ in range(scale.steps):
             variants[name]()
-        synchronise(device)
+        synchronize(device)
         times[name].append((time.perf_counter() - begin) / scale.steps * 1e3)
     first = next(iter(times.values()))
     return {
@@ -423,7 +423,7 @@ def peak_bytes(step: Callable[[], None], device: torch.device, num_steps: int) -
 
 
 def launches(step: Callable[[], None]) -> int:
-    """How many kernels, copies and graphs a step asks the GPU for."""
+    """Number of kernels, copies and graphs that a step launches."""
     with torch.profiler.profile() as profile:
         step()
     asks = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
@@ -520,10 +520,10 @@ def floor(setting: Setting) -> bool:
             sd.make_stochastic_(model, sd.linear_decay(0.5), draw="equal_cost")
         images = torch.empty(scale.batch_size, 3, 32, 32, dtype=torch.bfloat16, device="meta")
         labels = torch.empty(scale.batch_size, dtype=torch.int64, device="meta")
-        optimiser = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4)
         with TrafficMode() as traffic, FlopCounterMode(display=False) as counter:
             F.cross_entropy(model(images), labels).backward()
-            optimiser.step()
+            optimizer.step()
         flops = counter.get_total_flops()
         seconds = (traffic.num_bytes / H200["bytes_per_s"], flops / H200["bf16_flops_per_s"])
         found = {"bytes": traffic.num_bytes, "flops": flops, "least_ms": 1e3 * max(seconds), "peak": H200}
@@ -662,7 +662,7 @@ RESTORE = "restore_cifar10.py"
 
 
 def pack(source: Path, build: Path) -> None:
-    """Make the two folders that travel, none of which may be larger than 64 MB."""
+    """Make the two folders to transfer, each at most 64 MB."""
     packages = [Path(str(importlib.util.find_spec(name).origin)).parent for name in PACKAGES]
     for half, names in (("gpu-1", SHEETS[:3]), ("gpu-2", (*SHEETS[3:], *OTHERS))):
         folder = build / half
@@ -731,7 +731,7 @@ def num_epochs_in(seconds: float, setting: Setting) -> int:
 
 
 def run(kind: str, seconds: float, setting: Setting) -> bool:
-    """Train until the deadline, and go on where the last call stopped."""
+    """Train until the deadline, and resume where the last call stopped."""
     experiment = experiment_of(kind, num_epochs_in(seconds, setting), setting)
     stop_at = setting.deadline - 3  # it takes a moment to write the checkpoint
     try:
@@ -756,9 +756,9 @@ def run(kind: str, seconds: float, setting: Setting) -> bool:
 
 
 def machine(setting: Setting) -> bool:
-    """What everything runs on."""
+    """The machine."""
     if setting.device.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("There is no GPU: with --device cpu --tiny the script can be rehearsed without.")
+        raise RuntimeError("There is no GPU. To rehearse the script without one, use --device cpu --tiny.")
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     smi = None
     if setting.device.type == "cuda":
@@ -776,7 +776,7 @@ def machine(setting: Setting) -> bool:
     known = setting.results.of("machine")
     for name, value in found_here.items():
         if name in known and known[name] != value:
-            # A pair may go on elsewhere; then both machines are told.
+            # A pair may resume on another machine; then both are listed.
             since = f"{name}, since {time.strftime('%Y-%m-%d %H:%M')}"
             setting.results.keep("machine", since, value)
         elif name not in known:

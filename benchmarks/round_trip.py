@@ -1,8 +1,8 @@
-"""From timm and torchvision and back: trained with stochastic depth on real images, folded, loaded into a fresh model.
+"""Round trip of timm and torchvision models: train with stochastic depth, fold, load into a fresh model.
 
-Each model learns from some thousand images of CIFAR-10 with linear decay to 0.5. Then `fold_`, `load_state_dict` with
-`strict=True` into a new model of the same library, and both are run on test images. The training is short: what is
-measured is the way back, not the accuracy.
+Each model trains on a few thousand images of CIFAR-10 with linear decay to 0.5. Then `fold_`, `load_state_dict` with
+`strict=True` into a new model of the same library, and both run on test images. The training is short, because the test
+is about the round trip, not the accuracy.
 
 python benchmarks/round_trip.py --data-root FOLDER
 """
@@ -20,7 +20,7 @@ from protocol import write_table
 from torch import Tensor, nn
 
 import stochastic_depth as sd
-from stochastic_depth_lab.data import Augmentation, Normalisation, batches, load
+from stochastic_depth_lab.data import Augmentation, Normalization, batches, load
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "torchvision resnet18": lambda: torchvision_model("resnet18", num_classes=10),
@@ -40,11 +40,11 @@ def way_back(
     """Errors in percent, with the gates and fresh; the largest difference relative to the largest output; answers."""
     model = make()
     sd.make_stochastic_(model, sd.linear_decay(0.5))
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for inputs, labels in train:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         F.cross_entropy(model(inputs), labels).backward()
-        optimiser.step()
+        optimizer.step()
     inputs, labels = test
     with torch.no_grad():
         before = model.eval()(inputs)
@@ -66,17 +66,17 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     data = load("cifar10", data_root=options.data_root)
-    normalisation = Normalisation.fit(data.train.images, "channel")
+    normalization = Normalization.fit(data.train.images, "channel")
     few = data.train.first(options.num_train)
     train = list(
         batches(
-            few, 64, normalisation=normalisation, augmentation=Augmentation(translation=4, flip=True), seed=0, epoch=1
+            few, 64, normalization=normalization, augmentation=Augmentation(translation=4, flip=True), seed=0, epoch=1
         )
     )
     test = data.test.first(options.num_test)
     rows: list[list[str]] = []
     for name, make in MODELS.items():
-        rows.append([name, *way_back(make, train, (normalisation(test.images), test.labels))])
+        rows.append([name, *way_back(make, train, (normalization(test.images), test.labels))])
         print(rows[-1], flush=True)
     write_table(
         "round_trip",

@@ -1,4 +1,4 @@
-"""Process time of a training step of the paper's CIFAR network, against the same network at constant depth.
+"""Process time of a training step of the paper's CIFAR network, relative to constant depth.
 
 The expected share of the FLOPs is not the expected share of the time: blocks of the first group, which are dropped
 least, take more time per FLOP than later ones. So the script also measures what share of the time each group takes
@@ -20,11 +20,11 @@ from torch import nn
 import stochastic_depth as sd
 
 
-def train_step(net: nn.Module, optimiser: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor) -> None:
-    """One step of the paper's optimiser."""
-    optimiser.zero_grad()
+def train_step(net: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor) -> None:
+    """One step of the paper's optimizer."""
+    optimizer.zero_grad()
     F.cross_entropy(net(images), labels).backward()
-    optimiser.step()
+    optimizer.step()
 
 
 def forced_step(depth: sd.Controller, gates: list[bool], step: functools.partial[None]) -> None:
@@ -60,8 +60,8 @@ def main() -> None:
         return step_of(net), sd.make_stochastic_(net, schedule, seed=args.seed, **options)  # pyright: ignore
 
     def step_of(net: nn.Module) -> functools.partial[None]:
-        optimiser = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4)
-        return functools.partial(train_step, net, optimiser, images, labels)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4)
+        return functools.partial(train_step, net, optimizer, images, labels)
 
     # Equal cost: every step runs 40 or 41 of the 54 blocks, so that few rounds show the mean.
     batch, depth = stochastic(schedule, draw="equal_cost")
@@ -80,7 +80,7 @@ def main() -> None:
         steps[f"group {number} closed"] = functools.partial(
             forced_step, forced_depth, [not closed for closed in group], forced
         )
-    # The convolution library prepares a kernel for each number of samples when it first sees it.
+    # The convolution library prepares a kernel for each new number of samples.
     for _ in range(3 * args.warm_up):
         sample()
     times = interleaved(steps, rounds=args.rounds, warm_up=args.warm_up)

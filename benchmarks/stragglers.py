@@ -1,4 +1,4 @@
-"""How long the slowest of many ranks takes for a step, by how their gates are drawn; a simulation with the real draws.
+"""Simulates the step time of the slowest of many ranks for each way of drawing gates, with the library's own draws.
 
     python benchmarks/stragglers.py
 
@@ -96,7 +96,7 @@ def main() -> None:
         }
         for style, (name, values) in zip(("-", "--", "-."), curves.items(), strict=True):
             axis.plot(sizes, values, style, label=name)
-        axis.axhline(1.0, color="grey", linewidth=0.8)
+        axis.axhline(1.0, color="gray", linewidth=0.8)
         axis.set(xscale="log", xlabel="ranks", title=network.name)
         axis.set_xscale("log", base=2)
         for index, size in enumerate(sizes):

@@ -1,4 +1,4 @@
-"""Does running a branch on the surviving samples pay, against computing all and masking? By branch and share dropped.
+"""Is a branch faster on the surviving samples than on all samples with a mask? By branch and dropped share.
 
     python benchmarks/subset_or_mask.py [--batch-sizes 8 64]
 

@@ -1,4 +1,4 @@
-"""Bytes that a training step sends between ranks with one FSDP2 unit per branch, against the arithmetic.
+"""Bytes that a training step sends between ranks with one FSDP2 unit per branch, measured and computed.
 
     torchrun --nproc-per-node 2 benchmarks/traffic.py
 

@@ -1,4 +1,4 @@
-"""What `make_stochastic_` does to public model code that nobody here has written: branches found, and how exactly.
+"""Tests `make_stochastic_` on public model code that we did not write: branches found, and how exact they are.
 
 Each entry of `wild_models.py` is a small network of a public package with random weights. An engineer has counted its
 residual branches by reading the code, and named for each the module call whose output the branch ends with. The
@@ -56,7 +56,7 @@ _RATES = ("drop_prob", "p", "drop_rate", "drop_path_rate", "prob", "drop")
 
 @dataclasses.dataclass
 class Report:
-    """What one entry has shown in one use.
+    """Results of one entry in one use.
 
     Attributes:
         entry: its name.

@@ -109,17 +109,17 @@ def add_navigation(_app: Sphinx, page: str, source: list[str]) -> None:
 
 
 def link_to_source(app: Sphinx, page: str, source: list[str]) -> None:
-    """Let links to code, and to its lines, lead to the site's copies of these files."""
+    """Point links to code and its lines to the site's copies of these files."""
     folder = PurePosixPath(page).parent
 
-    def mended(link: re.Match[str]) -> str:
+    def fixed_link(link: re.Match[str]) -> str:
         target = (ROOT / folder / link["path"]).resolve()
         if not target.is_file() or str(target.relative_to(ROOT).with_suffix("")) in app.env.found_docs:
             return link[0]  # A page of the site; or a broken link, of which MyST complains.
         up = "../" * len(folder.parts)
         return f"](source:{up}source/{target.relative_to(ROOT)}.html#{link['line'] or 'L1'})"
 
-    source[0] = re.sub(r"\]\((?P<path>[\w./-]+\.(py|md))(#(?P<line>L\d+)(-L\d+)?)?\)", mended, source[0])
+    source[0] = re.sub(r"\]\((?P<path>[\w./-]+\.(py|md))(#(?P<line>L\d+)(-L\d+)?)?\)", fixed_link, source[0])
 
 
 def source_pages(_app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
@@ -134,14 +134,14 @@ def source_pages(_app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
         yield f"source/{name}", {"title": name, "body": f'<h1>{name}</h1><div class="source">{code}</div>'}, "page.html"
 
 
-def mend_backquotes(_app: Sphinx, _what: str, _name: str, _object: Any, _options: Any, lines: list[str]) -> None:
-    """Let backquotes be Markdown's: code that is no name stays as it is, and an s may follow ("`Residual`s")."""
+def convert_backquotes(_app: Sphinx, _what: str, _name: str, _object: Any, _options: Any, lines: list[str]) -> None:
+    """Treat backquotes as in Markdown: code that is not a name stays as it is, and an s may follow ("`Residual`s")."""
 
-    def mended(code: re.Match[str]) -> str:
+    def converted(code: re.Match[str]) -> str:
         quoted = code[1] if re.fullmatch(r"`[a-zA-Z_][\w.]*`", code[1]) else f"`{code[1]}`"
         return f"{quoted}\\ {code[2]}" if code[2] else quoted
 
-    lines[:] = [re.sub(r"(`[^`]+`)(\w?)", mended, line) for line in lines]
+    lines[:] = [re.sub(r"(`[^`]+`)(\w?)", converted, line) for line in lines]
 
 
 def copy_home(app: Sphinx, error: Exception | None) -> None:
@@ -155,5 +155,5 @@ def setup(app: Sphinx) -> None:
     app.connect("source-read", add_navigation)
     app.connect("source-read", link_to_source)
     app.connect("html-collect-pages", source_pages)
-    app.connect("autodoc-process-docstring", mend_backquotes)
+    app.connect("autodoc-process-docstring", convert_backquotes)
     app.connect("build-finished", copy_home)

@@ -1,6 +1,6 @@
 """Accelerate: accelerate launch examples/accelerate_loop.py --out runs/accelerate.
 
-Run it again with more epochs: it goes on from its last checkpoint, with the same gates, bit for bit.
+Run it again with more epochs: it resumes from its last checkpoint, with the same gates, bit for bit.
 """
 
 import argparse
@@ -25,9 +25,9 @@ def train(out: Path, epochs: int) -> dict[str, torch.Tensor]:
     digits = load_digits()
     images = torch.tensor(digits.images[:256], dtype=torch.float32)[:, None] / 16
     data = TensorDataset(images, torch.tensor(digits.target[:256]))
-    optimiser = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
     loader = DataLoader(data, batch_size=32, shuffle=True)
-    model, optimiser, loader = accelerator.prepare(net, optimiser, loader)
+    model, optimizer, loader = accelerator.prepare(net, optimizer, loader)
     accelerator.register_for_checkpointing(depth)  # the gates are saved and loaded with everything else
     first = 0
     if (out / "epoch").exists():
@@ -36,8 +36,8 @@ def train(out: Path, epochs: int) -> dict[str, torch.Tensor]:
     for epoch in range(first, epochs):
         for inputs, labels in loader:
             accelerator.backward(F.cross_entropy(model(inputs), labels))
-            optimiser.step()
-            optimiser.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
         accelerator.save_state(str(out / f"after-{epoch + 1}"))
         if accelerator.is_main_process:
             (out / "epoch").write_text(str(epoch + 1))

@@ -1,6 +1,6 @@
 """Hugging Face Trainer: python examples/hf_trainer.py --out runs/trainer.
 
-Run it again with more epochs: it goes on from its last checkpoint, with the same gates, bit for bit.
+Run it again with more epochs: it resumes from its last checkpoint, with the same gates, bit for bit.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def train(out: Path, epochs: int) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     sizes = {"num_channels": 1, "patch_size": 2, "num_stages": 2, "hidden_sizes": [16, 32], "depths": [2, 2]}
     model = ConvNextForImageClassification(ConvNextConfig(**sizes, num_labels=10, drop_path_rate=0.5))
-    depth = sd.make_stochastic_(model)  # the model's own rates, really skipped
+    depth = sd.make_stochastic_(model)  # the model's own rates; dropped branches are skipped
     digits = load_digits()
     images = torch.tensor(digits.images[:256], dtype=torch.float32)[:, None] / 16
     data = [{"pixel_values": image, "labels": label} for image, label in zip(images, digits.target, strict=False)]

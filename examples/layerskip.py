@@ -65,7 +65,7 @@ def sequences() -> torch.Tensor:
 
 
 def train_model(out: Path, epochs: int) -> LlamaForCausalLM:
-    """Train to that many epochs; the model is stochastic still."""
+    """Train to that many epochs; the model is still stochastic."""
     model = small_llama()
     schedule = sd.layerskip(0.2, over_time="exponential")
     depth = sd.make_stochastic_(model, schedule, layers=["model.layers.*"], granularity="sample")
@@ -89,7 +89,7 @@ def train(out: Path, epochs: int) -> dict[str, torch.Tensor]:
     print("loss when leaving after a layer:", *(f"{layer + 1}: {loss:.2f}" for layer, loss in losses.items()))
     sd.subnetwork(model, keep=[0, 1], inputs={"input_ids": ids}).save_pretrained(out / "first-half")
     sd.fold_(model)  # plain transformers again; LayerSkip does not scale, so no weight changes
-    model.generation_config.use_cache = True  # Trainer has switched it off
+    model.generation_config.use_cache = True  # Trainer switched it off
     model.save_pretrained(out / "folded")
     # The first two layers draft up to 5 tokens, always the same number, and the whole model checks them.
     draft = {"num_assistant_tokens": 5, "num_assistant_tokens_schedule": "constant"}

@@ -1,6 +1,6 @@
 """Lightning: python examples/lightning_module.py --out runs/lightning.
 
-Run it again with more epochs: it goes on from its last checkpoint, with the same gates, bit for bit.
+Run it again with more epochs: it resumes from its last checkpoint, with the same gates, bit for bit.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""Stochastic depth (Huang et al. 2016) for residual networks, with every dropped branch really skipped."""
+"""Stochastic depth (Huang et al. 2016) for residual networks. Dropped branches are skipped, not computed."""
 
 import re
 
 import torch
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _OLDEST = (2, 8)
-# By its first two numbers: builds such as 2.8.0a0+34c6371 count as 2.8.
+# Compare the first two numbers only: builds such as 2.8.0a0+34c6371 count as 2.8.
 if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < _OLDEST:
     raise ImportError(
         f"stochastic-depth needs PyTorch {_OLDEST[0]}.{_OLDEST[1]} or newer, but {torch.__version__} is installed.",

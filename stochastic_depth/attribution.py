@@ -1,11 +1,11 @@
-"""Which pass a call belongs to: of the forwards that run, and of those that are being recomputed.
+"""Finds the pass that a call belongs to, in running forwards and in recomputations.
 
-A forward of the root has a scope in the thread, or asyncio task, that runs it. What is called within belongs to it. The
+A forward of the root has a scope in the thread, or asyncio task, that runs it. Every call inside it belongs to it. The
 recomputation of an activation checkpoint in the backward belongs to the forward that it repeats. For non-reentrant
-checkpoints PyTorch's own object for the checkpoint, noted in the forward, tells which one that was, whatever the thread
-and however many forwards are in flight. Reentrant checkpoints share nothing with their forward but the number of their
-autograd node; each thread numbers its nodes in the order of their creation. Where several threads have made nodes of
-that number, the attribution would be a guess, and raises.
+checkpoints, PyTorch's own object for the checkpoint is noted in the forward and identifies it, in any thread and with
+any number of forwards in flight. Reentrant checkpoints share only the number of their autograd node with their forward;
+each thread numbers its nodes in the order of their creation. If several threads have made nodes with that number, the
+attribution would be a guess, so it raises an error.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class Pass:
 
     Attributes:
         counter: number of its draw.
-        survival_probs: one per branch, as they were when it began.
-        forced: gates given by the user, one entry per branch, in place of the draw.
+        survival_probs: one per branch, as of the start of the pass.
+        forced: gates set by the user, one entry per branch, instead of a draw.
         counts: the draw, for each number of separately gated samples that was requested.
-        branches_drawn: the branches that asked, where the pass is no forward of the root: the next one that asks again
-            starts a new pass.
+        branches_drawn: the branches that have used this pass, if it is not a forward of the root. A branch that uses it
+            a second time starts a new pass.
     """
 
     counter: int
@@ -68,11 +68,11 @@ class Pass:
 
 @dataclass(eq=False)
 class Extent:
-    """The calls that belong together: a forward of the root, or calls of parts of the model one after the other.
+    """Calls that belong together: a forward of the root, or successive calls of parts of the model.
 
     Attributes:
-        gates: their pass; None while the rule of evaluation holds.
-        version: of what gates are drawn from, see `GateDraws.end_parts`.
+        gates: their pass; None in evaluation.
+        version: version of the settings that gates are drawn from, see `GateDraws.end_parts`.
     """
 
     gates: Pass | None
@@ -80,7 +80,7 @@ class Extent:
 
 
 class Scope(Extent):
-    """A forward of the root. Between `enter` and `leave` it is what runs in its thread or asyncio task."""
+    """A forward of the root. It runs in its thread or asyncio task between `enter` and `leave`."""
 
     def __init__(self, owner: Attribution | None, gates: Pass | None) -> None:
         super().__init__(gates)
@@ -99,8 +99,8 @@ class Scope(Extent):
 
     @eager
     def leave(self) -> None:
-        """The forward has ended, also by an error or Ctrl-C."""
-        owner, self.owner = self.owner, None  # A context that was copied meanwhile holds no running forward.
+        """End the forward; also called after an error or Ctrl-C."""
+        owner, self.owner = self.owner, None  # A context copied in the meantime must not keep a running forward.
         if self._nodes is None or owner is None:
             return
         _innermost.set(self._outer)
@@ -109,7 +109,7 @@ class Scope(Extent):
 
     @property
     def outer(self) -> Scope | None:
-        """The forward, of another model, that this one runs in."""
+        """The forward of another model that this one runs inside."""
         return self._outer
 
 
@@ -120,13 +120,13 @@ _DRY = Scope(None, None)
 
 
 def is_dry() -> bool:
-    """Whether what runs in this thread or task is run for its shapes only."""
+    """Whether this thread or task is in a dry run, which computes shapes only."""
     return _innermost.get() is _DRY
 
 
 @contextmanager
 def dry_run() -> Generator[None]:
-    """Within, what is run is run for its shapes only: every branch runs, unseen by FLOP counters and autograd."""
+    """Context in which only shapes matter: every branch runs, and FLOP counters and autograd do not see it."""
     before = _innermost.get()
     _innermost.set(_DRY)
     try:
@@ -137,10 +137,10 @@ def dry_run() -> Generator[None]:
 
 
 class PerContext(Generic[T]):
-    """A value that each thread, and in it each asyncio task, has for itself; None where it was not set."""
+    """A value of its own for each thread and asyncio task; None until it is set."""
 
     def get(self) -> T | None:
-        """The value of this thread or task."""
+        """Return the value of this thread or task."""
         return cast("T | None", _values.get().get(self))
 
     def set(self, value: T | None) -> None:
@@ -152,20 +152,20 @@ class PerContext(Generic[T]):
 
 
 _NOTHING: Mapping[PerContext[Any], Any] = {}
-# One for all: Python never frees a ContextVar.
+# One for all instances: Python never frees a ContextVar.
 _values: ContextVar[Mapping[PerContext[Any], Any]] = ContextVar("stochastic_depth_values", default=_NOTHING)
 
 
 @dataclass(eq=False)
 class _Nodes:
-    """Autograd nodes of one thread that were made in an extent.
+    """The autograd nodes that one thread created in an extent.
 
     Attributes:
-        thread: whose nodes.
-        first: number of the first.
-        claims_previous: whether the node before `first` belongs to them too, if it is a reentrant checkpoint's.
-        extent: what they were made in.
-        end: number of the first that no longer belongs to them, None while that is not known.
+        thread: the thread that created them.
+        first: number of the first node.
+        claims_previous: whether the node before `first` belongs to the extent too, if it is a reentrant checkpoint's.
+        extent: the extent.
+        end: number of the first node that no longer belongs to the extent; None while that is unknown.
     """
 
     thread: object
@@ -175,20 +175,20 @@ class _Nodes:
     end: int | None = None
 
 
-class _Here(threading.local):
+class _ThreadState(threading.local):
     """What an `Attribution` knows about each thread."""
 
     def __init__(self) -> None:
-        # Unlike the identity that Python gives a thread, this one is never used again.
+        # Python reuses the ids of threads; this one is unique.
         self.thread = object()
         self.latest: _Nodes | None = None
-        # From which autograd number on nodes belong to no extent yet; None where an extent may still be making some.
+        # Autograd nodes from this number on belong to no extent yet; None if an extent may still be creating some.
         self.unclaimed_from: int | None = 0
-        # Which number the next node had when a part was last given its gate.
-        self.asked_at = 0
+        # Number of the next node when a part last got its gate.
+        self.gate_read_at = 0
 
 
-# Stands for the extent of a checkpoint in which several were begun.
+# Marks a checkpoint in which several extents began.
 _SEVERAL = Extent(None)
 
 
@@ -196,11 +196,11 @@ class Attribution:
     """Finds the extents of one model's calls."""
 
     def __init__(self) -> None:
-        self._here = _Here()
+        self._here = _ThreadState()
         self._nodes: deque[_Nodes] = deque()
         self._only_thread: object | None = None
         self._has_several_threads = False
-        # Below this number nodes may belong to an extent that was forgotten.
+        # Nodes below this number may belong to an extent that has been discarded.
         self._forgotten_below = 0
         self._of_checkpoint: WeakKeyDictionary[object, Extent] = WeakKeyDictionary()
         self._lock = threading.Lock()
@@ -215,14 +215,14 @@ class Attribution:
         return scope
 
     def begin(self, extent: Extent) -> _Nodes:
-        """Remember that the nodes which this thread makes from now on belong to `extent`."""
+        """Record that nodes created by this thread from now on belong to `extent`."""
         here = self._here
         first, claims_previous = here.unclaimed_from, False
         if first is None:
             first = next_node()
-            # Reentrant checkpointing makes its node just before it runs the function without gradients: such a node
-            # is ours, unless a branch of the extent before has been run since.
-            claims_previous = not torch.is_grad_enabled() and here.asked_at < first
+            # Reentrant checkpointing creates its node just before it runs the function without gradients. Such a node
+            # belongs to this extent unless a branch of the previous extent has run since.
+            claims_previous = not torch.is_grad_enabled() and here.gate_read_at < first
         if here.latest is not None and here.latest.end is None:
             here.latest.end = first
         made = here.latest = _Nodes(here.thread, first, claims_previous, extent)
@@ -239,18 +239,18 @@ class Attribution:
         return made
 
     def end(self, nodes: _Nodes) -> None:
-        """The extent that these nodes belong to makes no more of them."""
+        """Record that the extent of these nodes creates no more."""
         nodes.end = self._here.unclaimed_from = next_node()
 
-    def go_on(self, extent: Extent) -> None:
-        """A call of a part belongs to `extent`, maybe after one that belongs to another, or in another thread."""
+    def continue_extent(self, extent: Extent) -> None:
+        """Record that a call of a part belongs to `extent`, even if the previous call belongs to another one."""
         here = self._here
         if here.latest is None or here.latest.extent is not extent:
             self.begin(extent)
-        here.asked_at = next_node()
+        here.gate_read_at = next_node()
 
     def note_checkpoints(self, extent: Extent) -> None:
-        """Note that the non-reentrant checkpoints which are running hold calls of `extent`."""
+        """Record that the running non-reentrant checkpoints contain calls of `extent`."""
         innermost = innermost_checkpoint()
         if innermost is not None and self._of_checkpoint.get(innermost.frame) is extent:
             return
@@ -264,22 +264,22 @@ class Attribution:
     # -------------------------------------------------------------------------------------- what is repeated
 
     def is_repeating(self) -> bool:
-        """Whether what runs repeats a forward."""
+        """Whether the running code recomputes a forward."""
         return graph_task() != -1 or (
             top_saved_tensors_hooks(True) is not None and any(each.repeats for each in running_checkpoints())
         )
 
     def repeated(self) -> Extent | None:
-        """The extent that what runs repeats; None if it repeats none.
+        """The extent that the running code recomputes; None if it recomputes none.
 
         Raises:
-            RuntimeError: if that cannot be told.
+            RuntimeError: if the extent cannot be determined.
         """
         checkpoints = [] if top_saved_tensors_hooks(True) is None else running_checkpoints()
         repeats = [index for index, checkpoint in enumerate(checkpoints) if checkpoint.repeats]
         if not repeats and graph_task() == -1:
             return None
-        # Hooks outside of the recomputation belong to the code that runs the backward.
+        # Hooks outside the recomputation belong to the code that runs the backward.
         inside = checkpoints[: repeats[0] + 1] if repeats else []
         extent = self._extent_of(inside)
         if extent is None:
@@ -293,8 +293,8 @@ class Attribution:
             extent = self._of_checkpoint.get(checkpoint.frame)
             if extent is _SEVERAL:
                 raise RuntimeError(
-                    "An activation checkpoint around several forwards of a stochastic model cannot be recomputed with "
-                    "the gates of each. Give each forward a checkpoint of its own."
+                    "An activation checkpoint around several forwards of a stochastic model cannot recompute each with "
+                    "its own gates. Give each forward a separate checkpoint."
                 )
             if extent is not None:
                 return extent
@@ -307,26 +307,24 @@ class Attribution:
                 "Compiled autograd does not tell which forward a recomputation of a stochastic model repeats. "
                 f"{_REENTRANT_WAY_OUT}, or run the backward without compiled autograd."
             )
-        # Either the recomputation will make its node without gradients, or the nodes that it makes now would be looked
-        # up later, by numbers that belong to other extents.
+        # Either the recomputation creates its node without gradients, or the nodes that it creates now would be looked
+        # up later by numbers that belong to other extents.
         if not torch.is_grad_enabled() or (is_reentrant_checkpoint(node) and inside_checkpoint):
             raise RuntimeError(
-                "Nested activation checkpoints cannot be attributed to their forward pass where one of them is "
+                "Nested activation checkpoints cannot be attributed to their forward pass if one of them is "
                 "reentrant. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False) for all of them."
             )
         number = number_of(node)
         latest = self._latest_of_each_thread(number, node)
         if not latest or number < self._forgotten_below:
-            raise RuntimeError(
-                f"The forward pass that is being recomputed is not among the latest {_NUM_REMEMBERED} of this model."
-            )
+            raise RuntimeError(f"The recomputed forward pass is not among the latest {_NUM_REMEMBERED} of this model.")
         found = {id(nodes.extent.gates): nodes for nodes in latest}
         if len(found) > 1:
             found = {key: nodes for key, nodes in found.items() if nodes.end is None or number < nodes.end}
         if len(found) != 1:
             raise RuntimeError(
-                "Forwards of this stochastic model have run in several threads, and which of them a reentrant "
-                f"activation checkpoint repeats cannot be told. {_REENTRANT_WAY_OUT}."
+                "Forwards of this stochastic model ran in several threads, and it is unknown which of them a reentrant "
+                f"activation checkpoint repeats. {_REENTRANT_WAY_OUT}."
             )
         return next(iter(found.values())).extent
 

@@ -1,7 +1,8 @@
 """How long each branch takes in a training step on this machine: early blocks often cost more time than their FLOPs.
 
-One forward and backward of the whole network is timed with every branch open. The clock is read where a branch begins
-and ends: in the forward around its call, in the backward when the gradients of its output and of its input arrive.
+One forward and backward of the whole network is timed with every branch open. The clock is read at the beginning and
+end of each branch: in the forward around its call, in the backward when the gradients of its output and of its input
+arrive.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ _NUM_ROUNDS = 5
 
 
 def with_times(cost: Cost, root: nn.Module, draws: GateDraws, inputs: Sequence[Any]) -> Cost:
-    """What has been counted, and how long it takes: medians over a few steps, after others that warm up.
+    """Add times to a counted cost: medians over a few steps, after warm-up steps.
 
-    Nothing of the model changes: parameters, gradients, buffers, training modes and random states are as before.
+    The model does not change: parameters, gradients, buffers, training modes and random states stay as they are.
 
     Args:
-        cost: what a step of the model costs, without times.
+        cost: cost of a step of the model, without times.
         root: the stochastic model.
         draws: its draws.
         inputs: arguments of a forward.
 
     Raises:
-        ValueError: if the model spans several devices, whose clocks differ, or lies on the meta device.
+        ValueError: if the model is on several devices, whose clocks differ, or on the meta device.
     """
     devices = {parameter.device for parameter in root.parameters()}
     if len(devices) != 1 or torch.device("meta") in devices:
@@ -67,7 +68,7 @@ def with_times(cost: Cost, root: nn.Module, draws: GateDraws, inputs: Sequence[A
 
 @dataclass(eq=False)
 class _Interval:
-    """Part of a step that belongs to a branch, between two marks, given by their numbers."""
+    """Part of a step that belongs to a branch, between two numbered marks."""
 
     index: int
     begin: int | None = None
@@ -76,7 +77,7 @@ class _Interval:
 
 @dataclass(frozen=True)
 class _Input:
-    """An input of a branch: the tensor, what the branch is given in its place, and the branch's backward."""
+    """An input of a branch: the tensor, the tensor that the branch receives instead, and the branch's backward."""
 
     outside: Tensor
     inside: Tensor
@@ -84,7 +85,7 @@ class _Input:
 
 
 class _Watch:
-    """Marks points in time of one step, and tells which branch the time between them belongs to.
+    """Marks points in time during one step, and assigns the time between them to branches.
 
     Args:
         device: where the step runs.
@@ -97,7 +98,7 @@ class _Watch:
         self._inputs: list[_Input] = []
 
     def mark(self) -> int:
-        """Mark this point in time; its number."""
+        """Mark this point in time and return the number of the mark."""
         self._marks.append(self._now())
         return len(self._marks) - 1
 
@@ -127,11 +128,11 @@ class _Watch:
         return output
 
     def watch_backward(self, outputs: Sequence[Tensor]) -> None:
-        """Mark the ends of the branches in the backward that comes next, which begins at `outputs`.
+        """Mark the ends of the branches in the next backward, which begins at `outputs`.
 
-        A branch ends when the gradient of its input is there. That of an identity shortcut is there already and is
-        added, which would not be done without the branch. A shortcut that computes something, and did so before the
-        branch, comes after it in the backward, and does not belong to it.
+        A branch ends when the gradient of its input has arrived. If the shortcut is the identity, adding the two
+        gradients counts too: it would not be needed without the branch. A shortcut that computed something before the
+        branch comes after it in the backward and does not count.
         """
         users = _users(outputs)
         for each in self._inputs:
@@ -140,17 +141,17 @@ class _Watch:
             added = bool(others) and own is not None and min(map(number_of, others)) > number_of(own)
 
             def end_backward(_gradient: Tensor, backward: _Interval = each.backward) -> None:
-                backward.end = self.mark()  # of several inputs the last one counts
+                backward.end = self.mark()  # the last of several inputs counts
 
             (each.outside if added else each.inside).register_hook(end_backward)
 
     def times(self, num_branches: int) -> tuple[float, list[float]]:
-        """Seconds of the step, and of each branch, not counting branches inside of it."""
+        """Seconds of the step and of each branch, without the branches inside it."""
         between = self._seconds_between(self._marks)
         owners: list[_Interval | None] = [None] * len(between)
-        # Of several intervals the innermost is the one that began last.
+        # The innermost of several intervals is the one that began last.
         for interval in sorted((each for each in self._intervals if each.begin is not None), key=_begin):
-            # Where no input needs a gradient, a branch's backward ends with whatever is marked next.
+            # If no input needs a gradient, a branch's backward ends at the next mark.
             end = _begin(interval) + 1 if interval.end is None else interval.end
             owners[_begin(interval) : end] = [interval] * max(end - _begin(interval), 0)
         of_branch = [0.0] * num_branches
@@ -161,7 +162,7 @@ class _Watch:
 
 
 def _users(outputs: Sequence[Tensor]) -> dict[tuple[Any, int], list[Any]]:
-    """The autograd nodes that each gradient is added up from, by the node and the output that it belongs to."""
+    """The autograd nodes that contribute to each gradient, by the node and output that it belongs to."""
     users: dict[tuple[Any, int], list[Any]] = {}
     seen = {output.grad_fn for output in outputs}
     pending = list(seen)
@@ -185,15 +186,15 @@ def _begin(interval: _Interval) -> int:
 
 
 def _clock(device: torch.device) -> tuple[Callable[[], Any], Callable[[list[Any]], list[float]]]:
-    """How to mark a point in time on a device, and how many seconds lie between any two neighbouring marks."""
+    """Two functions for a device: mark a point in time, and compute the seconds between neighboring marks."""
     if device.type == "cuda":
         return _event, _seconds_between_events
 
     def now() -> float:
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
-        # With one thread, what other processes do does not matter. Several threads wait for each other, which the
-        # process time would count as work.
+        # With one thread, process time ignores other processes. Several threads wait for each other, and process time
+        # would count the waiting as work.
         alone = device.type == "cpu" and torch.get_num_threads() == 1
         return time.process_time() if alone else time.perf_counter()
 

@@ -1,4 +1,4 @@
-"""What torch.compile, torch.export and CUDA graphs see of the library: never a draw."""
+"""Keeps draws out of torch.compile, torch.export and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def graph_break(function: Function, *, recursive: bool, exported: Callable[..., Any] | None = None) -> Function:
-    """Keep `function`, and with `recursive` what it calls, out of the graphs of torch.compile, but not of export.
+    """Keep `function` out of the graphs of torch.compile, but not out of exports.
 
-    torch.compile must never see a draw, which it would freeze. What is exported is in evaluation, where there is none.
+    torch.compile must never see a draw, because it would freeze it. Exported models are in evaluation mode and draw
+    nothing.
 
     Args:
         function: the function.
-        recursive: whether what it calls stays out as well.
-        exported: stands in for the function in an export; None: the function itself.
+        recursive: whether the functions that it calls stay out too.
+        exported: replaces the function in an export; None: the function itself.
     """
     outside = outside_compiler(function, recursive=recursive)
 
@@ -29,7 +30,7 @@ def graph_break(function: Function, *, recursive: bool, exported: Callable[..., 
     def either(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return ((exported or function) if torch.compiler.is_exporting() else outside)(*args, **kwargs)
-        # PyTorch's way out of compilation costs several microseconds a call; here there is nothing to get out of.
+        # PyTorch's way out of compilation takes several microseconds per call and is not needed here.
         return (function if compiler_of_frames() is None else outside)(*args, **kwargs)
 
     return cast(Function, either)
@@ -39,5 +40,5 @@ eager = functools.partial(graph_break, recursive=True)
 
 
 def is_capturing() -> bool:
-    """Whether what runs is being captured as a CUDA graph, which repeats it without Python."""
+    """Whether the running code is being captured as a CUDA graph, which repeats it without Python."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

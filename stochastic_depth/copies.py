@@ -1,4 +1,4 @@
-"""Copies of modules for dry runs: without hooks and stochastic depth, and without data where shapes are enough."""
+"""Copies of modules for dry runs: without hooks and stochastic depth, and without data if shapes are enough."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody's function runs with each call of the module or with its backward."""
+    """Whether the module has hooks for its forward or backward."""
     return any(hooks_of(module))
 
 
 def way_around(module: nn.Module) -> str:
-    """What runs with each call of a module beside its class's forward, which running its code would pass over.
+    """What a call of a module runs besides its class's forward, and what calling that forward would miss.
 
     Returns:
-        A description; empty where there is nothing. The library's own hooks do not count.
+        A description, empty if there is nothing. The library's own hooks do not count.
     """
     hooks = [hook for hooks in hooks_of(module) for hook in hooks.values()]
     if any(not (getattr(hook, "__module__", None) or "").startswith("stochastic_depth.") for hook in hooks):
@@ -40,10 +40,10 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
 
 
 def evaluating_(module: Module) -> Module:
-    """The module itself, with all its parts in evaluation mode.
+    """Put a module and all its submodules into evaluation mode, and return it.
 
-    No `train` of a class is called: some return nothing, some set only a part of the flags, and some do more, such as
-    merging adapters into weights, which setting the flags back would not undo.
+    The flags are set directly. A class's own `train` may return nothing, set only some of the flags, or do more, such
+    as merging adapters into weights, which setting the flags back would not undo.
     """
     for part in module.modules():
         part.training = False
@@ -51,7 +51,7 @@ def evaluating_(module: Module) -> Module:
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module without stochastic depth, and without what FSDP2 has put on top."""
+    """The class of a module without stochastic depth and without FSDP2's class."""
     kind = plain_class(module)
     if "torch.distributed.fsdp" in sys.modules:  # who has sharded something has imported it
         from torch.distributed.fsdp import FSDPModule
@@ -62,14 +62,14 @@ def own_class(module: nn.Module) -> type[nn.Module]:
 
 
 def without_data(module: nn.Module) -> nn.Module:
-    """A copy on the meta device: it computes shapes."""
+    """A copy on the meta device, which computes shapes only."""
     return plain_copy(module, tensor_without_data, tensor_without_data)
 
 
 def plain_copy(
     module: nn.Module, parameter_of: Callable[[Tensor], Tensor], buffer_of: Callable[[Tensor], Tensor]
 ) -> nn.Module:
-    """A copy with these parameters, that need no gradients, and buffers in place of the module's own."""
+    """A copy with these parameters, which need no gradients, and buffers instead of the module's own."""
     memo: dict[int, Any] = {}
     for part in module.modules():
         for parameter in parameter_dict(part).values():
@@ -92,9 +92,9 @@ def plain_copy(
 
 @contextmanager
 def _copyable(module: nn.Module, memo: dict[int, Any]) -> Generator[None]:
-    """Within, parts that FSDP2 has sharded have the classes they had before, and nothing of it is copied.
+    """Context in which submodules sharded by FSDP2 have their original classes, and FSDP2's state is not copied.
 
-    A branch that is closed from the first step on is asked for its shapes when it is sharded already.
+    A branch that is closed from the first step on runs for its shapes when it is already sharded.
     """
     sharded: list[tuple[nn.Module, type[nn.Module]]] = []
     if "torch.distributed.fsdp" in sys.modules:  # who has sharded something has imported it
@@ -114,7 +114,7 @@ def _copyable(module: nn.Module, memo: dict[int, Any]) -> Generator[None]:
 
 
 def tensor_without_data(value: Any, num_samples: int | None = None) -> Any:
-    """A tensor on the meta device of the same shape, or with another first dimension; what is no tensor, as it is."""
+    """A tensor on the meta device of the same shape, or with `num_samples` samples; other values stay as they are."""
     if not isinstance(value, Tensor):
         return value
     shape = value.shape if num_samples is None else (num_samples, *value.shape[1:])

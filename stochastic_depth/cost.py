@@ -1,8 +1,7 @@
-"""What a schedule saves: training FLOPs, saved activations and gradients, per branch and in all, counted on an example.
+"""What a schedule saves in training FLOPs, stored activations and gradients, per branch and in total.
 
-One forward and backward of the whole network is measured with every branch open. What belongs to a branch is told by
-where it happens: in the forward, inside the branch's call; in the backward, by the number of the autograd node, which
-was made inside that call.
+Counted on an example: one forward and backward of the whole network with every branch open. In the forward, whatever
+happens inside a branch's call belongs to the branch; in the backward, the autograd nodes that this call created.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ _REST = -1
 
 @dataclass(frozen=True)
 class CostCounts:
-    """What one branch costs when it runs, in absolute numbers and without branches inside of it; or a whole step.
+    """Cost of one branch when it runs, without the branches inside it, or of a whole step, in absolute numbers.
 
     Attributes:
         name: its name.
-        survival_prob: the chance that its gate is open.
-        outer: indices of the branches that it lies in, which must be open for it to be reached.
+        survival_prob: probability that its gate is open.
+        outer: indices of the branches that contain it, which must be open for it to run.
         training_flops: floating-point operations of forward and backward (a multiply-add counts as two).
         activation_bytes: bytes kept for the backward.
         gradient_bytes: bytes of its parameters' gradients.
@@ -55,7 +54,7 @@ class CostCounts:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a training step costs, in shares of the same step at constant depth.
+    """Cost of a training step, as shares of the same step at constant depth.
 
     Attributes:
         flops_share: expected share of the floating-point operations, in (0, 1].
@@ -287,7 +286,7 @@ class Meter(TorchDispatchMode):
 
 @contextmanager
 def undisturbed(root: nn.Module) -> Generator[None]:
-    """Afterwards training modes, buffers and random states of the model and of PyTorch are as before."""
+    """Afterward training modes, buffers and random states of the model and of PyTorch are as before."""
     modes = [(module, module.training) for module in root.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in root.buffers()]
     gpus = {parameter.device for parameter in root.parameters() if parameter.is_cuda}

@@ -1,7 +1,7 @@
-"""CUDA graphs of branches, forward and backward: one that runs costs a few launches, one that does not, none.
+"""CUDA graphs of branches, forward and backward: a branch that runs takes a few launches, a closed one none.
 
-A graph replays what was recorded, on the same memory: what goes in is copied there, and what comes out is overwritten
-by the next replay. So a branch whose earlier forward still waits for its backward runs as it would without a graph.
+A graph replays recorded work on the same memory: inputs are copied into it, and the next replay overwrites the outputs.
+So a branch whose earlier forward still waits for its backward runs without a graph.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from stochastic_depth.copies import has_hooks
 from stochastic_depth.torch_private import buffer_dict, child_dict, foreach_copy_, parameter_dict
 
 _NUM_WARM_UP = 3
-"""Runs before a recording, for what libraries do only at first."""
+"""Number of runs before a recording, so that libraries have done their one-time setup."""
 
 
 class Recording(Protocol):
-    """A branch's forward and backward on memory of their own.
+    """A branch's forward and backward on fixed memory.
 
     Attributes:
         input: (K, ...), read by `forward`.
         output: (K, ...), written by `forward`.
         grad_output: like `output`, read by `backward`.
-        grads: of the input and of each parameter, None for those that need none; written by `backward`.
+        grads: gradients of the input and of each parameter, None for those that need none; written by `backward`.
     """
 
     input: Tensor
@@ -47,17 +47,17 @@ class Recording(Protocol):
 
 
 Record = Callable[[Callable[[Tensor], Tensor], Tensor, Sequence[Tensor], "torch.cuda.Stream | None"], Recording]
-"""Makes the recording of (function, an input on memory of its own, parameters, the stream to record on)."""
+"""Makes a recording from (function, an input on its own memory, parameters, the stream to record on)."""
 
 
 class CudaRecording:
-    """Two CUDA graphs. Nothing runs while they are recorded, so that parameters and buffers stay as they are.
+    """Two CUDA graphs. Recording runs nothing, so parameters and buffers do not change.
 
     Args:
         function: the branch.
         x: (K, ...), an example, which becomes the recording's input.
-        parameters: those that the branch uses, each once.
-        stream: that on which the branch has run before.
+        parameters: the parameters that the branch uses, each once.
+        stream: the stream on which the branch ran before.
     """
 
     def __init__(
@@ -68,11 +68,11 @@ class CudaRecording:
         stream: torch.cuda.Stream | None,
     ) -> None:
         self.input = x
-        # Graphs of one branch share their memory, those of different branches do not: they may be replayed, or left
-        # out, in any order.
+        # The two graphs of a branch share memory. Graphs of different branches do not, because they may be replayed or
+        # skipped in any order.
         pool = torch.cuda.graph_pool_handle()
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        # Other threads, such as those that load data, may go on meanwhile.
+        # Other threads, such as data loaders, may continue in the meantime.
         how: Any = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
         with torch.cuda.graph(self._forward, **how):
             output = function(x)
@@ -96,21 +96,21 @@ class BranchGraphs:
 
     Args:
         names: the branches' names, for messages.
-        max_shapes: how many shapes of a branch are recorded, the first that it meets; with others it runs as it would
+        max_shapes: number of shapes to record per branch, the first ones that occur; with other shapes the branch runs
             without graphs. Sample granularity has two numbers of samples, and an epoch may end with a smaller batch.
         record: makes recordings.
 
     Attributes:
         num_replayed: forwards that were replayed.
-        num_not_replayed: forwards that ran as they would without graphs: of further shapes, or while an earlier one of
-            the branch waits for its backward.
+        num_not_replayed: forwards that ran without graphs: with further shapes, or while an earlier forward of the
+            branch was waiting for its backward.
     """
 
     def __init__(self, names: Sequence[str], max_shapes: int = 4, record: Record = CudaRecording) -> None:
         self._names = tuple(names)
         self._max_shapes = max_shapes
         self._record = record
-        # None: no gradients are asked for, so there is nothing to record.
+        # None: no gradients are needed, so there is nothing to record.
         self._recorded: list[dict[Any, _Replayable | None]] = [{} for _ in names]
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self.num_replayed = 0
@@ -126,18 +126,18 @@ class BranchGraphs:
 
     @eager
     def run(self, index: int, branch: Callable[[nn.Module, Tensor], Tensor], module: nn.Module, x: Tensor) -> Tensor:
-        """What `branch(module, x)` gives, with gradients to `x` and the parameters.
+        """Return `branch(module, x)`, with gradients to `x` and the parameters.
 
         Args:
-            index: of the branch.
-            branch: a function of its arguments only, the same one in every call.
-            module: its first argument, which holds all that it uses.
-            x: (K, ...), its second.
+            index: index of the branch.
+            branch: a function of its arguments only, the same in every call.
+            module: its first argument, which holds everything it uses.
+            x: (K, ...), its second argument.
 
         Raises:
             RuntimeError: if the branch cannot be recorded.
         """
-        state = _State(module)
+        state = _ModuleState(module)
         if not torch.is_grad_enabled() or not (x.requires_grad or any(state.need_gradients)):
             return branch(module, x)
         recorded = self._recorded[index]
@@ -165,12 +165,17 @@ class BranchGraphs:
         return cast(Tensor, _Replay.apply(x, replayable, *used))
 
     def _new(
-        self, index: int, branch: Callable[[nn.Module, Tensor], Tensor], module: nn.Module, x: Tensor, state: _State
+        self,
+        index: int,
+        branch: Callable[[nn.Module, Tensor], Tensor],
+        module: nn.Module,
+        x: Tensor,
+        state: _ModuleState,
     ) -> _Replayable | None:
         stand_ins = _stand_ins(module)
 
         def function(x: Tensor) -> Tensor:
-            # Weights are cast inside of the graph: a cast that autocast remembers would be that of the first step.
+            # Cast weights inside the graph: autocast would cache the cast of the first step.
             kind = x.device.type
             precision = torch.autocast(
                 kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False
@@ -194,7 +199,7 @@ class BranchGraphs:
         return _Replayable(self._names[index], recording, used, state.places)
 
     def _stream(self, device: torch.device) -> torch.cuda.Stream | None:
-        # One for all: libraries keep working memory for each stream that they meet.
+        # One for all branches: libraries keep working memory for each stream.
         if device.type != "cuda":
             return None
         if device not in self._streams:
@@ -203,7 +208,7 @@ class BranchGraphs:
 
 
 def refuse_unrecordable(names: Sequence[str], parts: Sequence[nn.Module]) -> None:
-    """Raise if what a branch does is more than its graph would repeat.
+    """Raise if a branch does more than its graph would repeat.
 
     Raises:
         ValueError: in one line, with the branch and the cause.
@@ -218,7 +223,7 @@ def refuse_unrecordable(names: Sequence[str], parts: Sequence[nn.Module]) -> Non
             elif hasattr(part, "num_batches_tracked") and getattr(part, "momentum", 0.0) is None:
                 cause = f"{kind} with momentum=None reads its counter in every step"
             elif "_stochastic_depth_branch" in part.__dict__:
-                cause = f"{kind} inside of it has a gate of its own"
+                cause = f"{kind} inside it has its own gate"
             if cause is not None:
                 raise ValueError(f"The branch {name} cannot be recorded as a CUDA graph: {cause}.")
         for parameter in module.parameters():
@@ -229,14 +234,14 @@ def refuse_unrecordable(names: Sequence[str], parts: Sequence[nn.Module]) -> Non
                 raise ValueError(f"The branch {name} cannot be recorded as a CUDA graph: {cause}.")
 
 
-class _State:
-    """What a recording of a module holds for.
+class _ModuleState:
+    """State of a module that a recording is valid for.
 
     Attributes:
         parameters: each of the module's parameters once.
-        need_gradients: which of them need gradients.
-        training: which of its parts are in training mode.
-        places: where parameters and buffers lie.
+        need_gradients: for each parameter, whether it needs gradients.
+        training: for each submodule, whether it is in training mode.
+        places: memory addresses of parameters and buffers.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -261,7 +266,7 @@ class _State:
 
 
 class _Replayable:
-    """A recording, and the forward that it was last replayed for."""
+    """A recording and the forward that it was last replayed for."""
 
     def __init__(self, name: str, recording: Recording, used: Sequence[int], places: Sequence[int]) -> None:
         self.name = name
@@ -275,27 +280,27 @@ class _Replayable:
         return self._forward is not None and self._forward() is not None
 
     def begin(self) -> _Forward:
-        """A forward, which waits until `end` or until nothing holds it any more."""
+        """Begin a forward. It waits until `end` is called or nothing refers to it anymore."""
         begun = _Forward()
         self._forward = weakref.ref(begun)
         return begun
 
     def end(self, begun: _Forward) -> None:
-        """The backward of a forward begins."""
+        """Record that the backward of a forward begins."""
         if self._forward is None or self._forward() is not begun:
             raise RuntimeError(
-                f"The branch {self.name} runs as a CUDA graph, whose backward can be computed once only: call backward "
+                f"The branch {self.name} runs as a CUDA graph, so its backward can run only once: call backward "
                 "without retain_graph, or depth.release() to run without graphs."
             )
         self._forward = None
 
 
 class _Forward:
-    """One forward of a recording: alive as long as its backward may come."""
+    """One forward of a recording, alive while its backward may still come."""
 
 
 class _Replay(torch.autograd.Function):
-    """A recorded branch: (x, recording, *parameters) to its output."""
+    """A recorded branch: maps (x, recording, *parameters) to its output."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, replayable: _Replayable, *_parameters: nn.Parameter) -> Tensor:  # pyright: ignore
@@ -312,7 +317,7 @@ class _Replay(torch.autograd.Function):
         ctx.replayable.end(ctx.begun)
         recording.grad_output.copy_(grad_outputs[0])
         recording.backward()
-        # Copies: whoever keeps a gradient must not find a later one in it. Those of parameters are made all at once.
+        # Copies, because the next replay overwrites the gradients. Those of parameters are copied all at once.
         of_input, *of_parameters = recording.grads
         written = [grad for grad in of_parameters if grad is not None]
         copies = [torch.empty_like(grad) for grad in written]
@@ -332,7 +337,7 @@ def _autocast(x: Tensor) -> torch.dtype | None:
 
 
 def _gradients(output: Tensor, inputs: Sequence[Tensor], grad_output: Tensor) -> list[Tensor | None]:
-    """Gradients of those inputs that need one and are used, outside of autocast, where a backward is computed."""
+    """Gradients of the inputs that need one and are used, computed outside autocast as any backward."""
     needed = [tensor for tensor in inputs if tensor.requires_grad]
     with torch.autocast(output.device.type, enabled=False):
         grads = iter(torch.autograd.grad(output, needed, grad_output, allow_unused=True))
@@ -341,7 +346,7 @@ def _gradients(output: Tensor, inputs: Sequence[Tensor], grad_output: Tensor) ->
 
 @contextmanager
 def _on_stream(stream: torch.cuda.Stream | None) -> Generator[torch.cuda.Stream | None]:
-    """Within, the GPU works beside what is going on, and nothing else does."""
+    """Context in which GPU work goes to this stream, and other streams wait."""
     if stream is None:
         yield None
         return
@@ -351,14 +356,14 @@ def _on_stream(stream: torch.cuda.Stream | None) -> Generator[torch.cuda.Stream 
         with torch.cuda.device(stream.device), torch.cuda.stream(stream):
             yield stream
     finally:
-        torch.cuda.set_stream(before)  # a capture that fails leaves its own
+        torch.cuda.set_stream(before)  # a failed capture leaves its own stream current
         torch.cuda.synchronize(stream.device)
 
 
 def _stand_ins(module: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
-    """Other parameters on the memory of the module's own.
+    """New parameters that share memory with the module's own.
 
-    Those may have hooks, and autograd remembers on which stream each of them was first used.
+    The module's own may have hooks, and autograd remembers the stream on which each was first used.
     """
     return {parameter: nn.Parameter(parameter.detach(), parameter.requires_grad) for parameter in module.parameters()}
 
@@ -378,10 +383,10 @@ def _with_parameters(module: nn.Module, stand_ins: Mapping[nn.Parameter, nn.Para
 def _warm_up(
     function: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module, parameters: Sequence[nn.Parameter]
 ) -> list[int] | None:
-    """Run the branch a few times, and leave statistics and random states as they were.
+    """Run the branch a few times without changing statistics and random states.
 
     Returns:
-        Which of the parameters it uses; None where its output needs no gradients.
+        Which of the parameters it uses; None if its output needs no gradients.
 
     Raises:
         RuntimeError: if it uses parameters that are not among them.
@@ -395,7 +400,7 @@ def _warm_up(
                 if not output.requires_grad:
                     return None
                 if not _leaves(output) <= {id(tensor) for tensor in (x, *parameters)}:
-                    raise RuntimeError("it uses parameters that are not its module's.")
+                    raise RuntimeError("it uses parameters that do not belong to its module.")
                 _, *grads = _gradients(output, [x, *parameters], torch.zeros_like(output))
                 used = [number for number, grad in enumerate(grads) if grad is not None]
     finally:
@@ -406,7 +411,7 @@ def _warm_up(
 
 
 def _leaves(output: Tensor) -> set[int]:
-    """Ids of the tensors to which a backward would add gradients."""
+    """Ids of the tensors that a backward would add gradients to."""
     found: set[int] = set()
     seen: set[Any] = set()
     pending: list[Any] = [output.grad_fn]

@@ -1,4 +1,4 @@
-"""How a controller shows itself: as text, as a table in a notebook, as a plot."""
+"""Shows a controller as text, as a table in a notebook, or as a plot."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ class GateInfo:
 
 @dataclass(frozen=True)
 class Overview:
-    """What is shown of a stochastic model.
+    """The contents of `print(depth)`, of the notebook table and of the plot.
 
     Attributes:
-        gates: its gates.
+        gates: the model's gates.
         expected_depth: expected number of branches that run in a training step.
         flops_share: expected share of the training FLOPs of constant depth; None if the cost was not counted.
         settings: the other arguments of `make_stochastic_`.
-        notes: what was found and is no branch, each as "name: reason".
+        notes: what was found but is not a branch, each as "name: reason".
         num_draws: number of draws in this process.
         remarks: lines below the settings.
     """
@@ -82,7 +82,7 @@ class Overview:
 
     @property
     def details(self) -> list[str]:
-        """Lines below the table: settings, causes of masks, and what is no branch."""
+        """Lines below the table: settings, causes of masks, and what is not a branch."""
         settings = ", ".join(f"{name} {value!r}" for name, value in self.settings.items())
         masked = [f"{gate.name}: mask, nothing is saved: {gate.cause}" for gate in self.gates if gate.cause]
         return [
@@ -146,7 +146,7 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?![^.#])")
 
 
 def _split_at_number(names: Sequence[str]) -> list[tuple[str, str, str]]:
-    """Each name up to the number that counts the blocks of a stage, that number, and the rest.
+    """Split each name at the number that counts the blocks of a stage: text before, number, text after.
 
     That number is the last one in the name that differs between names of the same form.
     """
@@ -191,7 +191,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _without_repetitions(lines: Sequence[str]) -> list[str]:
-    """Lines "name: reason", those with one reason as one."""
+    """Merge lines "name: reason" that have the same reason."""
     reasons: dict[str, list[str]] = {}
     for line in lines:
         name, _, reason = line.partition(": ")
@@ -226,7 +226,7 @@ def as_text(overview: Overview) -> str:
 
 # ------------------------------------------------------------------------------------------ notebook
 
-# Colors are those of the notebook, darker or lighter, so that the table can be read on white and on black.
+# Colors are shades of the notebook's own, so that the table is readable on white and on black.
 _STYLE = """
 .stochastic-depth { max-width: 56em; overflow-x: auto; font-size: 13px; line-height: 1.5; }
 .stochastic-depth > div { min-width: 44em; }
@@ -306,7 +306,7 @@ def plot(overview: Overview, ax: Axes | None = None) -> Axes:
     """Plot survival probabilities, and how often the gates were open.
 
     Args:
-        overview: what is shown.
+        overview: the contents.
         ax: axes to draw in; None makes a new figure.
 
     Raises:
@@ -324,7 +324,7 @@ def plot(overview: Overview, ax: Axes | None = None) -> Axes:
     if overview.num_draws:
         label = f"observed frequency, {_steps(overview.num_draws)}"
         axes.plot(places, frequencies, "o", markersize=4, color="#e08a1e", label=label)
-    # Names of single branches would overlap in a long model: one label in the middle of each stage.
+    # Names of single branches would overlap in a long model, so each stage has one label in its middle.
     rows = stages(gates)
     place_of = {gate.name: place for place, gate in enumerate(gates)}
     middles = [sum(place_of[gate.name] for gate in row.gates) / len(row.gates) for row in rows]

@@ -33,21 +33,21 @@ def shard_(
     """Shard a stochastic model over processes, in place, with one FSDP2 unit per branch and one for the rest.
 
     FSDP2 gathers a unit's parameters before it runs and reduces its gradients after its backward. A branch whose gate
-    is closed does not run, so that nothing of it is sent. What is sent in a step is exactly the open branches and the
-    rest: the layers outside of all branches, single parameters of a foreign block (LayerScale's gains in some models),
-    modules that a branch shares with something else, and branches that are masked.
+    is closed does not run, so nothing of it is sent. A step sends exactly the open branches and the rest: the layers
+    outside all branches, single parameters of a block of another library (LayerScale's gains in some models), modules
+    that a branch shares with something else, and masked branches.
 
     Args:
-        model: made stochastic with `ranks="agree"`. Afterwards it is used, saved and clipped like any model under
-            `torch.distributed.fsdp.fully_shard`. Make the optimiser after this call.
-        mesh: one dimension: parameters, gradients and optimiser states are sharded over it. Two dimensions: replicated
+        model: made stochastic with `ranks="agree"`. Afterward, use, save and clip it like any model under
+            `torch.distributed.fsdp.fully_shard`. Create the optimizer after this call.
+        mesh: one dimension: parameters, gradients and optimizer states are sharded over it. Two dimensions: replicated
             over the first and sharded over the second; (N, 1) is pure replication, like DistributedDataParallel, and
-            saves the reductions of dropped branches all the same.
+            still saves the reductions of dropped branches.
         reshard_after_forward: see `fully_shard`; False keeps a branch's parameters gathered until its backward.
         mp_policy: mixed precision, see `fully_shard`.
         offload_policy: parameters on the CPU, see `fully_shard`.
-        check_gates: compare what decides the gates between the ranks, in each training step, by one reduction of 16
-            bytes. It waits for the device. Ranks that disagree would compute wrong gradients in silence.
+        check_gates: in each training step, compare between ranks what determines the gates, with one reduction of 16
+            bytes, which waits for the device. Ranks that disagree would silently compute wrong gradients.
 
     Returns:
         The model, which is an `FSDPModule` now.
@@ -55,7 +55,7 @@ def shard_(
     Raises:
         ValueError: if the model is not stochastic, its gates differ between ranks, or it is wrapped or sharded already.
     """
-    from torch.distributed.fsdp import FSDPModule, fully_shard  # a second, which those who train alone do not pay
+    from torch.distributed.fsdp import FSDPModule, fully_shard  # takes a second to import
 
     depth = controller(model)
     _refuse(model, depth, FSDPModule)
@@ -81,15 +81,15 @@ def _refuse(model: nn.Module, depth: Controller, sharded: type) -> None:
         )
     for name, module in model.named_modules():
         if isinstance(module, sharded):
-            raise ValueError(f"The model is sharded already ({name or 'its root'}): call shard_ once, in place of it.")
+            raise ValueError(f"The model is already sharded ({name or 'its root'}): call shard_ once, instead of it.")
         if isinstance(module, nn.parallel.DistributedDataParallel):
-            raise ValueError("The model is wrapped in DistributedDataParallel, whose work shard_ does: unwrap it.")
+            raise ValueError("The model is wrapped in DistributedDataParallel, which shard_ replaces: unwrap it.")
 
 
 def _units(model: nn.Module, depth: Controller) -> list[list[nn.Module]]:
-    """For each branch the modules that are called in it and hold its own parameters, inner branches before outer ones.
+    """For each branch, the modules that it calls and that hold its own parameters; inner branches before outer ones.
 
-    Parameters that something else uses too must be there when the branch is closed: they stay with the rest.
+    Parameters that other code uses too must be available when the branch is closed, so they stay with the rest.
     """
     holders: dict[Tensor, set[nn.Module]] = {}
     for module in model.modules():
@@ -106,13 +106,13 @@ def _units(model: nn.Module, depth: Controller) -> list[list[nn.Module]]:
     own = [
         inside
         for inside, called in sorted(units.items(), key=lambda item: len(item[0]))
-        if not inside & _reached_otherwise(model, owners[inside], called)
+        if not inside & _reachable_without(model, owners[inside], called)
     ]
     return [units[inside] for inside in own]
 
 
-def _reached_otherwise(model: nn.Module, owners: set[nn.Module], called: list[nn.Module]) -> set[nn.Module]:
-    """The modules that are reached from the root on a way that does not lead through a branch of the owners."""
+def _reachable_without(model: nn.Module, owners: set[nn.Module], called: list[nn.Module]) -> set[nn.Module]:
+    """The modules that can be reached from the root without passing through a branch of the owners."""
     reached: set[tuple[nn.Module, bool]] = set()
     pending = [(model, model in owners)]
     while pending:
@@ -131,11 +131,11 @@ def _reached_otherwise(model: nn.Module, owners: set[nn.Module], called: list[nn
 
 
 def _called(branch: Branch) -> list[nn.Module]:
-    """The modules with parameters that a branch calls: one of them alone need not hold all of it."""
+    """The modules with parameters that a branch calls; a branch may need several."""
     if isinstance(branch.parts, BranchParts):
         called = list(branch.parts.members)
     elif branch.kind == "layer":
-        # The gate sits inside of the layer's call: a unit of the layer itself would be gathered before it is asked.
+        # The gate is inside the layer's call: a unit of the layer itself would be gathered before its gate is known.
         called = list(branch.parts.children())
     else:
         called = [branch.parts]
@@ -150,7 +150,7 @@ def _called(branch: Branch) -> list[nn.Module]:
 
 
 class _GateCheck:
-    """Forward pre-hook that compares between ranks what the gates of a training step follow from."""
+    """Forward pre-hook that compares between ranks what determines the gates of a training step."""
 
     def __init__(self, draws: GateDraws, mesh: DeviceMesh) -> None:
         self._draws = draws
@@ -162,7 +162,7 @@ class _GateCheck:
         if not root.training and draws.forced is None:
             return
         forced = draws.forced and tuple(gate if isinstance(gate, bool) else bool(gate.any()) for gate in draws.forced)
-        # The root's call has begun: its draw is made already.
+        # The root's call has begun, so its draw has been made.
         counter = draws.counter - 1 if forced is None else draws.counter
         decides = (draws.seed, counter, draws.survival_probs, draws.costs, draws.granularity, draws.draw)
         digest = hashlib.sha256(repr((*decides, forced, root.training)).encode()).digest()

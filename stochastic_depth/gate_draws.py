@@ -1,8 +1,7 @@
 """The gates of a stochastic model's passes: drawn from a counter, or forced.
 
-Every forward of the root module in training mode is a pass with a draw of its own. A model used by its parts
-(`model.forward_features`) starts a new draw at the first branch. Which pass a call belongs to is found in
-`attribution`.
+Every forward of the root module in training mode is a pass with its own draw. If you call parts of a model
+(`model.forward_features`), the first branch starts a new draw. `attribution` finds the pass that a call belongs to.
 """
 
 from __future__ import annotations
@@ -39,10 +38,10 @@ Forced = tuple[bool | Tensor, ...]
 
 
 class Replays(Protocol):
-    """Runs branches by recordings of them."""
+    """Runs branches by replaying recordings."""
 
     def run(self, index: int, branch: Callable[[nn.Module, Tensor], Tensor], module: nn.Module, x: Tensor) -> Tensor:
-        """What `branch(module, x)` gives."""
+        """Return `branch(module, x)`."""
         ...
 
 
@@ -50,10 +49,10 @@ class Gate(NamedTuple):
     """The gate of one branch in one pass.
 
     Attributes:
-        num_open: for how many samples of the batch it is open, 0..N.
-        order: (N,) int64, indices of the samples, the open ones first; None where all are open, or the branch is not
-            to be called. Where none is open and there is an order, the branch runs one sample of weight 0.
-        survival_prob: the chance that it had to be open in this pass, which a later change does not alter.
+        num_open: number of samples of the batch for which it is open, 0..N.
+        order: (N,) int64, indices of the samples, the open ones first; None if all are open or the branch must not be
+            called. If none is open and there is an order, the branch runs one sample with weight 0.
+        survival_prob: probability that it was open in this pass; later changes do not alter it.
     """
 
     num_open: int
@@ -62,7 +61,7 @@ class Gate(NamedTuple):
 
 
 CLOSED = Gate(0, None, 1.0)
-"""The gate of every branch that is not to be called; its chance does not matter."""
+"""The gate of every branch that must not be called; its survival probability does not matter."""
 
 
 def _gate_of_export(
@@ -74,17 +73,16 @@ def _gate_of_export(
 
 
 class GateDraws:
-    """Draws the gates of one stochastic model: its counter, and its forced gates.
+    """Draws the gates of one stochastic model from its counter, or applies forced gates.
 
-    It may be used from several threads at once. The counter, the survival probabilities and `latest` are the model's.
-    Forced gates, the observer, dry runs and the pass of a model that is used by its parts are those of the thread, or
-    the asyncio task, that asks.
+    Several threads may use it at once. They share the counter, the survival probabilities and `latest`. Forced gates,
+    the observer, dry runs and the pass of a model whose parts are called belong to the calling thread or asyncio task.
 
     Args:
         names: names of the branches, for messages.
         survival_probs: one per branch.
         seed: seed of all draws.
-        granularity: "batch", one gate per mini-batch, or "sample", each sample its own.
+        granularity: "batch", one gate per mini-batch, or "sample", one per sample.
         draw: how gates are drawn, see `gates.draw_counts`.
         ranks: "agree", the same gates on every rank, or "decorrelate".
     """
@@ -107,15 +105,15 @@ class GateDraws:
         self.ranks: Ranks = ranks
         self.counter = 0
         self.costs: tuple[float, ...] | None = None
-        """What one sample of each branch costs, for "equal_cost"; None: all the same."""
+        """Cost of one sample of each branch, for "equal_cost"; None: equal costs."""
         self.latest: Pass | None = None
-        """The latest pass with a draw, of any thread."""
-        self._of_this_process()
+        """The latest pass with a draw, in any thread."""
+        self._init_process_state()
 
-    def _of_this_process(self) -> None:
-        """Begin with what a copy or a file does not hold."""
+    def _init_process_state(self) -> None:
+        """Initialize what copies and pickles do not contain."""
         self.observer: Observer | None = None
-        """Runs every branch in place of its plain call, while something is measured; see `observed`."""
+        """Runs every branch instead of its plain call during a measurement; see `observed`."""
         self.graphs: Replays | None = None
         """Replays branches, after `Controller.capture`."""
         self.tally = Tally(len(self.names))
@@ -127,7 +125,7 @@ class GateDraws:
         self._was_forced = False
         self._observers = PerContext[Observer]()
         self._num_observers = 0
-        # The calls of parts without a forward of the root.
+        # Calls of parts outside a forward of the root.
         self._parts = PerContext[Extent]()
         self._version = 0
         self._orders: tuple[tuple[int, int, int, torch.device], Tensor] | None = None
@@ -154,20 +152,20 @@ class GateDraws:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._of_this_process()
+        self._init_process_state()
 
     # -------------------------------------------------------------------------------------- passes
 
     @eager
     def scope(self, training: bool, gates: Pass | None = None) -> Scope | None:
-        """The scope of a call of the root; None where it is a part of what runs already.
+        """The scope of a call of the root; None if the call is part of a pass that already runs.
 
-        That is the recomputation of the whole root, a dry run, and a root that its own forward calls: the inner call
-        is a part of the outer one, which has one draw.
+        This is so for a recomputation of the whole root, for a dry run, and if the root's forward calls the root: both
+        calls then share one draw.
 
         Args:
             training: whether the root is in training mode.
-            gates: its pass, if `reserve` has begun it.
+            gates: its pass, if `reserve` began it.
         """
         if is_dry() or self._attribution.is_repeating() or self._attribution.scope() is not None:
             return None
@@ -178,7 +176,7 @@ class GateDraws:
 
     @eager
     def reserve(self, training: bool) -> Pass | None:
-        """The pass of a call of the root that will be made in another thread; None for the rule of evaluation."""
+        """The pass of a call of the root that another thread will make; None in evaluation."""
         return self._new_pass() if training or self.forced is not None else None
 
     def _new_pass(self) -> Pass:
@@ -198,10 +196,10 @@ class GateDraws:
         return new
 
     def _extent_of_call(self, index: int, *, training: bool) -> Extent | None:
-        """What a call of a branch belongs to; None where the rule of evaluation holds whatever it belongs to."""
+        """The extent that a call of a branch belongs to; None if it is evaluated in any case."""
         if is_dry():
             return None
-        # In a backward, the model may be evaluated anew: without forced gates it does not matter.
+        # A backward may evaluate the model again; without forced gates, this makes no difference.
         if not training and not self._was_forced and graph_task() != -1:
             return None
         extent = self._attribution.repeated()
@@ -216,12 +214,12 @@ class GateDraws:
                 # A branch in training mode under a root in evaluation mode.
                 scope.gates = self._new_pass()
             if scope.thread != threading.get_ident():
-                self._attribution.go_on(scope)
+                self._attribution.continue_extent(scope)
         self._attribution.note_checkpoints(extent)
         return extent
 
     def _part(self, index: int, *, training: bool) -> Extent:
-        """What a call of a part without a forward of the root belongs to."""
+        """The extent of a call of a part outside a forward of the root."""
         forced = self.forced
         is_gated = training or forced is not None
         current = self._parts.get()
@@ -239,11 +237,11 @@ class GateDraws:
             self._parts.set(current)
         if is_gated and current.gates is not None:
             current.gates.branches_drawn.add(index)
-        self._attribution.go_on(current)
+        self._attribution.continue_extent(current)
         return current
 
     def end_parts(self) -> None:
-        """What gates are drawn from has changed: the next call of a part, in any thread, starts a new pass."""
+        """Start a new pass at the next call of a part, in any thread, because what gates are drawn from has changed."""
         with self._lock:
             self._version += 1
 
@@ -256,7 +254,7 @@ class GateDraws:
 
     @property
     def forced(self) -> Forced | None:
-        """Gates given by the user in this thread or task, not drawn; in a recomputation those that it repeats."""
+        """Gates that the user forces in this thread or task; in a recomputation, those of the original forward."""
         return self._forced_here() if self._was_forced else None
 
     @forced.setter
@@ -270,7 +268,7 @@ class GateDraws:
 
     @property
     def forced_here(self) -> Forced | None:
-        """Gates given by the user in this thread or task, also in a recomputation: what is to be put back later."""
+        """Gates that the user forces in this thread or task, even in a recomputation: what to restore later."""
         return self._forced.get()
 
     @eager
@@ -282,24 +280,24 @@ class GateDraws:
 
     @partial(eager, exported=_gate_of_export)
     def gate(self, index: int, num_samples: int, device: torch.device, training: bool) -> Gate | None:
-        """The gate of branch `index` in the call that is being made.
+        """The gate of branch `index` in the current call.
 
         Args:
             index: index of the branch in `names`.
             num_samples: N, the batch size that the branch sees.
-            device: where the order of the samples is needed.
+            device: the device for the order of the samples.
             training: whether the branch is in training mode.
 
         Returns:
-            The gate, or None where the rule of evaluation holds: no gates, every branch runs.
+            The gate, or None in evaluation: no gates, every branch runs.
 
         Raises:
-            ValueError: if a forced gate of single samples does not fit the batch.
+            ValueError: if forced gates per sample do not fit the batch.
             RuntimeError: if the model is exported in training mode or with forced gates, or if a recomputation cannot
                 be attributed to its forward.
         """
         scope = innermost_scope()
-        # In a forward of the root, the common case, nothing else has to be looked at.
+        # The common case: a forward of the root needs no further lookup.
         if (
             scope is not None
             and scope.owner is self._attribution
@@ -322,8 +320,8 @@ class GateDraws:
             is_open = (this.counts.get(1) or self.draw_of(this, 1))[index]
             return Gate(num_samples, None, this.survival_probs[index]) if is_open else CLOSED
         num_open = self.draw_of(this, num_samples)[index]
-        # Another rank may have more samples, and with them a survivor where this one has none. What synchronises
-        # inside of a branch waits for every rank; the sizes of their batches are not known here, so none stays away.
+        # Another rank may have more samples, and so a survivor where this one has none. Synchronization inside a branch
+        # waits for every rank, and their batch sizes are unknown here, so every rank calls the branch.
         if num_open == 0 and not has_several_ranks():
             return CLOSED
         order = None if num_open == num_samples else self._order_of(this, num_samples, device)[index]
@@ -331,7 +329,7 @@ class GateDraws:
 
     @partial(eager, exported=lambda *_, **__: None)
     def survival_prob_of_call(self, index: int, *, training: bool) -> float | None:
-        """The chance that the branch had to run which is being run; None where the rule of evaluation holds."""
+        """Survival probability of the running branch in this pass; None in evaluation."""
         if not training and not self._was_forced:
             return None
         extent = self._attribution.repeated() or self._attribution.scope() or self._parts.get()
@@ -343,8 +341,8 @@ class GateDraws:
         """For how many of `num_samples` separately gated samples each branch is open in a pass that is not forced."""
         counts = this.counts.get(num_samples)
         if counts is None:
-            # How many samples of a batch a branch takes is agreed in any case, so that no rank waits for another;
-            # only which samples they are differs between decorrelated ranks.
+            # The number of samples per branch is the same on all ranks, so that no rank waits for another; only the
+            # choice of samples differs between decorrelated ranks.
             rank = self._rank() if self.granularity == "batch" else None
             is_first = not this.counts and num_samples > 0
             counts = this.counts[num_samples] = draw_counts(
@@ -362,7 +360,7 @@ class GateDraws:
 
     def _order_of(self, this: Pass, num_samples: int, device: torch.device) -> Tensor:
         key = (self.seed, this.counter, num_samples, device)
-        orders = self._orders  # Another thread may replace it meanwhile.
+        orders = self._orders  # Another thread may replace it in the meantime.
         if orders is None or orders[0] != key:
             with without_torch_function():
                 order = draw_order(

@@ -1,11 +1,11 @@
-"""Draws the gates of one forward pass: pure functions of (seed, counter, branch) and, where asked for, of the rank.
+"""Draws the gates of one forward pass: pure functions of (seed, counter, branch) and, optionally, the rank.
 
-Nothing here has a state and no global random generator is touched: ranks agree without communication, a resumed run
-continues, and the draw does not depend on the order of the data. The streams are Python's `random.Random` seeded with
-a string, which hashes it (SHA-512): neighbouring counters are unrelated, and seeds of any size differ, which 32-bit
-generators do not promise. Of a stream only `random()` is used, the one method that Python keeps stable.
+There is no state, and global random generators are not used: ranks agree without communication, a resumed run
+continues, and the draw does not depend on the order of the data. The streams are Python's `random.Random` seeded with a
+string, which it hashes (SHA-512): neighboring counters are unrelated, and seeds of any size differ, which 32-bit
+generators do not promise. Only `random()` is used, the one method that Python keeps stable.
 
-A gate is drawn as a *count*: for how many of the N samples of a batch the branch runs. One gate for a whole
+A gate is drawn as a *count*: the number of the N samples of a batch for which the branch runs. One gate for a whole
 mini-batch is the case N = 1.
 """
 
@@ -32,20 +32,20 @@ def draw_counts(
     costs: Sequence[float] | None = None,
     rank: int | None = None,
 ) -> list[int]:
-    """For how many samples of a batch each branch runs: floor or ceil of p * N, with mean p * N exactly.
+    """The number of samples of a batch for which each branch runs: floor or ceil of p * N, with mean exactly p * N.
 
-    With `num_samples=1` that is a Bernoulli gate for the whole mini-batch (Huang et al. 2016).
+    With `num_samples=1` this is a Bernoulli gate for the whole mini-batch (Huang et al. 2016).
 
     Args:
         survival_probs: one survival probability per branch, in (0, 1].
-        num_samples: N, the number of samples that are gated separately.
+        num_samples: N, the number of separately gated samples.
         seed: the user's seed.
         counter: the number of the draw.
         draw: "bernoulli" rounds each branch independently; "equal_cost" rounds them together, so that the total cost
-            is the expected one to within one largest branch (for equal costs: its floor or ceil).
-        costs: for "equal_cost", what one sample of each branch costs, in any unit; None: all the same.
-        rank: None draws the same on every rank, a number decorrelates it. With "equal_cost" and equal costs the total
-            is the same on every rank all the same.
+            stays within one largest branch of its expectation (for equal costs: its floor or ceil).
+        costs: for "equal_cost", the cost of one sample of each branch, in any unit; None: equal costs.
+        rank: None draws the same on every rank, a number decorrelates it. With "equal_cost" and equal costs, the total
+            is the same on every rank in either case.
 
     Returns:
         One count in 0..N per branch.
@@ -63,7 +63,7 @@ def draw_counts(
 
 
 def draw_order(num_branches: int, num_samples: int, *, seed: int, counter: int, rank: int | None = None) -> Tensor:
-    """A random order of the samples for each branch: those with an open gate are the first `count` of its row.
+    """A random order of the samples for each branch; the first `count` of its row have an open gate.
 
     Args:
         num_branches: number of rows.
@@ -73,12 +73,12 @@ def draw_order(num_branches: int, num_samples: int, *, seed: int, counter: int, 
         rank: None orders the same on every rank, a number decorrelates it.
 
     Returns:
-        (num_branches, N) int64 on the CPU, each row a permutation, all equally likely.
+        (num_branches, N) int64 on the CPU. Each row is a permutation; all are equally likely.
     """
     stream = _stream(seed, counter, "samples", rank)
     generator = torch.Generator().manual_seed(int(stream.random() * 2**32))
-    # Double precision: with 24-bit keys ties would favour the first samples, visibly so for large batches.
-    # Not torch.rand, which a run without noise (`retrofit.quiet`) replaces.
+    # Double precision: with 24-bit keys, ties would visibly favor the first samples of large batches. Not torch.rand,
+    # which `retrofit.quiet` replaces.
     keys = torch.empty(num_branches, num_samples, dtype=torch.float64).uniform_(generator=generator)
     return keys.argsort(dim=1)
 
@@ -90,11 +90,11 @@ def _stream(seed: int, counter: int, purpose: str, rank: int | None) -> random.R
 def _round_at_equal_cost(
     fractions: Sequence[float], costs: Sequence[float], stream: random.Random, last: float
 ) -> list[int]:
-    """Round each fraction to 0 or 1, keeping its mean, with a total cost that moves by at most one largest branch.
+    """Round each fraction to 0 or 1 and keep its mean; the total cost changes by at most one largest branch.
 
     The pivotal method (Deville and Tillé 1998), along the line of constant cost: two undecided branches, in random
-    order, exchange probability at constant total cost until one of them is decided. What a step keeps on average is
-    kept by all of them; only the last undecided branch changes the total, and `last` decides it.
+    order, exchange probability at constant total cost until one of them is decided. Each exchange preserves the means.
+    Only the last undecided branch changes the total, and `last` decides it.
     """
     rounded = [0] * len(fractions)
     undecided = [index for index, fraction in enumerate(fractions) if fraction > 0]
@@ -111,7 +111,7 @@ def _round_at_equal_cost(
         step = up if stream.random() * (up + down) < down else -down
         probs[current] += step
         probs[other] -= step * ratio
-        # Rounding errors must not leave a decided branch undecided by 1e-17.
+        # Rounding errors of 1e-17 must not leave a decided branch undecided.
         first, second = (_decided(probs[index]) for index in (current, other))
         if first is not None:
             rounded[current] = first

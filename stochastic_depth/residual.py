@@ -1,4 +1,4 @@
-"""The residual sum, plain and with a gate: shortcut + gate * branch, where a closed gate runs nothing of the branch."""
+"""The residual sum, plain and gated: shortcut + gate * branch. With a closed gate, the branch does not run."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from stochastic_depth.torch_private import (
     saves_as_usual,
 )
 
-# The gated sum stays out of torch.compile's graphs, which would be one per pattern of gates; the branches that it calls
+# The gated sum stays out of torch.compile's graphs: there would be one per pattern of gates. The branches that it calls
 # are compiled, one graph per shape.
 outside_graph = partial(graph_break, recursive=False)
 
 masks_only: ContextVar[bool] = ContextVar("masks_only", default=False)
-"""Whether every branch is computed and multiplied by its gate: what `Controller.verify` compares with."""
+"""Whether every branch is computed and multiplied by its gate, which `Controller.verify` compares with."""
 
 Rescale = Literal["eval", "train", "none"]
 SkippedGrad = Literal["zero", "none"]
@@ -38,11 +38,11 @@ BranchFunction = Callable[[nn.Module, Any], Tensor]
 
 
 class Residual(nn.Module):
-    """The plain sum of a shortcut and a residual branch, `shortcut(x) + branch(x)`, and nothing more.
+    """The plain sum of a shortcut and a residual branch, `shortcut(x) + branch(x)`.
 
     Args:
         branch: the residual branch f_l.
-        shortcut: what the branch is added to; None is the identity.
+        shortcut: the branch is added to its output; None is the identity.
 
     Shapes:
         x: (N, ...); `branch(x)` and `shortcut(x)` have one shape, which starts with N.
@@ -65,10 +65,10 @@ class Residual(nn.Module):
 
 @dataclass(eq=False)
 class GatedBranch:
-    """What a stochastic module knows about one of its branches.
+    """One branch of a stochastic module: its gate and scaling.
 
     Attributes:
-        passes: draws the gates of the whole model.
+        passes: draws the gates of the model.
         index: index of the branch among the model's branches.
         rescale: where the survival probability enters: in evaluation, in training or nowhere.
         skipped_grad: whether the parameters of a branch that did not run get zero gradients or none.
@@ -82,14 +82,14 @@ class GatedBranch:
 
     @property
     def survival_prob(self) -> float:
-        """The chance of the branch to run, in (0, 1]."""
+        """Probability that the branch runs, in (0, 1]."""
         return self.passes.survival_probs[self.index]
 
     def factor(self, survival_prob: float | None) -> float:
-        """What the branch counts with where it runs.
+        """The factor of the branch in the sum if it runs.
 
         Args:
-            survival_prob: the chance that it had to run in its pass; None where the rule of evaluation holds.
+            survival_prob: its survival probability in this pass; None in evaluation.
         """
         if survival_prob is None:
             return self.survival_prob if self.rescale == "eval" else 1.0
@@ -108,22 +108,23 @@ class GatedBranch:
         extra_inputs: Sequence[Tensor] = (),
         capturable: bool = False,
     ) -> Tensor:
-        """The gated sum `shortcut + gate * branch(module, x)`, which runs the branch only where its gate is open.
+        """The gated sum `shortcut + gate * branch(module, x)`, which runs the branch only if its gate is open.
 
         Args:
-            shortcut: (N, ...), what the branch is added to; `x` itself or a view of it where it is the identity.
+            shortcut: (N, ...), the value that the branch is added to; `x` itself or a view of it for an identity
+                shortcut.
             x: (N, ...), input of the branch, or several in a tuple.
-            module: whose parameters the branch uses.
+            module: the module whose parameters the branch uses.
             branch: computes the branch from (module, x), for any number of samples.
             parts: holds the branch's parameters.
-            training: whether the rule of training holds.
-            extra_inputs: inputs of the branch to which the shortcut carries no gradient: like parameters, they get
+            training: whether the training rule applies.
+            extra_inputs: inputs of the branch that get no gradient through the shortcut. Like parameters, they get
                 gradients of zero from a branch that does not run.
-            capturable: whether `branch` is the same in every call and a function of its arguments only, so that a
-                recording of it may be replayed.
+            capturable: whether `branch` is the same in every call and depends on its arguments only, so that a
+                recording may be replayed.
 
         Returns:
-            (N, ...), a new tensor, safe to be changed in place.
+            (N, ...), a new tensor, which may be changed in place.
 
         Raises:
             ValueError: if the sum has another shape than the shortcut.
@@ -149,7 +150,7 @@ class GatedBranch:
         return self._sum_over_subset(shortcut, x, module, branch, gate, factor, parts)
 
     def weights(self, x: Tensor, *, training: bool) -> float | Tensor:
-        """What a branch's output `x` (N, ...) is multiplied by where it is masked: a number, or weights (N,)."""
+        """The factor of a masked branch's output `x` (N, ...): a number, or weights (N,)."""
         gate = self.passes.gate(self.index, x.shape[0], x.device, training)
         factor = self.factor(gate and gate.survival_prob)
         if gate is None or gate.num_open == x.shape[0]:
@@ -160,12 +161,12 @@ class GatedBranch:
         return weights
 
     def skip(self, shortcut: Tensor, parts: nn.Module, extra_inputs: Sequence[Tensor] = ()) -> Tensor:
-        """The sum where the branch, whose parameters `parts` holds, runs for no sample: a copy of `shortcut`."""
+        """The sum if the branch, whose parameters `parts` holds, runs for no sample: a copy of `shortcut`."""
         if self.skipped_grad == "zero" and torch.is_grad_enabled():
             unused = [tensor for tensor in (*_parameters(parts), *extra_inputs) if tensor.requires_grad]
             if unused:
                 return cast(Tensor, apply(_WithZeroGradients, shortcut, *unused))
-        # A copy: whoever changes the sum in place must not change the shortcut, which is somebody else's tensor.
+        # A copy: code that changes the sum in place must not change the shortcut, which other code uses.
         return shortcut.clone()
 
     def _sum_over_subset(
@@ -219,7 +220,7 @@ class GatedBranch:
             x: (N, ...), or several in a tuple.
         """
         if gate.num_open <= 1 and any(_batch_norms(parts)) and self._sees_one_value(module, branch, x):
-            return 2  # BatchNorm cannot normalise a single value per channel: another sample gives it another
+            return 2  # BatchNorm cannot normalize a single value per channel: another sample gives it another
         return max(gate.num_open, 1)
 
     @eager
@@ -272,7 +273,7 @@ def _batch_norms(module: nn.Module) -> list[nn.Module]:
 class _WithZeroGradients(torch.autograd.Function):
     """A copy of `x` through which `unused` tensors get gradients of zero, as if they had been used with factor 0.
 
-    That is what the authors' optimiser sees for a dropped block, and what a mask gives; and it makes plain
+    That is what the authors' optimizer sees for a dropped block, and what a mask gives; and it makes plain
     DistributedDataParallel right, which waits for a gradient of every parameter.
     """
 

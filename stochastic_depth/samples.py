@@ -1,4 +1,4 @@
-"""Some samples of a batch, taken and added back, in the order of memory and without keeping them twice."""
+"""Gathers some samples of a batch and adds them back, in memory order and without storing them twice."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def take(batch: Tensor, indices: Tensor) -> Tensor:
 
 
 def take_and_carry(batch: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Samples (K, ...) of a batch (N, ...), by their indices (K,), and the batch itself, where both are used."""
+    """Samples (K, ...) of a batch (N, ...), by their indices (K,), and the batch itself, if both are used."""
     return cast("tuple[Tensor, Tensor]", apply(_TakeAndCarry, batch, indices))
 
 
@@ -31,15 +31,15 @@ def add_samples(batch: Tensor, samples: Tensor, indices: Tensor, factor: float) 
 
 @eager
 def kept_once(taken: Sequence[Tensor], batches: Sequence[Tensor], indices: Tensor) -> AbstractContextManager[None]:
-    """Within, autograd keeps no taken samples whose batch it keeps anyway: its backward takes them from there again.
+    """Context in which autograd does not store gathered samples whose batch it stores; the backward gathers them again.
 
-    A batch is kept anyway where the function that made it keeps its result, as ReLU does. Otherwise the samples are
-    less to keep than the batch.
+    A batch is stored anyway if the function that made it stores its result, as ReLU does. Otherwise the samples take
+    less memory than the batch.
 
     Args:
         taken: samples (K, ...) of each batch.
-        batches: (N, ...), what they were taken from.
-        indices: (K,), which of the batch they are.
+        batches: (N, ...), the batches.
+        indices: (K,), indices of the samples.
     """
     sources = [
         (samples, _Kept(batch.detach(), version_of(batch)))
@@ -77,21 +77,21 @@ def _unpack(indices: Tensor, packed: Tensor | _Kept) -> Tensor:
         return packed
     if version_of(packed.batch) != packed.version:
         raise RuntimeError(
-            "The input of a residual branch was changed in place before its backward, which needs it as it was."
+            "The input of a residual branch was changed in place before its backward, which needs the original values."
         )
     return _take(packed.batch, indices)
 
 
 @eager
 def unchanged(taken: Sequence[Tensor], branch: str) -> AbstractContextManager[None]:
-    """Within, samples that were taken must not be changed in place: the batch would not change with them.
+    """Context in which gathered samples must not be changed in place: the batch would not change with them.
 
     Args:
         taken: the samples.
-        branch: name of the branch that computes with them.
+        branch: name of the branch that uses them.
 
     Raises:
-        RuntimeError: if they are.
+        RuntimeError: if they are changed.
     """
     return _Unchanged(taken, branch)
 
@@ -102,7 +102,7 @@ class _Unchanged(AbstractContextManager[None]):
         self._before = [(samples, version_of(samples)) for samples in taken if not samples.is_inference()]
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
-        # PyTorch itself refuses where the samples have gradients, and names neither the branch nor the cause.
+        # PyTorch itself raises if the samples have gradients, but names neither the branch nor the cause.
         refused = isinstance(error, RuntimeError) and "modified inplace" in str(error)
         changed = error is None and any(version_of(samples) != version for samples, version in self._before)
         if refused or changed:
@@ -113,8 +113,8 @@ class _Unchanged(AbstractContextManager[None]):
             ) from error
 
 
-# Samples are taken and added in the order of memory, forward and backward: PyTorch's own index_select and index_add
-# turn channels-last tensors into contiguous ones, and convolutions and BatchNorm then run several times slower.
+# Samples are gathered and added in memory order, forward and backward: PyTorch's index_select and index_add turn
+# channels-last tensors into contiguous ones, and convolutions and BatchNorm then run several times slower.
 class _Take(torch.autograd.Function):
     """Some samples (K, ...) of a batch (N, ...), by their indices (K,)."""
 
@@ -137,9 +137,9 @@ class _Take(torch.autograd.Function):
 
 
 class _TakeAndCarry(torch.autograd.Function):
-    """Some samples (K, ...) of a batch (N, ...), and the batch itself, where both are used.
+    """Some samples (K, ...) of a batch (N, ...), and the batch itself, if both are used.
 
-    Their gradients meet here: added to that of the batch, those of the samples need no batch of zeros around them.
+    Their gradients meet here: those of the samples are added to that of the batch without building a batch of zeros.
     """
 
     @staticmethod
@@ -164,10 +164,10 @@ class _AddSamples(torch.autograd.Function):
     @staticmethod
     def forward(batch: Tensor, samples: Tensor, indices: Tensor, factor: float) -> Tensor:  # pyright: ignore
         dims, _ = _memory_order(batch)
-        dtype = torch.promote_types(batch.dtype, samples.dtype)  # As in the plain sum, under autocast for one.
+        dtype = torch.promote_types(batch.dtype, samples.dtype)  # As in the plain sum, for example under autocast.
         result = batch.to(dtype, copy=True)
         result.permute(dims).index_add_(0, indices, samples.to(dtype).permute(dims), alpha=factor)
-        return result  # Not a view: what comes next may change it in place.
+        return result  # Not a view: later code may change it in place.
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: Tensor) -> None:  # noqa: ARG004

@@ -1,8 +1,8 @@
-"""Schedules over depth: the number of blocks in, their survival probabilities out. Plain numbers, no tensors.
+"""Schedules over depth, from the number of blocks to their survival probabilities. Plain numbers, no tensors.
 
-A `Schedule` is a function from the number of residual blocks L to a list of L survival probabilities, block 1
-(nearest to the input) first. Papers and libraries agree on "linear" and disagree on its end points; each convention
-has its name here, so that a recipe can be repeated exactly.
+A `Schedule` is a function from the number of residual blocks L to a list of L survival probabilities, block 1 (nearest
+to the input) first. Papers and libraries agree on "linear" but not on its end points. Each convention has its own name
+here, so that you can repeat a recipe exactly.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class NamedSchedule:
     """A schedule that prints as the call that made it.
 
     Attributes:
-        name: the function of this module that made it.
+        name: the function that made it.
         survival_prob: the argument of that function.
         formula: survival probability of a block, from `survival_prob`, the block 1..L and L.
 
@@ -39,7 +39,7 @@ class NamedSchedule:
     formula: Callable[[float, int, int], float]
 
     def __call__(self, num_blocks: int) -> list[float]:
-        """The survival probabilities of `num_blocks` blocks, the one nearest to the input first."""
+        """Survival probabilities of `num_blocks` blocks, the one nearest to the input first."""
         num_blocks = to_num_blocks(num_blocks)
         return [self.formula(self.survival_prob, block, num_blocks) for block in range(1, num_blocks + 1)]
 
@@ -93,8 +93,8 @@ def _uniform(survival_prob: float, _block: int, _num_blocks: int) -> float:
 def timm(final_survival_prob: float) -> Schedule:
     """The linear decay of timm's transformers: the first block is never dropped, the last gets the full rate.
 
-    Block l of L survives with probability p_l = 1 - l / (L - 1) * (1 - p_L), l = 0..L-1. A single block survives
-    always, as it does in timm, where a linspace of one value starts at rate 0.
+    Block l of L survives with probability p_l = 1 - l / (L - 1) * (1 - p_L), l = 0..L-1. A single block always
+    survives, as in timm, where a linspace of one value starts at rate 0.
 
     Args:
         final_survival_prob: survival probability of the last block, in (0, 1]: 1 - `drop_path_rate`.
@@ -123,7 +123,7 @@ def efficientnet(final_survival_prob: float) -> Schedule:
     Block l of L survives with probability p_l = 1 - (l / L) * (1 - p), l = 0..L-1.
 
     Args:
-        final_survival_prob: the survival probability p that the decay aims at, one block beyond the last, in (0, 1].
+        final_survival_prob: p, the survival probability that the decay would reach one block after the last, in (0, 1].
 
     Raises:
         ValueError: if it is not in (0, 1].
@@ -141,15 +141,15 @@ def _efficientnet(final: float, block: int, num_blocks: int) -> float:
 
 @dataclass(frozen=True)
 class LayerSchedule:
-    """A schedule for whole layers, with what its authors say besides: how rates rise over time, and the scaling.
+    """A schedule for whole layers, with its authors' change over time and scaling.
 
-    Block l survives with probability 1 - s (1 - p_l), where p_l is the schedule over depth and s in [0, 1] the strength
-    at the present share of the training. `Controller.set_progress` sets it; until then the training is at its start.
+    Block l survives with probability 1 - s (1 - p_l), where p_l is the schedule over depth and s in [0, 1] the current
+    strength. `Controller.set_progress` sets the progress of the training, which is 0 at first.
 
     Attributes:
         over_depth: survival over depth at full strength, such as `linear_decay(0.5)`.
         over_time: the strength, as a function of the share of the training that is done, in [0, 1]. None: always 1.
-        rescale: what `make_stochastic_` does if it is given no `rescale`.
+        rescale: default of `rescale` in `make_stochastic_`.
 
     Example:
         >>> schedule = LayerSchedule(linear_decay(0.5), over_time=lambda progress: progress)
@@ -166,7 +166,7 @@ class LayerSchedule:
         return self.at(0.0, num_blocks)
 
     def at(self, progress: float, num_blocks: int) -> list[float]:
-        """The survival probabilities when a share `progress` of the training is done, in [0, 1].
+        """The survival probabilities after a share `progress` of the training, in [0, 1].
 
         Raises:
             TypeError: if `progress` is not a number.

@@ -1,4 +1,4 @@
-"""How often the gates of a model were open, counted over all draws of this process; and as scalars for loggers."""
+"""Counts how often the gates of a model were open in this process, and reports scalars for loggers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Count:
 
     Attributes:
         num_draws: number of draws, one per forward of the model in training mode.
-        open: for each branch the sum, over the draws, of the share of the samples for which its gate was open.
+        open: for each branch, the sum over all draws of the share of the samples for which its gate was open.
     """
 
     num_draws: int
@@ -22,7 +22,7 @@ class Count:
 
     @property
     def frequencies(self) -> list[float] | None:
-        """For each branch the mean share of the samples for which its gate was open; None without a draw."""
+        """For each branch, the mean share of the samples for which its gate was open; None without a draw."""
         return [each / self.num_draws for each in self.open] if self.num_draws else None
 
 
@@ -49,11 +49,11 @@ class Tally:
 
     @property
     def count(self) -> Count:
-        """What was counted so far."""
+        """The count so far."""
         return self._count
 
     def since_last_call(self) -> Count:
-        """What was counted since the last call."""
+        """The count since the last call."""
         with self._lock:
             before, now = self._reported, self._count
             self._reported = now
@@ -70,12 +70,12 @@ def metrics(
         count: how often the gates were open.
         names: names of the branches.
         expected_depth: expected number of branches that run in a training step.
-        cost_share: gives the share of the training FLOPs from frequencies; None if the cost was not counted.
+        cost_share: maps frequencies to the share of the training FLOPs; None if the cost was not counted.
     """
     found = {"expected_depth": expected_depth}
     frequencies = count.frequencies
     if frequencies is not None:
-        found["realised_depth"] = math.fsum(frequencies)
+        found["realized_depth"] = math.fsum(frequencies)
         if cost_share is not None:
             found["cost_share"] = cost_share(frequencies)
         for name, frequency in zip(names, frequencies, strict=True):

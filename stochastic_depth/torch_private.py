@@ -1,7 +1,7 @@
-"""Every private PyTorch name that the library uses, why, and what breaks without it.
+"""All private PyTorch names that the library uses, why, and what breaks without them.
 
-No other module uses one. `tests/library/test_torch_private.py` has a test for each, which fails first when PyTorch
-changes it.
+No other module uses private names. `tests/library/test_torch_private.py` has a test for each, which fails first when
+PyTorch changes it.
 """
 
 # pyright: reportPrivateUsage=false
@@ -38,9 +38,9 @@ class Node(Protocol):
 
 
 def evaluated_node() -> Node | None:
-    """The autograd node whose backward is being computed in this thread, None outside a backward.
+    """The autograd node whose backward this thread computes; None outside a backward.
 
-    A recomputation in a reentrant checkpoint is recognized by it. Compiled autograd evaluates no nodes.
+    It identifies a recomputation in a reentrant checkpoint. Compiled autograd evaluates no nodes.
     """
     return torch._C._current_autograd_node()  # pyright: ignore
 
@@ -48,41 +48,41 @@ def evaluated_node() -> Node | None:
 graph_task: Callable[[], int] = torch._C._current_graph_task_id  # pyright: ignore
 """The number of the backward that runs in this thread, -1 outside one; compiled autograd has one too.
 
-Without it a recomputation would be taken for a new forward, which draws new gates.
+Without it, a recomputation would look like a new forward and draw new gates.
 """
 
 
 def number_of(node: Node) -> int:
-    """Number of a node: each thread numbers its nodes in the order of their creation.
+    """Number of a node. Each thread numbers its nodes in the order of their creation.
 
-    It tells in which forward of its thread a node was made.
+    It shows which forward of its thread created a node.
     """
     return node._sequence_nr()  # pyright: ignore
 
 
 def next_node() -> int:
-    """Number that the next autograd node of this thread gets: where a forward begins and ends among the nodes."""
+    """Number of the next autograd node of this thread, which marks where a forward begins and ends."""
     return torch.autograd._get_sequence_nr()  # pyright: ignore
 
 
 def keeps_its_result(tensor: Tensor) -> bool:
-    """Whether the function that made a tensor keeps it for its backward, as ReLU does.
+    """Whether the function that made a tensor saves it for its backward, as ReLU does.
 
-    Without it, samples that were taken from such a tensor would be kept twice.
+    Without it, samples gathered from such a tensor would be stored twice.
     """
     return hasattr(type(tensor.grad_fn), "_saved_result")
 
 
 def version_of(tensor: Tensor) -> int:
-    """How often a tensor was changed in place.
+    """Number of in-place changes of a tensor.
 
-    Without it, a branch that changes its input in place would compute wrong sums, and nothing would tell.
+    Without it, a branch that changes its input in place would silently compute wrong sums.
     """
     return tensor._version
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """What `function.apply` does, without binding the arguments to their names.
+    """`function.apply` without binding the arguments to their names.
 
     The binding takes 40 to 60 us of each call, more than the rest of a gate. A step of a ResNet-110 makes 108 calls.
     """
@@ -92,20 +92,20 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 
 def is_reentrant_checkpoint(node: Node) -> bool:
-    """Whether a node is that of a reentrant checkpoint, which PyTorch makes just before it runs the function."""
+    """Whether a node belongs to a reentrant checkpoint. PyTorch creates it just before it runs the function."""
     return node.name() == "CheckpointFunctionBackward"
 
 
 # ------------------------------------------------------------------------------------------ saved tensors, checkpoints
 
 top_saved_tensors_hooks: Callable[[bool], tuple[Any, Any] | None] = _autograd._top_saved_tensors_default_hooks
-"""The innermost `saved_tensors_hooks` of this thread; the argument is True. There is no public way to see them."""
+"""The innermost `saved_tensors_hooks` of this thread; the argument is True. There is no public way to read them."""
 
 
 def saves_as_usual() -> bool:
-    """Whether what runs now is no recomputation, and nobody else decides how what it saves for its backward is kept.
+    """Whether the running code is not a recomputation, and no other hooks handle its saved tensors.
 
-    A recording of a branch, and samples that are not kept twice, would interfere with other hooks.
+    Replayed branches and samples that are not stored twice would interfere with other hooks.
     """
     return (
         evaluated_node() is None
@@ -123,7 +123,7 @@ class Checkpoint(NamedTuple):
 
     Attributes:
         frame: PyTorch's object for it, the same in its forward and in its recomputation.
-        repeats: whether it is its recomputation that runs.
+        repeats: whether its recomputation is running.
     """
 
     frame: object
@@ -131,17 +131,17 @@ class Checkpoint(NamedTuple):
 
 
 def innermost_checkpoint() -> Checkpoint | None:
-    """The checkpoint whose hooks are the innermost of this thread; None if there are none, or somebody else's."""
+    """The checkpoint whose hooks are the innermost of this thread; None if there are none or they are other hooks."""
     hooks = top_saved_tensors_hooks(True)
     return None if hooks is None else _checkpoint_of(hooks[0])
 
 
 def running_checkpoints() -> list[Checkpoint]:
-    """The non-reentrant checkpoints that this thread runs in, innermost first.
+    """The running non-reentrant checkpoints of this thread, innermost first.
 
-    PyTorch's object for a checkpoint is the one exact mark that a forward shares with its recomputation. It is found in
-    the closure of the checkpoint's hooks. Only the innermost hooks can be seen: the others are seen by taking hooks off
-    and putting them back.
+    PyTorch's object for a checkpoint is the only exact mark that a forward shares with its recomputation. It is in the
+    closure of the checkpoint's hooks. Only the innermost hooks are visible: to read the others, hooks are removed and
+    put back.
     """
     found: list[Checkpoint] = []
     taken: list[tuple[Any, Any]] = []
@@ -174,9 +174,9 @@ def _checkpoint_of(pack: Any) -> Checkpoint | None:
 
 
 compiler_of_frames: Callable[[], object] = torch._C._dynamo.eval_frame.get_eval_frame_callback  # pyright: ignore
-"""What compiles the Python frames that this thread enters, None where nothing does.
+"""The compiler of the Python frames that this thread enters; None without one.
 
-Asking costs less than PyTorch's way out of compilation, which is only taken where there is something to get out of.
+Checking it costs less than PyTorch's way out of compilation, which is used only during compilation.
 """
 
 
@@ -192,13 +192,13 @@ def outside_compiler(function: Callable[..., Any], *, recursive: bool) -> Callab
 def is_compiled(module: nn.Module) -> bool:
     """Whether a module was compiled: wrapped by `torch.compile(module)`, or in place by `module.compile()`.
 
-    Without it, a compiled model would be made stochastic, and its graph would go on without gates.
+    Without it, a compiled model would be made stochastic, but its graph would still run without gates.
     """
     return is_compiled_wrapper(module) or module._compiled_call_impl is not None
 
 
 def is_compiled_wrapper(module: nn.Module) -> bool:
-    """Whether a module is what `torch.compile(module)` gives; its calls are those of the module inside."""
+    """Whether a module is the wrapper from `torch.compile(module)`; its calls are those of the module inside."""
     return hasattr(module, "_orig_mod")
 
 
@@ -206,16 +206,16 @@ def is_compiled_wrapper(module: nn.Module) -> bool:
 # a private module.
 
 current_dispatch_mode = cast("Callable[[], object]", _get_current_dispatch_mode)
-"""The innermost mode that sees operations, None without one. A selective checkpoint would be taken for a plain one."""
+"""The innermost mode that sees operations; None without one. Without it, a selective checkpoint would look plain."""
 
 disable_current_modes = cast("Callable[[], Any]", _disable_current_modes)
-"""Within, no FLOP counter or other dispatch mode sees what runs. A dry run would be counted without it."""
+"""Context in which no FLOP counter or other dispatch mode sees operations. Without it, dry runs would be counted."""
 
 
 without_torch_function: Callable[[], AbstractContextManager[None]] = torch._C.DisableTorchFunction
-"""Within, no mode that replaces PyTorch's functions sees what runs.
+"""Context in which no mode that replaces PyTorch's functions is active.
 
-A proof holds noise still by such a mode. Without this, the draws of gates and of samples would be held still too.
+A proof removes noise with such a mode. Without this, draws of gates and samples would be affected too.
 """
 
 
@@ -223,19 +223,19 @@ A proof holds noise still by such a mode. Without this, the draws of gates and o
 
 
 transforms_are_active: Callable[[], bool] = torch._C._are_functorch_transforms_active  # pyright: ignore
-"""Whether `vmap` or `grad` of `torch.func` is transforming what runs: `apply` would skip what makes them work."""
+"""Whether `vmap` or `grad` of `torch.func` is active: `apply` would skip the code that makes them work."""
 
 
 def is_transformed(tensor: Tensor) -> bool:
-    """Whether a tensor is one of `torch.func`'s, which has no memory of its own that a copy could be made of."""
+    """Whether a tensor belongs to `torch.func` and has no memory of its own to copy."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore
 
 
 @contextmanager
 def outside_transforms() -> Generator[None]:
-    """Within, `vmap` and `grad` of `torch.func` do not see what runs; a proof within one would be a part of it.
+    """Context outside `vmap` and `grad` of `torch.func`; a proof inside one would become part of it.
 
-    They forbid hooks of saved tensors, by which a proof sees what is changed in place: within, hooks are allowed.
+    They forbid hooks on saved tensors, with which a proof detects in-place changes; here, hooks are allowed.
     """
     if not transforms_are_active():
         yield
@@ -255,7 +255,7 @@ def outside_transforms() -> Generator[None]:
 # ------------------------------------------------------------------------------------------ modules
 
 MODULE_ATTRIBUTES = frozenset({*vars(nn.Module()), "_compiled_call_impl"})
-"""The attributes that every module has, which say nothing of how its own code computes."""
+"""The attributes that every module has, which do not affect its own code."""
 
 TENSORS_AND_CHILDREN = ("_parameters", "_buffers", "_modules")
 """Names of the dictionaries below among a module's attributes."""
@@ -263,16 +263,16 @@ TENSORS_AND_CHILDREN = ("_parameters", "_buffers", "_modules")
 HOOKS = tuple(
     name for name in vars(nn.Module()) if "forward" in name or name in ("_backward_hooks", "_backward_pre_hooks")
 )
-"""Names of the dictionaries of the hooks that run with a module's forward and backward, and of how they are called."""
+"""Names of the dictionaries of hooks for a module's forward and backward, and of how they are called."""
 
 
 def call_instead(module: nn.Module, call: Callable[..., Any]) -> None:
-    """Let a call of a module be this function: the hooks of the process would count what runs for a proof only."""
+    """Replace the call of a module, because global module hooks must not see calls that run for a proof."""
     module.__dict__["_compiled_call_impl"] = call
 
 
 def call_with_own_hooks(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """A call of a module with its own hooks and without those of the process."""
+    """Call a module with its own hooks and without global module hooks."""
     for number, hook in list(module._forward_pre_hooks.items()):
         if number in module._forward_pre_hooks_with_kwargs:
             args, kwargs = hook(module, args, kwargs) or (args, kwargs)
@@ -290,7 +290,7 @@ def call_with_own_hooks(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def parameter_dict(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """The dictionary of a module's own parameters.
 
-    The public iterators are too slow for each step, pass over repeated ones, and cannot replace one.
+    The public iterators are too slow for each step, skip repeated parameters, and cannot replace one.
     """
     return module._parameters
 
@@ -301,7 +301,7 @@ def buffer_dict(module: nn.Module) -> dict[str, Tensor | None]:
 
 
 def child_dict(module: nn.Module) -> dict[str, nn.Module | None]:
-    """The dictionary of a module's children. `named_children` passes over a child that is held twice."""
+    """The dictionary of a module's children. `named_children` skips a child that occurs twice."""
     return module._modules
 
 
@@ -309,39 +309,39 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def hooks_of(module: nn.Module) -> list[dict[int, Callable[..., Any]]]:
-    """The dictionaries of the hooks that run with a module's forward and backward.
+    """The dictionaries of the hooks for a module's forward and backward.
 
-    Nothing public lists them. Without them, a branch with hooks would be replayed, folded or copied, and its hooks
-    would not run, or run in a dry run.
+    No public function lists them. Without them, a branch with hooks would be replayed, folded or copied, and its hooks
+    would not run, or would run in a dry run.
     """
     return [getattr(module, name) for name in _HOOKS]
 
 
 def pre_hook_dict(module: nn.Module) -> dict[int, Callable[..., Any]]:
-    """The dictionary of the hooks that run before a module's forward. Weight norm and pruning live in it."""
+    """The dictionary of the hooks that run before a module's forward, including weight norm and pruning."""
     return module._forward_pre_hooks
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
-    """Whether hooks run with a module's forward: a weight that they use or change cannot be folded into."""
+    """Whether hooks run with a module's forward: a factor cannot be folded into weights that they use or change."""
     return bool(module._forward_pre_hooks or module._forward_hooks)
 
 
 BatchNorm = _BatchNorm
-"""The class that every batch normalization is derived from, those of other libraries as well."""
+"""The base class of every batch normalization, including those of other libraries."""
 
 InstanceNorm = _InstanceNorm
-"""The same for instance normalization; the public classes have one number of dimensions each."""
+"""The same for instance normalization; each public class has a fixed number of dimensions."""
 
 RunningNorm = _NormBase
-"""The base of both: what may have running statistics."""
+"""The base class of both, for modules that may have running statistics."""
 
 
 # ------------------------------------------------------------------------------------------ tensors and structures
 
 
 def storage_number(tensor: Tensor) -> int:
-    """A number of the memory that a tensor lies in, shared with its views.
+    """A number that identifies a tensor's memory, shared with its views.
 
     Not `data_ptr()`, which is 0 for all tensors on the meta device. Without it, activations would be counted twice.
     """
@@ -349,20 +349,20 @@ def storage_number(tensor: Tensor) -> int:
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether a tensor has a shape and no data, as under torch.export: a stand-in cannot take its values from it."""
+    """Whether a tensor has a shape but no data, as under torch.export, so a stand-in cannot copy its values."""
     return isinstance(tensor, FakeTensor)
 
 
 foreach_zero_: Callable[[list[Tensor]], None] = torch._foreach_zero_
-"""Fills many tensors with zeros at once: a GPU would be called for each parameter of a closed branch without it."""
+"""Fills many tensors with zeros at once, instead of one GPU call per parameter of a closed branch."""
 
 foreach_copy_: Callable[[list[Tensor], list[Tensor]], None] = torch._foreach_copy_
 """Copies many tensors at once, see `foreach_zero_`."""
 
 tree_leaves: Callable[[Any], list[Any]] = _pytree.tree_leaves
-"""The leaves of nested lists, tuples, dictionaries and what PyTorch's users have registered, such as model outputs.
+"""The leaves of nested lists, tuples, dictionaries and registered classes, such as model outputs.
 
-PyTorch's own is used, because models register their output classes there; the public form came after PyTorch 2.8.
+PyTorch's own function, because models register their output classes there; the public one came after PyTorch 2.8.
 """
 
 tree_map: Callable[[Callable[[Any], Any], Any], Any] = _pytree.tree_map
@@ -378,23 +378,23 @@ tree_unflatten: Callable[[Sequence[Any], Any], Any] = _pytree.tree_unflatten
 """The structure of this form with these leaves, see `tree_leaves`."""
 
 assert_in_graph: Callable[[Any, str], None] = torch._assert
-"""An assertion that `torch.fx` records: a smaller network would accept inputs that its code was not recorded for."""
+"""An assertion that `torch.fx` records, so a smaller network rejects inputs that its code was not recorded for."""
 
 
 # ------------------------------------------------------------------------------------------ many processes
 
 
 def keys_of_fsdp() -> tuple[str, str]:
-    """Under which names FSDP2 keeps its state in a module. A dry run would copy it, which fails."""
+    """The attribute names of FSDP2's state in a module. A dry run would copy it, which fails."""
     from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
 
     return REGISTRY_KEY, STATE_KEY
 
 
 def running_ddp() -> DistributedDataParallel | None:
-    """The `DistributedDataParallel` whose forward runs.
+    """The `DistributedDataParallel` whose forward is running.
 
-    The model cannot see its wrapper. Without it, settings of the wrapper that do not work with gates would not be
+    The model cannot see its wrapper. Without this, settings of the wrapper that do not work with gates would not be
     refused.
     """
     return DistributedDataParallel._get_active_ddp_module()

@@ -1,4 +1,4 @@
-"""The command, also as a module: `torchrun --nproc-per-node 2 -m stochastic_depth_lab train ...`."""
+"""The command as a module: `torchrun --nproc-per-node 2 -m stochastic_depth_lab train ...`."""
 
 import _signal  # pyright: ignore[reportMissingImports] -- built in: unlike `signal`, it imports nothing
 import sys

@@ -11,6 +11,14 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 Kind = TypeVar("Kind")
+_RENAMED = {
+    b'"normalisation"': b'"normalization"',
+    b'"regularisers"': b'"regularizers"',
+    b'"synchronised"': b'"synchronized"',
+    b'"realised_depth"': b'"realized_depth"',
+    b'"realised_cost"': b'"realized_cost"',
+}
+"""Fields and values as run folders of version 0.1 spell them, and their present names."""
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -51,7 +59,8 @@ def flush_folder(folder: Path) -> None:
 def from_json(kind: type[Kind], content: bytes | str, *, extra: Literal["ignore", "forbid"] = "ignore") -> Kind:
     """Read JSON into an object of a type, usually a dataclass, whose annotations say what is allowed.
 
-    Nothing is converted, except whole numbers to floats, lists to tuples and objects to dataclasses.
+    Nothing is converted, except whole numbers to floats, lists to tuples and objects to dataclasses. Files of version
+    0.1 are read too: some of their fields have another name now.
 
     Args:
         kind: the type.
@@ -69,8 +78,11 @@ def from_json(kind: type[Kind], content: bytes | str, *, extra: Literal["ignore"
     """
     from pydantic import ValidationError  # help and mistakes on the command line need no package
 
+    text = content.encode() if isinstance(content, str) else content
+    for old, new in _RENAMED.items():
+        text = text.replace(old, new)
     try:
-        return _adapter(kind).validate_json(content, strict=True, extra=extra)
+        return _adapter(kind).validate_json(text, strict=True, extra=extra)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
     field = ".".join(map(str, first["loc"]))[:60]

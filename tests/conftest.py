@@ -1,4 +1,4 @@
-"""What every test shares: the two operator schemas that torchvision needs beside a CPU build of PyTorch, GPU tests."""
+"""Shared by all tests: two operator schemas that torchvision needs with a CPU build of PyTorch, and GPU tests."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked `gpu` on a machine without one; benchmarks/reproduction_gpu.py runs it on one."""
+    """Skip tests marked `gpu` on a machine without one; benchmarks/reproduction_gpu.py runs them on one."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -119,7 +119,7 @@ def test_every_diff_has_what_it_needs_to_run() -> None:
     assert sorted(name for name, _ in diffs()) == sorted(RECIPES)
 
 
-# What these packages warn of in their own code is theirs.
+# Warnings of these packages about their own code.
 @pytest.mark.filterwarnings("default")
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize(("name", "diff"), [pytest.param(*found, id=found[0]) for found in diffs()])
@@ -171,7 +171,7 @@ def lines_of(file: str, name: str) -> tuple[int, int]:
 @pytest.mark.parametrize("walk", walks(), ids=lambda walk: walk.name)
 def test_the_walk_links_to_the_lines_of_the_functions_it_names(walk: Walk) -> None:
     first, last = lines_of(walk.file, walk.name)
-    assert (walk.first, walk.last) == (first, last), "`python tests/test_docs.py` mends the links."
+    assert (walk.first, walk.last) == (first, last), "`python tests/test_docs.py` updates the links."
 
 
 def test_the_walk_is_short() -> None:
@@ -179,7 +179,7 @@ def test_the_walk_is_short() -> None:
     assert sum(walk.last - walk.first + 1 for walk in {(w.file, w.name): w for w in walks()}.values()) <= 400
 
 
-def mend_the_walk() -> None:
+def update_the_walk() -> None:
     """Write the current lines into the links of docs/how-it-works.md."""
     page = ROOT / "docs/how-it-works.md"
     text = page.read_text()
@@ -215,4 +215,4 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    mend_the_walk()
+    update_the_walk()

@@ -1,4 +1,4 @@
-"""What a user installs: wheel and sdist, with and without the laboratory's packages, and PyTorch that is too old."""
+"""Installation from wheel and sdist, with and without the laboratory's packages, and with an old PyTorch."""
 
 import os
 import re
@@ -108,7 +108,7 @@ def test_the_workflows_use_the_versions_that_are_pinned() -> None:
 @pytest.mark.parametrize(
     "form", sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("[!c]*.yml")), ids=lambda form: form.stem
 )
-def test_an_issue_form_is_one(form: Path) -> None:
+def test_issue_forms_are_valid(form: Path) -> None:
     """As far as the code host's rules can be checked here."""
     content = yaml.safe_load(form.read_text())
     assert content.keys() <= {"name", "description", "title", "labels", "assignees", "body"}

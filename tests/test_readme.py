@@ -1,4 +1,4 @@
-"""The README's and the pages' code and commands do what they say: each block of Python and each command runs."""
+"""Every block of Python and every command in the README and the pages runs and does what the text says."""
 
 import re
 import shlex

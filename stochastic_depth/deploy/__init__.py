@@ -1,4 +1,4 @@
-"""After training: plain weights, smaller networks, and what a network does not know."""
+"""After training: plain weights, smaller networks, and uncertainty estimates."""
 
 from stochastic_depth.deploy.fold import convert_rescale_, fold_
 from stochastic_depth.deploy.monte_carlo import Prediction, monte_carlo

@@ -1,9 +1,9 @@
-"""Finds the last affine operations of a branch: those whose weights, multiplied by a factor, multiply what it gives.
+"""Finds the last affine operations of a branch: multiplying their weights by a factor multiplies the branch's output.
 
-From the branch's output the recording is followed back, through what passes a positive factor on (views, pooling, ReLU,
-dropout, sums), into the children that are called, to the weights and biases that everything in the output goes through.
-What else uses a value on the way must not see the factor: where it comes to a linear map next, as in
-squeeze-and-excitation, x * sigmoid(W2 relu(W1 mean(x))), the weights of that one, W1, are divided by the factor.
+The search follows the recording back from the branch's output, through operations that commute with a positive factor
+(views, pooling, ReLU, dropout, sums) and into called children, to the weights and biases that the whole output depends
+on. Other users of a value on this path must not see the factor. If they start with a linear map, as in
+squeeze-and-excitation, x * sigmoid(W2 relu(W1 mean(x))), the weights of that map, W1, are divided by the factor.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from stochastic_depth.torch_private import BatchNorm, InstanceNorm, RunningNorm,
 
 
 class NotAffineError(Exception):
-    """Why a factor cannot go into a branch's weights."""
+    """The factor of a branch cannot go into its weights; the message says why."""
 
 
 class Holder(NamedTuple):
-    """A parameter, by the module that holds it; `inverse` where it is to be divided by the factor."""
+    """A parameter, by the module that holds it; `inverse` if it must be divided by the factor."""
 
     module: nn.Module
     name: str
@@ -44,7 +44,7 @@ class Holder(NamedTuple):
 
 
 class _Passed(NamedTuple):
-    """In place of a parameter: the first argument of a call has the factor, and what the call gives has it too."""
+    """Marks a call that passes the factor from its first argument to its result, instead of a parameter."""
 
 
 _PASSED = _Passed()
@@ -69,14 +69,14 @@ _HOMOGENEOUS: set[Callable[..., Any]] = {
         nn.ReflectionPad2d, nn.ReplicationPad2d, nn.Fold, nn.Unfold,
     )
 }  # fmt: skip
-# Where the functions that the modules above call have their weights and biases.
+# Positions of weights and biases among the arguments of the functions that these modules call.
 _WEIGHT_AND_BIAS: dict[Any, tuple[int, int]] = {
     F.linear: (1, 2), F.conv1d: (1, 2), F.conv2d: (1, 2), F.conv3d: (1, 2),
     F.batch_norm: (3, 4), F.instance_norm: (3, 4), F.layer_norm: (2, 3), F.group_norm: (2, 3), F.rms_norm: (2, -1),
 }  # fmt: skip
-# torchvision's Swin hands its attention's last linear map to a function that cannot be looked into.
+# torchvision's Swin passes the last linear map of its attention to a function that cannot be traced.
 _ATTENTION = {"shifted_window_attention": (2, 10)}
-# Functions and methods that pass a positive factor of their first argument on.
+# Functions and methods that commute with a positive factor of their first argument.
 _HOMOGENEOUS_NAMES = {
     "view", "reshape", "permute", "transpose", "flatten", "unflatten", "contiguous", "unsqueeze", "squeeze", "to",
     "type_as", "float", "half", "double", "bfloat16", "movedim", "swapaxes", "clone", "type", "view_as", "reshape_as",
@@ -86,7 +86,7 @@ _HOMOGENEOUS_NAMES = {
     "max_pool3d", "interpolate", "pixel_shuffle", "pixel_unshuffle", "fold", "unfold", "truediv", "itruediv",
     "div", "div_",
 }  # fmt: skip
-# Methods that look at their second argument's size or type only.
+# Methods that use only the size or type of their second argument.
 _LIKE = {"expand_as", "view_as", "reshape_as", "type_as"}
 _SUMS = {"add", "add_", "iadd", "sub", "sub_", "isub", "__add__", "__radd__", "__iadd__", "__sub__"}
 _PRODUCTS = {"mul", "mul_", "imul", "multiply", "__mul__", "__rmul__", "matmul", "imatmul", "bmm", "__matmul__"}
@@ -94,35 +94,35 @@ _LISTS = {"cat", "concat", "stack", "hstack", "vstack"}
 
 
 Calls = Mapping[nn.Module, Sequence[Call]]
-"""How blocks are called in an example."""
+"""Calls of blocks in an example."""
 
 
 def last_affine(model: nn.Module, branch: BranchWithGate, calls: Calls) -> list[Holder]:
-    """The parameters which, all multiplied (or divided) by one positive factor, multiply what a branch gives.
+    """The parameters that scale a branch's output when all are multiplied (or divided) by one positive factor.
 
-    Of a whole layer with drop paths inside, they multiply what each of their branches gives.
+    For a whole layer with drop paths inside, they scale the output of each of its branches.
 
     Args:
         model: the stochastic model.
         branch: one of its branches.
-        calls: in which the same weights must come last as in a call with the defaults; may be empty.
+        calls: calls in which the same weights must come last as in a call with the defaults; may be empty.
 
     Raises:
-        NotAffineError: if there are none: the branch ends in something else, or its weights serve something else too.
+        NotAffineError: if there are none: the branch ends in something else, or other code uses its weights too.
     """
     found = branch.found
     if found.kind == "layer":
         if not found.drop_paths:
-            raise NotAffineError("the branch is a whole layer, whose output holds its input too")
+            raise NotAffineError("the branch is a whole layer, whose output also contains its input")
         return [holder for inner in _inner_branches(branch) for holder in last_affine(model, inner, calls)]
     if found.key is None and not isinstance(found.module, Residual):
         raise NotAffineError(found.cause)
     holders: list[Holder] = []
-    for end in _followed_everywhere(branch, calls):
+    for end in _ends_in_all_calls(branch, calls):
         if isinstance(end, _Passed):
             raise NotAffineError("it ends in what it was given")
         holders.append(end)
-    # Where the block itself is used in several places, each of them has the same factor.
+    # If the block itself is used in several places, each of them has the same factor.
     places = num_places(model, found.module)
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for holder in holders:
@@ -134,40 +134,41 @@ def last_affine(model: nn.Module, branch: BranchWithGate, calls: Calls) -> list[
 
 
 def num_places(model: nn.Module, module: nn.Module) -> int:
-    """In how many places of a model a module is held."""
+    """The number of places in a model that hold a module."""
     return sum(other is module for _, other in model.named_modules(remove_duplicate=False))
 
 
 def _inner_branches(layer: BranchWithGate) -> list[BranchWithGate]:
-    """The branches of the drop paths inside of a whole layer, each of which has the layer's factor."""
+    """The branches of the drop paths inside a whole layer; each has the layer's factor."""
     try:
         inner = find_branches(layer.found.module, None, None, with_schedule=False)
     except ValueError as error:
-        raise NotAffineError(f"the branches inside of the layer cannot be told: {error}") from None
+        raise NotAffineError(f"the branches inside the layer cannot be found: {error}") from None
     return [BranchWithGate(each, layer.gated, inner.drop_paths.get(each.module, ())) for each in inner.branches]
 
 
 def last_child(model: nn.Module, branch: BranchWithGate, calls: Calls) -> tuple[nn.Module, tuple[int, ...]]:
-    """The child of a foreign block whose output is what a branch gives, up to what passes a factor on.
+    """The child whose output is the branch's output, up to operations that commute with a factor.
 
     Returns:
-        The child, and where in its output the branch's values are: () for the output itself, (0,) for its first entry.
+        The child, and the position of the branch's values in its output: () for the output itself, (0,) for its first
+        entry.
 
     Raises:
-        NotAffineError: if there is none, or it serves something else too.
+        NotAffineError: if there is none, or other code uses it too.
     """
     block, key = branch.found.module, branch.found.key
     assert key is not None
     ends = {
         _last_child(*end, block)
-        for graph in _recorded_everywhere(block, branch.drop_paths, calls)
+        for graph in _graphs_of_all_calls(block, branch.drop_paths, calls)
         if (end := _branch_end(graph, block, key, branch.drop_paths)) is not None
     }
     if len(ends) != 1:
         raise NotAffineError("which child comes last depends on the call")
     (end,) = ends
     if num_places(model, end[0]) != num_places(model, block):
-        raise NotAffineError(f"{type(end[0]).__name__} serves another part of the model too")
+        raise NotAffineError(f"another part of the model uses {type(end[0]).__name__} too")
     return end
 
 
@@ -193,39 +194,39 @@ def _last_child(value: fx.Node, consumer: fx.Node, block: nn.Module) -> tuple[nn
 
 
 def _passes_on(child: nn.Module) -> bool:
-    """Whether a child passes a positive factor of its first argument on."""
+    """Whether a child commutes with a positive factor of its first argument."""
     is_homogeneous = drop_path_rule(child) is not None or plain_class(child).forward in _HOMOGENEOUS
-    return is_homogeneous and not has_own_way(child)
+    return is_homogeneous and not is_customized(child)
 
 
-def has_own_way(module: nn.Module) -> bool:
-    """Whether a call of a module does more than its class's forward says: hooks, or a forward of its own."""
+def is_customized(module: nn.Module) -> bool:
+    """Whether a module has hooks or its own forward, so that a call does more than its class's forward."""
     return "forward" in module.__dict__ or has_forward_hooks(module) or type(module).__call__ is not nn.Module.__call__
 
 
-def _refuse_own_way(module: nn.Module) -> None:
-    if has_own_way(module):
-        raise NotAffineError(f"a {plain_class(module).__name__} at its end has a hook or a forward of its own")
+def _refuse_customized(module: nn.Module) -> None:
+    if is_customized(module):
+        raise NotAffineError(f"a {plain_class(module).__name__} at its end has a hook or its own forward")
 
 
-def _followed_everywhere(branch: BranchWithGate, calls: Calls) -> _Ends:
+def _ends_in_all_calls(branch: BranchWithGate, calls: Calls) -> _Ends:
     block, key = branch.found.module, branch.found.key
     if key is None:
         return _of_child(cast(Residual, block).branch, ((object(),), {}), ())
     ends = [
         _branch_end(graph, block, key, branch.drop_paths)
-        for graph in _recorded_everywhere(block, branch.drop_paths, calls)
+        for graph in _graphs_of_all_calls(block, branch.drop_paths, calls)
     ]
     return _agreed([_follow(*end, block) for end in ends if end is not None])
 
 
-def _recorded_everywhere(block: nn.Module, drop_paths: Sequence[str], calls: Calls) -> list[fx.Graph]:
-    """What a block does in these calls and in one with its defaults, in either mode.
+def _graphs_of_all_calls(block: nn.Module, drop_paths: Sequence[str], calls: Calls) -> list[fx.Graph]:
+    """Recordings of a block in these calls and in a call with its defaults, in both modes.
 
-    A drop path may be called in training only, and code that can be recorded in one mode may decide by values in the
+    A drop path may be called in training only, and code that can be recorded in one mode may branch on values in the
     other.
     """
-    graphs: dict[str, fx.Graph] = {}  # those that differ
+    graphs: dict[str, fx.Graph] = {}  # without duplicates
     first_error: TraceError | None = None
     for arguments in (*calls.get(block, ()), None):
         for other_mode in (False, True):
@@ -242,7 +243,7 @@ def _recorded_everywhere(block: nn.Module, drop_paths: Sequence[str], calls: Cal
 def _branch_end(
     graph: fx.Graph, block: nn.Module, key: Key, drop_paths: Sequence[str]
 ) -> tuple[fx.Node, fx.Node] | None:
-    """What a branch gives, and what uses it; None where the recording does not meet the branch."""
+    """The branch's output and its user; None if the branch does not occur in the recording."""
     residual = known_sums(graph, block, drop_paths).get(key)
     if residual is None:
         return None
@@ -266,11 +267,11 @@ def _agreed(found: Sequence[_Ends]) -> _Ends:
 
 
 def _follow(value: fx.Node, consumer: fx.Node, block: nn.Module, path: tuple[int, ...] = ()) -> _Ends:
-    """What multiplies `value`, which `consumer` uses; with `path` its entry of that index."""
+    """The parameters that scale `value`, which `consumer` uses; with `path`, its entry at that index."""
     others = [user for user in _users(value) if user is not consumer]
     if path and all(_is_other_entry(user, path[0]) for user in others):
         others = []
-    hidden = _hiding_from(others, value, block)
+    hidden = _compensating(others, value, block)
     if _PASSED in hidden:
         raise NotAffineError(f"{value.name} leaves the block too")
     if value.op == "get_attr":
@@ -284,12 +285,12 @@ def _follow(value: fx.Node, consumer: fx.Node, block: nn.Module, path: tuple[int
     raise NotAffineError("it ends in what it was given")
 
 
-def _hiding_from(users: Iterable[fx.Node], value: fx.Node, block: nn.Module) -> _Ends:
-    """What is to be divided by the factor, so that these pass on what they would without a factor in `value`."""
-    return [end for user in users for end in _hiding_from_one(user, value, block)]
+def _compensating(users: Iterable[fx.Node], value: fx.Node, block: nn.Module) -> _Ends:
+    """The parameters to divide by the factor so that these users compute the same as without a factor in `value`."""
+    return [end for user in users for end in _compensating_one(user, value, block)]
 
 
-def _hiding_from_one(user: fx.Node, value: fx.Node, block: nn.Module) -> _Ends:
+def _compensating_one(user: fx.Node, value: fx.Node, block: nn.Module) -> _Ends:
     if user.op == "output" and user.args[0] is value:
         return [_PASSED]
     if not (
@@ -298,7 +299,7 @@ def _hiding_from_one(user: fx.Node, value: fx.Node, block: nn.Module) -> _Ends:
         raise NotAffineError(f"{value.name} is used by {user.name} too")
     if user.op == "call_module":
         child = block.get_submodule(cast(str, user.target))
-        _refuse_own_way(child)
+        _refuse_customized(child)
         if plain_class(child).forward not in _HOMOGENEOUS:
             _refuse_several_calls(user, child, block)
             if plain_class(child).forward in _LINEAR:
@@ -307,17 +308,17 @@ def _hiding_from_one(user: fx.Node, value: fx.Node, block: nn.Module) -> _Ends:
                 raise NotAffineError(f"{value.name} is used by a {type(child).__name__} too")
             graphs = _graphs(child, (user.args, dict(user.kwargs)))
             inputs = [next(iter(graph.nodes)) for graph in graphs]
-            ends = _agreed([_hiding_from(_users(own), own, child) for own in inputs])
+            ends = _agreed([_compensating(_users(own), own, child) for own in inputs])
             if _PASSED not in ends:
                 return ends
-            return [*(end for end in ends if end != _PASSED), *_hiding_from(_users(user), user, block)]
+            return [*(end for end in ends if end != _PASSED), *_compensating(_users(user), user, block)]
     elif _name_of(user) not in _HOMOGENEOUS_NAMES:
         raise NotAffineError(f"{value.name} is used by {user.name} too")
-    return _hiding_from(_users(user), user, block)
+    return _compensating(_users(user), user, block)
 
 
 def _users(value: fx.Node) -> list[fx.Node]:
-    """What uses a value, and not only its size or type."""
+    """The nodes that use a value, not only its size or type."""
     return [
         user for user in value.users if not is_size(user) and not (user.target in _LIKE and user.args[0] is not value)
     ]
@@ -350,7 +351,7 @@ def _refuse_several_calls(call: fx.Node, child: nn.Module, block: nn.Module) -> 
 
 
 def _of_child(child: nn.Module, arguments: Any, path: tuple[int, ...]) -> _Ends:
-    _refuse_own_way(child)
+    _refuse_customized(child)
     plain = plain_class(child)
     if plain.forward is nn.MultiheadAttention.forward and path[:1] == (0,):
         return [*_weight_and_bias(cast(nn.MultiheadAttention, child).out_proj)]
@@ -360,7 +361,7 @@ def _of_child(child: nn.Module, arguments: Any, path: tuple[int, ...]) -> _Ends:
 
 
 def _graphs(child: nn.Module, arguments: Any) -> list[fx.Graph]:
-    """What a child does in a call, on each way that its decisions by sizes allow."""
+    """Recordings of a child in a call, one for each path that its decisions on sizes allow."""
     try:
         try:
             ways = list(recordings(child, arguments))
@@ -379,7 +380,7 @@ def _of_output(graph: fx.Graph, module: nn.Module, path: tuple[int, ...]) -> _En
     while isinstance(output, (tuple, list)) and path:
         output, path = cast("list[Any]", output)[path[0]], path[1:]
     if not isinstance(output, fx.Node):
-        raise NotAffineError(f"{type(module).__name__} gives more than one value")
+        raise NotAffineError(f"{type(module).__name__} returns more than one value")
     return _follow(output, end, module, path)
 
 
@@ -434,7 +435,7 @@ def _argument(node: fx.Node, index: int, name: str) -> Any:
 
 def _of_product(factors: list[fx.Node], product: fx.Node, block: nn.Module) -> _Ends:
     reasons: list[NotAffineError] = []
-    # A parameter comes first, such as a LayerScale: then nothing else need be looked into.
+    # A parameter comes first, such as a LayerScale: then nothing else needs to be traced.
     for factor in sorted(dict.fromkeys(factors), key=lambda each: not _is_parameter(each)):
         try:
             if factors.count(factor) > 1:
@@ -455,7 +456,7 @@ def _holder(block: nn.Module, target: str, graph: fx.Graph) -> list[Holder]:
     path, _, name = target.rpartition(".")
     module = block.get_submodule(path)
     if name not in dict(module.named_parameters(recurse=False)):
-        raise NotAffineError(f"it ends in {target}, which is no parameter")
+        raise NotAffineError(f"it ends in {target}, which is not a parameter")
     if sum(node.op == "get_attr" and node.target == target and bool(node.users) for node in graph.nodes) > 1:
         raise NotAffineError(f"the parameter {target} is used several times")
     return [Holder(module, name)]
@@ -483,6 +484,6 @@ def _described(holder: Holder) -> str:
 
 @torch.no_grad()
 def multiply_(holders: Sequence[Holder], factor: float) -> None:
-    """Multiply the parameters, in place, and divide those that are to be divided."""
+    """Multiply the parameters in place, and divide the inverse ones."""
     for holder in holders:
         parameter_of(holder).mul_(1 / factor if holder.inverse else factor)

@@ -1,4 +1,4 @@
-"""Batches of data in the forms in which data loaders give them."""
+"""Batches of data in the forms that data loaders return."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
 
 def call_of(inputs: Inputs) -> Call:
-    """The arguments of a forward that is given as an example."""
+    """The arguments of an example forward."""
     if isinstance(inputs, Mapping):
         return (), {str(name): value for name, value in inputs.items()}
     return (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) else ((inputs,), {})
@@ -31,7 +31,7 @@ def map_tensors(function: Callable[[Tensor], Any], call: Call) -> Call:
 
 
 def own_tensors(call: Call) -> Call:
-    """The arguments with copies of their tensors, which a forward may change."""
+    """The arguments with copied tensors, because a forward may change them."""
     return map_tensors(lambda tensor: tensor.detach().clone(), call)
 
 
@@ -39,8 +39,8 @@ def arguments_of(batch: Any, model: nn.Module) -> Call:
     """The arguments of a forward on a batch, its tensors on the model's device.
 
     Args:
-        batch: a tensor; a tuple or list whose first entry is what the model takes (the others are labels); or a mapping
-            of arguments by name.
+        batch: a tensor; a tuple or list whose first entry is the model's input (the others are labels); or a mapping of
+            arguments by name.
         model: the model.
 
     Raises:

@@ -1,8 +1,8 @@
-"""Foreign blocks without some of their branches: `torch.fx.GraphModule`s of what is left of their forward.
+"""Blocks of other libraries without some of their branches, as `torch.fx.GraphModule`s of the rest of their forward.
 
-Such a module needs nothing of this library, not even to be loaded. It keeps the names of what it keeps, takes the
-arguments that the block takes, and refuses a call that would have gone another way through the block's code than the
-one that was recorded.
+Such a module does not need this library, not even for loading. Its parts keep their names. It takes the block's
+arguments, and raises an error for a call that would have taken another path through the block's code than the recorded
+one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from stochastic_depth.torch_private import assert_in_graph, child_dict, tree_map
 _Recorded = TypeVar("_Recorded")
 
 
-def with_branches_taken_out(
+def without_branches(
     block: nn.Module,
     drop_paths: Sequence[str],
     dropped: Collection[Key],
@@ -42,17 +42,17 @@ def with_branches_taken_out(
     """A block without the dropped branches, and others multiplied by factors.
 
     Args:
-        block: the block, plain or stochastic; it is not changed, and what is left of its children is shared with it.
-        drop_paths: paths of its drop paths, whose calls are branches; empty where additions are.
+        block: the block, plain or stochastic; it is not changed and shares the remaining children with the result.
+        drop_paths: paths of its drop paths, whose calls are branches; empty if the branches are additions.
         dropped: the branches to drop.
         factors: the branches to multiply.
-        call: an example of how it is called; None where the defaults of its arguments tell enough.
+        call: an example call; None if the defaults of its arguments are enough.
 
     Returns:
         The `GraphModule`.
 
     Raises:
-        ValueError: if it cannot be done; the message says why.
+        ValueError: if this is impossible; the message says why.
     """
     try:
         parameters, recording = _recorded(block, call, inlined_of(drop_paths))
@@ -71,14 +71,14 @@ def with_branches_taken_out(
         _erase_idle(recording, [node for node in writes if node not in gone], block)
         return _with_signature(block, recording, parameters)
     except (CutError, TraceError) as error:
-        raise ValueError(f"{plain_class(block).__name__} cannot do without its branch: {error}.") from error
+        raise ValueError(f"The branch of {plain_class(block).__name__} cannot be removed: {error}.") from error
 
 
 def without_layer(layer: nn.Module, call: Call | None) -> fx.GraphModule:
-    """What stands in for a whole layer that is dropped: it hands on the first of its arguments.
+    """The replacement of a dropped layer, which returns its first argument.
 
     Raises:
-        ValueError: if it cannot be told what the layer returns.
+        ValueError: if the structure of the layer's output cannot be determined.
     """
     try:
         parameters, recording = _recorded(layer, call)
@@ -89,7 +89,7 @@ def without_layer(layer: nn.Module, call: Call | None) -> fx.GraphModule:
         _erase_idle(recording, (), layer)
         return _with_signature(layer, recording, parameters)
     except TraceError as error:
-        raise ValueError(f"It cannot be told what {plain_class(layer).__name__} returns: {error}.") from error
+        raise ValueError(f"The structure that {plain_class(layer).__name__} returns is unknown: {error}.") from error
 
 
 def _recorded(block: nn.Module, call: Call | None, inlined: Collection[str] = ()) -> tuple[dict[str, Any], Recording]:
@@ -110,7 +110,7 @@ def _recorded(block: nn.Module, call: Call | None, inlined: Collection[str] = ()
             lambda other_mode: list(recordings(block, defaults, other_mode=other_mode, inlined=inlined))
         )
         if len({str(way.graph) for way in ways}) > 1:
-            raise TraceError("its code depends on the sizes of what it is given: give inputs, an example of them")
+            raise TraceError("its code depends on the sizes of its inputs: pass an example as inputs")
         return dict(bound.arguments), ways[0]
     leaves: list[Any] = []
     structure = flatten((bound.args, dict(bound.kwargs)), leaves)
@@ -122,10 +122,10 @@ def _recorded(block: nn.Module, call: Call | None, inlined: Collection[str] = ()
 
 
 def _in_either_mode(recorded: Callable[[bool], _Recorded]) -> _Recorded:
-    """A recording in the mode of the block, or else in the other.
+    """A recording in the block's mode, or in the other mode if that fails.
 
-    PyTorch's encoder layer asks in evaluation whether it can be computed in one operation, by what cannot be recorded;
-    what it does else is what it does in training.
+    In evaluation, PyTorch's encoder layer checks with code that cannot be recorded whether a fused operation applies.
+    If none does, it computes the same as in training.
     """
     try:
         return recorded(False)
@@ -138,13 +138,13 @@ def _in_either_mode(recorded: Callable[[bool], _Recorded]) -> _Recorded:
 
 
 def _drop(residual: cuts.Sum, block: nn.Module, replaced: dict[fx.Node, fx.Node]) -> Sequence[fx.Node]:
-    """Take a branch out of its sum, and return the nodes that nothing but the branch needed, the sum among them."""
+    """Remove a branch from its sum, and return the nodes that only the branch needed, including the sum."""
     if residual.shortcut is None:
-        raise CutError("the branch is added to nothing: without it nothing would be left")
+        raise CutError("the branch is added to nothing, so nothing would be left without it")
     branch = cuts.cut(residual, block)
     add, instead = residual.add, residual.shortcut
     if _may_be_changed(add, block):
-        # Whatever changes the sum in place would now change the shortcut, which is somebody else's tensor.
+        # Code that changes the sum in place would now change the shortcut, which other code uses.
         with add.graph.inserting_before(add):
             instead = add.graph.call_method("clone", (residual.shortcut,))
     add.replace_all_uses_with(instead)
@@ -156,11 +156,11 @@ def _drop(residual: cuts.Sum, block: nn.Module, replaced: dict[fx.Node, fx.Node]
 
 
 def _may_be_changed(value: fx.Node, block: nn.Module) -> bool:
-    """Whether what uses a value may change it in place, itself, through a view, or in a child."""
+    """Whether a user of a value may change it in place, directly, through a view, or in a child."""
     for user in value.users:
         if user.op == "output" or is_size(user) or user.all_input_nodes[0] is not value:
             continue
-        is_own = cuts.added(user) is not None  # gives a new tensor
+        is_own = cuts.added(user) is not None  # returns a new tensor
         if user.op == "call_module":
             child = block.get_submodule(cast(str, user.target))
             if any(getattr(module, "inplace", False) for module in child.modules()):
@@ -172,7 +172,7 @@ def _may_be_changed(value: fx.Node, block: nn.Module) -> bool:
 
 
 def _writes(node: fx.Node, block: nn.Module) -> bool:
-    """Whether a node changes a value in place, or may be there to do so: a child whose result is ignored."""
+    """Whether a node changes a value in place, or may exist to do so: a child whose result is ignored."""
     if node.op == "call_module" and not node.users:
         child = block.get_submodule(cast(str, node.target))
         return any(getattr(module, "inplace", False) for module in child.modules())
@@ -180,7 +180,7 @@ def _writes(node: fx.Node, block: nn.Module) -> bool:
 
 
 def _erase_idle(recording: Recording, writes: Collection[fx.Node], block: nn.Module) -> None:
-    """Erase what nothing needs any more; `writes` are needed where what they change is."""
+    """Erase nodes that nothing needs anymore; `writes` are needed if the values that they change are."""
     nodes = list(recording.graph.nodes)
     needed = {node for node in nodes if node.op == "placeholder"}
     pending = [nodes[-1], *(node for node, _ in recording.conditions)]
@@ -197,13 +197,13 @@ def _erase_idle(recording: Recording, writes: Collection[fx.Node], block: nn.Mod
 
 
 def _memory_written(node: fx.Node, block: nn.Module) -> fx.Node:
-    """The first of the values whose memory a node may change: it lies before it in a chain of first arguments."""
+    """The first value whose memory a node may change, found through the chain of first arguments."""
     while node.all_input_nodes:
         node = node.all_input_nodes[0]
         if node.op == "call_module":
             child = block.get_submodule(cast(str, node.target))
             if next(child.parameters(), None) is not None:
-                break  # it gives a new tensor
+                break  # it returns a new tensor
     return node
 
 
@@ -212,7 +212,7 @@ class ScaledForward(NamedTuple):
 
     Attributes:
         function: takes the block and the opaque arguments.
-        recording: tells which calls it holds for.
+        recording: tells which calls it is valid for.
     """
 
     function: Callable[..., Any]
@@ -226,13 +226,13 @@ def scaled_forward(
 
     Args:
         block: the block.
-        drop_paths: paths of its drop paths, whose calls are branches; empty where additions are.
-        factors: the branches to multiply; those that the call does not meet are left out.
-        signature: of the call, from `flatten`.
+        drop_paths: paths of its drop paths, whose calls are branches; empty if the branches are additions.
+        factors: the branches to multiply; branches that do not occur in the call are left out.
+        signature: signature of the call, from `flatten`.
         leaves: its opaque arguments.
 
     Raises:
-        CutError: if a branch cannot be told from the rest of the code.
+        CutError: if a branch cannot be separated from the rest of the code.
         TraceError: if the code cannot be recorded.
     """
     decide = functools.partial(decide_by, leaves)
@@ -265,7 +265,7 @@ def _multiply(value: fx.Node, consumer: fx.Node | None, factor: float) -> None:
 
 
 def _with_signature(block: nn.Module, recording: Recording, values: Mapping[str, Any]) -> fx.GraphModule:
-    """The module of a recording, which takes the block's arguments and checks those that the recording depends on."""
+    """The module of a recording. It takes the block's arguments and checks those that the recording depends on."""
     graph = fx.Graph()
     leaves: list[fx.Node] = []
     checks: list[tuple[fx.Node, Any]] = []
@@ -280,7 +280,7 @@ def _with_signature(block: nn.Module, recording: Recording, values: Mapping[str,
     copies: dict[fx.Node, fx.Node] = dict(zip(recorded, leaves, strict=True))
     graph.output(graph.graph_copy(recording.graph, copies))
     for leaf in reversed(leaves):
-        while not leaf.users and leaf.op != "placeholder":  # unpacked for nothing
+        while not leaf.users and leaf.op != "placeholder":  # unpacked but unused
             leaf, unpacked = cast(fx.Node, leaf.args[0]), leaf
             graph.erase_node(unpacked)
     with graph.inserting_before(next(iter(reversed(graph.nodes)))):
@@ -295,20 +295,20 @@ def _with_signature(block: nn.Module, recording: Recording, values: Mapping[str,
         for name, _ in list(module.named_buffers(recurse=False)):
             if name not in of_state:
                 module.register_buffer(name, getattr(module, name), persistent=False)
-    for name, value in block.__dict__.items():  # what a model's code may ask a block for
+    for name, value in block.__dict__.items():  # a model's code may read the block's attributes
         if isinstance(value, PLAIN_TYPES) and not name.startswith("_") and name != "training":
             setattr(made, name, value)
     return made
 
 
 def is_identity(module: fx.GraphModule) -> bool:
-    """Whether a module does nothing but give its first argument back."""
+    """Whether a module only returns its first argument."""
     end = next(iter(reversed(module.graph.nodes)))
     return unchanged_outputs(module) == [end.args[0]]
 
 
 def unchanged_outputs(module: fx.GraphModule) -> list[fx.Node]:
-    """What of a module's outputs is its first argument itself."""
+    """The outputs of a module that are its first argument itself."""
     end = next(iter(reversed(module.graph.nodes)))
     return [node for node in end.all_input_nodes if _is_first_argument(node, module)]
 
@@ -322,7 +322,7 @@ def _is_first_argument(node: fx.Node, module: fx.GraphModule) -> bool:
 def takes_one_argument(module: nn.Module) -> bool:
     """Whether a module's forward can be called with one argument only.
 
-    A model may iterate over its Sequential and give the modules more, as timm's ViT does.
+    A model may iterate over its Sequential and pass more arguments to the modules, as timm's ViT does.
     """
     _, *parameters = inspect.signature(plain_class(module).forward).parameters.values()  # without self
     return [each.kind for each in parameters] == [inspect.Parameter.POSITIONAL_OR_KEYWORD]
@@ -358,7 +358,7 @@ def _value(signature: Any) -> Any:
 
 
 def _assert_condition(graph: fx.Graph, node: fx.Node, value: Any, block: nn.Module) -> None:
-    # bool() and len() cannot be recorded again, which unpickling a GraphModule does.
+    # Unpickling a GraphModule records it again, which bool() and len() do not allow.
     inner = cast(fx.Node, node.args[0])
     if node.target is bool:
         same = graph.call_function(operator.ne, (inner, 0))
@@ -373,20 +373,20 @@ def _assert_condition(graph: fx.Graph, node: fx.Node, value: Any, block: nn.Modu
 
 def _assert(graph: fx.Graph, holds: fx.Node, what: str, block: nn.Module) -> None:
     message = (
-        f"This {plain_class(block).__name__} was recorded for another call: {what}. Give subnetwork inputs, an example "
-        "of what the model is called with."
+        f"This {plain_class(block).__name__} was recorded for another call: {what}. Pass an example of the model's "
+        "inputs to subnetwork."
     )
     graph.call_function(assert_in_graph, (holds, message))
 
 
 def _of_same_form(value: Any) -> Any:
-    """A tensor with the same shape, type and device without their memory; any other value as it is."""
+    """A tensor with the same shape, type and device but without its own memory; other values stay as they are."""
     return value.new_zeros(()).expand(value.shape) if type(value) is torch.Tensor else value
 
 
 @contextmanager
 def noted_calls(blocks: Collection[nn.Module]) -> Generator[dict[nn.Module, list[Call]]]:
-    """Within, it is noted how each of the blocks is called: one call of each form."""
+    """Context that records how each of the blocks is called, one call per form."""
     calls: dict[nn.Module, list[Call]] = {}
     known: set[tuple[int, Any]] = set()
 
@@ -405,7 +405,7 @@ def noted_calls(blocks: Collection[nn.Module]) -> Generator[dict[nn.Module, list
 
 
 def replaced_(root: nn.Module, module: nn.Module, new: nn.Module) -> nn.Module:
-    """Put `new` wherever `root` holds `module`, and return the root, which may be `new` itself."""
+    """Replace `module` with `new` everywhere in `root`, and return the root, which may be `new` itself."""
     if module is root:
         return new
     for parent, name in holders(root, module):
@@ -414,7 +414,7 @@ def replaced_(root: nn.Module, module: nn.Module, new: nn.Module) -> nn.Module:
 
 
 def holders(root: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Which modules hold a module, and by which name."""
+    """The modules that hold a module, each with the attribute name."""
     return [
         (parent, name) for parent in root.modules() for name, child in child_dict(parent).items() if child is module
     ]

@@ -1,4 +1,4 @@
-"""The branches of a stochastic model, each with what the gate has to say about it."""
+"""The branches of a stochastic model, each with its gate."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class BranchWithGate:
     """A branch of a stochastic model.
 
     Attributes:
-        found: where it is.
-        gated: its survival probability, and the rule in which that counts.
-        drop_paths: of a foreign block, the paths of its drop paths; empty where additions are branches.
+        found: its place in the model.
+        gated: its survival probability and scaling.
+        drop_paths: for a block of another library, the paths of its drop paths; empty if the branches are additions.
     """
 
     found: Branch
@@ -28,7 +28,7 @@ class BranchWithGate:
 
     @property
     def test_factor(self) -> float:
-        """What the branch is multiplied by in evaluation: p with `rescale="eval"`, else 1."""
+        """The factor of the branch in evaluation: p with `rescale="eval"`, else 1."""
         return self.gated.survival_prob if self.gated.rescale == "eval" else 1.0
 
 

@@ -1,4 +1,4 @@
-"""The last step after training: what comes out is run on an example and must give what the stochastic model gave."""
+"""Checks the result of folding or cutting on an example: it must compute what the stochastic model computed."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from stochastic_depth.torch_private import is_compiled_wrapper
 Origin = Literal["given", "remembered", "guessed"]
 Context = Callable[[], AbstractContextManager[Any]]
 
-# Rounding of a whole network, as a share of an output's largest value. Folded weights are rounded anew, and models in
-# float64 often normalise in float32.
+# Rounding error of a whole network, as a share of an output's largest value. Folded weights are rounded again, and
+# models in float64 often normalize in float32.
 _ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-_ROUNDING_OF_TF32 = 1e-2  # in which GPUs compute convolutions of float32
+_ROUNDING_OF_TF32 = 1e-2  # GPUs compute float32 convolutions in TF32
 _NUM_COMPARED = 8192
 
 
@@ -42,22 +42,23 @@ class _Sample(NamedTuple):
 
 
 class Check:
-    """What a stochastic model computes on an example in evaluation, to be compared with what is made of it.
+    """The outputs of a stochastic model on an example in evaluation, to compare with the result.
 
-    The model runs without gradients, and leaves no traces but those of the user's hooks, which run as in any forward.
-    What the blocks that hold branches give is compared too: an output layer that is still all zeros would hide it.
+    The model runs without gradients and leaves no traces, except that the user's hooks run as in any forward. The
+    outputs of blocks with branches are compared too, because an output layer that is still all zeros would hide
+    differences.
 
     Args:
         model: the stochastic model.
         branches: its branches.
-        inputs: an example given by the user. None: what the model remembers of its calls, or else a guess.
-        remembered: calls of the model that it is a copy of; None: its own.
-        context: what it runs in, as a stochastic model.
+        inputs: an example from the user. None: a remembered call of the model, or else a guess.
+        remembered: calls of the model that it was copied from; None: its own.
+        context: context in which the stochastic model runs.
 
     Attributes:
-        call: the example; None where there is none on which the model runs.
-        calls: how the foreign blocks and whole layers that hold branches are called in it.
-        origin: where it comes from.
+        call: the example; None if the model runs on none.
+        calls: calls of the blocks and whole layers with branches in it.
+        origin: where the example comes from.
     """
 
     def __init__(
@@ -100,25 +101,25 @@ class Check:
                     break
 
     def warn_if_impossible(self, function: str, *, stacklevel: int) -> None:
-        """Say that nothing could be checked, and how it can be."""
+        """Warn that nothing could be checked, and say how to check it."""
         if self.call is None:
             warnings.warn(
-                f"{function} could not check its result: it knows no example of what {self._kind} takes. Give one, "
-                f"{function}(model, inputs=x), or run a forward before.",
+                f"{function} could not check its result: it has no example of the inputs of {self._kind}. Pass one, "
+                f"{function}(model, inputs=x), or run a forward first.",
                 stacklevel=stacklevel + 1,
             )
 
     def forget_blocks(self) -> None:
-        """Compare the outputs only from now on, not what the blocks give, nor lists with an entry for each of them."""
+        """From now on, compare only the outputs, not the blocks' outputs or lists with an entry per block."""
         self._branch_of = {}
         if self.call is not None:
             self._before = {key: sample for key, sample in self._before.items() if not key[0] and key[1].count(".") < 2}
 
     def refuse_difference(self, made: nn.Module, function: str, *, context: Context = nullcontext) -> None:
-        """Run what was made on the example.
+        """Run the result on the example.
 
         Raises:
-            RuntimeError: if it gives something else than the stochastic model, or does not run.
+            RuntimeError: if its outputs differ from the stochastic model's, or if it does not run.
         """
         if self.call is None:
             return
@@ -137,14 +138,14 @@ class Check:
             where = f"{name} (branch {self._branch_of[name]})" if name in self._branch_of else "the output"
             raise RuntimeError(
                 f"{function} refuses {self._kind}: on the {self.origin} example {where} would differ from the "
-                f"evaluated stochastic model by {error:.2g}, of values up to {scale:.2g}. Most likely a hook, or code "
-                f"outside of the branch, uses its last weights or what they give. {_WAY_OUT}"
+                f"evaluated stochastic model by {error:.2g}, with values up to {scale:.2g}. Most likely a hook, or "
+                f"code outside the branch, uses its last weights or their output. {_WAY_OUT}"
             )
 
     def _seen(
         self, model: nn.Module, call: Call, context: Context, noted: Collection[nn.Module] = ()
     ) -> dict[tuple[str, str], _Sample]:
-        """What the blocks give, in order, and the outputs, which have the name "" and come last."""
+        """The blocks' outputs in order, then the model's outputs, which have the name ""."""
         root = model.get_submodule(self._root)
         model = model if self.origin == "given" and not self._is_wrapped else root
         inner: dict[tuple[str, str], _Sample] = {}
@@ -159,7 +160,7 @@ class Check:
 
         with torch.no_grad(), warnings.catch_warnings(), context():
             warnings.simplefilter("ignore")
-            # Without hooks first: where layers of PyTorch have some, they take another way through their code.
+            # Without hooks first: layers of PyTorch with hooks take another path through their code.
             with without_traces(model):
                 evaluating_(model)
                 outputs = dict(tensors_in(run()))
@@ -174,7 +175,7 @@ class Check:
                 modules = dict(root.named_modules(remove_duplicate=False))
                 for name in self._branch_of:
                     if name and name in modules:
-                        modules[name].register_forward_hook(partial(note, name))  # goes with the other traces
+                        modules[name].register_forward_hook(partial(note, name))  # removed with the other traces
                 try:
                     with noted_calls(noted) as calls:
                         run()
@@ -189,7 +190,7 @@ _WAY_OUT = "The model is as it was. Evaluate it as it is, or write the sum as Re
 
 
 def _is_inside_another(branch: BranchWithGate, branches: Sequence[BranchWithGate]) -> bool:
-    """Whether a block lies in the branch of another block, whose factor its output may have."""
+    """Whether a block lies in another block's branch, so that its output may have that branch's factor."""
     block = branch.found.module
     return any(
         other.found.module is not block and any(module is block for module in other.found.parts.modules())
@@ -202,13 +203,13 @@ def _examples(root: nn.Module, remembered: Sequence[Call], inputs: Inputs | None
         yield "given", call_of(inputs)
         return
     first = next(root.parameters(), None)
-    # Forwards of a model in shards wait for other ranks, which may not be here.
+    # Forwards of a sharded model wait for other ranks, which may not be here.
     if first is None or any(type(p).__name__ == "DTensor" or p.is_meta for p in root.parameters()):
         return
     for call in remembered:
         call = map_tensors(lambda tensor: tensor.to(first.device), call)
         yield "remembered", call
-        # The model may have been converted since.
+        # The model may have been converted in the meantime.
         yield "remembered", map_tensors(lambda tensor: _with_precision(tensor, first.dtype), call)
     for call in guessed_calls(root):
         yield "guessed", call
@@ -219,7 +220,7 @@ def _with_precision(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def tensors_in(value: Any, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that an output holds, in containers or as attributes of objects, each with where it is."""
+    """The tensors in an output, in containers or as attributes of objects, each with its path."""
     seen = set() if seen is None else seen
     if isinstance(value, Tensor):
         yield path, value
@@ -262,9 +263,9 @@ def _rounding(model: nn.Module, samples: Sequence[_Sample]) -> float:
 def _difference(
     before: Mapping[tuple[str, str], _Sample], after: Mapping[tuple[str, str], _Sample], rounding: float
 ) -> tuple[str, float, float] | None:
-    """The first that differs by more than rounding: its name, by how much, and its largest value.
+    """The first sample that differs by more than rounding: its name, the difference, and its largest value.
 
-    What is there on one side only, such as attention maps of a branch that went, is not compared.
+    Values that exist on one side only, such as attention maps of a removed branch, are not compared.
     """
     largest = max(sample.scale for sample in before.values())
     for key, sample in before.items():
@@ -276,7 +277,7 @@ def _difference(
         one, two = sample.values, other.values.to(sample.values.device)
         error = torch.where((one == two) | (one.isnan() & two.isnan()), 0.0, (one - two).abs())
         worst = float(error.nan_to_num(nan=float("inf")).max()) if error.numel() else 0.0
-        # What other values cancel to is as exact as they are.
+        # If large values cancel, the result is only as exact as they are.
         if worst > rounding * sample.scale + 1e-2 * rounding * largest * (key[0] == ""):
             return key[0], worst, sample.scale
     return None

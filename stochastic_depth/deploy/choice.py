@@ -1,4 +1,4 @@
-"""Which branches a smaller network keeps: an order in which they are removed, and a budget that says how many."""
+"""Chooses the branches that a smaller network keeps: the order of removal, and a budget for how many."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Order = Literal["last", "survival", "lesion"]
 def removal_order(
     model: nn.Module, branches: Sequence[BranchWithGate], order: Order, calibration: Iterable[Any] | None
 ) -> list[int]:
-    """Indices of the branches, the first to be removed first.
+    """Indices of the branches in the order of removal.
 
     Raises:
-        ValueError: if the order needs data and there are none.
+        ValueError: if the order needs data and none are given.
     """
     last_first = list(reversed(range(len(branches))))
     if order == "last":
@@ -41,10 +41,10 @@ def removal_order(
 
 @torch.no_grad()
 def lesions(model: nn.Module, branches: Sequence[BranchWithGate], calibration: Iterable[Any]) -> list[float]:
-    """How much the outputs change when a single branch is taken out of the evaluated network (Veit et al. 2016).
+    """How much the outputs change if a single branch is removed from the evaluated network (Veit et al. 2016).
 
     Returns:
-        For each branch the sum of the squared differences of all outputs, per sample.
+        For each branch, the sum of the squared differences of all outputs, per sample.
 
     Raises:
         ValueError: if there is no batch.
@@ -61,7 +61,7 @@ def lesions(model: nn.Module, branches: Sequence[BranchWithGate], calibration: I
                 if branch.found.treatment == "mask":
                     change[index] = float("inf")
                     continue
-                with observed(draws, without(branches, [index])):
+                with observed(draws, dropping(branches, [index])):
                     lesioned = _values(model(*args, **kwargs))
                 change[index] += sum(
                     float((one - other).double().square().sum()) for one, other in zip(lesioned, whole, strict=True)
@@ -75,8 +75,8 @@ def _values(output: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def without(branches: Sequence[BranchWithGate], dropped: Collection[int]) -> Observer:
-    """Observer of a model's passes that lets some of its branches give zero, and whole layers hand their input on."""
+def dropping(branches: Sequence[BranchWithGate], dropped: Collection[int]) -> Observer:
+    """Observer that makes some branches return zero, and whole layers return their input."""
 
     def run(index: int, branch: Callable[[Any], Any], x: Any) -> Any:
         output = branch(x)
@@ -84,7 +84,7 @@ def without(branches: Sequence[BranchWithGate], dropped: Collection[int]) -> Obs
             return output
         if branches[index].found.kind != "layer":
             return torch.zeros_like(output)
-        # A copy: what follows may change it in place.
+        # A copy: later code may change it in place.
         hidden = next(leaf for leaf in cast("list[Any]", x) if isinstance(leaf, Tensor)).clone()
         return type(output)([hidden, *output[1:]]) if isinstance(output, (tuple, list)) else hidden
 
@@ -92,12 +92,12 @@ def without(branches: Sequence[BranchWithGate], dropped: Collection[int]) -> Obs
 
 
 class Budget:
-    """What is left of a network's cost without some of its branches.
+    """The remaining cost of a network without some of its branches.
 
     Args:
         total: cost of the whole network.
-        remaining: gives the cost without the branches of these indices.
-        what: what is counted, for messages.
+        remaining: returns the cost without the branches of these indices.
+        what: name of the counted quantity, for messages.
     """
 
     def __init__(self, total: int, remaining: Callable[[Collection[int]], int], what: str) -> None:
@@ -106,18 +106,18 @@ class Budget:
         self._what = what
 
     def keep(self, share: float, removal: Sequence[int], branches: Sequence[BranchWithGate]) -> list[int]:
-        """The branches that are kept when others are removed in this order until at most `share` of the cost is left.
+        """The branches that remain after removing others in this order until at most `share` of the cost is left.
 
-        At least one is kept, and those that cannot be taken out.
+        At least one branch remains, and those that cannot be removed.
 
         Raises:
-            ValueError: if `share` is not in (0, 1], or even the smallest network costs more.
+            ValueError: if `share` is not in (0, 1], or if even the smallest network costs more.
         """
         if not 0 < share <= 1:
             raise ValueError(f"{self._what} must be a share of the whole network's in (0, 1], but is {share}.")
         droppable = [index for index in removal if branches[index].found.treatment != "mask"]
         if len(droppable) == len(branches):
-            droppable.pop()  # an empty network is none
+            droppable.pop()  # at least one branch must remain
         dropped: set[int] = set()
         for index in [None, *droppable]:
             if index is not None:
@@ -127,7 +127,7 @@ class Budget:
         smallest = self._remaining(dropped) / self._total
         raise ValueError(
             f"{self._what}={share:g} is below the smallest possible network, which has {smallest:.4g} of the whole: "
-            f"{len(branches) - len(dropped)} of {len(branches)} branches, and everything outside of them."
+            f"{len(branches) - len(dropped)} of {len(branches)} branches, and everything outside them."
         )
 
 
@@ -150,7 +150,8 @@ def forward_flops(model: nn.Module, draws: GateDraws, call: Call) -> Budget:
             own[inside[-1]] = own.get(inside[-1], 0) - flops
         return output
 
-    # With gradients: without, a view of a parameter still requires them, and the counter looks for their function.
+    # With gradients: under no_grad, a view of a parameter still requires them, and the counter looks for their
+    # function.
     with undisturbed(model), torch.enable_grad(), all_gates_open(draws), observed(draws, run), counter:
         evaluating_(model)
         model(*call[0], **call[1])
@@ -174,7 +175,7 @@ def num_parameters(model: nn.Module, branches: Sequence[BranchWithGate]) -> Budg
             holders[parameter].add(index)
         for module in branch.found.parts.modules():
             inside.setdefault(module, set()).add(index)
-    # What a module outside of all branches uses too goes with none of them.
+    # Parameters that a module outside all branches uses too are removed with none of them.
     direct = {id(parameter) for branch in branches for parameter in branch.found.parts.parameters()}
     for module in model.modules():
         if module not in inside:

@@ -1,4 +1,4 @@
-"""Takes layers out of a decoder of transformers, so that what is left is a plain checkpoint of fewer layers."""
+"""Removes layers from a transformers decoder, so that the result is a plain checkpoint with fewer layers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from stochastic_depth.deploy.branches import BranchWithGate
 
 
 class Stack(NamedTuple):
-    """The layers of a decoder, with the configuration that tells how many there are."""
+    """The layers of a decoder, with the configuration that holds their number."""
 
     layers: nn.ModuleList
     config: Any
 
 
 def stack_of(network: nn.Module, branches: Sequence[BranchWithGate]) -> Stack | None:
-    """The list that holds all branches of a network as its layers; None where there is none, or no configuration."""
+    """The list whose layers are all branches of a network; None if there is no such list or no configuration."""
     parents = {branch.found.name.rpartition(".")[0] for branch in branches}
     if len(parents) != 1 or any(branch.found.kind != "layer" for branch in branches):
         return None
@@ -31,10 +31,10 @@ def stack_of(network: nn.Module, branches: Sequence[BranchWithGate]) -> Stack | 
 
 
 def remove_layers_(stack: Stack, dropped: Collection[nn.Module]) -> None:
-    """Remove layers from a decoder that has no stochastic depth any more, and renumber those that are left.
+    """Remove layers from a decoder without stochastic depth, and renumber the others.
 
-    The numbers say which entry of a cache is a layer's own. The configuration gets the new number of layers, and its
-    lists with an entry for each layer, such as `layer_types`, lose the same entries.
+    A layer's number is the index of its entry in a cache. The configuration gets the new number of layers, and its
+    lists with an entry per layer, such as `layer_types`, lose the same entries.
     """
     layers, config = stack
     kept = [index for index, layer in enumerate(layers) if layer not in dropped]

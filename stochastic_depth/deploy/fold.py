@@ -1,4 +1,4 @@
-"""Removes stochastic depth for good: survival probabilities go into the weights, dropped branches go altogether."""
+"""Removes stochastic depth for good: folds survival probabilities into the weights, and removes dropped branches."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from stochastic_depth.deploy.blocks import (
     is_identity,
     replaced_,
     takes_one_argument,
-    with_branches_taken_out,
+    without_branches,
     without_layer,
 )
 from stochastic_depth.deploy.branches import BranchWithGate, branches_with_gates
 from stochastic_depth.deploy.check import Check
-from stochastic_depth.deploy.in_place import put_copies_
+from stochastic_depth.deploy.in_place import insert_copies_
 from stochastic_depth.deploy.scalars import (
     BranchFactors,
     Scale,
@@ -54,32 +54,32 @@ from stochastic_depth.retrofit.remembered import Call
 def fold_(model: nn.Module, *, inputs: Inputs | None = None) -> None:
     """Remove stochastic depth from a trained model, in place, without changing what it computes in evaluation.
 
-    With `rescale="eval"` a branch counts p times in evaluation (Huang et al. 2016). That factor goes into the weights
-    and biases of the branch's last affine operations: BatchNorm, LayerNorm, LayerScale, convolution or linear. With the
-    other rescalings there is no factor, and stochastic depth is taken off only. Afterwards the model is of its original
-    classes, costs what constant depth costs, and its `state_dict` loads into a model that never saw this library.
+    With `rescale="eval"`, a branch is multiplied by p in evaluation (Huang et al. 2016). This factor moves into the
+    weights and biases of the branch's last affine operations: BatchNorm, LayerNorm, LayerScale, convolution or linear.
+    The other rescalings have no factor, so stochastic depth is only removed. Afterward the model has its original
+    classes and the cost of constant depth, and its `state_dict` loads into a plain model.
 
-    Where a gate comes behind them, as in squeeze-and-excitation, its first weights are divided by the factor, so that
-    it does not see it. Of a whole layer with drop paths inside, each of their branches has the factor. Where a branch
-    ends in nothing that is affine, or in weights that serve something else too, its factor is kept as a scalar in the
-    model's code: a warning names the branch and the reason.
-    The `state_dict` of such a model does not hold that factor.
+    If a learned gate follows these operations, as in squeeze-and-excitation, its first weights are divided by the
+    factor, so that it does not see it. In a whole layer with drop paths inside, each of their branches has the factor.
+    If a branch does not end in an affine operation, or other code uses its last weights too, its factor stays as a
+    scalar in the model's code, and a warning names the branch and the reason. The `state_dict` of such a model does not
+    contain this factor.
 
-    Outputs are the same up to rounding; in a precision below float32 the weights themselves are rounded: fold first,
-    then convert. As the last step this is checked: the model runs on an example in evaluation, twice before and twice
+    Outputs are the same up to rounding. In a precision below float32 the weights themselves are rounded: fold first,
+    then convert. The last step checks the result: the model runs on an example in evaluation, twice before and twice
     after, without gradients. Training modes, buffers, attributes and random states stay as they are, but your hooks
-    run. The example is `inputs`, or what the model has been called with since `make_stochastic_` (two samples of its
-    first forward in each mode, kept in memory only), or else random numbers of a likely shape. Where no example runs, a
-    warning says that nothing was checked.
+    run. The example is `inputs`, or a call of the model since `make_stochastic_` (two samples of its first forward in
+    each mode, kept in memory only), or else random numbers of a likely shape. If no example runs, a warning says that
+    nothing was checked.
 
     Args:
-        model: a stochastic model, in either mode. A model that is not stochastic is left as it is, with a warning.
+        model: a stochastic model, in either mode. A model that is not stochastic stays as it is, with a warning.
         inputs: an example: the argument of a forward, several of them in a tuple or list, or a mapping of arguments by
             name.
 
     Raises:
-        ValueError: if a factor can go neither into weights nor into the code; the model is then as it was.
-        RuntimeError: if the outputs would change; the model is then as it was.
+        ValueError: if a factor can go neither into weights nor into the code; the model is then unchanged.
+        RuntimeError: if the outputs would change; the model is then unchanged.
 
     Example:
         >>> import torch, stochastic_depth as sd
@@ -113,25 +113,25 @@ def fold_(model: nn.Module, *, inputs: Inputs | None = None) -> None:
 
 
 def convert_rescale_(model: nn.Module, rescale: Literal["eval", "train"], *, inputs: Inputs | None = None) -> None:
-    """Turn the weights of a stochastic model from one convention of scaling into the other, in place.
+    """Convert the weights of a stochastic model from one scaling convention to the other, in place.
 
-    The paper's form (`rescale="eval"`) counts a branch p times in evaluation; drop path (`"train"`) counts it 1/p times
-    in training. A branch trained in the one is p times that of the other: its last affine operations are multiplied
-    by p on the way to `"train"`, and divided by it on the way back. What the model computes is unchanged, in training
-    and in evaluation. The optimiser's momentum is not converted: start a new one.
+    The paper (`rescale="eval"`) multiplies a branch by p in evaluation; drop path (`"train"`) multiplies it by 1/p in
+    training. To convert, the branch's last affine operations are multiplied by p on the way to `"train"`, and divided
+    by it on the way back. The model computes the same as before, in training and in evaluation. The optimizer's
+    momentum is not converted: create a new optimizer.
 
-    A branch whose factor cannot go into weights (see `fold_`) stays in its convention, with a warning. The result is
-    checked on an example as `fold_` does, in evaluation and with every gate open.
+    A branch whose factor cannot go into weights (see `fold_`) keeps its convention, with a warning. The result is
+    checked on an example as in `fold_`, in evaluation and with every gate open.
 
     Args:
         model: a stochastic model.
-        rescale: the convention that it is to have.
+        rescale: the new convention.
         inputs: an example, see `fold_`.
 
     Raises:
-        RuntimeError: if the outputs would change; the model is then as it was.
+        RuntimeError: if the outputs would change; the model is then unchanged.
         ValueError: if the model is not stochastic, the convention is not one of the two, or a branch has the convention
-            "none", which has no factor to convert; the model is then as it was.
+            "none", which has no factor to convert; the model is then unchanged.
 
     Example:
         >>> import stochastic_depth as sd
@@ -146,7 +146,7 @@ def convert_rescale_(model: nn.Module, rescale: Literal["eval", "train"], *, inp
     if without := [branch.found.name for branch in branches if branch.gated.rescale == "none"]:
         raise ValueError(
             f"{len(without)} branches have rescale 'none' ({without[0]}, ...): neither training nor evaluation has a "
-            f"factor that could move. Give make_stochastic_ rescale={rescale!r} to train on with one."
+            f"factor to move. To continue training with one, pass rescale={rescale!r} to make_stochastic_."
         )
     passes = depth.passes
     open_gates = functools.partial(all_gates_open, passes)
@@ -184,11 +184,11 @@ def _snapshot(model: nn.Module) -> Snapshot:
 
 
 def warn_of_scalars(kept: Sequence[tuple[str, float, str]], *, stacklevel: int) -> None:
-    """Name the branches whose factor stayed a scalar, with the factor and the reason."""
+    """Warn about branches whose factor stays a scalar, with the factor and the reason."""
     for name, p, reason in kept:
         warnings.warn(
-            f"The survival probability {p:g} of {name} cannot go into weights: {reason}. It is kept as a scalar in the "
-            "model's code, which its state_dict does not hold.",
+            f"The survival probability {p:g} of {name} cannot go into weights: {reason}. It stays as a scalar in the "
+            "model's code, which its state_dict does not contain.",
             stacklevel=stacklevel,
         )
 
@@ -201,20 +201,20 @@ def is_stochastic(model: nn.Module) -> bool:
 def remove_gates_(
     model: nn.Module, keep: Collection[int], calls: Calls, before: Snapshot
 ) -> tuple[list[tuple[str, float, str]], nn.Module]:
-    """Remove stochastic depth, with test-time factors in the weights of the branches kept and without the others.
+    """Remove stochastic depth: fold the factors of the kept branches into their weights, and remove the other branches.
 
     Args:
         model: the stochastic model; it is changed.
         keep: indices of the branches to keep.
-        calls: examples of how blocks of foreign models are called; may be empty.
-        before: to be put back if anything fails; it is given what changes beside modules and attributes.
+        calls: example calls of blocks of other libraries; may be empty.
+        before: snapshot to restore if anything fails; it also keeps values that change.
 
     Returns:
-        Branches whose factor is kept as a scalar, each with the factor and the reason; and the model, which is another
-        only where its root itself was a branch.
+        Branches whose factor stays a scalar, each with the factor and the reason; and the model, which is a new object
+        only if its root itself was a branch.
 
     Raises:
-        ValueError: if a branch cannot be dropped, or a factor kept; the model is then as it was.
+        ValueError: if a branch cannot be dropped, or a factor kept; the model is then unchanged.
     """
     modes = {module: module.training for module in model.modules()}
     branches = branches_with_gates(model)
@@ -230,7 +230,7 @@ def remove_gates_(
     dropped = [branch for index, branch in enumerate(branches) if index not in keep]
     children = _last_children(model, dropped, list(scalars), calls)
     left = [branch for branch in scalars if branch not in children]
-    evaluating_(model)  # What is left of a block's code is that of evaluation.
+    evaluating_(model)  # Keep the evaluation code of blocks.
     try:
         replacements, in_code = _replacements(model, dropped, left, calls)
     finally:
@@ -258,24 +258,24 @@ def remove_gates_(
             _keep_scalar_(found.module, ScaledResidual, branch.test_factor)
     root = model
     for module, new in replacements.items():
-        for made in replacements.values():  # what is put in the place of a block may hold another one
+        for made in replacements.values():  # a replacement may contain another block
             replaced_(made, module, new)
         root = replaced_(root, module, new)
     return [(branch.found.name, branch.test_factor, reason) for branch, reason in scalars.items()], root
 
 
-def _keep_scalar_(module: nn.Module, behaviour: type[nn.Module], factor: float) -> None:
-    if type(module) is Residual and behaviour is ScaledResidual:
+def _keep_scalar_(module: nn.Module, behavior: type[nn.Module], factor: float) -> None:
+    if type(module) is Residual and behavior is ScaledResidual:
         module.__class__ = ScaledResidual
     else:
-        swap_class_(module, behaviour)
+        swap_class_(module, behavior)
     module.branch_factor = factor  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
 
 
 def _replacements(
     model: nn.Module, dropped: list[BranchWithGate], scaled: list[BranchWithGate], calls: Calls
 ) -> tuple[dict[nn.Module, nn.Module], dict[nn.Module, BranchFactors]]:
-    """What is to be put in the place of which modules, and which blocks have factors in their code instead."""
+    """Replacements for modules, and blocks that have factors in their code instead."""
     new: dict[nn.Module, nn.Module] = {}
     dropped_keys: dict[nn.Module, set[Key]] = {}
     factors: dict[nn.Module, dict[Key, float]] = {}
@@ -305,15 +305,13 @@ def _replacements(
             new.update({drop_path: Scale(branch.test_factor) for drop_path in own[branch]})
     for block, paths in drop_paths.items():
         try:
-            made = with_branches_taken_out(
-                block, paths, dropped_keys[block], factors.get(block, {}), _first(calls.get(block))
-            )
+            made = without_branches(block, paths, dropped_keys[block], factors.get(block, {}), _first(calls.get(block)))
         except ValueError as error:
             name = next(branch.found.block_name for branch in dropped if branch.found.module is block)
             raise ValueError(f"{name or 'the model'}: {error}") from error
         is_idle = is_identity(made) and _is_alone(model, block) and takes_one_argument(block)
         new[block] = nn.Identity() if is_idle else made
-    put_copies_(model, new)
+    insert_copies_(model, new)
     return new, factors_of_blocks
 
 
@@ -327,7 +325,7 @@ def _last_children(
     scaled: Sequence[BranchWithGate],
     calls: Calls,
 ) -> dict[BranchWithGate, tuple[nn.Module, tuple[int, ...]]]:
-    """Of foreign blocks that keep all branches, the children whose outputs can have the factor: their code stays."""
+    """For other libraries' blocks that keep all branches: the children whose outputs can take the factor."""
     changed = {branch.found.module for branch in dropped}
     children: dict[BranchWithGate, tuple[nn.Module, tuple[int, ...]]] = {}
     for branch in scaled:
@@ -348,16 +346,16 @@ def _without_layer(model: nn.Module, layer: nn.Module, call: Call | None) -> nn.
     except ValueError:
         if not is_alone:
             raise
-        return nn.Identity()  # It is right where the Sequential itself calls it, and refuses further arguments.
+        return nn.Identity()  # Enough if the Sequential itself calls it; it takes one argument.
 
 
 def _is_alone(model: nn.Module, module: nn.Module) -> bool:
-    """Whether only Sequentials hold a module: nothing is asked of it but its forward."""
+    """Whether only Sequentials hold a module, so that only its forward is used."""
     return all(type(parent).forward is nn.Sequential.forward for parent, _ in holders(model, module))
 
 
 def _own_drop_paths(model: nn.Module, branch: BranchWithGate) -> tuple[nn.Module, ...]:
-    """The drop paths that multiply this branch and no other, so that a scalar can take their place."""
+    """The drop paths that multiply only this branch, so that a scalar can replace them."""
     found = branch.found
     if found.kind == "layer":
         return found.drop_paths

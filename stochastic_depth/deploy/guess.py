@@ -1,4 +1,4 @@
-"""Guesses at what a model takes, where nobody says it and no call was seen. A guess is good if the model runs on it."""
+"""Guesses a model's inputs if none are given and no call was seen. A guess is good if the model runs on it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CONVOLUTIONS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv
 
 
 def guessed_calls(model: nn.Module) -> Iterator[Call]:
-    """Calls that the model may take, by what it says of itself and by the first of its layers."""
+    """Calls that the model may accept, from its own description and its first layer."""
     given = _dummy_inputs(model)
     if given is not None:
         yield (), given
@@ -27,7 +27,7 @@ def guessed_calls(model: nn.Module) -> Iterator[Call]:
         generator = torch.Generator().manual_seed(0)
         for shape in _shapes(model, module):
             if isinstance(module, nn.Embedding):
-                # Small numbers, which are valid in other tables too.
+                # Small indices, which are valid in other embeddings too.
                 tokens = torch.randint(min(2, module.num_embeddings), shape, generator=generator)
                 yield (tokens.to(weight.device),), {}
             else:
@@ -37,7 +37,7 @@ def guessed_calls(model: nn.Module) -> Iterator[Call]:
 
 
 def _dummy_inputs(model: nn.Module) -> dict[str, Any] | None:
-    """What models of transformers say that they take."""
+    """The example inputs of transformers models."""
     try:
         given: Any = getattr(model, "dummy_inputs", None)
     except Exception:  # it is computed
@@ -68,7 +68,7 @@ def _shapes(model: nn.Module, first: nn.Module) -> Iterator[tuple[int, ...]]:
 
 
 def _image_sizes(model: nn.Module) -> list[int]:
-    """Sizes that the model names, then usual ones."""
+    """Sizes from the model's attributes, then common ones."""
     named: list[Any] = [
         getattr(owner, name, None)
         for owner in (model, getattr(model, "patch_embed", None), getattr(model, "config", None))

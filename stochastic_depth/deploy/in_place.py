@@ -1,6 +1,6 @@
-"""Where a dropped branch must leave a copy: what follows it may change its output in place, and so its input.
+"""Finds dropped branches that must return a copy of their input because later code may change it in place.
 
-A dropped branch hands its input on, which is somebody else's tensor: the shortcut of a sum around it, say.
+A dropped branch returns its input, which other code may use, such as the shortcut of a sum around it.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from stochastic_depth.retrofit.readings import recordings
 from stochastic_depth.torch_private import child_dict
 
 
-def put_copies_(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
-    """Let what stands in for dropped branches hand on copies where it must.
+def insert_copies_(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+    """Make replacements of dropped branches return copies where needed.
 
     Args:
         model: the model; it is not changed.
-        replacements: what is to be put in the place of which of its modules; it is changed.
+        replacements: replacements of its modules; it is changed.
     """
-    handing_on = {module for module, new in replacements.items() if _hands_on(new)}
-    if not handing_on or not any(_writes_in_place(module) for module in model.modules()):
+    returning_input = {module for module, new in replacements.items() if _returns_input(new)}
+    if not returning_input or not any(_writes_in_place(module) for module in model.modules()):
         return
-    # From the end, so that of several in a row one copies.
+    # From the end, so that only one of several in a row copies.
     for module in reversed(list(model.modules())):
-        if module in handing_on and _is_written_behind(model, module, replacements):
+        if module in returning_input and _may_be_written_after(model, module, replacements):
             replacements[module] = _copying(replacements[module])
 
 
-def _hands_on(new: nn.Module) -> bool:
+def _returns_input(new: nn.Module) -> bool:
     if isinstance(new, fx.GraphModule):
         return bool(unchanged_outputs(new))
     return type(new) in (nn.Identity, nn.Sequential) and next(new.parameters(), None) is None
@@ -57,32 +57,32 @@ def _copying(new: nn.Module) -> nn.Module:
 
 
 def _writes_in_place(module: nn.Module) -> bool:
-    """Whether a module's own code changes a value in place; as far as it can be told, else True."""
+    """Whether a module's own code changes a value in place; True if unknown."""
     plain = plain_class(module)
     if plain.__module__.startswith("torch.nn."):
         return bool(getattr(module, "inplace", False))
     try:
         graphs = [way.graph for way in recordings(module)]
-    except (TraceError, TypeError, ValueError):  # the latter of a forward without a signature
+    except (TraceError, TypeError, ValueError):  # ValueError: a forward without a signature
         return True
     return any(cuts.writes_in_place(node, module) for graph in graphs for node in graph.nodes)
 
 
-def _is_written_behind(model: nn.Module, module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> bool:
+def _may_be_written_after(model: nn.Module, module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> bool:
     for parent, name in holders(model, module):
         if plain_class(parent).forward is nn.Sequential.forward:
             children = list(child_dict(parent).items())
             position = [other for other, _ in children].index(name)
             written = _first_writes([child for _, child in children[position + 1 :] if child], replacements)
-            if written or (written is None and _is_written_behind(model, parent, replacements)):
+            if written or (written is None and _may_be_written_after(model, parent, replacements)):
                 return True
-        elif plain_class(parent).forward is not Residual.forward:  # A sum gives a new tensor.
+        elif plain_class(parent).forward is not Residual.forward:  # A sum is a new tensor.
             return True
     return False
 
 
 def _first_writes(modules: list[nn.Module], replacements: Mapping[nn.Module, nn.Module]) -> bool | None:
-    """Whether the first of several modules that does not hand its input on may change it; None if all hand it on."""
+    """Whether the first module that does not just return its input may change it; None if all return it."""
     for module in modules:
         new = replacements.get(module, module)
         if plain_class(new).forward is nn.Sequential.forward:
@@ -90,7 +90,7 @@ def _first_writes(modules: list[nn.Module], replacements: Mapping[nn.Module, nn.
         elif plain_class(new).forward is Residual.forward:
             written = any(_first_writes([child], replacements) for child in new.children())
         else:
-            is_own = not _hands_on(new) and (module in replacements or next(new.parameters(), None) is not None)
+            is_own = not _returns_input(new) and (module in replacements or next(new.parameters(), None) is not None)
             written = any(_writes_in_place(part) for part in new.modules()) or (False if is_own else None)
         if written is not None:
             return written

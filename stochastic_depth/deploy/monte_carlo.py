@@ -1,4 +1,4 @@
-"""What a network does not know: predictions of random sub-networks, their mean and their disagreement."""
+"""Uncertainty from predictions of random subnetworks: their mean and their disagreement."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ Outputs = Literal["logits", "probabilities", "values"]
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """Predictions of random sub-networks, put together.
+    """Combined predictions of random subnetworks.
 
     Attributes:
-        mean: (N, C, ...), mean over the sub-networks: of class probabilities, or of the outputs as they are.
-        variance: (N, C, ...), their variance over the sub-networks, with num_samples - 1 in the denominator.
-        entropy: (N, ...), entropy of the mean in nats: all that is uncertain. None for "values".
-        mutual_information: (N, ...), of the class and the sub-network, in nats: the part of the entropy that comes from
-            the sub-networks' disagreement (Houlsby et al. 2011). None for "values".
+        mean: (N, C, ...), mean over the subnetworks: of class probabilities, or of the outputs as they are.
+        variance: (N, C, ...), variance over the subnetworks, with num_samples - 1 in the denominator.
+        entropy: (N, ...), entropy of the mean in nats: the total uncertainty. None for "values".
+        mutual_information: (N, ...), of the class and the subnetwork, in nats: the part of the entropy that comes from
+            the subnetworks' disagreement (Houlsby et al. 2011). None for "values".
     """
 
     mean: Tensor
@@ -50,28 +50,29 @@ def monte_carlo(
     outputs: Outputs = "logits",
     seed: int = 0,
 ) -> Prediction:
-    """Predict with random sub-networks of a model trained with stochastic depth.
+    """Predict with random subnetworks of a model trained with stochastic depth.
 
-    Each of `num_samples` sub-networks is drawn as in training, with the survival probabilities and the scaling of
-    training, and serves the whole batch; everything else is in evaluation mode: BatchNorm uses its running statistics,
-    dropout is off. All inputs meet the same sub-networks, so that the result does not depend on how they are batched.
-    With Bernoulli draws this samples an approximate posterior as Monte Carlo dropout does (Gal and Ghahramani 2016).
+    Each of the `num_samples` subnetworks is drawn as in training, with the survival probabilities and the scaling of
+    training, and predicts the whole batch. Everything else is in evaluation mode: BatchNorm uses its running
+    statistics, and dropout is off. All inputs see the same subnetworks, so the result does not depend on how they are
+    batched. With Bernoulli draws this samples an approximate posterior, as Monte Carlo dropout does (Gal and Ghahramani
+    2016).
 
     Args:
         model: a stochastic model, not folded; neither its modes nor its gates' counter change.
         inputs: the argument of a forward, several in a tuple, or a mapping of arguments by name.
-        num_samples: number of sub-networks, at least 2.
-        outputs: what the model gives. "logits": a softmax over dimension 1 makes probabilities of it.
-            "probabilities": of classes, over dimension 1. "values": anything else.
-        seed: of the sub-networks, whatever the model was trained with.
+        num_samples: number of subnetworks, at least 2.
+        outputs: what the model returns. "logits": a softmax over dimension 1 turns them into probabilities.
+        "probabilities": of classes, over dimension 1. "values": anything else.
+        seed: seed of the subnetworks, independent of the seed of the training.
 
     Returns:
         Mean, variance, entropy and mutual information.
 
     Raises:
-        ValueError: if the model is not stochastic, or an argument is not one of those allowed.
-        TypeError: if the model's output is no tensor and has no attribute `logits`.
-        RuntimeError: if gates do not act in evaluation, because their drop paths are called in training only.
+        ValueError: if the model is not stochastic, or an argument is not one of the allowed values.
+        TypeError: if the model's output is not a tensor and has no attribute `logits`.
+        RuntimeError: if gates have no effect in evaluation, because their drop paths are called in training only.
 
     Example:
         >>> import stochastic_depth as sd
@@ -103,7 +104,7 @@ def monte_carlo(
                 predicted = predicted.softmax(1)
             if mean is None or deviations is None:
                 mean, deviations = torch.zeros_like(predicted), torch.zeros_like(predicted)
-            # Welford's recurrence: no difference of two large sums.
+            # Welford's recurrence avoids the difference of two large sums.
             step = predicted - mean
             mean += step / (number + 1)
             deviations += step * (predicted - mean)
@@ -118,12 +119,12 @@ def monte_carlo(
     if entropy is None:
         return Prediction(mean, variance, None, None)
     total = _entropy(mean)
-    # Never below 0 but by rounding (Jensen).
+    # Below 0 only by rounding (Jensen's inequality).
     return Prediction(mean, variance, total, (total - entropy / num_samples).clamp(min=0))
 
 
 class _Watch:
-    """Sees which branches run, and which of them have asked for their gates.
+    """Observes which branches run and which of them have used their gates.
 
     Args:
         branches: the branches of the model.
@@ -138,13 +139,13 @@ class _Watch:
         for branch in branches:
             parts = branch.found.parts
             members = set(parts.members) if isinstance(parts, BranchParts) else {parts}
-            # A whole layer is called to ask for its gate.
+            # A whole layer reads its gate inside its call.
             self._members.append(set() if branch.found.kind == "layer" else members)
 
     @contextmanager
     def watching(self) -> Generator[None]:
-        """Within, forwards of the model are watched."""
-        # A module that serves several branches does not tell which of them has called it.
+        """Context that observes forwards of the model."""
+        # A module that several branches use does not show which of them called it.
         num_branches = Counter(member for members in self._members for member in members)
         hooks = [
             member.register_forward_pre_hook(partial(self._called, index))
@@ -167,15 +168,15 @@ class _Watch:
         return branch(x)
 
     def opened(self, gates: Sequence[int]) -> None:
-        """Take down which gates were open in a forward."""
+        """Record which gates were open in a forward."""
         self._open.update(index for index, gate in enumerate(gates) if gate)
 
     def bypassed(self, *, all_agree: bool) -> list[str]:
-        """Names of the branches that may close, and have run without asking.
+        """Names of the branches that may close but ran without using their gates.
 
         Args:
-            all_agree: whether all sub-networks gave the same. Then those are among them that were open and have not
-                asked, of which it cannot be seen whether they ran.
+            all_agree: whether all subnetworks gave the same outputs. Then open branches that did not use their gates
+                count too, because it is unknown whether they ran.
         """
         return [
             branch.found.name
@@ -189,8 +190,8 @@ class _Watch:
 def _no_gates(model: nn.Module, names: Sequence[str]) -> RuntimeError:
     some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return RuntimeError(
-        f"monte_carlo cannot draw sub-networks of {type(model).__name__}: in evaluation {len(names)} of its branches "
-        f"({some}) run without their drop paths, so that their gates do not act. Call the drop path in evaluation too, "
+        f"monte_carlo cannot draw subnetworks of {type(model).__name__}: in evaluation {len(names)} of its branches "
+        f"({some}) run without their drop paths, so their gates have no effect. Call the drop path in evaluation too, "
         "where it changes nothing, or write the sum as Residual(branch, shortcut)."
     )
 

@@ -1,4 +1,4 @@
-"""BatchNorm statistics of a network as it is evaluated."""
+"""BatchNorm statistics of the evaluated network."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from stochastic_depth.torch_private import BatchNorm
 def recalibrate_batchnorm_(model: nn.Module, batches: Iterable[Any]) -> None:
     """Replace the running statistics of BatchNorm by those of the evaluated network on some data, in place.
 
-    In training, statistics come from random sub-networks; evaluation runs another network, with every branch at its
-    test-time factor, and a `subnetwork` is another one again. Here the network runs in evaluation mode, no gate is
-    drawn and dropout is off, except that each BatchNorm normalises by the batch it sees. Running means and variances
-    become those of all values of all batches together (not a mean of the batches'), so that only the normalisation
-    further back depends on how the data are divided into batches.
+    In training, statistics come from random subnetworks. Evaluation runs a different network, with every branch at its
+    test-time factor, and so does a `subnetwork`. Here the network runs in evaluation mode without draws or dropout, but
+    each BatchNorm normalizes by the batch it sees. Running means and variances become those of all values of all
+    batches together (not a mean over batches), so that only the normalization in earlier layers depends on how the data
+    are divided into batches.
 
-    Under `torch.distributed` the data of all ranks count together, and all ranks get the same statistics; each gives
-    its own share of the batches, which may differ in number, and waits for the others once, at the end. (Each
-    BatchNorm normalises by its own rank's batch, SyncBatchNorm too.)
+    Under `torch.distributed`, all ranks contribute and get the same statistics. Each rank passes its own share of the
+    batches, in any number, and waits for the others once, at the end. (Each BatchNorm, including SyncBatchNorm,
+    normalizes by its own rank's batch.)
 
     Args:
-        model: the model, stochastic or plain; parameters and training modes are unchanged. Without BatchNorm that keeps
-            running statistics there is nothing to do, and a warning says so.
+        model: the model, stochastic or plain; parameters and training modes do not change. If no BatchNorm has running
+            statistics, a warning says that there is nothing to do.
         batches: tensors, tuples or lists that begin with one (the rest are labels), or mappings of arguments. A few
             hundred samples are enough for most networks.
 
     Raises:
-        ValueError: if there is no batch, on any rank; the statistics are then as they were, as after any other error.
-        TypeError: if `batches` is a tensor, or holds something else than batches.
+        ValueError: if no rank has a batch; as after any error, the statistics are then unchanged.
+        TypeError: if `batches` is a tensor, or contains something other than batches.
 
     Example:
         >>> import stochastic_depth as sd
@@ -48,7 +48,7 @@ def recalibrate_batchnorm_(model: nn.Module, batches: Iterable[Any]) -> None:
     """
     if isinstance(batches, Tensor):
         raise TypeError(f"batches must be batches, not a tensor {tuple(batches.shape)}: put it into a list, [images].")
-    while isinstance(model, (DataParallel, DistributedDataParallel)):  # their forwards talk to other ranks
+    while isinstance(model, (DataParallel, DistributedDataParallel)):  # their forwards communicate with other ranks
         model = model.module
     layers = [each for each in model.modules() if isinstance(each, BatchNorm) and each.running_mean is not None]
     if not layers:
@@ -70,7 +70,7 @@ def recalibrate_batchnorm_(model: nn.Module, batches: Iterable[Any]) -> None:
             num_batches += 1
         num_batches = int(_sum_over_ranks(before[0][0].new_tensor([num_batches], dtype=torch.float64)))
         if not num_batches:
-            raise ValueError("batches holds no batch: there are no data to take statistics of.")
+            raise ValueError("batches is empty: there are no data to compute statistics from.")
         for each in statistics.values():
             each.write(num_batches)
     except BaseException:
@@ -96,7 +96,7 @@ class _Statistics:
         self._deviations = torch.zeros_like(self._mean)
 
     def see(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Forward pre-hook: adds a batch, and lets the layer normalise by it."""
+        """Forward pre-hook: adds a batch, and lets the layer normalize by it."""
         assert isinstance(layer, BatchNorm)
         assert layer.running_mean is not None
         assert layer.running_var is not None
@@ -107,14 +107,14 @@ class _Statistics:
         layer.running_var.copy_(variance)
         count = x.numel() // x.shape[1]
         total = self._count + count
-        # Two sets of values put together (Chan, Golub and LeVeque 1983).
+        # Combine two sets of values (Chan, Golub and LeVeque 1983).
         shift = mean.double() - self._mean
         self._deviations += variance.double() * count + shift.square() * (self._count * count / total)
         self._mean += shift * (count / total)
         self._count = total
 
     def write(self, num_batches: int) -> None:
-        """Put the statistics of all ranks into the layer; of a layer that saw nothing they stay as they were."""
+        """Write the statistics of all ranks into the layer; a layer that saw no values stays unchanged."""
         own = self._mean.new_full((1,), self._count)
         total = _sum_over_ranks(own.clone())
         mean = _sum_over_ranks(self._mean * own) / total.clamp(min=1)

@@ -1,4 +1,4 @@
-"""What keeps a branch's factor where no weights can take it."""
+"""Modules and hooks that keep a branch's factor if no weights can take it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from stochastic_depth.torch_private import tree_leaves
 
 
 class Scale(nn.Module):
-    """Multiplies by a number. It takes the place of a drop path and has no state of its own.
+    """Multiplies by a number. It replaces a drop path and has no state.
 
     Args:
         factor: the number.
@@ -54,11 +54,11 @@ class ScaledResidual(Residual):
 
 
 class ScaledOutput:
-    """Forward hook that multiplies what a module gives by a number, after all other hooks.
+    """Forward hook that multiplies a module's output by a number, after all other hooks.
 
     Args:
         factor: the number.
-        path: where in the module's output the values are: () for the output itself, (0,) for its first entry.
+        path: position of the values in the module's output: () for the output itself, (0,) for its first entry.
     """
 
     def __init__(self, factor: float, path: tuple[int, ...] = ()) -> None:
@@ -66,7 +66,7 @@ class ScaledOutput:
         self.path = path
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG002
-        """What the module gives, multiplied."""
+        """The module's output, multiplied."""
         return self._scaled(output, self.path)
 
     def _scaled(self, output: Any, path: tuple[int, ...]) -> Any:
@@ -78,13 +78,13 @@ class ScaledOutput:
 
 
 class ScaledLayer(nn.Module):
-    """Behaviour of a whole layer that is a scaled branch: input + branch_factor * (layer(input) - input)."""
+    """Behavior of a whole layer that is a scaled branch: input + branch_factor * (layer(input) - input)."""
 
     branch_factor: float
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the layer returns, its first value scaled about the hidden states, the first tensor it is given."""
-        # A copy: a layer that adds in place would change what it is compared with.
+        """The layer's output, its first value scaled relative to the hidden states, the first tensor argument."""
+        # A copy, because the layer may add to its input in place.
         hidden = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).clone()
         output = super().forward(*args, **kwargs)
         own = output[0] if isinstance(output, (tuple, list)) else output
@@ -94,11 +94,11 @@ class ScaledLayer(nn.Module):
 
 @dataclass
 class BranchFactors:
-    """The branches of a foreign block that are multiplied by numbers, and its code with them, for each form of call.
+    """Factors of branches in another library's block, and the block's scaled code for each form of call.
 
     Attributes:
-        drop_paths: paths of its drop paths whose calls are branches; empty where additions are.
-        factors: the branches with their numbers.
+        drop_paths: paths of its drop paths whose calls are branches; empty if the branches are additions.
+        factors: the factor of each branch.
     """
 
     drop_paths: tuple[str, ...]
@@ -106,7 +106,7 @@ class BranchFactors:
     _forms: dict[Any, list[ScaledForward]] = field(default_factory=dict[Any, "list[ScaledForward]"], repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Code is bound to its module: a copy, or a module that was loaded, makes its own.
+        # Code is bound to its module: a copied or loaded module makes its own.
         return {**self.__dict__, "_forms": {}}
 
     @eager
@@ -127,7 +127,7 @@ class BranchFactors:
         try:
             made = scaled_forward(block, self.drop_paths, self.factors, signature, leaves)
             if not torch.compiler.is_compiling():
-                # The same code with factors of 1 must do what the block does.
+                # The same code with factors of 1 must compute what the block computes.
                 _refuse_other_code(block, scaled_forward(block, self.drop_paths, {}, signature, leaves), args, kwargs)
         except (CutError, TraceError) as error:
             raise RuntimeError(
@@ -152,7 +152,7 @@ def _refuse_other_code(block: nn.Module, made: ScaledForward, args: tuple[Any, .
 
     ours, own = run(recorded), run(partial(plain_class(block).forward, block))
     if len(ours) != len(own) or not all(_is_close(a, b) for a, b in zip(ours, own, strict=True)):
-        raise TraceError("a recording of its code gives something else than the code")
+        raise TraceError("a recording of its code computes something else than the code")
 
 
 def _is_close(a: Tensor, b: Tensor) -> bool:
@@ -162,7 +162,7 @@ def _is_close(a: Tensor, b: Tensor) -> bool:
 
 
 class ScaledBlock(nn.Module):
-    """Behaviour of a foreign block with scaled branches that neither its weights nor one of its children can scale."""
+    """Behavior of another library's block whose branches neither its weights nor its children can scale."""
 
     _branch_factors: BranchFactors
 

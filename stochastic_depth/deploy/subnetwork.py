@@ -1,4 +1,4 @@
-"""A smaller, plain network out of a trained one."""
+"""Makes a smaller, plain network from a trained one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stochastic_depth.cost import observed
 from stochastic_depth.deploy.batches import Inputs, call_of
 from stochastic_depth.deploy.branches import branches_with_gates
 from stochastic_depth.deploy.check import Check
-from stochastic_depth.deploy.choice import Order, forward_flops, num_parameters, removal_order, without
+from stochastic_depth.deploy.choice import Order, dropping, forward_flops, num_parameters, removal_order
 from stochastic_depth.deploy.decoder import remove_layers_, stack_of
 from stochastic_depth.deploy.fold import is_stochastic, remove_gates_, warn_of_scalars
 from stochastic_depth.deploy.undo import Snapshot
@@ -34,44 +34,44 @@ def subnetwork(
     calibration: Iterable[Any] | None = None,
     inputs: Inputs | None = None,
 ) -> nn.Module:
-    """A smaller network out of a trained one: some branches and their parameters go, every shortcut stays.
+    """A smaller network made from a trained one, without some branches and their parameters; every shortcut stays.
 
-    What is kept counts as in evaluation (its survival probability is folded into its weights, see `fold_`), so the
-    outputs are those of the evaluated network whose other branches give zero. The result is a new, plain network;
-    names of what is kept are unchanged. BatchNorm statistics further on are those of the whole network: see
+    Kept branches count as in evaluation (the survival probability is folded into the weights, see `fold_`), so the
+    outputs are those of the evaluated network whose other branches return zero. The result is a new, plain network;
+    kept modules keep their names. Later BatchNorm layers still have the statistics of the whole network: see
     `recalibrate_batchnorm_`.
 
-    Of a decoder of transformers whose branches are its whole layers (`layers=`), the layers that go leave the list and
-    the configuration, and the others are renumbered: the result has its original class, and `save_pretrained` writes a
-    plain checkpoint of fewer layers.
+    If the branches are the whole layers of a transformers decoder (`layers=`), removed layers leave the list and the
+    configuration, and the others are renumbered. The result has its original class, and `save_pretrained` writes a
+    plain checkpoint with fewer layers.
 
-    A `Residual` becomes its shortcut. A block of a foreign model becomes a `torch.fx.GraphModule` of the rest of its
-    code in evaluation, or an `nn.Identity` where nothing is left of it and it takes one argument. Where what follows
-    may change what it is given in place, they hand on a copy.
+    A `Residual` becomes its shortcut. A block of another library becomes a `torch.fx.GraphModule` of the rest of its
+    evaluation code, or an `nn.Identity` if nothing is left and it takes one argument. If later code may change the
+    result in place, they return a copy.
 
-    As the last step the result is checked on an example, as `fold_` does, against the evaluated model whose other
-    branches give zero.
+    The last step checks the result on an example, as `fold_` does, against the evaluated model whose other branches
+    return zero.
 
     Args:
         model: a stochastic model; it is not changed. One that was not trained with stochastic depth works too, with a
-            warning: it was never asked to do without a branch.
+            warning, because it never ran without a branch in training.
         keep: indices of the branches to keep, in the controller's `names`. Or instead one budget:
-        num_blocks: how many branches to keep.
-        cost: share of the whole network's FLOPs in a forward that may be left, in (0, 1].
-        parameters: share of its parameters that may be left, in (0, 1].
-        order: which branches go first under a budget. "last": the last in the network. "survival": those of the lowest
-            survival probability, of equal ones the last. "lesion": those without which alone the outputs change least,
-            by the squared difference on `calibration`.
+        num_blocks: number of branches to keep.
+        cost: largest share of the whole network's forward FLOPs to keep, in (0, 1].
+        parameters: largest share of its parameters to keep, in (0, 1].
+        order: which branches are removed first under a budget. "last": the last in the network. "survival": those with
+            the lowest survival probability, later ones first if equal. "lesion": those whose absence changes the
+            outputs least, by the squared difference on `calibration`.
         calibration: batches for "lesion": tensors, tuples that begin with one, or mappings of arguments.
         inputs: an example: the argument of a forward, several of them in a tuple or list, or a mapping of arguments by
-            name. Where the code of a block depends on sizes or arguments, blocks are made for calls like it. None
-            stands for what the model was called with before; for `cost`, for zeros of the size that the model names, or
-            of 32x32 pixels.
+            name. If a block's code depends on sizes or arguments, the result accepts calls like this one. None means an
+            earlier call of the model; for `cost`, zeros of the image size in the model's attributes, or of 32x32
+            pixels.
 
     Raises:
         ValueError: if not exactly one of `keep` and the budgets is given, `keep` is empty, has an index out of range or
-            one twice, a budget is below the smallest possible network, or a branch cannot be taken out.
-        RuntimeError: if the result would not give what it promises.
+            twice, a budget is below the smallest possible network, or a branch cannot be removed.
+        RuntimeError: if the outputs of the result differ from those described above.
 
     Example:
         >>> import stochastic_depth as sd
@@ -92,7 +92,7 @@ def subnetwork(
     if all(branch.gated.survival_prob == 1 for branch in branches):
         warnings.warn(
             f"{type(model).__name__} was not trained with stochastic depth: without some of its branches it may be far "
-            "off.",
+            "less accurate.",
             stacklevel=2,
         )
     example = None if inputs is None else call_of(inputs)
@@ -102,10 +102,10 @@ def subnetwork(
         kept = sorted(_within_budget(network, num_blocks, cost, parameters, order, calibration, example))
     dropped = [index for index in range(len(branches)) if index not in kept]
     remembered = controller(model).calls if is_stochastic(model) else None
-    context = partial(observed, branches[0].gated.passes, without(branches, dropped))
+    context = partial(observed, branches[0].gated.passes, dropping(branches, dropped))
     check = Check(network, branches, inputs, remembered=remembered, context=context)
     check.warn_if_impossible("subnetwork", stacklevel=2)
-    # A guess is good enough to compare on, but not to fix the code of blocks for calls like it.
+    # A guess is good enough for a comparison, but not to specialize the code of blocks.
     calls = {} if check.origin == "guessed" else check.calls
     stack = stack_of(network, branches)
     if stack is None:
@@ -117,7 +117,7 @@ def subnetwork(
         scalars, network = remove_gates_(network, range(len(branches)), calls, Snapshot(network))
         scalars = [scalar for scalar in scalars if scalar[0] in names]
         remove_layers_(stack, layers)
-        check.forget_blocks()  # The layers have other names now.
+        check.forget_blocks()  # The layers have new names.
     check.refuse_difference(network, "subnetwork")
     warn_of_scalars(scalars, stacklevel=3)
     return network
@@ -132,14 +132,14 @@ def branches_to_keep(
     calibration: Iterable[Any] | None = None,
     inputs: Inputs | None = None,
 ) -> list[int]:
-    """The indices of the branches that `subnetwork` keeps under a budget, most important first.
+    """Indices of the branches that `subnetwork` keeps under a budget, most important first.
 
-    The last branch to be removed comes first.
+    The branch that would be removed last comes first.
 
     Args:
         model: a model with or without stochastic depth; it is not changed.
-        num_blocks: how many branches to keep. Or instead:
-        cost: share of the whole network's FLOPs in a forward that may be left, in (0, 1].
+        num_blocks: number of branches to keep. Or instead:
+        cost: largest share of the whole network's forward FLOPs to keep, in (0, 1].
         order: as in `subnetwork`.
         calibration: as in `subnetwork`.
         inputs: as in `subnetwork`.
@@ -163,16 +163,18 @@ def _stochastic_copy(model: nn.Module) -> nn.Module:
 def _checked(keep: Sequence[int], num_branches: int) -> list[int]:
     kept = list(keep)
     if not kept:
-        raise ValueError("keep is empty: a network without any branch is none. To keep a few, give num_blocks.")
+        raise ValueError(
+            "keep is empty, but at least one branch must stay. To keep a number of branches, use num_blocks."
+        )
     for index in kept:
         if isinstance(index, bool) or not isinstance(index, int):
             raise ValueError(
-                f"keep must hold indices, 0..{num_branches - 1}, but holds {index!r}. It is no list of gates."
+                f"keep must contain indices, 0..{num_branches - 1}, but contains {index!r}. It is not a list of gates."
             )
         if not 0 <= index < num_branches:
-            raise ValueError(f"keep must hold indices in 0..{num_branches - 1}, but holds {index}.")
+            raise ValueError(f"keep must contain indices in 0..{num_branches - 1}, but contains {index}.")
     if len(set(kept)) != len(kept):
-        raise ValueError(f"keep holds {next(index for index in kept if kept.count(index) > 1)} several times.")
+        raise ValueError(f"keep contains {next(index for index in kept if kept.count(index) > 1)} several times.")
     return sorted(kept)
 
 
@@ -212,18 +214,18 @@ def _guessed_example(model: nn.Module) -> tuple[Tensor]:
             return (module.weight.new_zeros(1, module.in_features),)
         if isinstance(weight, Tensor):
             break
-    raise ValueError(f"cost needs inputs, an example of what {type(model).__name__} takes: FLOPs are counted on it.")
+    raise ValueError(f"cost counts FLOPs on an example: pass inputs that {type(model).__name__} accepts.")
 
 
 def _drop_idle_relus_(network: nn.Module) -> None:
-    """Where a dropped block leaves a ReLU behind another one, it goes too: the second changes nothing."""
+    """Remove a ReLU that follows another one after a block was dropped: it changes nothing."""
     for module in network.modules():
         if type(module) is nn.Sequential:
             _drop_idle_relus_in_(module, after_relu=False)
 
 
 def _drop_idle_relus_in_(sequence: nn.Sequential, *, after_relu: bool) -> bool:
-    """Whether what leaves the sequence comes from a ReLU, which for its input `after_relu` tells."""
+    """Whether the output of the sequence comes from a ReLU; `after_relu` says so for its input."""
     for name, child in list(child_dict(sequence).items()):  # repeated ones too
         if type(child) is nn.ReLU:
             if after_relu:

@@ -1,4 +1,4 @@
-"""Puts a model back: what a change, or a forward that is only a trial, leaves on its modules."""
+"""Restores a model after a failed change or a trial forward."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _CONTAINERS = (dict, OrderedDict, list, set)
 
 
 class Snapshot:
-    """Classes and attributes of all modules of a model, hooks among them, to be put back.
+    """Classes and attributes of all modules of a model, including hooks, to be restored.
 
-    Values of tensors are kept only of those named to `keep_values`; attributes that are containers are kept one deep.
+    Values of tensors are kept only for those passed to `keep_values`; containers are kept one level deep.
 
     Args:
         model: the model.
@@ -38,7 +38,7 @@ class Snapshot:
 
     @torch.no_grad()
     def put_back_(self) -> None:
-        """Make everything that was kept as it was."""
+        """Restore everything."""
         for owner, kind, attributes, contents in self._kept:
             if type(owner) is not kind:
                 owner.__class__ = kind
@@ -46,7 +46,7 @@ class Snapshot:
                 del owner.__dict__[name]
             owner.__dict__.update(attributes)
             for own, content in contents:
-                if _is_unchanged(own, content):  # nothing is empty for a moment, for other threads to see
+                if _is_unchanged(own, content):  # other threads must not see it empty for a moment
                     continue
                 if type(own) is list:
                     own[:] = content
@@ -73,9 +73,9 @@ def _contents(attributes: dict[str, Any]) -> list[tuple[Any, Any]]:
 
 @contextmanager
 def without_traces(model: nn.Module) -> Generator[None]:
-    """Afterwards the modules' attributes, modes and buffers are as before, and all random states of this process.
+    """Context that restores the modules' attributes, modes and buffers, and all random states of this process.
 
-    What a forward leaves elsewhere stays: in objects that the modules hold, or where hooks write.
+    Other effects of a forward stay: in objects that the modules hold, and whatever hooks write.
     """
     before = Snapshot(model)
     python = random.getstate()

@@ -35,7 +35,7 @@ def cifar_resnet(
     Args:
         num_layers: 6n + 2 for a whole number n of at least 1: 20, 32, 44, 56, 110, 152, 1202.
         num_classes: number of classes.
-        shortcut: what carries the image to half its size and twice its channels at the two transitions.
+        shortcut: how the two transitions halve the image and double its channels.
             "pad": 2x2 average pooling, then channels of zeros (the paper's text, the authors' code since 2017).
             "subsample": every second pixel, then channels of zeros (He et al.'s option A, the authors' code before).
             "projection": a 1x1 convolution of stride 2 and BatchNorm (option B).
@@ -48,7 +48,7 @@ def cifar_resnet(
         A network from images (N, in_channels, H, W), with H and W multiples of 4, to logits (N, num_classes).
 
     Raises:
-        ValueError: if an argument is not one of those allowed.
+        ValueError: if an argument is not one of the allowed values.
         TypeError: if num_layers is not a whole number.
 
     Example:
@@ -79,7 +79,7 @@ class CifarResNet(nn.Module):
         blocks_per_group: n, blocks in each of the three groups.
         num_classes: number of classes.
         shortcut: kind of the shortcuts.
-        init: kind of the initialisation.
+        init: kind of the initialization.
         in_channels: channels of the images.
     """
 
@@ -102,7 +102,7 @@ class CifarResNet(nn.Module):
         self.groups = nn.Sequential(*groups)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(_WIDTHS[-1], num_classes)
-        _initialise(self, init)
+        _initialize(self, init)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, in_channels, H, W) to logits (N, num_classes)."""
@@ -114,7 +114,7 @@ class CifarResNet(nn.Module):
 class _Branch(nn.Module):
     """The residual branch conv3x3-BN-ReLU-conv3x3-BN.
 
-    Not a Sequential: PyTorch 2.13 passes over `Sequential.compile()` in silence.
+    Not a Sequential: PyTorch 2.13 silently ignores `Sequential.compile()`.
     """
 
     def __init__(self, in_width: int, width: int, *, stride: int, bias: bool) -> None:
@@ -168,7 +168,7 @@ def _conv3x3(in_width: int, width: int, *, stride: int = 1, bias: bool) -> nn.Co
 
 
 @torch.no_grad()
-def _initialise(model: nn.Module, init: Init) -> None:
+def _initialize(model: nn.Module, init: Init) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             fan_in = module.in_channels * module.kernel_size[0] * module.kernel_size[1]

@@ -1,4 +1,4 @@
-"""Makes an existing model stochastic in place: finds its branches, swaps their classes, and undoes it."""
+"""Makes existing models stochastic in place: finds branches, swaps classes, and restores the original."""
 
 from stochastic_depth.retrofit.apply import controller, make_stochastic_, restore_
 from stochastic_depth.retrofit.block import MaskedBranchWarning

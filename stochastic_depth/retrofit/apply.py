@@ -1,4 +1,4 @@
-"""`make_stochastic_`, `controller` and `restore_`: on, look, off."""
+"""`make_stochastic_`, `controller` and `restore_`."""
 
 from __future__ import annotations
 
@@ -40,49 +40,48 @@ def make_stochastic_(
     inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> Controller:
-    """Give a model stochastic depth (Huang et al. 2016), in place: dropped branches are not run at all.
+    """Add stochastic depth (Huang et al. 2016) to a model, in place. Dropped branches do not run.
 
-    The branches are the model's drop paths with a rate above 0 (timm, torchvision, transformers, your own by
-    `register_drop_path`) and, with a schedule, its `Residual`s; with a schedule and a model that has neither, the
-    residual additions in its modules' code. In training a closed gate means that nothing of the branch runs: no
-    forward, no backward, no activations, no update of BatchNorm statistics. Parameter names, and with them
-    `state_dict`, stay as they are; `restore_` removes stochastic depth. Print the result to see how each branch is
-    treated.
+    The branches are the model's drop paths with a rate above 0 (timm, torchvision, transformers, your own with
+    `register_drop_path`) and, with a schedule, its `Residual`s. If you give a schedule and the model has neither, they
+    are the residual additions in its modules' code. In training, nothing of a branch with a closed gate runs: no
+    forward, no backward, no activations, no update of BatchNorm statistics. Parameter names and `state_dict` do not
+    change; `restore_` removes stochastic depth. Print the result to see how each branch is treated.
 
     Args:
         model: the model, not yet wrapped or compiled.
         schedule: survival over depth, such as `linear_decay(0.5)`, or one survival probability per branch, in a list, a
             tuple, a numpy array or a tensor. None keeps the rates of the model's drop paths.
-        granularity: "batch": one gate per mini-batch and branch (the paper). "sample": each sample its own; a branch
-            runs on floor or ceil of p * N of the N samples, with mean p * N exactly, all equally likely. None: "batch"
-            with a schedule, else what the model's drop paths do.
-        rescale: "eval": a branch counts with factor p in evaluation (the paper). "train": with 1/p in training.
-            "none": neither. None: "eval" with a schedule, but what its authors do for a `LayerSchedule`; without a
-            schedule what the model's drop paths do.
-        skipped_grad: "zero": parameters of a branch that did not run get gradients of zero, so that momentum and
-            weight decay still act on them (the authors' code, and what masks give). "none": `.grad` is left alone, and
-            optimizers pass over them. Not with `torch.optim.SGD(..., fused=True)` and momentum: once some parameters
-            have had a gradient and others have not, PyTorch raises "expected Tensor as element ..., but got NoneType".
-            Use `foreach=True` there.
-        draw: "bernoulli": independent gates (the paper). "equal_cost": floor or ceil of the expected number of
-            branches in every step, each p_l kept; after `depth.set_costs(depth.cost(x))` nearly the same FLOPs, or with
-            `measure=True` nearly the same time.
-        ranks: "agree": the same gates on every rank. "decorrelate": each rank its own.
+        granularity: "batch": one gate per mini-batch and branch (the paper). "sample": one per sample; a branch runs on
+            floor or ceil of p * N of the N samples, with mean exactly p * N, all equally likely. None: "batch" with a
+            schedule, else as in the model's drop paths.
+        rescale: "eval": multiply a branch by p in evaluation (the paper). "train": by 1/p in training.
+        "none": neither. None: "eval" with a schedule, its authors' choice for a `LayerSchedule`, and without a schedule
+            as in the model's drop paths.
+        skipped_grad: "zero": parameters of a branch that did not run get gradients of zero, so that momentum and weight
+            decay still act on them (as in the authors' code and with masks). "none": `.grad` is left alone, and
+            optimizers skip them. Not with `torch.optim.SGD(..., fused=True)` and momentum: once some parameters have
+            had a gradient and others have not, PyTorch raises "expected Tensor as element ..., but got NoneType". Use
+            `foreach=True` there.
+        draw: "bernoulli": independent gates (the paper). "equal_cost": floor or ceil of the expected number of branches
+            in every step, with each p_l unchanged; after `depth.set_costs(depth.cost(x))` nearly the same FLOPs, or
+            with `measure=True` nearly the same time.
+        ranks: "agree": the same gates on every rank. "decorrelate": different gates on each rank.
         where: which branches: a predicate (name, module) -> bool, or fnmatch patterns of their names. The schedule
-            spans the branches that are left.
-        layers: fnmatch patterns of whole layers that are branches (LayerDrop); with a schedule, the only ones. A
-            closed layer hands its hidden states on, the first tensor that it is given. Its gate stands for the drop
-            paths inside of it, which apply the factor of the sum; without a schedule, it has their rate.
-        inputs: arguments of a forward on an example, in order or by name. The model is run on it without a trace, and
-            its code is read as the example goes through it: for code that depends on shapes or on other arguments, and
-            is not understood without. Modules that the example does not call have no branches then.
-        seed: seed of the gates. No global random state is read or changed.
+            spans the selected branches.
+        layers: fnmatch patterns of whole layers that are branches (LayerDrop); with a schedule, the only ones. A closed
+            layer returns its hidden states, the first tensor argument. Its gate replaces the gates of the drop paths
+            inside it, which still apply the scaling; without a schedule, it has their rate.
+        inputs: arguments of an example forward, in order or by name. The model runs on them without lasting effects,
+            and the branches are found as its code runs. Use this for code that depends on shapes or other arguments and
+            cannot be read without. Modules that the example does not call then have no branches.
+        seed: seed of the gates. Global random states are neither read nor changed.
 
     Returns:
-        The controller, also to be had as `controller(model)`.
+        The controller, which `controller(model)` returns too.
 
     Raises:
-        ValueError: if an argument is not one of those allowed, the model has no branch, is stochastic already, or is
+        ValueError: if an argument is not one of the allowed values, or the model has no branch, is already stochastic,
             wrapped or compiled, or fails on `inputs`.
         TypeError: if `schedule` is a single number, or `inputs` is a tensor.
 
@@ -141,7 +140,7 @@ def make_stochastic_(
         over_time=_over_time(schedule, len(branches)),
     )
     setattr(model, _CONTROLLER, made)
-    # Last, so that it lies around the behaviour of a root that is a branch or a block itself.
+    # Last, so that it wraps the behavior of a root that is itself a branch or a block.
     swap_class_(model, StochasticRoot, joins=_BRANCH in model.__dict__)
     return made
 
@@ -170,11 +169,11 @@ def _make_stochastic(branch: Branch, gated: GatedBranch, found: Found, forms: Kn
 
 
 def _make_layer_stochastic(branch: Branch, gated: GatedLayer) -> None:
-    for module, behaviour in (
+    for module, behavior in (
         (branch.module, StochasticLayer),
         *((inner, LayerDropPath) for inner in branch.drop_paths),
     ):
-        swap_class_(module, behaviour)
+        swap_class_(module, behavior)
         setattr(module, _BRANCH, gated)
 
 
@@ -198,7 +197,7 @@ def _default_granularity(branches: Sequence[Branch], schedule: Schedule | Values
     granularities: set[Granularity] = {branch.rule.granularity for branch in branches if branch.rule is not None}
     if len(granularities) > 1:
         raise ValueError(
-            "Some drop paths of the model gate single samples, others the whole mini-batch: give granularity='sample' "
+            "Some drop paths of the model gate single samples, others the whole mini-batch: pass granularity='sample' "
             "or 'batch' for all of them."
         )
     return next(iter(granularities))
@@ -208,7 +207,7 @@ def controller(model: nn.Module) -> Controller:
     """The controller of a stochastic model, also after deepcopy, `torch.load`, or inside a wrapper.
 
     Raises:
-        ValueError: if the model is not stochastic, or holds several models that are.
+        ValueError: if the model is not stochastic, or contains several stochastic models.
     """
     found = [module.__dict__[_CONTROLLER] for module in model.modules() if _CONTROLLER in module.__dict__]
     if len(found) == 1:
@@ -223,7 +222,7 @@ def controller(model: nn.Module) -> Controller:
 
 
 def restore_(model: nn.Module) -> None:
-    """Remove stochastic depth: the model is as it was before `make_stochastic_`, with the weights it has now.
+    """Remove stochastic depth: the model is as before `make_stochastic_`, with its current weights.
 
     Raises:
         ValueError: if the model is not stochastic.
@@ -265,7 +264,7 @@ def _survival_probs(schedule: Schedule | Values | None, branches: Sequence[Branc
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
-    order = "Call make_stochastic_ on the plain model first, and wrap or compile it afterwards."
+    order = "Call make_stochastic_ on the plain model first, and wrap or compile it afterward."
     for module in model.modules():
         kind = type(module).__name__
         if isinstance(module, (DataParallel, DistributedDataParallel)) or kind.startswith(("FSDP", "FullySharded")):
@@ -278,6 +277,6 @@ def _refuse_stochastic(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if _CONTROLLER in module.__dict__ or _BRANCH in module.__dict__:
             raise ValueError(
-                f"The model is stochastic already ({name or 'its root'}). Change it by controller(model)."
-                "set_survival_probs, or remove it by restore_(model) first."
+                f"The model is already stochastic ({name or 'its root'}). Change it with controller(model)."
+                "set_survival_probs, or call restore_(model) first."
             )

@@ -1,4 +1,4 @@
-"""A block of a foreign model whose branches are gated: rewritten code runs in its place, or its own code with masks."""
+"""A block of another library with gated branches: it runs rewritten code, or its own code with masks."""
 
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
@@ -41,32 +41,32 @@ Treatment = Literal["skip", "mask"]
 
 
 class MaskedBranchWarning(UserWarning):
-    """A branch is computed and masked, because it cannot be skipped: right, but nothing is saved."""
+    """A branch is computed and masked because it cannot be skipped: correct, but nothing is saved."""
 
 
-# How many samples of a call the proof runs on.
+# Number of samples of a call that the proof runs on.
 _NUM_SAMPLES = 4
-# And where a branch runs on some of them, at most: what mixes samples may do so with many only.
+# The largest such number if a branch runs on some of them: code may mix samples only if there are many.
 _MAX_SAMPLES = 64
-# A call that comes in more forms than this has the oldest ones forgotten.
+# Number of forms of a call that are kept.
 _MAX_FORMS = 128
-# Of how many arguments it is tried whether they hold samples.
+# Number of arguments that are tested for holding samples.
 _MAX_UNSURE = 4
 
 
 @dataclass
 class Prepared:
-    """What is known of one form of a block's call.
+    """The prepared code of one form of a block's call.
 
     Attributes:
         code: the rewritten code; None where the block's own code runs, with masks.
         masked: the branches that are computed and masked, each with the cause.
         stores: plain numbers that the block's own code sets on the block.
-        uses: where its gated branches stand in its own code.
-        ungated: of each addition that was not found before the call, what it uses.
-        recorded: what the block's own code does with a few samples, and which rows of the arguments these are.
-        num_checked: how many calls any block has made when that was last compared with what the code does then.
-        refusal: why the form is refused, where what the code does has changed since.
+        uses: places of the gated branches in the block's own code.
+        ungated: for each addition that was not found before the call, what it uses.
+        recorded: recording of the block's own code on a few samples, and the rows of the arguments that these are.
+        num_checked: number of calls, over all blocks, at the last comparison with a new recording.
+        refusal: why the form is refused, if the code has changed since.
     """
 
     code: Code | None
@@ -83,9 +83,9 @@ class _Few(NamedTuple):
     """A recording of a call with a few of its samples.
 
     Attributes:
-        rows: which rows of which arguments these are.
-        recorded: what the code does with them.
-        num_many: how many samples to prove it with where a branch runs on some of them.
+        rows: their rows in each argument.
+        recorded: the recording.
+        num_many: number of samples for the proof if a branch runs on some of them.
         many: the rows of these.
     """
 
@@ -97,24 +97,24 @@ class _Few(NamedTuple):
 
 @dataclass
 class _Form:
-    """A form of a block's call, and how many calls it had."""
+    """A form of a block's call, with its number of calls."""
 
     prepared: Prepared
     num_calls: int = 0
 
 
 class KnownForms:
-    """The forms of calls that are known, of all blocks of a model; equal blocks share what is known."""
+    """The known forms of calls of all blocks of a model; equal blocks share them."""
 
     def __init__(self) -> None:
         self.prepared: dict[Any, Prepared] = {}
         self.proven: set[Any] = set()
-        """What was proven, without the numbers in it: a number that changes with every step needs no new proof."""
+        """Proven code, without its numbers: a number that changes in every step needs no new proof."""
         self.num_runs = 0
-        """How many times a block's code was run to record and to prove it."""
+        """Number of runs of blocks for recordings and proofs."""
         self.warned: set[Any] = set()
         self.called: set[type] = set()
-        """Classes of objects that are given to blocks whose code calls them, such as a cache."""
+        """Classes of arguments whose methods blocks call, such as a cache."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -126,7 +126,7 @@ class KnownForms:
         return KnownForms()
 
     def remember(self, key: Any, prepared: Prepared) -> None:
-        """Keep what is known of a form, and forget the oldest of too many."""
+        """Keep the prepared code of a form, and drop the oldest if there are too many."""
         self.prepared[key] = prepared
         if len(self.prepared) > _MAX_FORMS:
             del self.prepared[next(iter(self.prepared))]
@@ -134,17 +134,17 @@ class KnownForms:
 
 @dataclass
 class BlockBranches:
-    """What a stochastic block knows about its branches.
+    """The branches of a stochastic block.
 
     Attributes:
         name: the block's name, for messages.
         drop_paths: paths of its drop paths whose calls are branches; empty where additions are.
-        known: all branches that were found, also those that a filter left out, and what identifies each.
-        gated: the others.
-        parts: what holds the parameters of each.
-        forms: what is known of the forms of calls.
-        rates: of its functional drop paths, where the branches have these rates.
-        own_forward: a forward that somebody has set on the block, in place of its class's.
+        known: all branches that were found, including filtered ones, with their identities.
+        gated: the branches that passed the filter.
+        parts: the holder of each branch's parameters.
+        forms: the known forms of calls.
+        rates: rates of its functional drop paths, if the branches have these rates.
+        own_forward: a forward that was set on the block instead of its class's.
     """
 
     name: str
@@ -166,7 +166,7 @@ class BlockBranches:
         self.gated[key], self.parts[key] = gated, parts
 
     def __getstate__(self) -> dict[str, Any]:
-        # What a copy knows of its own objects, it finds out itself.
+        # A copy finds its own objects again.
         return {
             **self.__dict__,
             "_own": {},
@@ -177,7 +177,7 @@ class BlockBranches:
         }
 
     def parts_at(self, block: nn.Module, key: Key, paths: Paths) -> nn.Module:
-        """What holds the parameters that a branch has on one way through the code."""
+        """The holder of a branch's parameters on one path through the code."""
         parts = self._parts_at.get((key, paths))
         if parts is None:
             known = self.parts.get(key)
@@ -188,7 +188,7 @@ class BlockBranches:
 
     @property
     def inlined(self) -> tuple[str, ...]:
-        """Paths of the children whose own code is read as a part of the block's."""
+        """Paths of the children whose own code is read as part of the block's code."""
         return self.drop_paths.inlined
 
     @property
@@ -197,16 +197,16 @@ class BlockBranches:
         return bool(self._own)
 
     def cause_of_mask(self, key: Key) -> str:
-        """Why a branch is masked in the calls that were made; empty where it is skipped in all of them."""
+        """Why a branch is masked in the calls so far; empty if it is skipped in all of them."""
         return next((own.prepared.masked[key] for own in self._own.values() if key in own.prepared.masked), "")
 
     @property
     def ungated(self) -> list[str]:
-        """What the additions use that calls have shown, and that have no gate."""
+        """For each addition without a gate that calls have shown, what it uses."""
         return list(dict.fromkeys(used for own in self._own.values() for used in own.prepared.ungated))
 
     def is_plain(self, block: nn.Module) -> bool:
-        """Whether the block's own code is right: the rule of evaluation holds, with no gate forced and no factor."""
+        """Whether the block's own code is correct as it is: in evaluation without forced gates and without a factor."""
         if block.training:
             return False
         return all(
@@ -221,7 +221,7 @@ class BlockBranches:
     def prepared_for(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Prepared, list[Any]]:
-        """What is known of the form of a call, and the call's opaque arguments.
+        """The prepared code for the form of a call, and the call's opaque arguments.
 
         Raises:
             RuntimeError: if an addition cannot be gated.
@@ -265,7 +265,7 @@ class BlockBranches:
     def masked_code(
         self, block: nn.Module, prepared: Prepared, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]
     ) -> Any:
-        """What the block's own code gives where each branch's output is multiplied by its gate."""
+        """The result of the block's own code with each branch's output multiplied by its gate."""
 
         def weights(use: GatedUse) -> Callable[[Tensor], float | Tensor]:
             def of(output: Tensor) -> float | Tensor:
@@ -279,9 +279,9 @@ class BlockBranches:
             return run_with_edits(block, own_forward(block, block), args, kwargs, leaves, edits, self.inlined)
 
     def _known_for_export(self, block: nn.Module, leaves: list[Any]) -> Prepared:
-        """Code that was proven in evaluation: what an export sees has no values to prove anything with."""
+        """Code that was proven earlier in evaluation, because an export has no values for a proof."""
         for branch in self.gated.values():
-            branch.passes.gate(branch.index, 1, torch.device("cpu"), block.training)  # raises where gates would act
+            branch.passes.gate(branch.index, 1, torch.device("cpu"), block.training)  # raises if gates would act
         shapes = [leaf.shape[1:] if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves]
         for (_, of_leaves, _, state), own in self._own.items():
             known = [
@@ -290,12 +290,12 @@ class BlockBranches:
             if own.prepared.code is not None and ("training", bool, False) in state[0] and known == shapes:
                 return own.prepared
         raise RuntimeError(
-            f"{self._described(block)} has not been proven in evaluation yet, which an "
-            "export cannot do: run the evaluated model once on the example inputs, or fold_ it first."
+            f"{self._described(block)} has not been proven in evaluation yet, and an export "
+            "cannot do that: run the model once in evaluation mode on the example inputs, or fold_ it first."
         )
 
     def _refuse_ways_around(self, block: nn.Module) -> None:
-        """Refuse what was put on an inlined child, which the rewritten code does not call as a whole.
+        """Refuse hooks and forwards on an inlined child, which the rewritten code does not call as a whole.
 
         Raises:
             RuntimeError: if it has hooks or a forward of its own.
@@ -305,17 +305,17 @@ class BlockBranches:
             if what := way_around(child):
                 raise RuntimeError(
                     f"{self._described(block)} runs the code of its {path} ({plain_class(child).__name__}) step by "
-                    f"step, because a branch ends in there, and would pass over {what} set on it. Set that on the "
-                    "block or on what is inside, or call restore_(model) first."
+                    f"step, because a branch ends there, and would ignore {what} set on it. Set that on the "
+                    "block or on a module inside, or call restore_(model) first."
                 )
 
     def _reads_with(self, block: nn.Module, leaves: Sequence[Any]) -> Reads:
-        """What the block's code may read in a call with these arguments."""
+        """The values that the block's code may read in a call with these arguments."""
         skipped = (Tensor, *self.forms.called)
         return Reads(block, self.inlined, [leaf for leaf in leaves if not isinstance(leaf, skipped)])
 
     def _look_again(self, block: nn.Module, leaves: Sequence[Any]) -> Reads:
-        """The block's children are others than before: adapters, conversions, a copy."""
+        """Read the block again after its children changed: adapters, conversions, a copy."""
         self._reads, self._fingerprint = self._reads_with(block, leaves), None
         if any(branch.passes.granularity == "sample" for branch in self.gated.values()):
             self._state_of_children = StateOfChildren(block)
@@ -342,16 +342,16 @@ class BlockBranches:
     def _prepare(self, block: nn.Module, signature: Any, leaves: list[Any]) -> Prepared:
         if is_capturing():
             raise RuntimeError(
-                f"{self._described(block)} is called in this form for the first time, which cannot be proven inside a "
-                "CUDA graph: run a few steps before you capture."
+                f"{self._described(block)} is called in this form for the first time, and code cannot be proven inside "
+                "a CUDA graph: run a few steps before you capture."
             )
         for key in self.gated:
-            in_training(block, key)  # raises where its drop path was replaced
+            in_training(block, key)  # raises if its drop path was replaced
         try:
             with private():
                 prepared = self._proven_with_objects(block, signature, leaves)
         except (TraceError, CutError, ProofError) as error:
-            # In the own code, the gates of a drop path that is a function would not act.
+            # In the block's own code, the gates of functional drop paths would have no effect.
             if not self.drop_paths or any(key[0] == FUNCTIONAL for key in self.gated):
                 raise RuntimeError(self._refusal(block, error)) from error
             prepared = Prepared(None, dict.fromkeys(self.gated, str(error)))
@@ -360,9 +360,9 @@ class BlockBranches:
         return prepared
 
     def _check_again(self, block: nn.Module, signature: Any, leaves: list[Any], prepared: Prepared) -> None:
-        """Record the block's own code again, after 2, 4, 8, … calls: it may read what cannot be seen from outside.
+        """Record the block's own code again, after 2, 4, 8, … calls, because it may read values in unknown ways.
 
-        Where it does something else now, drop paths are masked from here on, and additions are refused.
+        If it computes something else now, drop paths are masked from then on, and additions raise an error.
         """
         if prepared.recorded is None or is_capturing():
             return
@@ -377,10 +377,13 @@ class BlockBranches:
             return skeleton(run.graph, with_numbers=True)
 
         changed = now()
-        # What is another object in every recording tells nothing, nor that a few samples do not fit to a full cache.
+        # Objects that differ between recordings do not count, and neither do a few samples that do not fit a full
+        # cache.
         if changed == before or changed != now() or (changed is None and now({}) is not None):
             return
-        error = TraceError("its code does something else than in an earlier call, by what it reads from elsewhere")
+        error = TraceError(
+            "its code does something else than in an earlier call, because of values read from elsewhere"
+        )
         if not self.drop_paths or any(key[0] == FUNCTIONAL for key in self.gated):
             prepared.refusal = self._refusal(block, error)
             return
@@ -397,7 +400,7 @@ class BlockBranches:
         other = "granularity='batch', " if sample else ""
         return (
             f"{self._described(block)} cannot be gated here ({names}): {error}. "
-            f"Use {other}inputs=[...] of an example to find its branches as they run, layers=[{self.name!r}] for the "
+            f"Use {other}inputs=[...] to find its branches on an example, layers=[{self.name!r}] for the "
             "whole layer, where= to leave it out, or write the sum as stochastic_depth.Residual."
         )
 
@@ -409,8 +412,8 @@ class BlockBranches:
         self.forms.warned.add(kind)
         warnings.warn(
             f"The branch {branch.passes.names[branch.index]} is computed and masked, which saves nothing. "
-            f"{self._described(block)}: {cause}. The same may hold for other blocks of this "
-            f"class. layers=[{self.name!r}] would run it as a whole, if it keeps samples apart.",
+            f"{self._described(block)}: {cause}. Other blocks of this class may be affected "
+            f"too. layers=[{self.name!r}] runs it as a whole, if it does not mix samples.",
             MaskedBranchWarning,
             stacklevel=2,
         )
@@ -446,9 +449,7 @@ class BlockBranches:
             if again.stores:
                 raise StoredError(f"the forward stores {', '.join(whole.stores)} on the block")
             if [id(tensor) for tensor in again.constants] != [id(tensor) for tensor in whole.constants]:
-                raise TraceError(
-                    "the forward takes a tensor from where it cannot be followed (autograd.Function, another library)"
-                )
+                raise TraceError("the forward uses a tensor that cannot be traced (autograd.Function, another library)")
         exact = skeleton(whole.graph, with_numbers=True)
         few = self._generalize(trial, signature, leaves, whole)
         draws = next(iter(self.gated.values())).passes
@@ -489,10 +490,10 @@ class BlockBranches:
         return run_block(trial, args, kwargs, own, inlined=self.inlined)
 
     def _generalize(self, trial: nn.Module, signature: Any, leaves: list[Any], whole: Run) -> _Few | None:
-        """Let a recording hold for any number of samples; None where nothing says which these are.
+        """Generalize a recording to any number of samples; None if it is unknown which rows are samples.
 
-        It is compared with a recording of the same call for another number of samples. Where an argument has as many
-        rows as there are samples by chance only, the code fails unless it keeps all of them.
+        It is compared with a recording of the same call with another number of samples. If an argument has as many rows
+        as there are samples only by chance, the code fails unless all rows are kept.
         """
         first_of = identities(leaves) or range(len(leaves))
         lengths = {
@@ -503,7 +504,7 @@ class BlockBranches:
         if not lengths or 0 in lengths.values():
             return None
         first = next(iter(lengths))
-        # Where patches are folded into the batch, an argument has several rows for each sample that another has.
+        # If patches are folded into the batch, one argument has several rows per sample of another.
         for num_samples in dict.fromkeys((lengths[first], *lengths.values())):
             if lengths[first] % num_samples:
                 continue
@@ -526,12 +527,12 @@ class BlockBranches:
 
 
 def _some_rows(rows_per_sample: Mapping[int, int], num: int, num_samples: int) -> dict[int, Tensor]:
-    """The rows of the first samples of each argument, again from the start where there are too few."""
+    """The rows of the first samples of each argument, starting over if there are too few."""
     return {i: torch.arange(num * each) % (num_samples * each) for i, each in rows_per_sample.items()}
 
 
 class StochasticBlock(nn.Module):
-    """Behavior of a foreign block whose branches are gated. `make_stochastic_` gives this class to modules."""
+    """Behavior of another library's block with gated branches. `make_stochastic_` gives this class to modules."""
 
     _stochastic_depth_branch: BlockBranches
 
@@ -559,10 +560,10 @@ class StochasticBlock(nn.Module):
 
 
 def refuse_bypass(module: nn.Module, forward: Any) -> None:
-    """Refuse a forward that is set on a stochastic module and does not call the one that it had.
+    """Refuse a forward that is set on a stochastic module and does not call the previous one.
 
     Raises:
-        RuntimeError: if nothing shows that it does.
+        RuntimeError: if it does not visibly call the previous one.
     """
     pending, seen = [forward], set[int]()
     while pending and len(seen) < 100:
@@ -580,6 +581,6 @@ def refuse_bypass(module: nn.Module, forward: Any) -> None:
         pending += [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
         pending += list(getattr(value, "__defaults__", None) or ())
     raise RuntimeError(
-        f"The forward that is set on a stochastic {plain_class(module).__name__} would bypass its gates. Set it before "
-        "make_stochastic_, or call restore_(model) first; a forward that calls the one before it is all right."
+        f"The forward that you set on a stochastic {plain_class(module).__name__} would bypass its gates. Set it "
+        "before make_stochastic_, or call restore_(model) first. A forward that calls the previous one is allowed."
     )

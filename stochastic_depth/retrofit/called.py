@@ -1,8 +1,8 @@
-"""Objects that a block is given and that its code calls, such as a cache of keys and values.
+"""Objects that a block receives and whose methods it calls, such as a cache of keys and values.
 
-A recording holds the values that a call's tensors are computed to, not what happens inside of such an object. So each
-call of one of its methods is a single call of the recording, made anew on the object that the block is given then. Code
-that looks into the object itself decides by what it has become, and is refused.
+A recording contains the computation of a call's tensors, not what happens inside such an object. So each call of one of
+its methods is a single call in the recording, repeated on the object that the block receives then. Code that reads the
+object's content itself is refused.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from stochastic_depth.retrofit.trace import PLAIN_TYPES
 
 
 class Watcher(Protocol):
-    """What is told of the calls of an object's methods."""
+    """Receives the calls of an object's methods."""
 
     def call_of_object(self, value: Any, name: str, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Make the call, and give what it gives."""
+        """Make the call and return its result."""
         ...
 
     @property
     def is_inside(self) -> bool:
-        """Whether the code that runs is a part of a call already."""
+        """Whether the running code is already part of a call."""
         ...
 
 
 class Called:
-    """Marks the class of an object whose methods are single calls."""
+    """Marks the class of objects whose methods are single calls."""
 
 
 def as_called(value: Any) -> None:
-    """Let an object tell its watcher of the calls of its methods; whoever has no watcher notices nothing."""
+    """Make an object report its method calls to its watcher; without a watcher, nothing changes."""
     if not isinstance(value, Called):
         try:
             object.__setattr__(value, "__class__", _called_class(type(value)))
@@ -45,7 +45,7 @@ def as_called(value: Any) -> None:
 
 @contextmanager
 def called(values: Collection[Any]) -> Generator[None]:
-    """Within, these objects tell their watchers."""
+    """Context in which these objects report to their watchers."""
     for value in values:
         as_called(value)
     try:
@@ -57,7 +57,7 @@ def called(values: Collection[Any]) -> Generator[None]:
 
 @contextmanager
 def watched(values: Collection[Any], watcher: Watcher) -> Generator[None]:
-    """Within, `watcher` is told of what code does with these objects."""
+    """Context in which `watcher` receives the method calls on these objects."""
     for value in values:
         object.__getattribute__(value, "__dict__")[_WATCHER] = watcher
     try:
@@ -84,8 +84,8 @@ def _called_class(kind: type) -> type:
         if isinstance(value, PLAIN_TYPES) and not isinstance(getattr(kind, name, None), property):
             return value
         raise TraceError(
-            f"the forward looks into the {kind.__name__} that it is given, which changes with every call: leave it out "
-            "in training (use_cache=False, where it is a cache)"
+            f"the forward reads the content of its {kind.__name__} argument, which changes with every call: leave it "
+            "out in training (use_cache=False if it is a cache)"
         )
 
     def fill(space: dict[str, Any]) -> None:
@@ -99,5 +99,5 @@ def _told(watcher: Watcher, value: Any, name: str, method: Callable[..., Any], *
 
 
 def method_of(value: Any, name: str, *args: Any, **kwargs: Any) -> Any:
-    """A call of an object's method."""
+    """Call an object's method."""
     return getattr(value, name)(*args, **kwargs)

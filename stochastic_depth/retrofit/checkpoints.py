@@ -1,4 +1,4 @@
-"""Activation checkpoints inside of a block: what ran in one when it was recorded runs in one when it is rewritten."""
+"""Activation checkpoints inside a block: code that was recorded in a checkpoint runs in one after rewriting."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _Compile = Callable[[fx.Graph, str], Callable[..., Any]]
 
 
 class Regions:
-    """Tells in which checkpoint the code that is being recorded runs. Each is a number, in the order of first calls.
+    """Identifies the checkpoint in which the recorded code runs, by a number in the order of first calls.
 
-    The reference of a proof is code whose calls are changed, which a recomputation would not be. So what is saved for
-    the backward is kept here, and nothing is computed again.
+    The reference of a proof is code with changed calls, and a recomputation would not repeat the changes. So saved
+    tensors are kept here, and nothing is recomputed.
     """
 
     def __init__(self) -> None:
@@ -32,13 +32,13 @@ class Regions:
         """The number of the innermost checkpoint; None outside.
 
         Raises:
-            TraceError: if it is none that can be repeated.
+            TraceError: if it is a kind that cannot be repeated.
         """
         if top_saved_tensors_hooks(True) == self._base:
             return None
         found = innermost_checkpoint()
         if found is None or found.repeats:
-            raise TraceError("the forward decides itself how what its backward needs is kept")
+            raise TraceError("the forward sets its own hooks for saved tensors")
         if current_dispatch_mode() is not None:
             raise TraceError("a part of the forward runs inside a selective activation checkpoint")
         if not any(frame is found.frame for frame in self._frames):
@@ -48,7 +48,7 @@ class Regions:
 
 @contextmanager
 def kept() -> Generator[None]:
-    """Within, what is saved for the backward is kept, and not computed again."""
+    """Context in which tensors saved for the backward are kept and not recomputed."""
     with torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
         yield
 
@@ -67,12 +67,12 @@ def region_of(node: _Node) -> int | None:
 
 
 def put_in_checkpoints(graph: fx.Graph, compile_: _Compile, description: str) -> None:
-    """Let each run of nodes that were recorded in one checkpoint run in one.
+    """Put each sequence of nodes that was recorded in one checkpoint into a checkpoint.
 
     Args:
         graph: it is changed.
         compile_: makes code `(block, *inputs)` of a graph.
-        description: of the graph.
+        description: description of the graph.
     """
     for nodes in _runs(graph):
         inside = set(nodes)
@@ -118,5 +118,5 @@ class _Checkpointed:
         self.__name__ = "checkpointed"
 
     def __call__(self, block: Any, *inputs: Any) -> Any:
-        """What the code gives."""
+        """Run the code."""
         return checkpoint(self._code, block, *inputs, use_reentrant=False)

@@ -9,7 +9,7 @@ from torch import nn
 
 
 class Unannounced:
-    """A class that does not tell the plain class about its subclass: transformers and registries act on it."""
+    """A class that does not announce its subclass, because transformers and registries react to subclasses."""
 
     def __init_subclass__(cls, **_: Any) -> None:
         pass
@@ -17,10 +17,10 @@ class Unannounced:
 
 @functools.cache
 def stochastic_class(mixins: tuple[type[nn.Module], ...], plain: type[nn.Module]) -> type[nn.Module]:
-    """The class of a module of class `plain` while it is stochastic: the mixins' behavior, first to last, over its own.
+    """The class of a stochastic module whose plain class is `plain`: the mixins, first to last, before the plain class.
 
-    It has the plain class's name, by which FSDP and accelerate look blocks up. It is made at run time, so pickle could
-    not find it by that name: its instances tell pickle how to make it again.
+    It has the plain class's name, by which FSDP and accelerate find blocks. It is created at run time, so pickle cannot
+    find it by that name; its instances tell pickle how to create it again.
     """
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
@@ -40,15 +40,15 @@ def stochastic_class(mixins: tuple[type[nn.Module], ...], plain: type[nn.Module]
     stochastic = type(plain.__name__, bases, own)
     for base in plain.__mro__:
         if "gradient_checkpointing" in vars(base) and "__init_subclass__" in vars(base):
-            # Layers of transformers checkpoint in a wrapper that each subclass has around its own forward, and only if
-            # that is the outermost: without it `gradient_checkpointing_enable` would have no effect.
+            # Layers of transformers checkpoint in a wrapper around the forward of each subclass, and only if it is the
+            # outermost: without it, `gradient_checkpointing_enable` would have no effect.
             vars(base)["__init_subclass__"].__func__(stochastic)
             break
     return stochastic
 
 
 def _recipe(kind: type[nn.Module]) -> Any:
-    """The classes, found by their names, that a class is made of."""
+    """The classes that a class consists of, by name."""
     own = vars(kind)
     return (own["_mixins"], _recipe(own["_plain_class"])) if "_mixins" in own else kind
 
@@ -68,7 +68,7 @@ def swap_class_(module: nn.Module, mixin: type[nn.Module], *, joins: bool = Fals
     Args:
         module: the module.
         mixin: its behavior.
-        joins: whether it joins the behavior that the module was given last, and goes with it.
+        joins: whether it joins the latest behavior of the module and is removed together with it.
     """
     kind = cast(Any, type(module))
     if joins:
@@ -78,7 +78,7 @@ def swap_class_(module: nn.Module, mixin: type[nn.Module], *, joins: bool = Fals
 
 
 def restore_class_(module: nn.Module) -> None:
-    """Undo the latest `swap_class_` with all that has joined it; what lies on top of it, such as FSDP2's, stays."""
+    """Undo the latest `swap_class_` and all that joined it; later classes, such as FSDP2's, stay."""
     module.__class__ = _restored(type(module))
 
 

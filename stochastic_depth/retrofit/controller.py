@@ -1,4 +1,4 @@
-"""The controller of a stochastic model: what is gated and how, forced gates, state, cost and proof."""
+"""The controller of a stochastic model: its branches, forced gates, state, cost and proof."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 
 
 class Controller:
-    """Draws the gates of a model that `make_stochastic_` made stochastic, and answers for them.
+    """Controls the gates of a stochastic model; `make_stochastic_` returns it.
 
     Print it for a table of the branches, or show it in a notebook. `len(depth)` is the number of branches;
-    `depth["blocks.3.drop_path1"]`, `depth[0]` and iteration give a `GateInfo` each. Attributes of interest: `names`,
-    `survival_probs`, `expected_depth`, `last_gates`. Once stochastic depth was taken off the model, what would change,
-    count or run it raises RuntimeError.
+    `depth["blocks.3.drop_path1"]`, `depth[0]` and iteration return `GateInfo`s. Main attributes: `names`,
+    `survival_probs`, `expected_depth`, `last_gates`. After stochastic depth is removed from the model, methods that
+    change, count or run it raise RuntimeError.
     """
 
     def __init__(
@@ -71,12 +71,12 @@ class Controller:
         return self._passes.scope(training, gates)
 
     def detach(self) -> None:
-        """From now on there is nothing to control. `restore_` calls it."""
+        """Disconnect from the model. `restore_` calls it."""
         self._detached = True
 
     def _refuse_detached(self) -> None:
         if self._detached:
-            raise RuntimeError("Stochastic depth was taken off the model: this controller has nothing to control.")
+            raise RuntimeError("Stochastic depth was removed from the model: this controller has nothing to control.")
 
     @property
     def names(self) -> list[str]:
@@ -85,29 +85,29 @@ class Controller:
 
     @property
     def passes(self) -> GateDraws:
-        """What draws the gates."""
+        """The object that draws the gates."""
         return self._passes
 
     @property
     def branches(self) -> tuple[Branch, ...]:
-        """What was found out about each branch when the model was made stochastic; the modules are the model's own."""
+        """The branches as found by `make_stochastic_`; their modules are the model's own."""
         return self._branches
 
     @property
     def root(self) -> nn.Module:
-        """The model that was made stochastic; what is asked for the controller may be a wrapper of it."""
+        """The model that was passed to `make_stochastic_`, without wrappers."""
         return self._root
 
     @property
     def calls(self) -> RememberedCalls:
-        """Examples of how the model is called: of its first forward in each mode, at most two samples if it is large.
+        """Example calls of the model: its first forward in each mode, cut to two samples if large.
 
-        `fold_`, `convert_rescale_` and `subnetwork` check their result on one. Copies and files of the model hold none.
+        `fold_`, `convert_rescale_` and `subnetwork` check their result on one. Copies and pickles contain none.
         """
         return self._calls
 
     def note_rescales(self, rescales: Sequence[str]) -> None:
-        """What `print` says of the rescaling; `convert_rescale_` has changed it."""
+        """Update the rescaling that `print` shows, after `convert_rescale_`."""
         self._rescale = " or ".join(dict.fromkeys(rescales))
 
     @property
@@ -117,7 +117,7 @@ class Controller:
 
     @property
     def masked(self) -> list[tuple[str, str]]:
-        """Names of the branches that are computed and masked, because they cannot be skipped, each with the cause."""
+        """Names of the branches that are computed and masked because they cannot be skipped, each with the cause."""
         return [(branch.name, cause) for branch in self._branches if (cause := _cause_of_mask(branch))]
 
     @property
@@ -127,7 +127,7 @@ class Controller:
 
     @property
     def last_gates(self) -> list[float] | None:
-        """For each branch the share of the samples for which it was open in the latest training pass, in 0..1.
+        """For each branch, the share of the samples for which it was open in the latest training pass, in 0..1.
 
         None before the first pass.
         """
@@ -138,16 +138,15 @@ class Controller:
         return [count / num_samples for count in self._passes.draw_of(latest, num_samples)]
 
     def capture(self) -> BranchGraphs:
-        """Replay each branch as a CUDA graph from now on, forward and backward; recorded when it first runs.
+        """Replay each branch as a CUDA graph from now on, forward and backward. Graphs are recorded at the first run.
 
-        A step then asks the GPU for two graphs and a few copies per open branch, however many kernels it has, and for
-        nothing of a closed one. Outputs and gradients are those of the plain branch. What a graph computes in lies in
-        memory of its own, also in steps in which the branch is closed. Branches of several inputs, masked ones, whole
-        layers (`layers=`), activation checkpoints and evaluation run without graphs. Deepcopies and files are without
-        them.
+        A step then launches two graphs and a few copies per open branch, however many kernels it has, and nothing for a
+        closed one. Outputs and gradients are those of the plain branch. A graph keeps its own memory, even in steps in
+        which its branch is closed. Branches with several inputs, masked ones, whole layers (`layers=`), activation
+        checkpoints and evaluation run without graphs. Copies and pickles have none.
 
         Returns:
-            What counts the recordings and replays.
+            An object that counts recordings and replays.
 
         Raises:
             ValueError: if a branch is not on a GPU, or does more than a graph repeats, such as hooks.
@@ -159,7 +158,7 @@ class Controller:
         return self._passes.graphs
 
     def release(self) -> None:
-        """Run every branch without graphs again, and give their memory back: undoes `capture`."""
+        """Undo `capture`: run every branch without graphs again, and free their memory."""
         self._passes.graphs = None
 
     def set_survival_probs(self, survival_probs: Values) -> None:
@@ -177,37 +176,37 @@ class Controller:
         self._passes.end_parts()
 
     def set_progress(self, progress: float) -> None:
-        """Set the survival probabilities to those of the schedule at this point of the training.
+        """Set the survival probabilities to those of the schedule at this point of training.
 
-        For schedules with a part over time, such as `layerskip(0.2, over_time="exponential")`. They are a function of
-        the progress alone: a resumed run needs nothing else.
+        For schedules that change over time, such as `layerskip(0.2, over_time="exponential")`. The probabilities depend
+        on the progress only, so a resumed run needs nothing else.
 
         Args:
-            progress: share of the training that is done, in [0, 1]: step / (num_steps - 1), steps counted from 0.
+            progress: completed share of the training, in [0, 1]: step / (num_steps - 1), with steps counted from 0.
 
         Raises:
             TypeError: if it is not a number.
-            ValueError: if it is not in [0, 1], or the schedule has no part over time.
+            ValueError: if it is not in [0, 1], or the schedule does not change over time.
         """
         if self._over_time is None:
             raise ValueError(
-                "The schedule does not change over time. Give make_stochastic_ one that does, such as "
+                "The schedule does not change over time. Pass one that does to make_stochastic_, such as "
                 "layerskip(0.2, over_time='exponential'), or use set_survival_probs."
             )
         survival_probs, over_time = self._over_time
         self.set_survival_probs(at_progress(survival_probs, over_time, progress))
 
     def set_costs(self, costs: Cost | Sequence[float] | None) -> None:
-        """Tell `draw="equal_cost"` what the branches cost, from the next forward on.
+        """Set the costs of the branches for `draw="equal_cost"`, from the next forward on.
 
-        Every step, and with `ranks="decorrelate"` every rank, then stays within one largest branch of the same cost.
-        Without costs all branches count the same. Ranks must be told the same costs. Counted ones
-        (`depth.set_costs(depth.cost(x))`) are the same everywhere; measured ones (`depth.cost(x, measure=True)`) are
-        not, and become part of `state_dict`.
+        The cost of every step, and with `ranks="decorrelate"` of every rank, then stays within one largest branch of
+        its expectation. Without costs, all branches count the same. All ranks need the same costs. Counted costs
+        (`depth.set_costs(depth.cost(x))`) are the same everywhere; measured times (`depth.cost(x, measure=True)`) are
+        not. Costs become part of `state_dict`.
 
         Args:
-            costs: what `cost` has found, whose times are taken if they were measured, else its training FLOPs; or one
-                positive number per branch, in any unit; or None for equal costs.
+            costs: the result of `cost`, of which measured times are used, else training FLOPs; or one positive number
+                per branch, in any unit; or None for equal costs.
 
         Raises:
             ValueError: if there is not one positive finite number per branch, or if times were measured and this
@@ -217,11 +216,11 @@ class Controller:
         if isinstance(costs, Cost):
             if costs.total.time_s is not None and has_several_ranks():
                 raise ValueError(
-                    "Every rank must be told the same costs, but measured times differ from rank to rank. Send those "
+                    "All ranks need the same costs, but measured times differ between ranks. Send those "
                     "of one rank to all (torch.distributed.broadcast_object_list) as a list: "
                     "[branch.time_s for branch in cost.branches]."
                 )
-            # A branch without FLOPs (a bare normalisation) is next to free, but not to be divided by.
+            # A branch without FLOPs (a bare normalization) costs almost nothing, but must not cost 0.
             costs = [
                 max(branch.training_flops, 1) if branch.time_s is None else max(branch.time_s, 1e-9)
                 for branch in costs.branches
@@ -237,13 +236,13 @@ class Controller:
 
     @contextmanager
     def gates(self, gates: Sequence[bool | Tensor]) -> Generator[None]:
-        """Within, force one sub-network: open branches run, closed ones do not, in training and in evaluation.
+        """Context that forces one subnetwork: open branches run, closed ones do not, in training and in evaluation.
 
-        The training rule holds in either mode: an open branch has factor 1 (`rescale` "eval" or "none") or 1/p
-        ("train"). No draw is made and the counter stands still.
+        The training rule applies in both modes: an open branch has factor 1 (`rescale` "eval" or "none") or 1/p
+        ("train"). Nothing is drawn, and the counter does not change.
 
-        It holds for the thread, or asyncio task, that enters it, for the replicas that DataParallel makes in it, and
-        for the recomputations of activation checkpoints. Other threads are not affected.
+        It applies to the thread or asyncio task that enters it, to DataParallel replicas made inside it, and to
+        recomputations of activation checkpoints. Other threads are not affected.
 
         Args:
             gates: one entry per branch; with granularity "sample" an entry may be a bool tensor (N,).
@@ -280,7 +279,7 @@ class Controller:
         return gate.detach().clone().cpu()
 
     def state_dict(self) -> dict[str, Any]:
-        """Names, survival probabilities, costs, seed and counter: with them a resumed run draws the same gates."""
+        """Names, survival probabilities, costs, seed and counter, with which a resumed run draws the same gates."""
         return {
             "names": self.names,
             "survival_probs": self.survival_probs,
@@ -290,10 +289,10 @@ class Controller:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken.
+        """Continue from where `state_dict` was called.
 
         Raises:
-            ValueError: if the state is not that of a model with the same branches; nothing is changed then.
+            ValueError: if the state does not belong to a model with the same branches; nothing changes then.
         """
         expected = set(self.state_dict())
         if not isinstance(state, Mapping) or set(state) != expected:
@@ -303,7 +302,7 @@ class Controller:
             raise ValueError(f"The state's names must be a list of branch names, but is {state['names']!r}.")
         if list(state["names"]) != self.names:
             raise ValueError(
-                f"The state is that of a model with {len(state['names'])} branches, this one has {len(self.names)}; "
+                f"The state belongs to a model with {len(state['names'])} branches, this one has {len(self.names)}; "
                 f"the first names that differ: {_first_difference(list(state['names']), self.names)}."
             )
         for name in ("seed", "counter"):
@@ -317,20 +316,20 @@ class Controller:
             self.set_survival_probs(state["survival_probs"])
         except (TypeError, ValueError) as error:
             self._passes.costs = before
-            raise ValueError(f"The state cannot be gone on from: {error}") from None
+            raise ValueError(f"The state cannot be loaded: {error}") from None
         self._passes.seed = state["seed"]
         self._passes.counter = state["counter"]
         self._passes.end_parts()
 
     def cost(self, *inputs: Any, measure: bool = False) -> Cost:
-        """What the schedule saves, counted on one forward and backward with every branch open; nothing is changed.
+        """Count what the schedule saves on one forward and backward with every branch open. Nothing changes.
 
         From then on `print`, the table in notebooks and `metrics` include the share of the training FLOPs.
 
         Args:
             *inputs: arguments of a forward. Counted shares depend on their shapes only, and hardly on the batch size.
-            measure: also measure how long each branch takes, in a few steps more. Times depend on the machine and on
-                the batch size: give a batch such as you train with.
+            measure: also measure how long each branch takes, in a few more steps. Times depend on the machine and the
+                batch size: pass a batch as in training.
         """
         self._refuse_detached()
         cost = measure_cost(self._root, self._passes, [branch.parts for branch in self._branches], inputs)
@@ -338,26 +337,27 @@ class Controller:
         return self._cost
 
     def verify(self, *inputs: Any, **named: Any) -> Verification:
-        """Run an example and prove that the model does what its own code does under masks.
+        """Run an example and prove that the model computes what its own code computes under masks.
 
-        Training and evaluation, outputs and gradients of parameters are compared, under several patterns of gates. Each
-        branch is gated by its own gate and runs nothing when closed, its parameters then get the gradients that were
-        promised, and evaluation is repeatable. Dropout is off meanwhile and BatchNorm uses its running statistics.
+        Compares outputs and gradients of parameters, in training and in evaluation, under several patterns of gates.
+        Also checks that each branch follows its own gate and runs nothing when closed, that its parameters then get the
+        promised gradients, and that evaluation is repeatable. During the check, dropout is off and BatchNorm uses its
+        running statistics.
 
         Args:
             *inputs: arguments of a forward.
             **named: arguments by name.
 
         Returns:
-            What was found; print it.
+            The findings; print them.
 
         Raises:
-            RuntimeError: if one of these does not hold; the message names the branches.
+            RuntimeError: if a check fails; the message names the branches.
         """
         self._refuse_detached()
 
         def call() -> Any:
-            args, kwargs = tree_map(copy_of_object, (inputs, named))  # A cache would be fuller with every run.
+            args, kwargs = tree_map(copy_of_object, (inputs, named))  # A cache would grow with every run.
             return self._root(*args, **kwargs)
 
         return verify(self._root, self._passes, self._branches, call, _cause_of_mask, self._skipped_grad)
@@ -397,16 +397,16 @@ class Controller:
     def metrics(self) -> dict[str, float]:
         """Scalars for TensorBoard, W&B or MLflow: how often gates were open since the last call.
 
-        Only draws count: forwards of this process in training mode, without forced gates. All keys start with
+        Counts draws only: forwards of this process in training mode, without forced gates. All keys start with
         `stochastic_depth/`.
 
         - `expected_depth`: sum of the survival probabilities.
-        - `realised_depth`: mean number of branches that ran.
+        - `realized_depth`: mean number of branches that ran.
         - `cost_share`: share of the training FLOPs of constant depth at these frequencies, if `cost` was called before.
         - `frequency/NAME`: for each branch, the mean share of the samples for which its gate was open. In NAME,
           `#2` is `/2` and `()` is `/function`, because MLflow does not allow the former.
 
-        If there was no draw since the last call, only the expected depth is given.
+        Without a draw since the last call, only the expected depth is returned.
         """
         return metrics(
             self._passes.tally.since_last_call(), self.names, self.expected_depth, self._cost and self._cost.share
@@ -426,8 +426,8 @@ class Controller:
     def _overview(self) -> Overview:
         blocks = {own.name: own for branch in self._branches if (own := _block_of(branch))}
         late = [
-            f"{name or 'the model'} also adds what {used} gives, which was not found before: it has no gate and always "
-            "runs"
+            f"{name or 'the model'} also adds the output of {used}, which was not found before: it has no gate and "
+            "always runs"
             for name, own in blocks.items()
             for used in own.ungated
         ]
@@ -469,7 +469,7 @@ _INTERNAL = {"branches", "calls", "detach", "note_rescales", "passes", "root", "
 
 
 def _cause_of_mask(branch: Branch) -> str:
-    """Why a branch is masked, as far as the calls of its block have shown; before the first one, as its code tells."""
+    """Why a branch is masked, from the calls of its block so far; before the first call, from its code."""
     own = _block_of(branch)
     return branch.cause if own is None or branch.key is None or not own.was_called else own.cause_of_mask(branch.key)
 

@@ -1,8 +1,8 @@
 """Finds the residual branches in the recording of a block's forward.
 
-A *drop path* is followed forward, through what leaves zeros zero (a LayerScale, views, permutations), to the addition
-that consumes it; the other operand is the shortcut. The branch is everything that the sum needs and neither the
-shortcut nor anything else does. Sizes are no values: they are read again inside the branch, from its own samples.
+A *drop path* is followed forward, through operations that keep zeros (a LayerScale, views, permutations), to the
+addition that uses it; the other operand is the shortcut. The branch is everything that only this operand needs. Sizes
+do not count as values: the branch reads them again from its own samples.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class Sum:
 
     Attributes:
         add: the node of the addition.
-        shortcut: the operand that is kept; None where the branch is added to nothing, which is to add it to zeros.
+        shortcut: the operand that is kept; None if the branch is added to nothing, which counts as zeros.
         output: the operand that is the branch's output.
-        drop_path: the call of the drop path, None where there is none.
+        drop_path: the call of the drop path; None without one.
     """
 
     add: fx.Node
@@ -49,7 +49,7 @@ class Sum:
     drop_path: fx.Node | None = None
 
     def after(self, replaced: Mapping[fx.Node, fx.Node]) -> Sum:
-        """The same addition after others of the recording were replaced."""
+        """The same addition after other nodes of the recording were replaced."""
         shortcut = self.shortcut and replaced.get(self.shortcut, self.shortcut)
         output = replaced.get(self.output, self.output)
         return Sum(self.add, shortcut, output, self.drop_path)
@@ -57,12 +57,12 @@ class Sum:
 
 @dataclass(frozen=True)
 class Branch:
-    """What belongs to a branch only.
+    """The part of a recording that belongs only to a branch.
 
     Attributes:
         nodes: its nodes, in order.
         inputs: values from outside that it needs.
-        sides: what else an attention module of the branch returns, such as attention maps, and the block passes on.
+        sides: other outputs of an attention module in the branch that the block returns, such as attention maps.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -71,10 +71,10 @@ class Branch:
 
 
 def drop_path_sum(drop_path: fx.Node, block: nn.Module) -> Sum:
-    """The addition that consumes a drop path; where none does, what it gives is added to zeros.
+    """The addition that uses a drop path's output; without one, the output is added to zeros.
 
     Raises:
-        UnusedError: if nothing consumes it.
+        UnusedError: if nothing uses it.
         CutError: if it is added to itself.
     """
     try:
@@ -90,13 +90,13 @@ def _addition(drop_path: fx.Node, block: nn.Module) -> Sum:
     while True:
         users = [user for user in output.users if not is_size(user)]
         if not users:
-            raise UnusedError("nothing uses what the drop path gives")
+            raise UnusedError("nothing uses the output of the drop path")
         if len(users) != 1:
             names = ", ".join(user.name for user in users)
-            raise CutError(f"what the drop path gives is used by {names}, not by one addition")
+            raise CutError(f"the output of the drop path is used by {names}, not by one addition")
         (user,) = users
         if user.op == "output":
-            raise CutError("what the drop path gives leaves the block without being added to anything")
+            raise CutError("the output of the drop path leaves the block without being added to anything")
         operands = added(user)
         if operands is not None:
             others = [operand for operand in operands if operand is not output]
@@ -109,7 +109,7 @@ def _addition(drop_path: fx.Node, block: nn.Module) -> Sum:
 
 
 def added(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The operands of an addition of two values, None for every other node."""
+    """The operands of an addition of two values; None for other nodes."""
     is_addition = (node.op == "call_function" and node.target in _ADDITIONS) or (
         node.op == "call_method" and node.target in _ADDITION_METHODS
     )
@@ -120,7 +120,7 @@ def added(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 
 
 def spell_out_additions(graph: fx.Graph, block: nn.Module) -> None:
-    """Put a plain addition in place of what is one in other words: `alpha=`, `addcmul`, a module that adds."""
+    """Replace other forms of an addition by a plain one: `alpha=`, `addcmul`, a module that adds."""
     for node in list(graph.nodes):
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         alpha = node.kwargs.get("alpha")
@@ -151,7 +151,7 @@ def _adds(node: fx.Node, block: nn.Module) -> bool:
         with torch.no_grad():
             result = plain_class(module).forward(module, a, b)
             again = plain_class(module).forward(module, 2 * a, b)
-    except Exception:  # It takes something else.
+    except Exception:  # It takes other arguments.
         return False
     return (
         isinstance(result, torch.Tensor)
@@ -176,7 +176,7 @@ def _describe(node: fx.Node) -> str:
 
 
 def ancestors(node: fx.Node) -> set[fx.Node]:
-    """A node and all that it is computed from, as values: sizes of tensors do not count."""
+    """A node and all nodes that it is computed from; sizes of tensors do not count."""
     found: set[fx.Node] = set()
     pending = [node]
     while pending:
@@ -188,7 +188,7 @@ def ancestors(node: fx.Node) -> set[fx.Node]:
 
 
 def cut(residual: Sum, block: nn.Module) -> Branch:
-    """What belongs to the branch of a residual addition only.
+    """The nodes that belong only to the branch of a residual addition.
 
     Raises:
         CutError: if the drop path would not be skipped with it, or it changes a value from outside in place.
@@ -196,7 +196,8 @@ def cut(residual: Sum, block: nn.Module) -> Branch:
     kept: set[fx.Node] = set() if residual.shortcut is None else ancestors(residual.shortcut)
     nodes = ancestors(residual.output) - kept
     sides = tuple(node for node in residual.add.graph.nodes if node not in nodes and _is_side(node, nodes, block))
-    # From the end to the start: what is used outside of the branch is none of it, nor what only that needs.
+    # From the end to the start: nodes that are used outside the branch do not belong to it, and neither do their
+    # inputs.
     for node in reversed(list(residual.add.graph.nodes)):
         if node in nodes and (
             node.op == "placeholder"
@@ -208,7 +209,7 @@ def cut(residual: Sum, block: nn.Module) -> Branch:
             nodes.discard(node)
     _leave_containers(nodes)
     if residual.output not in nodes or (residual.drop_path is not None and residual.drop_path not in nodes):
-        raise CutError("the branch's output is used outside of the sum")
+        raise CutError("the branch's output is used outside the sum")
     for node in nodes:
         if any(is_size(user) and _is_used_outside(user, nodes) for user in node.users):
             raise CutError(f"the size of {node.name}, which only the branch computes, is used outside of it")
@@ -219,16 +220,16 @@ def cut(residual: Sum, block: nn.Module) -> Branch:
             raise CutError(f"{_describe(node)} changes the input of the branch in place, which the shortcut sees")
     later = list(residual.add.graph.nodes)
     for node in later[later.index(ordered[0]) : later.index(residual.add)]:
-        # The branch runs where the sum stands.
+        # The branch runs at the place of the sum.
         if node not in nodes and _changes_one_of(inputs, node, block):
             raise CutError(f"{_describe(node)} changes the input of the branch in place before the sum")
     if not any(_computes(node, block) for node in ordered):
-        raise CutError("all that the branch computes is used outside of it too")
+        raise CutError("everything that the branch computes is used outside it too")
     return Branch(ordered, tuple(inputs), tuple(side for side in sides if side.args[0] in nodes))
 
 
 def _leave_containers(nodes: set[fx.Node]) -> None:
-    """What is taken from a container that is made outside of the branch is made outside too: inputs are tensors."""
+    """Items of a container that is made outside the branch are taken outside too, because inputs must be tensors."""
     for node in reversed(list(next(iter(nodes)).graph.nodes)) if nodes else ():
         if node in nodes and node.target in (operator.getitem, getattr) and _is_container(cast(fx.Node, node.args[0])):
             source = cast(fx.Node, node.args[0])
@@ -237,7 +238,7 @@ def _leave_containers(nodes: set[fx.Node]) -> None:
 
 
 def _is_container(node: fx.Node) -> bool:
-    """Whether the value of a node is a tuple or another container of tensors, as far as that is known."""
+    """Whether the value of a node is known to be a tuple or another container of tensors."""
     if "call" in node.meta:
         return "shape" not in node.meta
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
@@ -288,7 +289,7 @@ def writes_in_place(node: fx.Node, block: nn.Module) -> bool:
 
 def _changes_one_of(values: Collection[fx.Node], node: fx.Node, block: nn.Module) -> bool:
     """Whether a node changes one of these values in place, itself or through views of it."""
-    if "writes" in node.meta:  # It was seen to run.
+    if "writes" in node.meta:  # It was recorded while running.
         return any(value in values for value in node.meta["writes"])
     if not writes_in_place(node, block) or not node.args:
         return False
@@ -301,7 +302,7 @@ def _changes_one_of(values: Collection[fx.Node], node: fx.Node, block: nn.Module
     return True
 
 
-# What may give another view of its first argument.
+# Functions that may return a view of their first argument.
 _SAME_MEMORY = {
     "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "swapaxes",
     "permute", "movedim", "t", "expand", "expand_as", "narrow", "select", "chunk", "split", "unbind", "getitem",
@@ -322,7 +323,7 @@ def _computes(node: fx.Node, block: nn.Module) -> bool:
 
 
 def is_plain(value: fx.Node, block: nn.Module) -> bool:
-    """Whether nothing that is worth skipping computes a value."""
+    """Whether a value is computed without anything worth skipping."""
     return not any(_computes(node, block) for node in ancestors(value))
 
 
@@ -344,9 +345,10 @@ _HEAVY = {
 
 
 def put_in_a_row(graph: fx.Graph, block: nn.Module) -> None:
-    """Put `(x + a) + b` in place of `x + (a + b)` where a and b are parallel branches: each has a sum of its own then.
+    """Replace `x + (a + b)` by `(x + a) + b` if a and b are parallel branches, so that each has its own sum.
 
-    The new sums know which operand of which call in the block's own code their branch is (metadata `operand`, `call`).
+    The metadata of the new sums says which operand of which call in the block's own code their branch is (`operand`,
+    `call`).
     """
     position = {node: index for index, node in enumerate(graph.nodes)}
     for outer in list(graph.nodes):
@@ -370,7 +372,7 @@ def put_in_a_row(graph: fx.Graph, block: nn.Module) -> None:
 
 
 def _are_parallel(shortcut: fx.Node, a: fx.Node, b: fx.Node, block: nn.Module) -> bool:
-    """Whether both values are computed from a shortcut, each with something of its own."""
+    """Whether both values are computed from a shortcut, each with its own layers."""
     kept, of_a, of_b = ancestors(shortcut), ancestors(a), ancestors(b)
     if shortcut.op == "get_attr" or shortcut not in of_a & of_b or _starts_at_zeros(a) or _starts_at_zeros(b):
         return False
@@ -476,13 +478,13 @@ def _is_modulation(shift: fx.Node, product: fx.Node, block: nn.Module) -> bool:
 
 
 def _is_cheap(node: fx.Node) -> bool:
-    """Whether a function does to a shortcut what leaves it one: scaling by a number, padding, pooling, a view."""
+    """Whether a value is still a shortcut after this function: scaling by a number, padding, pooling, a view."""
     name = getattr(node.target, "__name__", "")
     if name in ("mul", "truediv", "div", "multiply", "add", "imul"):
         values = [each for each in node.all_input_nodes if each.op != "get_attr" and not is_size(each)]
         return len(values) <= 1
     if name in ("cat", "concat"):
-        # Zeros beside the shortcut, as the authors' networks have them.
+        # Zeros appended to the shortcut, as in the authors' networks.
         return len([each for each in node.all_input_nodes if not is_size(each)]) <= 2
     return name in _CHEAP or name in _SAME_MEMORY
 
@@ -499,7 +501,7 @@ def _num_computing(nodes: Collection[fx.Node], block: nn.Module) -> int:
 
 
 def batch_kinds(branch: Branch, residual: Sum) -> Mapping[fx.Node, bool | None]:
-    """Whether each input of a branch has a first dimension of samples: True, False, or None where the call must tell.
+    """Whether each input of a branch has a first dimension of samples: True, False, or None if only a call shows it.
 
     What is computed from the same arguments as the shortcut follows the samples; parameters do not; any other argument
     of the block may or may not.
@@ -517,7 +519,7 @@ def batch_kinds(branch: Branch, residual: Sum) -> Mapping[fx.Node, bool | None]:
 
 
 def move_behind_what_commutes(drop_path: fx.Node, block: nn.Module) -> None:
-    """Move a drop path behind the linear maps that follow it, where nothing before it can be skipped.
+    """Move a drop path behind the linear maps that follow it, if nothing before it can be skipped.
 
     timm's ResNeSt drops the input of a block's projection shortcut, which the branch needs too. Dropping before and
     after a linear map of each sample is the same, and after it the map itself can be skipped.
@@ -572,7 +574,7 @@ def _call_children(call: fx.Node, sequential: nn.Sequential) -> None:
 
 
 def name_values_changed_in_place(graph: fx.Graph, block: nn.Module) -> None:
-    """Let all that uses a value after it was changed in place use the result of the change: the same tensor."""
+    """Let all later users of a value that was changed in place use the result of the change, the same tensor."""
     position = {node: index for index, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         if _gives_what_it_changes(node, block) and isinstance(node.args[0], fx.Node):
@@ -583,7 +585,8 @@ def name_values_changed_in_place(graph: fx.Graph, block: nn.Module) -> None:
 def _gives_what_it_changes(node: fx.Node, block: nn.Module) -> bool:
     """Whether a node changes its first argument and returns it.
 
-    Of a foreign module that is called inplace it is not known whether that speaks of its input or of a step inside.
+    For a module of another library with an attribute `inplace`, it is unknown whether this refers to its input or to a
+    step inside.
     """
     if node.op == "call_module" and not type(block.get_submodule(cast(str, node.target))).__module__.startswith(
         "torch.nn."

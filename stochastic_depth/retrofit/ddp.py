@@ -1,4 +1,4 @@
-"""What ranks cannot train together, refused with the reason where it would hang, fail obscurely or go wrong unseen."""
+"""Refuses combinations with several ranks that would hang, fail obscurely or compute wrong numbers."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from stochastic_depth.torch_private import running_ddp
 
 @eager
 def refuse_unsound(draws: GateDraws, skipped_grad: SkippedGrad, parts: Sequence[nn.Module]) -> None:
-    """Look at a forward in training mode before it begins; it costs nothing where there is a single process.
+    """Check a forward in training mode before it begins; with a single process this costs nothing.
 
     Args:
-        draws: of the model.
-        skipped_grad: what parameters get whose branch did not run.
-        parts: for each branch the module that holds its parameters.
+        draws: draws of the model.
+        skipped_grad: gradients of the parameters of a branch that did not run.
+        parts: for each branch, the module that holds its parameters.
 
     Raises:
         RuntimeError: if DistributedDataParallel would wait for gradients that never come, or SyncBatchNorm for ranks.
@@ -33,18 +33,18 @@ def refuse_unsound(draws: GateDraws, skipped_grad: SkippedGrad, parts: Sequence[
                     "ranks='decorrelate' its gate is open on some ranks only: training would hang. Use ranks='agree', "
                     "or plain BatchNorm."
                 )
-    # The wrapper is not to be seen from the model; PyTorch notes which one is running.
+    # The model does not see its wrapper; PyTorch records which one is running.
     wrapper = running_ddp()
     if wrapper is None or not torch.is_grad_enabled():
         return
     if wrapper.static_graph:
         raise RuntimeError(
-            "DistributedDataParallel(static_graph=True) takes every step to use the parameters in the same way, but "
-            "gates change that; with no_sync it fails inside PyTorch. Leave static_graph at False."
+            "DistributedDataParallel(static_graph=True) assumes that every step uses the parameters in the same way, "
+            "but gates change that; with no_sync it fails inside PyTorch. Leave static_graph at False."
         )
     if skipped_grad == "none" and not wrapper.find_unused_parameters:
         raise RuntimeError(
             "DistributedDataParallel waits for a gradient of every parameter, but with skipped_grad='none' those of a "
-            "closed branch get none. Use make_stochastic_(..., skipped_grad='zero'), which it needs nothing else for; "
+            "closed branch get none. Use make_stochastic_(..., skipped_grad='zero'), which needs no other change; "
             "or keep 'none' with DistributedDataParallel(..., find_unused_parameters=True) or shard_(model, mesh)."
         )

@@ -1,4 +1,4 @@
-"""Losses of early exits: the hidden states after a layer, through the model's own head (Elhoushi et al. 2024)."""
+"""Losses of early exits: the model's own head on the hidden states after a layer (Elhoushi et al. 2024)."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _IGNORED = -100  # transformers and PyTorch's cross_entropy count no loss for la
 
 
 def early_exit_loss(model: nn.Module, inputs: Mapping[str, Any], exits: Iterable[int], *, scale: float = 1.0) -> Tensor:
-    """The training loss of LayerSkip: that of the whole model and those of early exits, by their weights.
+    """The training loss of LayerSkip: the weighted mean of the whole model's loss and those of early exits.
 
     It is sum_l e(l) J(l) / sum_l e(l), over the given layers that ran and the last one, with the losses J(l) of
     `early_exit_losses` and the weights e(l) of `early_exit_weights` (Elhoushi et al. 2024, section 4.1.2).
 
     Args:
-        model: a causal language model with whole layers as branches, also inside of a wrapper.
+        model: a causal language model with whole layers as branches, also inside a wrapper.
         inputs: arguments of a forward by name, with labels.
-        exits: layers to leave after, in 0..L-1, such as `rotating_exits` gives. The last layer counts in any case.
-        scale: e_scale, weight of the early exits against the last layer. The authors use 0.1 to 1.
+        exits: layers to exit after, in 0..L-1, such as from `rotating_exits`. The last layer always counts.
+        scale: e_scale, weight of the early exits relative to the last layer. The authors use 0.1 to 1.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM  # doctest: +SKIP
@@ -44,25 +44,25 @@ def early_exit_loss(model: nn.Module, inputs: Mapping[str, Any], exits: Iterable
 
 
 def early_exit_losses(model: nn.Module, inputs: Mapping[str, Any], exits: Iterable[int]) -> dict[int, Tensor]:
-    """The losses of leaving after chosen layers, through the model's own norm and head, and of the whole model.
+    """The losses of exits after chosen layers, through the model's own norm and head, and of the whole model.
 
-    The model runs once. For each exit, what comes behind its layers runs again on the hidden states after that layer,
-    with the model's own loss. That part is checkpointed: the logits of an exit are freed at once, and computed again
-    in the backward, so that those of several exits are never in memory together.
+    The model runs once. For each exit, everything after the layers runs again on the hidden states after that layer,
+    with the model's own loss. This part is checkpointed: the logits of an exit are freed at once and computed again in
+    the backward, so those of several exits are never in memory together.
 
-    A closed layer gives no loss. With `granularity="sample"`, the samples for which it is closed give none: their
-    labels count as -100.
+    A closed layer has no loss. With `granularity="sample"`, the samples for which it is closed do not count: their
+    labels become -100.
 
     Args:
-        model: a causal language model with whole layers as branches, in training or in evaluation mode, also inside
-            of a wrapper such as DistributedDataParallel. All layers of its decoder must be branches; those that are
-            never to be dropped have survival probability 1.
-        inputs: arguments of a forward by name, with labels: what the model's own `loss` needs.
-        exits: layers to leave after, in 0..L-1.
+        model: a causal language model with whole layers as branches, in training or in evaluation mode, also inside a
+            wrapper such as DistributedDataParallel. All layers of its decoder must be branches; give layers that should
+            never be dropped a survival probability of 1.
+        inputs: arguments of a forward by name, with labels, as the model's own `loss` needs them.
+        exits: layers to exit after, in 0..L-1.
 
     Returns:
-        Losses by layer, in ascending order. They are those of the exits whose layers ran, and that of the last layer,
-        L-1, which is the model's own loss.
+        Losses by layer, in ascending order, of the exits whose layers ran and of the last layer, L-1, which has the
+        model's own loss.
 
     Raises:
         ValueError: if an exit is not a layer, the inputs have no labels, or not all layers of a decoder are branches.
@@ -104,14 +104,14 @@ def early_exit_losses(model: nn.Module, inputs: Mapping[str, Any], exits: Iterab
 
 
 def early_exit_weights(num_layers: int, scale: float) -> list[float]:
-    """LayerSkip's weights of the exits, before they are divided by their sum.
+    """LayerSkip's weights of the exits, before division by their sum.
 
     e(l) = e_scale * sum_{i=0..l} i for l < L-1, and e(L-1) = L - 1 + e_scale * sum_{i=0..L-2} i (Elhoushi et al. 2024,
     section 4.1.2). Later exits count more; the first layer counts 0.
 
     Args:
         num_layers: L.
-        scale: e_scale, at least 0; 0 leaves the last layer only.
+        scale: e_scale, at least 0; with 0, only the last layer counts.
 
     Raises:
         ValueError: if there is no layer, or `scale` is negative.
@@ -129,7 +129,7 @@ def early_exit_weights(num_layers: int, scale: float) -> list[float]:
 
 
 def rotating_exits(num_layers: int, *, every: int, step: int) -> list[int]:
-    """LayerSkip's rotation: in each step every R-th layer has an exit, one layer further than in the step before.
+    """LayerSkip's rotation: in each step every R-th layer has an exit, shifted by one layer per step.
 
     The layers l in 0..L-1 with (l - step) mod R = 0, and always the last (Elhoushi et al. 2024, section 4.1.2,
     C_rot,R). A step then costs at most L / R + 2 heads instead of L.
@@ -168,7 +168,7 @@ def _loss_behind(depth: Controller, last: nn.Module, inputs: Mapping[str, Any], 
 def _loss(output: Any, model: nn.Module) -> Tensor:
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if not isinstance(loss, Tensor):
-        raise ValueError(f"{type(model).__name__} gives no loss for these inputs: it must return one as output.loss.")
+        raise ValueError(f"{type(model).__name__} returns no loss for these inputs: it must return one as output.loss.")
     return loss
 
 
@@ -177,8 +177,8 @@ def _decoder_layers(depth: Controller) -> list[nn.Module]:
     stacks = {branch.name.rpartition(".")[0] for branch in depth.branches}
     if any(branch.kind != "layer" for branch in depth.branches) or len(stacks) != 1:
         raise ValueError(
-            "Early exits need the layers of one decoder as the branches, and nothing else: give make_stochastic_ "
-            "layers=['model.layers.*'], or what the layers of your model are called."
+            "Early exits need the layers of one decoder as the only branches: pass layers=['model.layers.*'], or the "
+            "pattern of your model's layers, to make_stochastic_."
         )
     stack = depth.root.get_submodule(stacks.pop())
     own = {branch.module for branch in depth.branches}

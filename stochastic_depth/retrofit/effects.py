@@ -1,4 +1,4 @@
-"""What a block's code leaves behind or draws from: attributes, arguments, globals, random states."""
+"""Side effects of a block's code: on attributes, arguments, globals and random states."""
 
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
@@ -26,7 +26,7 @@ CONSTANTS = (
 
 
 def contents_of(block: nn.Module, arguments: Any) -> dict[str, Any]:
-    """What a forward could leave something on: the attributes of the block and its children, and of its arguments."""
+    """Everything a forward could store on: attributes of the block and its children, and its arguments."""
     found: dict[str, Any] = {}
     for path, module in block.named_modules():
         for name, value in module.__dict__.items():
@@ -53,15 +53,15 @@ def containers_in(value: Any) -> Iterator[Any]:
 
 
 class ChangedObjectError(StoredError):
-    """The forward changes objects that it is given.
+    """The forward changes its arguments.
 
     Attributes:
-        kinds: their classes; empty where there are lists among them, which have no methods of their own.
+        kinds: their classes; empty if lists are among them, whose methods cannot be recorded.
     """
 
     def __init__(self, values: Sequence[Any]) -> None:
         names = ", ".join(dict.fromkeys(type(value).__name__ for value in values))
-        super().__init__(f"the forward changes a {names} that it is given")
+        super().__init__(f"the forward changes its {names} argument")
         self.kinds = {type(value) for value in values} if all(is_data(value) for value in values) else set[type]()
 
 
@@ -75,15 +75,15 @@ def check_arguments(before: dict[str, Any], after: dict[str, Any], containers: S
     changed = [name for name in names if not is_same(before.get(name, _NOTHING), after.get(name, _NOTHING))]
     if changed:
         values = [containers[int(name.split()[1])] for name in changed]
-        # What holds a changed object has changed too.
+        # An object that contains a changed object has changed too.
         raise ChangedObjectError([value for value in values if is_data(value)] or values)
 
 
 def stores_of(before: dict[str, Any], after: dict[str, Any], by_children: set[str]) -> dict[str, Any]:
-    """The plain numbers that a forward has left on its block; it may leave nothing else.
+    """The plain numbers that a forward stored on its block; it must not store anything else.
 
     Raises:
-        StoredError: if it does.
+        StoredError: if it stores anything else.
     """
     names = {**before, **after}
     changed = [name for name in names if not is_same(before.get(name, _NOTHING), after.get(name, _NOTHING))]
@@ -119,7 +119,7 @@ def is_same(a: Any, b: Any) -> bool:
 
 
 def generators_of(block: nn.Module, inlined: Collection[str], reads: Reads) -> list[Any]:
-    """Random generators that a block's code may draw from, beside the global ones."""
+    """Random generators that a block's code may draw from, besides the global ones."""
     names, _ = code_of(block, inlined)
     values = [value for module in block.modules() for name, value in module.__dict__.items() if name in names]
     values += [place() for place in reads.places]
@@ -142,13 +142,13 @@ def _state_of(generator: Any) -> Any:
 
 @dataclass
 class Outside:
-    """What must not move between the calls that are recorded: random states."""
+    """Random states, which must not change between recorded calls."""
 
     random: list[Any]
 
 
 def outside(generators: Sequence[Any] = ()) -> Outside:
-    """What is so now, also of these random generators."""
+    """The current random states, including those of these generators."""
     states: list[Any] = [torch.get_rng_state(), random.getstate(), *map(_state_of, generators)]
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         states += torch.cuda.get_rng_state_all()
@@ -160,7 +160,7 @@ def outside(generators: Sequence[Any] = ()) -> Outside:
 
 
 def differ(a: Outside, b: Outside) -> bool:
-    """Whether a random state has moved."""
+    """Whether a random state has changed."""
     return not all(
         torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in zip(a.random, b.random, strict=False)
     )

@@ -1,25 +1,25 @@
-"""Why a block's code cannot be gated. Users see the messages, in warnings and errors that name the block."""
+"""Reasons why a block's code cannot be gated. Users see the messages in warnings and errors that name the block."""
 
 
 class TraceError(Exception):
-    """Why a block's forward cannot be recorded."""
+    """A block's forward cannot be recorded; the message says why."""
 
 
 class StoredError(TraceError):
-    """The forward leaves something behind on its block, which a recording of it would not."""
+    """The forward stores something on its block, which a recording would not do."""
 
 
 class CutError(Exception):
-    """Why a branch cannot be separated from the rest of its block."""
+    """A branch cannot be separated from the rest of its block; the message says why."""
 
 
 class SidesError(CutError):
-    """What a branch computes beside its output is used outside of it."""
+    """Values that a branch computes besides its output are used outside it."""
 
 
 class UnusedError(CutError):
-    """Nothing uses what the branch gives."""
+    """Nothing uses the branch's output."""
 
 
 class ProofError(Exception):
-    """Rewritten code does something else than the block's own."""
+    """Rewritten code computes something else than the block's own."""

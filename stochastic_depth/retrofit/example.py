@@ -1,4 +1,4 @@
-"""Reads the code of a model's blocks as an example goes through it, where it is given one."""
+"""Reads the code of a model's blocks while the model runs on an example."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Reading:
-    """What the code of a block does in one call; see `trace.Recording`."""
+    """A recording of a block in one call; see `trace.Recording`."""
 
     graph: fx.Graph
 
 
 class Example:
-    """The calls that an example makes of each module of a model, in training and in evaluation.
+    """The calls of each module of a model on an example, in training and in evaluation.
 
     Args:
-        model: the model; it is run twice, without noise and without traces.
+        model: the model; it runs twice, without noise and without lasting effects.
         inputs: arguments of its forward.
 
     Raises:
@@ -68,14 +68,14 @@ class Example:
                 hook.remove()
 
     def recordings(self, block: nn.Module, inlined: Collection[str] = ()) -> Iterator[Reading]:
-        """What the code of a block does in the calls that the example makes of it.
+        """Recordings of a block in its calls on the example.
 
         Args:
             block: the block.
             inlined: paths of the children whose own code is read as a part of the block's.
 
         Raises:
-            TraceError: if none of them can be recorded, or there is none.
+            TraceError: if none of them can be recorded, or if there are none.
         """
         first_error: TraceError | None = None
         num_recorded = 0

@@ -1,4 +1,4 @@
-"""Finds the residual branches of a model: without running it, or as an example goes through it."""
+"""Finds the residual branches of a model, without running it or with an example."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from stochastic_depth.retrofit.sums import (
 Where = Callable[[str, nn.Module], bool] | str | Sequence[str]
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-# A block that decides by sizes is recorded for at most this many combinations of its decisions.
+# A block that whose control flow depends on sizes is recorded for at most this many combinations of its decisions.
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,13 +39,13 @@ class Branch:
         module: the module whose class is swapped: the block that holds the branch, or its drop path.
         block_name: name of that module.
         parts: the module that holds the branch's parameters.
-        named: the module that the name speaks of.
-        key: which of the block's branches it is; None where the module has one only.
-        rule: what the model's own drop path does; None where there is none.
+        named: the module that the name refers to.
+        key: which of the block's branches it is; None if the module has only one.
+        rule: rule of the model's own drop path; None if there is none.
         treatment: whether a closed gate skips it or only masks its output.
         cause: why it is masked.
         kind: whether it is an operand of a sum or a whole layer.
-        drop_paths: of a layer, the drop paths inside, for which its gate stands.
+        drop_paths: for a layer, the drop paths inside, which its gate replaces.
         ends_in: the inlined child of the block in which its sum stands, which then is its place in the order.
     """
 
@@ -68,11 +68,11 @@ class Found:
     """The branches of a model in the order of `model.named_modules()`.
 
     Attributes:
-        branches: those that pass the filter.
-        known: for each block all of its branches, and what identifies each.
-        drop_paths: for each block the paths of its drop paths; empty where additions are branches.
-        notes: what was found and is no branch, for `print(depth)`.
-        example: what the code is read by, where there is one.
+        branches: the branches that pass the filter.
+        known: for each block, all of its branches, and what identifies each.
+        drop_paths: for each block, the paths of its drop paths; empty if the branches are additions.
+        notes: what was found but is not a branch, for `print(depth)`.
+        example: the example, if there is one.
     """
 
     branches: list[Branch] = field(default_factory=list[Branch])
@@ -93,19 +93,19 @@ def find_branches(
     """The branches of a model.
 
     With a schedule they are the given layers. Without layers they are its `Residual`s and its drop paths with a rate
-    above 0; if there is neither, the residual additions in its modules' code. Without a schedule they are its drop
-    paths with a rate above 0, where the gate of a given layer stands for those inside of it. A module that is used
-    several times has one gate for all its uses in a pass.
+    above 0; if there are neither, the residual additions in its modules' code. Without a schedule they are its drop
+    paths with a rate above 0; the gate of a given layer replaces those inside it. A module that is used several times
+    has one gate for all its uses in a pass.
 
     Args:
         model: the model.
         where: filter, see `make_stochastic_`.
         layers: patterns of whole layers, see `make_stochastic_`.
-        inputs: of an example, see `make_stochastic_`.
+        inputs: arguments of an example, see `make_stochastic_`.
         with_schedule: whether survival probabilities come from a schedule.
 
     Raises:
-        ValueError: if there is none, none that passes the filter, or one that cannot be treated.
+        ValueError: if there is none, none passes the filter, or one cannot be gated.
     """
     found = Found(example=None if inputs is None else Example(model, inputs))
     if layers is not None:
@@ -124,8 +124,8 @@ def find_branches(
     for branch in found.branches:
         if isinstance(branch.module, Residual) and type(branch.module).forward is not Residual.forward:
             raise ValueError(
-                f"{branch.name} is a {type(branch.module).__name__} with a forward of its own, which the gate would "
-                "replace. Keep Residual's forward, and put what comes before or after the sum into modules around it."
+                f"{branch.name} is a {type(branch.module).__name__} with its own forward, which the gate would "
+                "replace. Keep Residual's forward, and move code before or after the sum into modules around it."
             )
     return found
 
@@ -135,7 +135,7 @@ def _nothing_found(model: nn.Module, found: Found, *, with_schedule: bool) -> st
     if with_schedule:
         looked_for += ["stochastic_depth.Residual modules", "additions of a shortcut and a branch in the modules' code"]
     advice = (
-        "Write the sums of the model as Residual(branch, shortcut), or name whole layers by layers=[...]."
+        "Write the sums of the model as Residual(branch, shortcut), or name whole layers with layers=[...]."
         if with_schedule
         else "Create it with a rate, such as drop_path_rate=0.1, or give a schedule, such as linear_decay(0.5)."
     )
@@ -145,7 +145,7 @@ def _nothing_found(model: nn.Module, found: Found, *, with_schedule: bool) -> st
         advice = "Give inputs=[...] of an example, by which the code is read as it runs."
     elif not with_schedule and any("never executed" in note or "without effect" in note for note in found.notes):
         advice = (
-            "It holds some that its forward never uses. Give a schedule, such as linear_decay(0.5), to gate its sums."
+            "It has some that its forward never uses. Give a schedule, such as linear_decay(0.5), to gate its sums."
         )
     seen = "".join(f"\n  {note}" for note in found.notes[:8])
     where = "; ".join(looked_for)
@@ -153,7 +153,7 @@ def _nothing_found(model: nn.Module, found: Found, *, with_schedule: bool) -> st
 
 
 def _lists_of_layers(model: nn.Module) -> str:
-    """Which patterns would match layers of the model."""
+    """Patterns that would match layers of the model."""
     lists = [
         f"{name}.* ({len(module)} {type(module[0]).__name__})"
         for name, module in model.named_modules()
@@ -177,13 +177,13 @@ def _find_layers(model: nn.Module, layers: Sequence[str], found: Found, *, with_
     outer: list[str] = []
     layer_of: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
-        # In `encoder.layer.*` the star matches what is inside of the layers too: the outermost modules are meant.
+        # In `encoder.layer.*` the star also matches modules inside the layers; only the outermost count.
         if any(name.startswith(f"{other}.") for other in outer):
             continue
         if name and any(fnmatch.fnmatchcase(name, pattern) for pattern in layers):
             outer.append(name)
             if type(module) in _CONTAINERS:
-                raise ValueError(f"layers: {name} is a {type(module).__name__}, no layer. Try {name + '.*'!r}.")
+                raise ValueError(f"layers: {name} is a {type(module).__name__}, not a layer. Try {name + '.*'!r}.")
             drop_paths: dict[nn.Module, DropPathRule] = {}
             for inner_name, inner in module.named_modules(prefix=name):
                 if rule := _acting_rule(inner_name, inner):
@@ -191,7 +191,7 @@ def _find_layers(model: nn.Module, layers: Sequence[str], found: Found, *, with_
                     if layer_of.setdefault(inner, name) != name:
                         raise ValueError(
                             f"layers: {layer_of[inner]} and {name} share a drop path, {inner_name}, which cannot "
-                            "follow two gates. Give each layer one of its own."
+                            "follow two gates. Give each layer its own."
                         )
             if not (drop_paths or with_schedule):
                 found.notes.append(f"{name}: it has no drop path with a rate above 0")
@@ -209,7 +209,7 @@ def _find_layers(model: nn.Module, layers: Sequence[str], found: Found, *, with_
 def _common_rule(layer: str, rules: Collection[DropPathRule]) -> DropPathRule:
     first, *others = dict.fromkeys(rules)
     if others:
-        raise ValueError(f"layers: the drop paths of {layer} have several rates or rules. Give a schedule.")
+        raise ValueError(f"layers: the drop paths of {layer} have different rates or rules. Give a schedule.")
     return first
 
 
@@ -266,7 +266,7 @@ _NAMES_OF_DROPPING = ("drop_path", "droppath", "stochastic_depth", "drop_connect
 
 
 def _block_of(name: str, modules: dict[str, nn.Module]) -> str:
-    """Name of the nearest module above that has a forward of its own and is no mere container."""
+    """Name of the nearest parent module with its own forward that is not a mere container."""
     while name:
         name = name.rpartition(".")[0]
         if type(modules[name]) not in _CONTAINERS:
@@ -280,7 +280,7 @@ def _find_in_block(block: nn.Module, name: str, rules: dict[str, DropPathRule], 
     try:
         readings, called = read(block, paths, functional, found.example)
     except TraceError as error:
-        # What the code does is seen when it runs. Until then, each drop path is taken to be used once.
+        # How often the code uses each drop path shows when it runs. Until then, assume once.
         readings = {(path, 0): BranchReading(frozenset(), CutError(str(error))) for path in rules}
         called = {}
         if not rules:
@@ -325,7 +325,7 @@ def _find_in_block(block: nn.Module, name: str, rules: dict[str, DropPathRule], 
             parts = readings[key].parts
             branch_name = full_name if len(keys) == 1 else f"{full_name}#{key[1] + 1}"
             if isinstance(parts, UnusedError):
-                found.notes.append(f"{branch_name}: without effect, {type(block).__name__} does not use what it gives")
+                found.notes.append(f"{branch_name}: without effect, {type(block).__name__} does not use its output")
             elif isinstance(parts, CutError):
                 nothing = BranchParts(block)
                 found.branches.append(
@@ -359,7 +359,7 @@ def _find_additions(model: nn.Module, found: Found) -> None:
     }
     for name, (block, inlined, readings) in blocks.items():
         if _lies_in(name, inside) and not any(reading.is_around for reading in readings.values()):
-            # LoRA's product beside the base layer, the scan of a state space model: sums that shorten nothing.
+            # LoRA's product beside the base layer, the scan of a state space model: sums without a shortcut.
             found.notes.append(
                 f"{name} ({type(block).__name__}): it lies in a branch, and adds to what its own layers compute"
             )
@@ -388,7 +388,7 @@ def _may_add(block: nn.Module) -> bool:
 
 
 def _chosen(branches: list[Branch], where: Where | None) -> list[Branch]:
-    """The branches that pass the filter, each of whose patterns must match one."""
+    """The branches that pass the filter; each pattern must match at least one."""
     if where is None:
         return branches
     if callable(where):

@@ -1,4 +1,4 @@
-"""The form of a block's call: all that may decide which way its code goes. Calls of one form do the same."""
+"""The form of a block's call: everything that may decide which path its code takes. Calls of one form do the same."""
 
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MAX_DEPTH = 6
 
 
 class Same:
-    """Stands in a form for an object that counts as itself, and keeps it alive, so that no other takes its identity."""
+    """Wraps an object that counts by identity in a form, and keeps it alive so that its id is not reused."""
 
     __slots__ = ("value",)
 
@@ -38,10 +38,10 @@ class Same:
 
 
 def form_of(value: Any, depth: int = _MAX_DEPTH) -> Any:
-    """What of a value decides the way of code that is given it or reads it; hashable.
+    """The part of a value that may decide the path of code that uses it; hashable.
 
-    Of tensors that is all but the values, of structures and of objects that hold data it is their content, and anything
-    else counts as itself.
+    For tensors, this is everything except the values; for structures and objects that hold data, their content; other
+    objects count by identity.
     """
     kind = type(value)
     if isinstance(value, PLAIN):
@@ -67,7 +67,7 @@ def form_of(value: Any, depth: int = _MAX_DEPTH) -> Any:
         return kind, tuple([form_of(item, depth - 1) for item in cast("list[Any]", value)])
     if isinstance(value, (set, frozenset)):
         return kind, frozenset([form_of(item, depth - 1) for item in cast("set[Any]", value)])
-    if hasattr(value, "tobytes") and hasattr(value, "dtype"):  # of numpy
+    if hasattr(value, "tobytes") and hasattr(value, "dtype"):  # a numpy array
         return kind, str(value.dtype), getattr(value, "shape", ()), value.tobytes()
     attributes = dict(getattr(value, "__dict__", {}))
     for part in kind.__mro__:
@@ -81,18 +81,18 @@ def form_of(value: Any, depth: int = _MAX_DEPTH) -> Any:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a value counts by what it is: a number, a string, a type, or a tuple of these."""
+    """Whether a value counts by its value: a number, a string, a type, or a tuple of these."""
     return isinstance(value, PLAIN) or (
         isinstance(value, (tuple, torch.Size)) and all(is_plain(item) for item in cast("tuple[Any, ...]", value))
     )
 
 
 def form_of_leaves(leaves: Sequence[Any], called: Collection[type] = ()) -> tuple[Any, ...]:
-    """What of the tensors and objects that a call is given may decide its way, besides their values.
+    """The parts of a call's tensors and objects that may decide its path, besides their values.
 
     Args:
         leaves: the tensors and objects.
-        called: classes of objects that code calls, and does not look into.
+        called: classes of objects whose methods code calls without reading their content.
     """
     return tuple(
         [
@@ -113,7 +113,7 @@ def identities(leaves: Sequence[Any]) -> tuple[int, ...]:
 
 
 def settings(leaves: Sequence[Any]) -> tuple[Any, ...]:
-    """Gradient mode and autocast, which code may ask for."""
+    """Gradient mode and autocast settings, which code may read."""
     device = next((leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)), "cpu")
     if device == "meta":
         return torch.is_grad_enabled(), None
@@ -122,12 +122,12 @@ def settings(leaves: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def fingerprint(block: nn.Module) -> tuple[Any, ...]:
-    """What makes two blocks the same code with the same configuration, whatever their weights are."""
+    """Equal for two blocks with the same code and configuration, whatever their weights."""
     return tuple(
         (
             path,
             plain_class(module),
-            # The rates of drop paths rise from block to block; the gates stand for them.
+            # The rates of drop paths rise from block to block; the gates replace them.
             () if is_drop_path(module) else _configuration(module),
             tuple((n, None if p is None else (tuple(p.shape), p.dtype, p.requires_grad)) for n, p in _tensors(module)),
         )
@@ -140,7 +140,7 @@ def _configuration(module: nn.Module) -> tuple[tuple[str, str], ...]:
     return tuple(sorted((n, _identity_of(v)) for n, v in module.__dict__.items() if n not in left_out))
 
 
-# The number of a layer in its model, as caches want it, makes no other kind of layer.
+# A layer's number in its model, which caches need, does not make it a different kind of layer.
 _POSITIONS = {"layer_idx", "layer_id", "layer_index", "layer_number"}
 
 

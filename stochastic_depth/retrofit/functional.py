@@ -21,7 +21,7 @@ from stochastic_depth.retrofit.rules import DropPathRule
 from stochastic_depth.retrofit.sizes import is_size
 
 FUNCTIONAL = "()"
-"""Stands for the path of a drop path that is a function."""
+"""Path of a functional drop path."""
 
 _DRAWS = {
     "bernoulli", "bernoulli_", "rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm",
@@ -29,11 +29,11 @@ _DRAWS = {
     "poisson",
 }  # fmt: skip
 QUIETED = {"bernoulli", "bernoulli_", "rand", "rand_like"}
-"""Draws that a run without noise replaces by what keeps everything."""
+"""Draws that a run without noise replaces by values that keep everything."""
 
 
 def functional_drop_path(x: Any, _noise: Any = None) -> Any:
-    """Stands in a recording for a functional drop path, which passes on what it is given."""
+    """Replaces a functional drop path in a recording and returns its input."""
     return x
 
 
@@ -43,9 +43,9 @@ class FunctionalDropPath:
 
     Attributes:
         product: the multiplication by the noise.
-        value: what is multiplied.
-        operand: which argument of the product the noise is.
-        rule: what it does.
+        value: the multiplied value.
+        operand: the index of the noise among the arguments of the product.
+        rule: its rule.
     """
 
     product: fx.Node
@@ -71,7 +71,7 @@ def find_functional(graph: fx.Graph) -> list[FunctionalDropPath]:
 
 
 def put_functional(graph: fx.Graph, block: nn.Module) -> list[FunctionalDropPath]:
-    """Put a call of `functional_drop_path` in place of each functional drop path in a recording.
+    """Replace each functional drop path in a recording by a call of `functional_drop_path`.
 
     Raises:
         TraceError: if the code draws other random numbers.
@@ -81,7 +81,7 @@ def put_functional(graph: fx.Graph, block: nn.Module) -> list[FunctionalDropPath
     for each in found:
         node, keep = each.product, 1 - each.rule.drop_rate
         node.meta["noise"] = each.operand
-        # A run without noise multiplies by this where nothing is dropped.
+        # A run without noise multiplies by this.
         node.meta["scale"] = 1 / keep if each.rule.rescale == "train" else 1.0
         node.op, node.target, node.args, node.kwargs = (
             "call_function", functional_drop_path, (_undivided(each.value, keep),), {},
@@ -114,7 +114,7 @@ def _name(node: fx.Node) -> str:
 
 
 def _rule_of(noise: fx.Node, value: fx.Node) -> DropPathRule | None:
-    """What a product with this value does, if the other is the noise of a drop path."""
+    """The rule of a product with this value, if the other operand is the noise of a drop path."""
     nodes = list(_values(noise))
     draws = [node for node in nodes if _name(node) in QUIETED]
     others = [node for node in nodes if node not in draws and _name(node) not in _MAKES | _CHANGES]
@@ -135,7 +135,7 @@ def _rule_of(noise: fx.Node, value: fx.Node) -> DropPathRule | None:
 
 
 def _values(node: fx.Node) -> Iterator[fx.Node]:
-    """A node and all that its value is made of; what only gives a form does not count."""
+    """A node and all nodes that its value depends on, except through its form."""
     pending, seen = [node], set[fx.Node]()
     while pending:
         current = pending.pop()
@@ -144,7 +144,7 @@ def _values(node: fx.Node) -> Iterator[fx.Node]:
         seen.add(current)
         yield current
         if _name(current) in _MAKES or _name(current) in ("rand", "rand_like"):
-            continue  # Its argument gives its form and device.
+            continue  # Its argument only provides form and device.
         pending += [each for each in current.all_input_nodes if not is_size(each)]
 
 
@@ -153,7 +153,7 @@ def _gives_form_only(node: fx.Node, draw: fx.Node) -> bool:
 
 
 def _form_of_draw(draw: fx.Node) -> Any:
-    """The sizes of what a draw fills, as the code gives them; None where it takes them from another tensor whole."""
+    """The sizes of a draw as written in the code; None if they are copied from another tensor."""
     source: Any = draw.args[0] if _name(draw) in ("bernoulli", "bernoulli_") else draw
     if not isinstance(source, fx.Node) or _name(source) not in _MAKES | {"rand"}:
         return None
@@ -162,7 +162,7 @@ def _form_of_draw(draw: fx.Node) -> Any:
 
 
 def _is_of_samples(draw: fx.Node) -> bool:
-    """Whether the form of a draw is (N, 1, ...) or (1, 1, ...), as far as the code tells."""
+    """Whether the form of a draw is (N, 1, ...) or (1, 1, ...), as far as the code shows."""
     sizes = _form_of_draw(draw)
     return sizes is not None and _mentions(sizes, lambda each: each == 1 and type(each) is int)
 
@@ -171,7 +171,7 @@ def _mentions(size: Any, what: Callable[[Any], bool]) -> bool:
     if isinstance(size, (tuple, list)):
         return any(_mentions(each, what) for each in cast("list[Any]", size))
     if isinstance(size, fx.Node):
-        # The 0 of shape[0] is no size.
+        # The 0 in shape[0] is not a size.
         return what(size) or any(_mentions(each, what) for each in size.args if size.target is not operator.getitem)
     return what(size)
 
@@ -219,7 +219,7 @@ def _survival_prob(draw: fx.Node, nodes: list[fx.Node]) -> float | None:
 
 
 def _undivided(value: fx.Node, keep: float) -> fx.Node:
-    """What a value was before it was divided by the survival probability; the value itself where it was not."""
+    """The value before division by the survival probability; the value itself if it was not divided."""
     if _name(value) in ("div", "truediv") and len(value.args) == 2 and value.args[1] == keep:
         return cast(fx.Node, value.args[0])
     return value

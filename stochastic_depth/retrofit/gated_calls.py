@@ -1,4 +1,4 @@
-"""What rewritten code calls in place of a residual addition or a drop path: the branch behind its gate, or its mask."""
+"""Functions that rewritten code calls instead of a residual addition or a drop path: a gated branch, or a mask."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stochastic_depth.torch_private import child_dict
 
 
 class BranchInput(NamedTuple):
-    """What is known of an input of a branch.
+    """An input of a branch.
 
     Attributes:
         samples: whether its first dimension is one of samples.
@@ -63,7 +63,7 @@ def in_training(block: nn.Module, key: Key) -> bool:
     if module is None or "_stochastic_depth_branch" not in module.__dict__:
         raise RuntimeError(
             f"The drop path {key[0]} of a {type(block).__name__} was replaced after make_stochastic_, so that its gate "
-            "would act unseen. Call restore_(model), change the model, and make it stochastic again."
+            "has no effect. Call restore_(model), change the model, and make it stochastic again."
         )
     return module.training
 
@@ -71,11 +71,11 @@ def in_training(block: nn.Module, key: Key) -> bool:
 def make_gated_sum(
     key: Key, paths: Paths, function: Callable[..., Tensor], inputs: Sequence[BranchInput], *, capturable: bool = True
 ) -> Callable[..., Tensor]:
-    """A function `(block, shortcut, *values)` that adds a branch to its shortcut where its gate is open.
+    """A function `(block, shortcut, *values)` that adds a branch to its shortcut if its gate is open.
 
     Args:
         key: which branch of the block it is.
-        paths: of the modules and parameters that it uses here.
+        paths: paths of the modules and parameters that it uses here.
         function: the branch, `(block, *values)`.
         inputs: what is known of each of the values.
         capturable: whether a CUDA graph may repeat the branch.
@@ -118,7 +118,7 @@ def make_gated_sum(
 def make_gated_sum_and_maps(
     key: Key, paths: Paths, function: Callable[..., Any], inputs: Sequence[BranchInput], num_maps: int
 ) -> Callable[..., Any]:
-    """The sum, and the attention maps of the branch, which nothing can use where not all samples ran."""
+    """The sum, and the attention maps of the branch, which are placeholders unless all samples ran."""
 
     @outside_graph
     def gated_sum_and_maps(block: nn.Module, shortcut: Tensor, *values: Any) -> tuple[Any, ...]:
@@ -145,7 +145,7 @@ def make_gated_value(
     shape: tuple[int, ...],
     dtype: torch.dtype | None,
 ) -> Callable[..., Tensor]:
-    """Where a block without a shortcut drops all that it computes, closed gates give zeros."""
+    """For a block without a shortcut that drops its whole output: closed gates return zeros."""
     gated_sum = make_gated_sum(key, paths, function, inputs)
 
     @outside_graph

@@ -1,4 +1,4 @@
-"""Python code from a graph."""
+"""Generates Python code from a graph."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Code = Callable[..., Any]
 
 
 def compiled(graph: fx.Graph, description: str) -> Code:
-    """A function `(block, *arguments)` that does what the graph says.
+    """A function `(block, *arguments)` that runs the graph.
 
     Raises:
-        TraceError: if it holds something that no code can name.
+        TraceError: if it contains something that code cannot name.
     """
     constants: dict[str, Any] = {"__builtins__": builtins}
     names: dict[fx.Node, str] = {}
@@ -94,7 +94,7 @@ def compiled(graph: fx.Graph, description: str) -> Code:
     try:
         exec(compile(text, f"<{description}>", "exec"), constants)
     except SyntaxError as error:
-        raise TraceError(f"its code cannot be written down: {error}") from error
+        raise TraceError(f"its code cannot be generated: {error}") from error
     return constants["forward"]
 
 

@@ -1,4 +1,4 @@
-"""Where the tensors are that code uses beside its arguments, and how they are reached in each call."""
+"""Tensors that code uses besides its arguments, and how to reach them in each call."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from stochastic_depth.retrofit.reads import Place
 from stochastic_depth.torch_private import TENSORS_AND_CHILDREN, buffer_dict, parameter_dict
 
 Step = tuple[str, Any]
-"""How a part of a structure is reached: as an ("item", key) or an ("attribute", name)."""
+"""A step to a part of a structure: ("item", key) or ("attribute", name)."""
 
 
 class Outside:
-    """Gives a tensor that code takes from outside of its block: what is at a place now, or in a structure there."""
+    """Returns a tensor that code reads outside its block: the current value of a place, or a part of it."""
 
     def __init__(self, place: Place, inner: tuple[Step, ...]) -> None:
         self._place, self._inner = place, inner
@@ -40,7 +40,7 @@ class Outside:
 
 
 class Cached:
-    """Gives a tensor that a cached function (`functools.cache`) has given to code: for the same arguments, the same."""
+    """Returns a tensor from a cached function (`functools.cache`), which is the same for the same arguments."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
@@ -76,7 +76,7 @@ def held_tensors(block: nn.Module) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
 
 
 def tensors_in(value: Any, depth: int) -> Iterator[tuple[tuple[Step, ...], Tensor]]:
-    """The tensors in a structure, in an object or in a module that is no child, with the steps that lead there."""
+    """The tensors in a structure, an object or a module that is not a child, with the steps to each."""
     if isinstance(value, Tensor):
         yield (), value
     elif depth and not isinstance(value, CONSTANTS):
@@ -87,7 +87,7 @@ def tensors_in(value: Any, depth: int) -> Iterator[tuple[tuple[Step, ...], Tenso
 
 
 def _tensors_of_module(module: nn.Module) -> Iterator[tuple[Step, Tensor]]:
-    """Those of a module that is no child; its parameters are not the block's to train."""
+    """The tensors of a module that is not a child; the block does not train its parameters."""
     for name, value in (*buffer_dict(module).items(), *module.__dict__.items()):
         if isinstance(value, Tensor):
             yield ("attribute", name), value

@@ -1,4 +1,4 @@
-"""Whole layers as branches (LayerDrop, Fan et al. 2020): a closed layer hands its input on."""
+"""Whole layers as branches (LayerDrop, Fan et al. 2020): a closed layer returns its input."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _HIDDEN = ("hidden_states", "x")
 
 @dataclass(eq=False)
 class GatedLayer(GatedBranch):
-    """What a stochastic layer knows.
+    """The gate of a whole layer.
 
     Attributes:
-        drop_paths: whether drop paths inside of the layer, for which its gate stands, apply the factor of the sum.
+        drop_paths: whether drop paths inside the layer, which its gate replaces, apply the factor of the sum.
     """
 
     drop_paths: bool = False
@@ -61,7 +61,7 @@ class GatedLayer(GatedBranch):
 
     @eager
     def structure(self, layer: nn.Module, signature: Any, leaves: Sequence[Any]) -> Any:
-        """What the layer returns for a call, with None for all tensors."""
+        """The structure that the layer returns for a call, with None for all tensors."""
         form = (signature, *(leaf.dim() if isinstance(leaf, Tensor) else None for leaf in leaves))
         known = self._structures.get(form, [])
         for recording, structure in known:
@@ -72,7 +72,7 @@ class GatedLayer(GatedBranch):
             returned = next(iter(reversed(recording.graph.nodes))).args[0]
             structure = fx.map_arg(returned, lambda _: cast(fx.Node, None))
         except TraceError:
-            # Only a run can tell, one for all sizes: in evaluation, without gradients, on a copy without hooks.
+            # Only a run shows it, one for all sizes: in evaluation, without gradients, on a copy without hooks.
             recording, (args, kwargs) = None, unflatten(signature, leaves)
             with self.passes.dry_run():
                 output = evaluating_(plain_copy(layer, Tensor.detach, Tensor.clone))(*args, **kwargs)
@@ -82,20 +82,20 @@ class GatedLayer(GatedBranch):
 
 
 class StochasticLayer(nn.Module):
-    """Behaviour of a layer that is a branch as a whole: output = input + gate * (layer(input) - input)."""
+    """Behavior of a whole layer that is a branch: output = input + gate * (layer(input) - input)."""
 
     _stochastic_depth_branch: GatedLayer
 
     @outside_graph
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the layer returns, its first value gated; where it does not run, further tensors are None."""
+        """The layer's output, with its first value gated. If the layer does not run, further tensors are None."""
         gated = self._stochastic_depth_branch
         name = gated.passes.names[gated.index]
         leaves: list[Any] = []
         signature = flatten((args, kwargs), leaves)
         hidden = gated.hidden_of(self, args, kwargs)
         if hidden is None:
-            raise TypeError(f"The layer {name} is called without a tensor: it has no hidden states to hand on.")
+            raise TypeError(f"The layer {name} is called without a tensor: it has no hidden states to return.")
         if self.training and gated.survival_prob < 1:
             _refuse_cache(name, (*args, *kwargs.values()))
         if masks_only.get():
@@ -111,7 +111,7 @@ class StochasticLayer(nn.Module):
         gate = gated.passes.gate(gated.index, hidden.shape[0], hidden.device, self.training)
         factor = 1.0 if gated.drop_paths else gated.factor(gate and gate.survival_prob)
         if gate is None or gate.num_open == hidden.shape[0]:
-            # A copy, which is little beside a layer: one that adds in place would change what it is compared with.
+            # A copy, which is cheap compared with a layer: the layer may add to its input in place.
             before = hidden if factor == 1.0 else hidden.clone()
             output = self._run(leaves, signature)
             _check_shape(name, _first(output), hidden, hidden.shape[0])
@@ -165,7 +165,7 @@ class StochasticLayer(nn.Module):
 
 
 class LayerDropPath(nn.Module):
-    """Behaviour of a drop path inside of a layer whose gate stands for it: what arrives has survived."""
+    """Behavior of a drop path inside a gated layer: all samples that reach it have survived."""
 
     _stochastic_depth_branch: GatedLayer
 
@@ -193,18 +193,18 @@ def _scaled(output: Any, hidden: Tensor, factor: float) -> Tensor:
 def _check_shape(name: str, own: Tensor, hidden: Tensor, num_samples: int) -> None:
     if own.shape != (num_samples, *hidden.shape[1:]):
         raise RuntimeError(
-            f"The layer {name} makes {tuple(own.shape)} of hidden states {(num_samples, *hidden.shape[1:])}: "
+            f"The layer {name} turns hidden states {(num_samples, *hidden.shape[1:])} into {tuple(own.shape)}: "
             "it cannot be a branch."
         )
 
 
 def _refuse_cache(name: str, values: Iterable[Any]) -> None:
-    """Raise if a layer that may be dropped in training is given a cache of keys and values."""
-    # A dropped layer leaves nothing in it: what reads the cache later would miss keys, or find those of other tokens.
+    """Raise if a layer that may be dropped in training receives a cache of keys and values."""
+    # A dropped layer stores nothing in it: later reads would miss keys, or find those of other tokens.
     if any(hasattr(value, "get_seq_length") and hasattr(value, "update") for value in values):
         raise ValueError(
-            f"The layer {name} may be dropped in training, but is given a key-value cache, in which a dropped layer "
-            "leaves nothing. Set model.config.use_cache = False, or call model.eval() to generate."
+            f"The layer {name} may be dropped in training, but receives a key-value cache, in which a dropped layer "
+            "stores nothing. Set model.config.use_cache = False, or call model.eval() to generate."
         )
 
 
@@ -222,7 +222,7 @@ def refuse_own_layerdrop(model: nn.Module) -> None:
             rate = getattr(owner, "layerdrop", 0.0)
             if isinstance(rate, float) and rate > 0:
                 raise ValueError(
-                    f"The model skips layers itself, with a rate of {rate:g}, beside the gates. Set model"
+                    f"The model itself skips layers too, with a rate of {rate:g}. Set model"
                     f"{'.' if name else ''}{path.removeprefix('.') if name else path} = 0.0, and give the rate as "
                     f"a schedule: uniform({1 - rate:g})."
                 )

@@ -1,4 +1,4 @@
-"""Attention maps: what attention may give beside its output, and what stands for them where it did not run."""
+"""Attention maps, and their placeholders if the attention did not run."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 class NotComputedError(AttributeError, RuntimeError):
-    """An attention map is used that was not computed."""
+    """An attention map was used that was not computed."""
 
 
 class NotComputed:
-    """Stands for the attention map of a branch that did not run on all samples.
+    """Placeholder for the attention map of a branch that did not run on all samples.
 
-    Most callers pass it by. Whatever uses it raises.
+    Most callers ignore it. Using it raises.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -32,8 +32,8 @@ class NotComputed:
 
 def _error() -> NotComputedError:
     return NotComputedError(
-        "An attention map is used of a branch that did not run in this step: stochastic depth dropped it. Use maps in "
-        "evaluation, or leave the branches whose maps are needed out by where=."
+        "This attention map was not computed, because stochastic depth dropped its branch in this step. Use maps in "
+        "evaluation, or exclude the branches whose maps you need with where=."
     )
 
 

@@ -1,4 +1,4 @@
-"""A drop path in a block whose own code runs: it masks with the controller's gates, one for each of its uses."""
+"""Drop paths in a block that runs its own code: they mask with the controller's gates, one per use."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from stochastic_depth.copies import plain_class
 from stochastic_depth.residual import GatedBranch, masked
 from stochastic_depth.retrofit.rules import drop_path_rule
 
-# How many times the drop paths of the block whose own code is running have been called.
+# Number of calls of each drop path of the block whose own code is running.
 _running: ContextVar[tuple[nn.Module, dict[int, int]] | None] = ContextVar("_running", default=None)
 
 
 @contextmanager
 def own_code(block: nn.Module) -> Generator[None]:
-    """Within, the own code of a block runs: calls of its drop paths are counted."""
+    """Context in which a block's own code runs, and calls of its drop paths are counted."""
     token = _running.set((block, {}))
     try:
         yield
@@ -33,7 +33,7 @@ _passing: ContextVar[bool] = ContextVar("_passing", default=False)
 
 @contextmanager
 def passing_drop_paths() -> Generator[None]:
-    """Within, drop paths pass on what they are given."""
+    """Context in which drop paths return their input."""
     token = _passing.set(True)
     try:
         yield
@@ -43,12 +43,12 @@ def passing_drop_paths() -> Generator[None]:
 
 @dataclass
 class DropPathUses:
-    """The gates of a drop path, one for each of its uses in a call of its block.
+    """The gates of a drop path, one per use in a call of its block.
 
     Attributes:
-        gated: the gates, each with the block whose use it is, in the order of the uses.
-        drop_rate: what its rate was when it was last looked at.
-        own_rate: whether that rate is the branches' own; a schedule takes no notice of it.
+        gated: the gates in the order of the uses, each with its block.
+        drop_rate: its rate at the last check.
+        own_rate: whether the branches use this rate; a schedule ignores it.
     """
 
     drop_rate: float
@@ -57,7 +57,7 @@ class DropPathUses:
 
 
 class StochasticDropPath(nn.Module):
-    """Behavior of a drop path in a block whose own code runs: it masks with the controller's gates."""
+    """Behavior of a drop path in a block that runs its own code: it masks with the controller's gates."""
 
     _stochastic_depth_branch: DropPathUses
 
@@ -65,8 +65,8 @@ class StochasticDropPath(nn.Module):
         """The samples `x` (N, ...) times their gates."""
         if any(isinstance(value, float) for value in (*args, *kwargs.values())):
             raise RuntimeError(
-                f"The {plain_class(self).__name__} is given a number with its call, which would be its rate: its gates "
-                "have the rate that it was made with. Give it that rate as an attribute."
+                f"The {plain_class(self).__name__} is called with a number, which would be its rate, but its gates "
+                "have the rate from its attribute. Set the rate as an attribute."
             )
         if _passing.get():
             return x
@@ -75,7 +75,7 @@ class StochasticDropPath(nn.Module):
         gated = [branch for _, branch in own.gated]
         if running is not None:
             block, uses = running
-            # A drop path that several blocks share has gates of its own in each of them.
+            # A drop path that several blocks share has separate gates in each of them.
             gated = [branch for holder, branch in own.gated if holder is block] or gated
             number = uses.get(id(self), 0)
             uses[id(self)] = number + 1
@@ -84,7 +84,7 @@ class StochasticDropPath(nn.Module):
                 return x
             raise RuntimeError(
                 f"The drop path of {gated[0].passes.names[gated[0].index]} serves several branches, but is called "
-                "outside of its block, where it cannot be told which one."
+                "outside its block, where it is unknown which one."
             )
         if number >= len(gated):
             raise RuntimeError(
@@ -101,7 +101,7 @@ class StochasticDropPath(nn.Module):
 
 
 def follow_rate(drop_path: nn.Module, own: DropPathUses) -> None:
-    """Let the gates of a drop path follow its rate, which recipes change in training.
+    """Let the gates of a drop path follow its rate, because recipes change it in training.
 
     Raises:
         RuntimeError: if the survival probabilities come from a schedule.
@@ -116,8 +116,8 @@ def follow_rate(drop_path: nn.Module, own: DropPathUses) -> None:
     name = draws.names[branches[0].index]
     if not own.own_rate:
         raise RuntimeError(
-            f"The rate of the drop path {name} does not act: the survival probabilities come from a schedule. Change "
-            "them by controller(model).set_survival_probs."
+            f"The rate of the drop path {name} has no effect: the survival probabilities come from a schedule. Change "
+            "them with controller(model).set_survival_probs."
         )
     if not 0 <= rate < 1:
         raise ValueError(f"The drop rate of {name} must be in [0, 1), but is {rate:g}.")

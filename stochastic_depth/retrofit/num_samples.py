@@ -1,4 +1,4 @@
-"""Makes a recording hold for any number of samples, by comparing it with one of another number."""
+"""Generalizes a recording to any number of samples, by comparison with a recording of another number."""
 
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
@@ -12,10 +12,10 @@ from torch import fx
 
 
 def generalize(graph: fx.Graph, other: fx.Graph) -> bool:
-    """Let a recording hold for any number of samples, by comparison with one for another number of them.
+    """Generalize a recording to any number of samples, by comparison with a recording of another number.
 
-    Numbers in the code that differ become sizes of the tensors beside them. Each node is told whether the first
-    dimension of its value is one of samples (metadata `samples`).
+    Numbers in the code that differ become sizes of nearby tensors. The metadata `samples` of each node says whether the
+    first dimension of its value is the samples.
 
     Args:
         graph: the recording; it is changed.

@@ -1,4 +1,4 @@
-"""Proves rewritten code equal to a block's own code, on a few samples of a call, before it is used.
+"""Proves that rewritten code equals a block's own code, on a few samples of a call, before it is used.
 
 The reference is the block's own code, run with real tensors, in which the output of each gated branch is multiplied by
 its gate. Both run on a stand-in of the block, without noise and without traces.
@@ -35,16 +35,16 @@ from stochastic_depth.torch_private import (
 )
 
 Pattern = Mapping[Key, "bool | Tensor | None"]
-"""A gate for each branch: open or closed, (n,) one for each sample, or None for the rule of evaluation."""
+"""A gate for each branch: open or closed, (n,) one per sample, or None for evaluation."""
 
 
 _Call = Callable[[], "tuple[Sequence[Any], Mapping[str, Any], list[Any]]"]
 _Outcome = tuple[list[Any], "list[Tensor | None] | None"]
-"""What a run has given: outputs, and gradients, None where its backward fails."""
+"""Outcome of a run: outputs, and gradients, or None if its backward fails."""
 
 
 class FixedGates:
-    """Stands in for the draws of a model while rewritten code is compared with a block's own."""
+    """Replaces the draws of a model while rewritten code is compared with a block's own code."""
 
     observer = None
     graphs = None
@@ -59,7 +59,7 @@ class FixedGates:
         self._outer: Tensor | None = None
 
     def gate(self, index: int, num_samples: int, device: torch.device, _training: bool) -> Gate | None:
-        """The gate of branch `index`, for as many samples as it sees."""
+        """The gate of branch `index`, for the number of samples that it sees."""
         gate = self.pattern[index]
         survival_prob = self.survival_probs[index]
         if gate is None:
@@ -67,7 +67,7 @@ class FixedGates:
         if isinstance(gate, bool):
             return Gate(num_samples, None, survival_prob) if gate else CLOSED
         if num_samples < len(gate):
-            # A branch inside of another sees the samples for which that one is open.
+            # A branch inside another one sees the samples for which that one is open.
             if self._outer is None or len(self._outer) != num_samples:
                 raise RuntimeError(f"{self.names[index]} sees {num_samples} samples of {len(gate)}")
             of_samples = gate[self._outer]
@@ -84,7 +84,7 @@ class FixedGates:
 
 @contextmanager
 def private() -> Generator[None]:
-    """Within, what runs leaves no trace: not in random states, not in what autograd keeps for somebody else."""
+    """Context without lasting effects on random states or on other code's autograd graphs."""
     grad = torch.is_grad_enabled()
     with (
         outside_transforms(),
@@ -132,12 +132,12 @@ def prove(
     training: bool,
     inlined: Collection[str] = (),
 ) -> int:
-    """Compare rewritten code with the block's own under several patterns of gates; outputs and gradients.
+    """Compare outputs and gradients of rewritten code and of the block's own code under several patterns of gates.
 
     Args:
-        block: a stand-in, which has the gates of `fixed`.
+        block: a stand-in, which uses the gates of `fixed`.
         code: the rewritten code.
-        uses: where the gated branches stand.
+        uses: places of the gated branches.
         gated: their gates.
         fixed: what gives the gates.
         call: makes the arguments of a call anew, and those of them that are opaque.
@@ -146,7 +146,7 @@ def prove(
         inlined: paths of the children whose code was recorded as a part of the block's.
 
     Returns:
-        How many times the block was run.
+        Number of runs of the block.
 
     Raises:
         ProofError: if they differ; the message says where and by how much.
@@ -160,7 +160,7 @@ def prove(
             fixed.pattern[gated[key].index] = gate
         edits = edits_of(uses, lambda use: _weights(pattern[use.key], gated[use.key], use.scale))  # noqa: B023
         _, _, leaves = call()
-        # Where a branch mixes what it is taken to keep apart, it fails or gives something else on some of the samples.
+        # A branch that mixes samples fails or computes something else on a subset of them.
         mixes = ": its first dimension is not one of independent samples" if name == _SOME else ""
         try:
             with unchanged_surroundings(block, inlined, [leaf for leaf in leaves if not isinstance(leaf, Tensor)]):
@@ -204,7 +204,7 @@ def _patterns(
     if len(keys) > 1:
         patterns.append(("with every second gate closed", {key: index % 2 == 0 for index, key in enumerate(keys)}))
     if num_samples is not None and num_samples > 1:
-        # About half of them, in no order that arguments may have too.
+        # About half of them, in an order that arguments are unlikely to have.
         golden = 0.618 * torch.arange(num_samples)
         each = {key: (golden + 0.37 * index) % 1 < 0.5 for index, key in enumerate(keys)}
         patterns.append((_SOME, cast("dict[Key, bool | Tensor | None]", each)))
@@ -219,7 +219,7 @@ def _weights(gate: bool | Tensor | None, branch: GatedBranch, scale: float) -> f
 
 
 def _replaced(args: Any, kwargs: Any, leaves: Sequence[Any], given: Sequence[Any]) -> tuple[Any, Any]:
-    """Arguments with other tensors in place of the opaque ones."""
+    """The arguments with the opaque ones replaced by other tensors."""
     new = {id(leaf): value for leaf, value in zip(leaves, given, strict=True)}
 
     def put(value: Any) -> Any:
@@ -240,7 +240,7 @@ def _with_gradients(
     block: nn.Module, leaves: Sequence[Any], run: Callable[[list[Any]], Any], absent: Collection[int] = ()
 ) -> _Outcome:
     """Outputs of a run, and gradients of its inputs and of the block's parameters, of all outputs but `absent`."""
-    # Not the leaves themselves, which code in place could not change.
+    # Not the leaves themselves, which in-place code could not change.
     anew = {id(leaf): _anew(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad}
     given = [anew.get(id(leaf), leaf) for leaf in leaves]
     outputs = tree_leaves(run(given))
@@ -289,7 +289,7 @@ def _compare(expected: _Outcome, actual: _Outcome, name: str, *, zero_gradients:
         elif isinstance(a, Tensor) or isinstance(b, Tensor) or (type(a) is not type(b)):
             raise ProofError(f"{name} output {index} is a {type(b).__name__}, not a {type(a).__name__}")
     if expected[1] is None:
-        return  # The block's own code cannot be trained.
+        return  # The block's own code has no backward.
     if actual[1] is None:
         raise ProofError(f"{name} its backward fails")
     largest = max((float(a.abs().max()) for a in expected[1] if a is not None and a.numel()), default=0.0)
@@ -298,19 +298,19 @@ def _compare(expected: _Outcome, actual: _Outcome, name: str, *, zero_gradients:
             continue
         if b is None:
             raise ProofError(f"{name} a gradient is missing")
-        # What is nothing beside the others is rounding.
+        # A gradient that is tiny compared with the others is rounding.
         difference = deviation(a, b, at_least=1e-3 * largest)
         if difference > 10 * tolerance(a):
             raise ProofError(f"{name} a gradient differs by {difference:.2g} of its largest value")
 
 
 def deviation(expected: Tensor, actual: Tensor, *, at_least: float = 0.0) -> float:
-    """Largest difference of two tensors, relative to the largest value; infinite where their shapes differ.
+    """Largest difference of two tensors, relative to the largest value; infinite if their shapes differ.
 
     Args:
-        expected: the tensor whose largest value it is.
-        actual: the other.
-        at_least: the least that the largest value counts as.
+        expected: the tensor whose largest value is the reference.
+        actual: the other tensor.
+        at_least: lower bound for the largest value.
     """
     if expected.shape != actual.shape:
         return float("inf")
@@ -327,7 +327,7 @@ def deviation(expected: Tensor, actual: Tensor, *, at_least: float = 0.0) -> flo
 
 
 def tolerance(tensor: Tensor) -> float:
-    """What rounding may make of a value of this kind, relative to the largest."""
+    """Tolerance for rounding errors in this dtype, relative to the largest value."""
     if torch.is_autocast_enabled(tensor.device.type) if tensor.device.type != "meta" else False:
         return _TOLERANCES[torch.bfloat16]
     return _TOLERANCES.get(tensor.dtype, 0.0)
@@ -340,14 +340,14 @@ def arguments_anew(
     called: Collection[type],
     unflatten: Callable[[Any, Sequence[Any]], Any],
 ) -> _Call:
-    """Makes private copies of the arguments of a call.
+    """Returns a function that makes private copies of the arguments of a call.
 
     Args:
-        signature: of the arguments.
-        leaves: the opaque ones.
-        rows: which samples of those leaves that have several, by their positions.
-        called: classes of those whose methods are single calls.
-        unflatten: puts them together.
+        signature: signature of the arguments.
+        leaves: the opaque arguments.
+        rows: indices of the samples to take, by the position of the leaf.
+        called: classes of objects whose methods are single calls.
+        unflatten: puts the arguments together.
     """
 
     def call() -> tuple[Sequence[Any], Mapping[str, Any], list[Any]]:
@@ -367,7 +367,7 @@ def arguments_anew(
 
 
 def copy_of_object(leaf: Any) -> Any:
-    """A copy of an object that code may change; tensors, modules and functions are themselves.
+    """A copy of an object that code may change; tensors, modules and functions are not copied.
 
     Raises:
         TraceError: if it cannot be copied.
@@ -380,7 +380,7 @@ def copy_of_object(leaf: Any) -> Any:
     try:
         return copy.deepcopy(leaf, {id(tensor): own for tensor, own in tensors})
     except Exception as error:
-        raise TraceError(f"a {type(leaf).__name__} that it is given cannot be copied ({error})") from error
+        raise TraceError(f"its {type(leaf).__name__} argument cannot be copied ({error})") from error
 
 
 def _tensors_of(value: Any, seen: set[int]) -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""Takes the noise out of what runs: dropout and drop paths keep everything, BatchNorm keeps its statistics."""
+"""Runs code without noise: dropout and drop paths keep everything, BatchNorm keeps its statistics."""
 
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-# What each function calls its chance to drop, or its switch.
+# The argument of each function for its drop rate, or its switch.
 _OFF: dict[str, dict[str, Any]] = {
     **{
         name: {"p": 0.0}
@@ -28,7 +28,7 @@ _OFF: dict[str, dict[str, Any]] = {
     "multi_head_attention_forward": {"dropout_p": 0.0},
     "rrelu": {"training": False},
 }  # fmt: skip
-# A uniform draw that every chance above 0.001 lets survive.
+# A uniform draw that survives with any probability above 0.001.
 _ALMOST_ONE = 0.9990234375
 _POSITIONS = {"scaled_dot_product_attention": 4, "multi_head_attention_forward": 10, "rrelu": 3}
 
@@ -87,7 +87,7 @@ class _Quiet(TorchFunctionMode):
             args, kwargs = _with_running_statistics(args, kwargs)
         output = func(*args, **kwargs)
         if name in _STILL:
-            # Drawn all the same, so that it is noticed, and the same for all samples.
+            # Still drawn, so that it is noticed, but the same for all samples.
             return _STILL[name](output, *args, **kwargs)
         return output
 
@@ -118,7 +118,7 @@ def _still_order(output: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
     return output.copy_(torch.arange(len(output) - 1, -1, -1))
 
 
-# What stands for noise is no zero, which would hide what it is multiplied by.
+# Replacements for noise are not zero, which would hide the values that they multiply.
 _STILL: dict[str, Callable[..., Tensor]] = {
     "randn": _filled(0.5),
     "randn_like": _filled(0.5),
@@ -157,7 +157,7 @@ def _with_running_statistics(args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 
 @contextmanager
 def quiet() -> Generator[None]:
-    """Within, nothing that runs is noise, and random states are as before afterwards."""
+    """Context without noise, which restores random states afterward."""
     python = random.getstate()
     numpy: Any = sys.modules.get("numpy")
     of_numpy = None if numpy is None else numpy.random.get_state()
@@ -173,7 +173,7 @@ def quiet() -> Generator[None]:
 
 @contextmanager
 def without_noise(model: nn.Module) -> Generator[None]:
-    """Within, a whole model runs without noise: `quiet`, and its BatchNorm layers use their running statistics."""
+    """Context in which a model runs without noise: `quiet`, and BatchNorm layers use their running statistics."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     modes = [norm.training for norm in norms]
     try:

@@ -1,4 +1,4 @@
-"""What the code of a block tells of its branches, on any way through it: with symbols, or as an example runs."""
+"""Reads the branches of a block from its code, on every path through it: with symbols, or as an example runs."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ _MAX_WAYS = 16
 def inlined_in(
     block: nn.Module, example: Example | None, name: str = "", notes: list[str] | None = None
 ) -> tuple[str, ...]:
-    """Paths of the children in which the block's branches end: they add what it computes to a shortcut that it gives.
+    """Paths of the children in which the block's branches end: they add one value of the block to another.
 
-    A child that holds a whole branch, from the shortcut to the sum, is a block itself and none of them.
+    A child that contains a whole branch, from the shortcut to the sum, is a block itself and does not count.
 
     Args:
         block: the block.
@@ -77,7 +77,7 @@ def inlined_in(
 
 
 def _given_two(graph: fx.Graph, block: nn.Module, but: Collection[str]) -> Iterator[str]:
-    """Paths of the children that are given two values of which one may be a shortcut around the other."""
+    """Paths of the children that receive two values, of which one may be a shortcut around the other."""
     for node in graph.nodes:
         if node.op != "call_module" or node.target in but:
             continue
@@ -91,9 +91,9 @@ def _given_two(graph: fx.Graph, block: nn.Module, but: Collection[str]) -> Itera
 
 
 def _joins(child: nn.Module, example: Example | None) -> bool:
-    """Whether a child adds what it computes from one of its arguments to another one, itself or in a child of its own.
+    """Whether a child adds a value computed from one argument to another argument, itself or in its own child.
 
-    One that has a branch of its own does not count.
+    A child with its own branch does not count.
     """
     try:
         own = inlined_in(child, example)
@@ -120,19 +120,19 @@ def _joins(child: nn.Module, example: Example | None) -> bool:
 
 
 def _come_apart(a: fx.Node, b: fx.Node) -> bool:
-    """Whether two values come from different arguments."""
+    """Whether two values depend on different arguments."""
     of_a, of_b = ({each for each in cuts.ancestors(node) if each.op == "placeholder"} for node in (a, b))
     return bool(of_a - of_b) and bool(of_b - of_a)
 
 
 class BranchReading(NamedTuple):
-    """What the code of a block tells of a branch: what identifies it, and its parts or why it cannot be separated."""
+    """A branch as read from a block's code: its identity, and its parts or why it cannot be separated."""
 
     identity: Identity
     parts: BranchParts | CutError
     ends_in: str = ""
     is_around: bool = True
-    """Whether the shortcut is what the block is given, and not something that its layers compute."""
+    """Whether the shortcut is an argument of the block, not a value computed by its layers."""
 
 
 def read(
@@ -141,7 +141,7 @@ def read(
     functional: dict[Key, DropPathRule] | None = None,
     example: Example | None = None,
 ) -> tuple[dict[Key, BranchReading], dict[str, None]]:
-    """The branches of a block on any way through its code, and the children that it calls.
+    """The branches of a block on all paths through its code, and the children that it calls.
 
     Args:
         block: the block.
@@ -185,7 +185,7 @@ def read(
 
 
 def _free_key(key: Key, readings: Mapping[Key, BranchReading]) -> Key:
-    """The key of a new branch: its own place in the code, or behind all others where that is taken."""
+    """The key of a new branch: its own place in the code, or after all others if that is taken."""
     taken = [index for path, index in readings if path == key[0]]
     return key if key[1] not in taken else (key[0], max(taken) + 1)
 
@@ -193,7 +193,7 @@ def _free_key(key: Key, readings: Mapping[Key, BranchReading]) -> Key:
 def _ways(
     block: nn.Module, inlined: Collection[str], example: Example | None
 ) -> Iterator[Recording] | Iterator[Reading]:
-    """What the code of a block does as it is read, or as an example goes through it."""
+    """Recordings of a block's code, from reading it or from an example."""
     return _all_recordings(block, inlined) if example is None else example.recordings(block, inlined)
 
 
@@ -221,11 +221,11 @@ def _all_recordings(block: nn.Module, inlined: Collection[str] = ()) -> Iterator
         except StoredError:
             raise
         except TraceError:
-            pass  # It may never be called so.
+            pass  # It may never be called this way.
 
 
 def _recordings_by_guess(block: nn.Module, error: TraceError, inlined: Collection[str]) -> Iterator[Recording]:
-    """Recordings of code that wants numbers for sizes, or more arguments than it names.
+    """Recordings of code that needs numbers for sizes, or more arguments than it names.
 
     Raises:
         TraceError: the given one, if it cannot be recorded in any of these ways.
@@ -260,19 +260,19 @@ def recordings(
     guess_sizes: bool = False,
     inlined: Collection[str] = (),
 ) -> Iterator[Recording]:
-    """Recordings of a module's forward, on each way that its decisions by sizes allow.
+    """Recordings of a module's forward, one for each path that its decisions on sizes allow.
 
     Args:
         block: the module.
-        arguments: those of the call, by position and by name, where any object stands for a tensor. None: its defaults.
+        arguments: arguments of the call, by position and by name; any object stands for a tensor. None: its defaults.
         with_buffers: see `record`.
         other_mode: see `record`.
         guess_sizes: see `record`.
         inlined: see `record`.
 
     Raises:
-        StoredError: if the forward leaves something on the block on any of the ways.
-        TraceError: if none of the ways can be recorded.
+        StoredError: if the forward stores something on the block on any of the paths.
+        TraceError: if none of the paths can be recorded.
     """
     leaves: list[Any] = []
     args, kwargs = arguments or (_default_arguments(block), {})
@@ -300,7 +300,7 @@ def recordings(
             raise
         except TraceError as error:
             first_error = first_error or error
-        # The next way: take the last decision that was True the other way.
+        # The next path: reverse the last decision that was True.
         while taken and not taken[-1]:
             taken.pop()
         if not taken:
@@ -313,7 +313,7 @@ def recordings(
 def _explore(decisions: Sequence[bool], taken: list[bool], node: fx.Node) -> bool | int:
     subject = cast(fx.Node, node.args[0])
     if not may_be_size(subject):
-        raise TraceError(f"the forward decides by the value of {subject.name}")
+        raise TraceError(f"the forward's control flow depends on the value of {subject.name}")
     if node.target is int:
         return 4
     if node.target is len:
@@ -326,7 +326,7 @@ def _explore(decisions: Sequence[bool], taken: list[bool], node: fx.Node) -> boo
 
 
 def _default_arguments(block: nn.Module, *, optional: bool = False) -> tuple[Any, ...]:
-    """The arguments that have to be given, as symbols, and the defaults of the others; symbols too if `optional`."""
+    """The required arguments as symbols, and the defaults of the others; these are symbols too if `optional`."""
     parameters = inspect.signature(own_forward(block, block)).parameters.values()
     return tuple(
         OPAQUE

@@ -1,7 +1,7 @@
-"""Where a block's code reads something beside its arguments, and what is there: attributes, globals, closures, classes.
+"""Finds the values that a block's code reads besides its arguments: attributes, globals, closures, classes.
 
-What is read is found by name: whatever has a name that appears in the code of the block's class, in functions and
-methods that this code calls, and can be reached from there.
+Values are found by name: everything reachable whose name appears in the code of the block's class, or in functions and
+methods that this code calls.
 """
 
 # pyright: reportPrivateUsage=false
@@ -31,12 +31,12 @@ from stochastic_depth.torch_private import buffer_dict, parameter_dict
 
 _MAX_DEPTH = 4
 _MAX_FUNCTIONS = 256
-# What happens to an object without its method being named.
+# Methods that code calls on an object without naming them.
 _PROTOCOLS = {"__call__", "__getitem__", "__getattr__", "__len__", "__iter__", "__bool__", "__contains__", "__float__"}
 
 
 class Place:
-    """Where code may read a value."""
+    """A place where code may read a value."""
 
     __slots__ = ("_get", "name", "owner")
 
@@ -44,12 +44,12 @@ class Place:
         self._get, self.owner, self.name = get, owner, name
 
     def __call__(self) -> Any:
-        """What is there now; None where nothing is."""
+        """The current value; None if there is none."""
         return self._get(self.owner, self.name)
 
     @property
     def description(self) -> str:
-        """What it is, for messages."""
+        """A description for messages."""
         if self._get is _item:
             return f"the global variable {self.name}"
         if self._get is _content:
@@ -63,12 +63,12 @@ class Place:
 
     @property
     def is_value(self) -> bool:
-        """Whether it is a value that is there, and not which names are."""
+        """Whether it holds a value, and not a list of names."""
         return self._get is not _named and self._get is not _number
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is there: no such variable or attribute."""
+        """Whether there is no such variable or attribute."""
         if self._get is _item:
             return self.name not in self.owner
         if self._get is _content:
@@ -76,7 +76,7 @@ class Place:
         return self._get is _attribute and not hasattr(self.owner, self.name)
 
     def put(self, value: Any, *, empty: bool = False) -> None:
-        """Put a value there, or nothing."""
+        """Set the value, or remove it if `empty`."""
         if not empty:
             _PUT[self._get](self.owner, self.name, value)
         elif self._get is _item:
@@ -112,7 +112,7 @@ def _item(owner: dict[str, Any], name: str) -> Any:
 def _content(owner: types.CellType, _name: str) -> Any:
     try:
         return owner.cell_contents
-    except ValueError:  # It has none yet.
+    except ValueError:  # It has no value yet.
         return None
 
 
@@ -151,19 +151,19 @@ _PUT: dict[Callable[[Any, Any], Any], Callable[[Any, Any, Any], None]] = {
 
 
 class Reads:
-    """The values outside of a call's arguments that a block's code may read: few, so that each call can look at them.
+    """The values besides a call's arguments that a block's code may read: few, so that each call can check them.
 
     Attributes:
-        places: where they are.
-        children: the modules whose calls the block's code makes.
-        may_cache: whether any of them is a function that keeps what it has given (`functools.cache`).
+        places: their places.
+        children: the modules that the block's code calls.
+        may_cache: whether any of them is a cached function (`functools.cache`).
     """
 
     def __init__(self, block: nn.Module, inlined: Collection[str] = (), arguments: Collection[Any] = ()) -> None:
         names, functions = code_of(block, inlined, arguments)
         modules = _with_inlined(block, inlined)
         walk = _Walk(names)
-        # A name that is put together as the code runs may be any.
+        # A name that code computes at run time may be any name.
         is_any = COMPUTED in names
         self._own = tuple(
             [
@@ -202,7 +202,7 @@ class Reads:
         return hash(self.places)
 
     def children_now(self, block: nn.Module) -> tuple[nn.Module | None, ...]:
-        """The modules whose calls the block's code makes, and the inlined ones."""
+        """The modules that the block's code calls, and the inlined ones."""
         children: list[nn.Module | None] = []
         for part in _with_inlined(block, self._inlined) if self._inlined else (block,):
             for child in part.__dict__["_modules"].values():
@@ -212,7 +212,7 @@ class Reads:
         return tuple(children)
 
     def now(self, block: nn.Module) -> tuple[Any, ...]:
-        """What the values are now."""
+        """The current values."""
         state = block.__dict__
         plain = tuple([(name, type(value), value) for name, value in state.items() if is_plain(value)])
         empty = tuple(
@@ -222,7 +222,7 @@ class Reads:
         return (
             plain,
             empty,
-            len(parameters) - len(set(parameters)),  # how many are tied
+            len(parameters) - len(set(parameters)),  # number of tied parameters
             len(state),
             tuple([_quick(state.get(name)) for name in self._own]),
             tuple([_quick(place()) for place in self.places]),
@@ -231,7 +231,7 @@ class Reads:
         )
 
 
-# What code may ask PyTorch for.
+# Settings that code may read from PyTorch.
 _FLAGS: dict[str, Callable[[], Any]] = {
     "get_default_dtype": torch.get_default_dtype,
     "are_deterministic_algorithms_enabled": torch.are_deterministic_algorithms_enabled,
@@ -246,7 +246,7 @@ _FLAGS: dict[str, Callable[[], Any]] = {
 
 
 def _quick(value: Any) -> Any:
-    """`form_of` for what is read with every call: objects count as themselves, what is read of them is looked at."""
+    """`form_of` for values that every call reads: objects count by identity; values read from them are checked."""
     if isinstance(value, PLAIN):
         return value
     if isinstance(value, Tensor):
@@ -288,7 +288,7 @@ def _kind(value: Any) -> Any:
 
 
 class _Walk:
-    """Finds the places from which code with certain names in it may read."""
+    """Finds the places that code with certain names may read."""
 
     def __init__(self, names: frozenset[str]) -> None:
         self.found: dict[Place, None] = {}
@@ -296,14 +296,14 @@ class _Walk:
         self._seen: set[int] = set()
 
     def enter_class(self, kind: type[nn.Module]) -> None:
-        """Look at what code reads of its own class."""
+        """Visit the attributes that code reads from its own class."""
         for part in kind.__mro__:
             if "forward" in vars(part) and part is not nn.Module:
                 self.found[Place(_own, part, "forward")] = None
         self.enter(kind)
 
     def enter_function(self, function: FunctionType) -> None:
-        """Look at what a function reads: global variables, its closure, and default values that may change."""
+        """Visit the values that a function reads: globals, its closure, and mutable defaults."""
         for name in names_of(function.__code__):
             value = function.__globals__.get(name)
             if (value is not None and not name.startswith("__")) or name in globals_of(function.__code__):
@@ -398,7 +398,7 @@ def code_of(
 
 
 def places_of_children(block: nn.Module) -> list[Place]:
-    """Where the code of a block's children reads something outside of them."""
+    """Places outside a block's children that their code reads."""
     found: dict[Place, None] = {}
     children = [child for child in block.modules() if child is not block]
     for kind in dict.fromkeys(map(plain_class, children)):
@@ -501,7 +501,7 @@ def _names_in_code(
 
 
 def _code_in(value: Any, depth: int = 2) -> Iterator[FunctionType | type]:
-    """Functions that a value is, and classes of users' objects whose methods code may call that has the value."""
+    """The function that a value is, or the class of a user's object whose methods code may call."""
     value = getattr(value, "__wrapped__", value) if callable(value) else value
     if isinstance(value, (FunctionType, type)):
         if is_users(value):
@@ -532,13 +532,13 @@ def _methods_of(kinds: Collection[type], names: Collection[str]) -> list[Functio
 
 
 def _function_of(value: Any) -> FunctionType | None:
-    """The function that a method, a property or a decorated method runs."""
+    """The function behind a method, a property or a decorated method."""
     value = getattr(value, "__wrapped__", getattr(value, "fget", None) or getattr(value, "__func__", value))
     return value if isinstance(value, FunctionType) else None
 
 
 def is_users(value: Any) -> bool:
-    """Whether a class, function or module is neither of PyTorch, NumPy nor of Python itself."""
+    """Whether a class, function or module does not belong to PyTorch, NumPy or Python itself."""
     name = getattr(value, "__name__" if isinstance(value, ModuleType) else "__module__", None) or ""
     top = name.partition(".")[0]
     return top not in ("torch", "numpy", "stochastic_depth") and (

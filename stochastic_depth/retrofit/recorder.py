@@ -1,8 +1,8 @@
 """Records a call of a block while its own code runs, as a graph of calls to its children and to PyTorch.
 
-The code sees real tensors: `isinstance`, sizes of intermediate values, the gradient mode, autocast and every decision
-by them are what they are in the call. So a recording holds for calls of the same form, and for no other. Children are
-single calls. What a recording could not repeat is noticed and refused: decisions by the values of tensors, random
+The code sees real tensors, so `isinstance`, sizes of intermediate values, the gradient mode, autocast and all decisions
+that depend on them are those of the call. A recording is valid only for calls of the same form. Children are single
+calls. Code that a recording could not repeat is refused: decisions that depend on the values of tensors, random
 numbers, side effects, tensors of unknown origin.
 """
 
@@ -64,11 +64,11 @@ from stochastic_depth.torch_private import (
 
 @dataclass(frozen=True)
 class Edit:
-    """A change of one call in a run: what the plain reference of a gated block differs in from its own code.
+    """A change of one call in a run, which turns a block's own code into the plain reference with gates.
 
     Attributes:
-        operand: which argument of the call is multiplied; None for its result.
-        weights: by what: a number, or (N,) weights of the samples, or what gives them for a value.
+        operand: the argument of the call to multiply; None for its result.
+        weights: a number, or (N,) weights of the samples, or a function that returns them for a value.
     """
 
     operand: int | None
@@ -78,7 +78,7 @@ class Edit:
         """A value (N, ...) times the weights."""
         weights = self.weights if isinstance(self.weights, (float, int, Tensor)) else self.weights(value)
         if not isinstance(weights, Tensor):
-            # What is not finite stays so times zero; a branch that does not run has no such values.
+            # Infinite values times zero are NaN, but a branch that does not run has no such values.
             return value * weights if weights or value.isfinite().all() else torch.zeros_like(value)
         weights = weights.to(value.device, value.dtype)
         if value.shape[:1] != weights.shape:
@@ -87,7 +87,7 @@ class Edit:
 
 
 Edits = Mapping[int, Sequence[Edit]]
-"""Changes of calls, by the numbers of these; parallel branches may be two operands of one."""
+"""Changes of calls, by the number of the call; parallel branches may be two operands of one call."""
 
 
 @dataclass
@@ -95,12 +95,12 @@ class Run:
     """A run of a block's code.
 
     Attributes:
-        output: what it returned.
-        graph: what it did. Targets are relative to the block; placeholders are the opaque arguments in order. The
+        output: its return value.
+        graph: its operations. Targets are relative to the block; placeholders are the opaque arguments in order. The
             metadata of a node has the number of its `call`, the `shape` of a tensor, and the nodes that it `writes`.
         called: paths of the children, parameters and buffers that were used.
-        stores: plain numbers that the code has set on the block, with what they are now.
-        constants: tensors that were there before and are held by somebody else.
+        stores: plain numbers that the code set on the block.
+        constants: tensors that existed before and that other objects hold.
     """
 
     output: Any
@@ -118,7 +118,7 @@ def run_block(
     edits: Edits | None = None,
     inlined: Collection[str] = (),
 ) -> Run:
-    """Run a stand-in's own code and record what it does.
+    """Run a stand-in's own code and record it.
 
     Args:
         block: from `stand_in`.
@@ -129,8 +129,8 @@ def run_block(
         inlined: paths of the children whose own code is recorded as a part of the block's.
 
     Raises:
-        ChangedObjectError: if the code changes objects that it is given.
-        StoredError: if it leaves something else behind, on the block or on its arguments.
+        ChangedObjectError: if the code changes its arguments.
+        StoredError: if it stores anything else on the block or on its arguments.
         TraceError: if it cannot be recorded for another reason.
     """
     recorder = _Recorder(block, leaves, edits or {}, inlined)
@@ -158,7 +158,7 @@ def run_with_edits(
     edits: Edits,
     inlined: Collection[str] = (),
 ) -> Any:
-    """What a block's own code gives, on the block itself, with some of its calls changed.
+    """The result of a block's own code, on the block itself, with some of its calls changed.
 
     Args:
         block: the block.
@@ -175,12 +175,12 @@ def run_with_edits(
 
 
 def _after(value: Any, _change: Any) -> Any:
-    """A value, after something that has changed it in place."""
+    """A value after an in-place change."""
     return value
 
 
 def _under(target: Callable[..., Any], context: tuple[Any, ...]) -> Callable[..., Any]:
-    """A function, run under gradient and autocast settings of its own."""
+    """A function that runs under its own gradient and autocast settings."""
     grad, device, enabled, dtype = context
 
     def under(*args: Any, **kwargs: Any) -> Any:
@@ -192,7 +192,7 @@ def _under(target: Callable[..., Any], context: tuple[Any, ...]) -> Callable[...
 
 
 class _Graph(fx.Graph):
-    """A graph whose nodes know inside of which inlined children and which checkpoint they were made."""
+    """A graph whose nodes record the inlined children and the checkpoint that they were created in."""
 
     inside: tuple[str, ...] = ()
     checkpoint: int | None = None
@@ -222,7 +222,7 @@ class _Recorder(TorchFunctionMode):
         self._kept = ExitStack()
         self._nodes: dict[int, fx.Node] = {}
         self._objects: dict[int, fx.Node] = {}
-        # Tensors by identity need to stay alive; the version tells of changes in place.
+        # Tensors that are looked up by identity must stay alive; the version shows in-place changes.
         self._alive: list[Any] = []
         self._versions: dict[int, tuple[Tensor, int]] = {}
         self._held: dict[int, tuple[Any, ...]] = {}
@@ -330,7 +330,7 @@ class _Recorder(TorchFunctionMode):
         if id(value) in self._held_objects:
             return self._get_attribute(self._held_objects[id(value)])
         if isinstance(value, nn.Module):
-            raise TraceError("the block passes a module on")
+            raise TraceError("the block passes a module as an argument")
         if tree_leaves(value) != [value]:
             leaves, spec = tree_flatten(value)
             built = self.graph.call_function(_unflatten, cast(Any, ([self._argument(leaf) for leaf in leaves], spec)))
@@ -353,20 +353,20 @@ class _Recorder(TorchFunctionMode):
         )
 
     def check_outside(self) -> None:
-        """Refuse what has moved since the end of the last call that was recorded."""
+        """Raise if a random state has changed since the last recorded call."""
         now = outside(self._generators)
         if differ(self._state, now):
-            raise TraceError("the forward draws random numbers itself, outside of its children")
+            raise TraceError("the forward draws random numbers itself, outside its children")
 
     def _keep(self) -> AbstractContextManager[None]:
-        """Note in which checkpoint the next call is made; within, what it saves is kept."""
+        """Context that records the checkpoint of the next call and keeps its saved tensors."""
         self.graph.checkpoint = self._regions.now()
         return nullcontext() if self.graph.checkpoint is None else kept()
 
     # Calls.
     @contextmanager
     def watching(self, block: nn.Module) -> Generator[None]:
-        """Within, the calls of the block's children and of PyTorch are recorded."""
+        """Context that records the calls of the block's children and of PyTorch's functions."""
         handles: list[Any] = []
         for path, module in block.named_modules():
             if path in self._inlined:
@@ -397,13 +397,13 @@ class _Recorder(TorchFunctionMode):
         self.graph.inside = self.graph.inside[:-1]
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        self._inside += 1  # What is looked at here is no part of the block's code either.
+        self._inside += 1  # Code that runs here is not part of the block's code either.
         if self._inside > 1:
             return None
         self.check_outside()
         keep = self._keep()
         if is_drop_path(module) and any(isinstance(value, float) for value in (*args, *kwargs.values())):
-            raise TraceError("its drop path is given a number with the call, which would be its rate")
+            raise TraceError("its drop path is called with a number, which would be its rate")
         self._kept.enter_context(keep)
         args, kwargs = self._edited(self._num_calls, args, kwargs)
         self._entered = [self._argument(args), self._argument(kwargs), contents_of(self._block, ())]
@@ -420,7 +420,7 @@ class _Recorder(TorchFunctionMode):
             if context == self._base:
                 node = self.graph.call_module(path, args, kwargs)
             else:
-                raise TraceError(f"{path} runs under gradient or autocast settings of its own")
+                raise TraceError(f"{path} runs under its own gradient or autocast settings")
             after = contents_of(self._block, ())
             self.changed_by_children.update(
                 name for name in {**before, **after} if not is_same(before.get(name), after.get(name))
@@ -435,18 +435,20 @@ class _Recorder(TorchFunctionMode):
 
     @property
     def is_inside(self) -> bool:
-        """Whether what runs is a part of a call that is recorded."""
+        """Whether the running code is part of a recorded call."""
         return self._inside > 0
 
     def call_of_object(self, value: Any, name: str, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Record a call of a method of an object that the block is given."""
+        """Record a method call on one of the block's arguments."""
         self._inside += 1
         try:
             self.check_outside()
             nodes, named = self._argument(tuple(args)), self._argument(dict(kwargs))
             output = method(*args, **kwargs)
             if is_value(output):
-                raise TraceError(f"the forward decides by what a {type(value).__name__} holds ({name})")
+                raise TraceError(
+                    f"the forward's control flow depends on the content of a {type(value).__name__} ({name})"
+                )
             node = self.graph.call_function(method_of, (self._objects[id(value)], name, *nodes), named)
             output = self._result(node, output)
             self._state = outside(self._generators)
@@ -469,10 +471,10 @@ class _Recorder(TorchFunctionMode):
         if self._inside:
             return func(*args, **kwargs)
         if name_of_function(func) in ORIGIN:
-            raise TraceError(f"the forward asks where a tensor is stored ({name_of_function(func)})")
+            raise TraceError(f"the forward reads where a tensor is stored ({name_of_function(func)})")
         if is_structure(func):
             if args and id(args[0]) in self._valued and is_size(func):
-                raise TraceError("the forward decides by a size that follows from the values of a tensor")
+                raise TraceError("the forward's control flow depends on a size that depends on the values of a tensor")
             return func(*args, **kwargs)
         self._inside += 1
         try:
@@ -491,7 +493,7 @@ class _Recorder(TorchFunctionMode):
             if is_value(output) or differ(self._state, outside(self._generators)):
                 name = getattr(func, "__name__", str(func))
                 if is_value(output):
-                    raise TraceError(f"the forward decides by the values of a tensor ({name})")
+                    raise TraceError(f"the forward's control flow depends on the values of a tensor ({name})")
                 raise TraceError(f"the forward draws random numbers itself ({name})")
             if target is set_item:
                 output = args[0]
@@ -511,7 +513,7 @@ class _Recorder(TorchFunctionMode):
         return None if target is set_item else result
 
     def _result(self, node: fx.Node, output: Any) -> Any:
-        """What a call has given, bound to its node."""
+        """The result of a call, bound to its node."""
         number = self._num_calls
         self._num_calls += 1
         node.meta["call"] = number
@@ -533,9 +535,9 @@ class _Recorder(TorchFunctionMode):
         return output
 
     def _fresh(self, output: Any, changed: set[int]) -> Any:
-        """The output, with a new tensor in place of one that is known already and was not changed by this call.
+        """The output, with a new tensor instead of a known one that this call did not change.
 
-        What a call passes on beside its output, as attention does with a bias of positions, stays what it is.
+        Values that a call passes on besides its output, as attention does with a position bias, stay the same.
         """
 
         def new(tensor: Tensor) -> Tensor:
@@ -552,10 +554,10 @@ class _Recorder(TorchFunctionMode):
         return output
 
     def end(self, output: Any) -> None:
-        """Record what the forward returns."""
+        """Record the return value of the forward."""
         self.graph.output(self._argument(output))
         for node in reversed(list(self.graph.nodes)):
-            # A checkpoint detaches its inputs, to no end that is seen here.
+            # A checkpoint detaches its inputs, which has no effect here.
             does_nothing = "call" not in node.meta or getattr(node.target, "__name__", node.target) == "detach"
             if not node.users and does_nothing and node.op not in ("placeholder", "output"):
                 self.graph.erase_node(node)

@@ -1,4 +1,4 @@
-"""How a model was called: small examples, on which what comes out of it after training is checked."""
+"""Remembers small example calls of a model, on which results after training are checked."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MOST_KEPT = 64 * 2**20
 class RememberedCalls:
     """The arguments of a model's first forward in each mode, copied; large ones cut to two samples.
 
-    They stay in this process: copies and files of the model, which may go to others, hold none.
+    They stay in this process: copies and pickles of the model, which may be shared, contain none.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class RememberedCalls:
 
     @contextmanager
     def paused(self) -> Generator[None]:
-        """Within, nothing is remembered: the calls are trials."""
+        """Context in which calls are not remembered, because they are trials."""
         self._is_paused = True
         try:
             yield
@@ -45,22 +45,22 @@ class RememberedCalls:
 
     @eager
     def note(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Remember a call of the root that has succeeded, if it is the first in its mode."""
+        """Remember a successful call of the root, if it is the first in its mode."""
         if root.training in self._calls or self._is_paused or torch.compiler.is_exporting() or torch.jit.is_tracing():
             return
         if is_capturing():
             return
-        # Neither counters of operations nor inference mode have anything to do with the copies.
+        # Counters of operations and inference mode must not affect the copies.
         with disable_current_modes(), torch.inference_mode(False), torch.no_grad():
             self._calls[root.training] = _copied(args, kwargs)
 
     def evaluation_first(self) -> list[Call]:
-        """The calls: that of evaluation, and that of training."""
+        """The calls: first evaluation, then training."""
         return [call for mode in (False, True) if (call := self._calls.get(mode)) is not None]
 
 
 def _copied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-    """The arguments, cut and copied; None where they are too large or hold more than tensors and plain values."""
+    """The arguments, cut and copied; None if they are too large or contain more than tensors and plain values."""
     leaves, structure = tree_flatten((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if not tensors or not all(_is_copyable(leaf) for leaf in leaves):

@@ -1,4 +1,4 @@
-"""Rewrites the recording of a block: every gated branch goes behind its gate, and the rest stays as it was."""
+"""Rewrites the recording of a block: every gated branch goes behind its gate; the rest stays the same."""
 
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
@@ -38,14 +38,14 @@ from stochastic_depth.retrofit.sums import (
 
 
 class GatedUse(NamedTuple):
-    """Where a gated branch stands in a recording.
+    """The place of a gated branch in a recording.
 
     Attributes:
         key: which of the known branches it is.
         call: number of the call that the plain reference changes: the sum, or the drop path.
-        operand: which argument of that call is the branch's output; None where it is the result.
-        scale: what the block's own code multiplies that by where nothing is dropped.
-        cause: why the branch is masked; empty where it is skipped.
+        operand: index of the branch's output among the arguments of that call; None if it is the result.
+        scale: factor in the block's own code if nothing is dropped.
+        cause: why the branch is masked; empty if it is skipped.
     """
 
     key: Key
@@ -67,9 +67,9 @@ class Rewritten(NamedTuple):
     """The rewritten recording of a block.
 
     Attributes:
-        code: its forward, taking the block and its opaque arguments, with every gated branch behind its gate.
-        uses: where the gated branches stand.
-        ungated: of each addition that was not found before the call, and always runs, what it uses.
+        code: its forward, which takes the block and its opaque arguments, with every gated branch behind its gate.
+        uses: places of the gated branches.
+        ungated: for each addition that was not found before the call, and always runs, what it uses.
     """
 
     code: Code
@@ -84,11 +84,11 @@ def rewrite(graph: fx.Graph, block: nn.Module, gates: BlockGates, granularity: s
         graph: the recording of a call; it is changed.
         block: the block or its stand-in, for the kinds of its children.
         gates: the block's branches.
-        granularity: "sample" where a branch runs on some of the samples.
+        granularity: "sample" if a branch runs on some of the samples.
 
     Raises:
-        CutError: if a branch that is no drop path's cannot be separated, or is not there although what it uses is.
-        TraceError: if the code cannot be written.
+        CutError: if a branch without a drop path cannot be separated, or is missing although its parameters are used.
+        TraceError: if the code cannot be generated.
     """
     functional = put_functional(graph, block)
     _check_rates(functional, gates)
@@ -98,7 +98,7 @@ def rewrite(graph: fx.Graph, block: nn.Module, gates: BlockGates, granularity: s
     identities = {key: identity(residual, block) for key, residual in sums.items()}
     matched = match(identities, gates.known)
     met = {(key[0], gates.known[key]) for key in matched.values()}
-    # A drop path whose uses are the same, in a loop, may be used less often.
+    # A drop path with equal uses, in a loop, may be used less often.
     missing = [
         key
         for key in gates.gated
@@ -181,7 +181,7 @@ def _of(key: Key) -> str:
 
 
 def _reference(residual: Sum | None, call: fx.Node | None) -> tuple[int, int | None, float]:
-    """Which call the plain reference changes, which of its arguments, and what is multiplied there anyway."""
+    """The call that the plain reference changes, the argument, and the factor that is there anyway."""
     if call is not None:
         return call.meta["call"], None, call.meta.get("scale", 1.0)
     assert residual is not None
@@ -243,13 +243,13 @@ def _check_samples(branch: cuts.Branch, shortcut: fx.Node) -> None:
         CutError: if it cannot.
     """
     if "samples" not in shortcut.meta:
-        raise CutError("its code is another for another number of samples")
+        raise CutError("its code changes with the number of samples")
     if not shortcut.meta["samples"]:
-        raise CutError("the first dimension of what the branch is added to is not one of samples")
+        raise CutError("the first dimension of the branch's shortcut is not the samples")
     num_samples = shortcut.meta["shape"][0]
     for node in branch.inputs:
         if node.meta.get("called"):
-            raise CutError("it keeps what belongs to samples in an object that it is given, such as a cache")
+            raise CutError("it stores values of samples in one of its arguments, such as a cache")
         shape = cast("tuple[int, ...]", node.meta.get("shape", (0,)))
         if node.meta.get("samples") and shape[0] != num_samples:
             raise CutError(
@@ -279,7 +279,7 @@ def _branch_graph(branch: cuts.Branch, residual: Sum) -> fx.Graph:
 
 
 def _mask(call: fx.Node, key: Key, gates: BlockGates) -> None:
-    """Put the mask in place of a drop path."""
+    """Replace a drop path by its mask."""
     call.op, call.target = "call_function", make_mask(key, gates)
     call.args = (call.args[0] if call.args else next(iter(call.kwargs.values())),)
     call.kwargs = {}
@@ -287,7 +287,7 @@ def _mask(call: fx.Node, key: Key, gates: BlockGates) -> None:
 
 
 def _mask_operand(residual: Sum, key: Key, gates: BlockGates) -> None:
-    """Mask the branch's output where it is added."""
+    """Mask the branch's output at its addition."""
     with residual.add.graph.inserting_before(residual.add):
         output = residual.add.graph.call_function(make_mask(key, gates), (residual.output,))
     output.meta["takes_block"] = True

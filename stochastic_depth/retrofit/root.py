@@ -18,16 +18,16 @@ def _plain_call(root: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 class StochasticRoot(nn.Module):
-    """Behaviour of the module that `make_stochastic_` was called with.
+    """Behavior of the module that `make_stochastic_` was called with.
 
-    It is the call that is a pass, not `forward`, which users and accelerate replace in the instance.
+    The call is the pass, not `forward`, because users and accelerate replace `forward` on the instance.
     """
 
     _stochastic_depth: Controller
 
     @partial(graph_break, recursive=False, exported=_plain_call)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The call of the plain module; what is called within belongs to one pass."""
+        """Call the plain module; all calls inside belong to one pass."""
         scope = self._stochastic_depth.scope(self.training, self.__dict__.pop(_RESERVED, None))
         if scope is None:
             return super().__call__(*args, **kwargs)

@@ -1,7 +1,8 @@
-"""What a drop path is: which modules of other libraries multiply a residual branch by a random gate, and how.
+"""Rules of drop paths: which modules of other libraries multiply a residual branch by a random gate, and how.
 
 A module is a drop path if its class is called `DropPath`, `StochasticDepth`, or ends in one of these names, as in timm,
-torchvision, transformers (`BeitDropPath`, ...) and the DINO family; or if its class was told to `register_drop_path`.
+torchvision, transformers (`BeitDropPath`, ...) and the DINO family; or if its class was registered with
+`register_drop_path`.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ _RATES = ("drop_prob", "p", "drop_rate", "drop_path_rate", "prob")
 
 @dataclass(frozen=True)
 class DropPathRule:
-    """What a drop path does to a branch in training.
+    """How a drop path gates a branch in training.
 
     Attributes:
-        drop_rate: the chance that a gate is closed.
-        rescale: "train" where it divides what is kept by the survival probability, else "none".
-        granularity: "sample" where each sample has a gate of its own, "batch" where all share one.
+        drop_rate: probability that a gate is closed.
+        rescale: "train" if it divides kept values by the survival probability, else "none".
+        granularity: "sample" for one gate per sample, "batch" if all samples share one.
     """
 
     drop_rate: float
@@ -41,7 +42,7 @@ _registered: dict[type[nn.Module], Callable[[Any], DropPathRule]] = {}
 
 
 def register_drop_path(cls: type[nn.Module], rule: Callable[[Any], DropPathRule]) -> None:
-    """Tell `make_stochastic_` that modules of a class are drop paths.
+    """Register a class of drop paths for `make_stochastic_`.
 
     Args:
         cls: the class; its subclasses count too.
@@ -67,7 +68,7 @@ def drop_path_rule(module: nn.Module) -> DropPathRule | None:
     """The rule of a module that is a drop path, None for every other module.
 
     Raises:
-        ValueError: if it looks like a drop path whose rate cannot be read.
+        ValueError: if it looks like a drop path but its rate cannot be read.
     """
     kind = plain_class(module)
     for cls in kind.__mro__:
@@ -83,7 +84,7 @@ def drop_path_rule(module: nn.Module) -> DropPathRule | None:
             return None  # A wrapper of a whole branch, or a network that bears the name.
         raise ValueError(
             f"{name} looks like a drop path, but has none of the attributes {', '.join(_RATES)} for its rate. "
-            "Tell what it does by stochastic_depth.register_drop_path."
+            "Register it with stochastic_depth.register_drop_path."
         )
     granularity: Granularity = "batch" if attributes.get("mode") == "batch" else "sample"
     rescale: Literal["train", "none"] = "train" if attributes.get("scale_by_keep", True) else "none"

@@ -1,4 +1,4 @@
-"""Runs a branch without data, to know its shapes, and which inputs are samples, before its first real run.
+"""Runs a branch without data before its first real run, to get its shapes and the inputs that hold samples.
 
 Callers wrap it into `attribution.dry_run`.
 """
@@ -22,7 +22,7 @@ Function = Callable[..., Any]
 
 @eager
 def output_without_data(function: Function, block: nn.Module, inputs: Sequence[Any]) -> Any:
-    """What a branch gives for these inputs, its tensors on the meta device."""
+    """The output of a branch for these inputs, with tensors on the meta device."""
     return function(evaluating_(without_data(block)), *[tensor_without_data(value) for value in inputs])
 
 
@@ -30,27 +30,27 @@ def output_without_data(function: Function, block: nn.Module, inputs: Sequence[A
 def samples_among(
     function: Function, block: nn.Module, inputs: Sequence[Any], kinds: Sequence[bool | None], num_samples: int
 ) -> list[bool]:
-    """Which inputs of a branch have a first dimension of samples.
+    """The inputs of a branch whose first dimension is the samples.
 
-    An argument whose first dimension happens to be N long may hold samples, or not (a bias per head, with as many heads
-    as samples). It is tried: with one sample more the branch can run in one of the two cases only.
+    An argument whose first dimension has length N may hold samples or not (a bias per head, with as many heads as
+    samples). A trial decides: with one more sample, the branch can run in only one of the two cases.
 
     Args:
         function: the branch, which takes the block and the inputs.
         block: the block.
         inputs: all inputs of the branch.
-        kinds: for each whether it holds samples, None where that is unknown.
+        kinds: for each input, whether it holds samples; None if unknown.
         num_samples: N.
 
     Raises:
-        RuntimeError: if it cannot be told, or an input that holds samples does not have N of them.
+        RuntimeError: if this cannot be determined, or an input that holds samples does not have N of them.
     """
     lengths = [value.shape[0] if isinstance(value, Tensor) and value.dim() else None for value in inputs]
     for length, kind in zip(lengths, kinds, strict=True):
         if kind and length not in (num_samples, None):
             raise RuntimeError(
-                f"An input of the branch has {length} entries, where the shortcut has {num_samples} samples. "
-                "With granularity='batch' that is no obstacle."
+                f"An input of the branch has {length} entries, but the shortcut has {num_samples} samples. "
+                "granularity='batch' does not need them to agree."
             )
     unknown = [
         index
@@ -84,10 +84,10 @@ def samples_among(
 def _samples_by_influence(
     function: Function, block: nn.Module, inputs: Sequence[Any], possible: Sequence[list[bool]]
 ) -> list[bool]:
-    """Where shapes leave several possibilities open: an entry of samples changes its own sample's output only.
+    """Decide by influence if shapes are ambiguous: an entry per sample changes only this sample's output.
 
-    Of the block a copy with random parameters is run, whose branch cannot happen to give zeros. An entry of whole
-    numbers, such as positions, is read backwards, so that the block can still take them.
+    This runs a copy of the block with random parameters, whose branch is not zero by chance. Entries of whole numbers,
+    such as positions, are reversed, so that they stay valid.
     """
     undecided = [index for index in range(len(inputs)) if len({guess[index] for guess in possible}) > 1]
     others = {
@@ -103,8 +103,8 @@ def _samples_by_influence(
     ):
         shapes = [tuple(value.shape) for value in inputs if isinstance(value, Tensor)]
         raise RuntimeError(
-            f"It cannot be told which of the branch's inputs, of shapes {shapes}, "
-            "hold one entry per sample. Use another batch size, or granularity='batch'."
+            f"It is unknown which of the branch's inputs, of shapes {shapes}, "
+            "have one entry per sample. Use another batch size, or granularity='batch'."
         )
     generator = torch.Generator().manual_seed(0)
 

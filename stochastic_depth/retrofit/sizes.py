@@ -1,4 +1,4 @@
-"""Plain values in a recording: sizes, types and devices of tensors, and what is computed from them alone."""
+"""Plain values in a recording: sizes, types and devices of tensors, and values computed from them alone."""
 
 from __future__ import annotations
 
@@ -60,18 +60,18 @@ def size_value(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     if node in values:
         return values[node]
     if node.op not in ("call_function", "call_method") or not (is_size(node) or node.target in (bool, len)):
-        raise TraceError(f"the forward decides by the value of {node.name}")
+        raise TraceError(f"the forward's control flow depends on the value of {node.name}")
     args = fx.map_arg(node.args, lambda argument: size_value(argument, values))
     kwargs = fx.map_arg(node.kwargs, lambda argument: size_value(argument, values))
     if node.target is bool and isinstance(args[0], Tensor):
-        raise TraceError("the forward decides by the values of a tensor")
+        raise TraceError("the forward's control flow depends on the values of a tensor")
     if node.op == "call_method":
         return getattr(args[0], cast(str, node.target))(*args[1:], **kwargs)
     return cast("Callable[..., Any]", node.target)(*args, **kwargs)
 
 
 def decide_by(leaves: Sequence[Any], node: fx.Node) -> Any:
-    """The value of a node that a forward decides by, in a call with these opaque arguments.
+    """The value of a node that the control flow depends on, in a call with these opaque arguments.
 
     Raises:
         TraceError: if it depends on more than their sizes.

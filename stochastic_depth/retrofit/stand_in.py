@@ -1,8 +1,8 @@
 """Stand-ins for a block: the same code on private state, so that running it leaves no trace on the block.
 
 A stand-in shares nothing that a forward may change: attributes are copied one level deep, buffers are cloned, hooks are
-left out, and parameters are either the block's own or random ones. Random ones are better for a comparison: a branch
-that contributes nothing at initialization (a LayerScale of zero) would hide every difference.
+left out, and parameters are either the block's own or random. Random ones are better for a comparison, because a branch
+that contributes nothing at initialization (a LayerScale of zero) would hide differences.
 """
 
 # pyright: reportPrivateUsage=false
@@ -50,7 +50,7 @@ _MAX_RANDOM = 2**16
 def stand_in(block: nn.Module, *, own_parameters: bool = False) -> nn.Module:
     """A module that runs the block's code on private state.
 
-    Drop paths inside pass on what they are given, and BatchNorm uses its running statistics.
+    Drop paths inside return their input, and BatchNorm uses its running statistics.
 
     Args:
         block: the block, plain or stochastic.
@@ -99,11 +99,11 @@ def stand_in(block: nn.Module, *, own_parameters: bool = False) -> nn.Module:
             new.__dict__["_stochastic_depth_branch"] = None
         new.__dict__.pop("_stochastic_depth", None)
         if getattr(plain, "gradient_checkpointing", None) is not None:
-            # Layers of transformers checkpoint their own forward; what is run here is what they checkpoint.
+            # Layers of transformers checkpoint their own forward; the checkpointed code runs here.
             new.__dict__["gradient_checkpointing"] = False
         for name in HOOKS:
             new.__dict__[name] = OrderedDict[Any, Any]()
-        # Those of PyTorch's own that compute a weight before each call: weight_norm, spectral_norm, pruning.
+        # PyTorch's hooks that compute a weight before each call: weight_norm, spectral_norm, pruning.
         for number, hook in pre_hook_dict(module).items():
             if type(hook).__module__.startswith("torch.nn.utils"):
                 pre_hook_dict(new)[number] = hook
@@ -131,7 +131,7 @@ def stand_in(block: nn.Module, *, own_parameters: bool = False) -> nn.Module:
 
 @contextmanager
 def untouched(model: nn.Module) -> Generator[None]:
-    """Within, the modules of a model have copies of their attributes, which code may change; afterwards, their own."""
+    """Context in which the modules of a model have copies of their attributes, which code may change."""
     memo: dict[int, Any] = {}
     before = [(module, dict(module.__dict__), dict(buffer_dict(module))) for module in model.modules()]
     for module, own, _ in before:
@@ -150,7 +150,7 @@ _NOT_COPIED = {*TENSORS_AND_CHILDREN, "_non_persistent_buffers_set", "training",
 
 
 def copied(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Attributes of a module, whose structures and plain objects are copies, in which code may count or collect."""
+    """Attributes of a module with copied structures and plain objects, which code may change."""
     memo: dict[int, Any] = {}
     return {name: _private_copy(value, memo) for name, value in attributes.items()}
 
@@ -178,7 +178,7 @@ def _private_copy(value: Any, memo: dict[int, Any], depth: int = 4) -> Any:
     elif depth and is_data(value):
         try:
             made = memo[id(value)] = copy.copy(value)
-        except Exception:  # A socket, a process: what cannot be copied is used as it is.
+        except Exception:  # A socket or a process cannot be copied and is used as it is.
             return value
         for name, item in vars(value).items():
             object.__setattr__(made, name, _private_copy(item, memo, depth - 1))
@@ -186,7 +186,7 @@ def _private_copy(value: Any, memo: dict[int, Any], depth: int = 4) -> Any:
 
 
 def is_data(value: Any) -> bool:
-    """Whether an object is one of the user's that holds data, such as a config or a counter."""
+    """Whether a user's object holds data, such as a config or a counter."""
     kind = cast("type[Any]", type(value))
     return (
         hasattr(value, "__dict__")
@@ -198,7 +198,7 @@ def is_data(value: Any) -> bool:
 
 
 def snapshot(value: Any, depth: int = 4) -> Any:
-    """What a structure or a plain object holds now, to be compared with what it holds later."""
+    """The current content of a structure or a plain object, to compare with its later content."""
     kind = type(value)
     if depth and kind in (list, tuple, deque):
         return kind, [snapshot(item, depth - 1) for item in value]
@@ -232,7 +232,7 @@ def _data_of(parameter: nn.Parameter, *, clone: bool) -> Tensor:
 
 
 def _awake(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Random values in the form of a parameter; the parameter's own where it is large and not zero."""
+    """Random values with a parameter's form; the parameter's own values if it is large and not zero."""
     plain = type(tensor) is Tensor and not _has_no_data(tensor)
     if plain and (not tensor.is_floating_point() or (tensor.numel() > _MAX_RANDOM and bool(tensor.any()))):
         return tensor
@@ -246,13 +246,13 @@ def _awake(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def uniform(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Uniform numbers, also where what runs is held still (`quiet`)."""
+    """Uniform random numbers, even under `quiet`."""
     with without_torch_function():
         return torch.empty(shape).uniform_(generator=generator)
 
 
 def sample_leaf(value: Any, rows: Tensor | None) -> Any:
-    """A private copy of an argument of a call: some of its samples, or all of them.
+    """A private copy of an argument: some of its samples, or all of them.
 
     Args:
         value: the argument.
@@ -274,9 +274,9 @@ def sample_leaf(value: Any, rows: Tensor | None) -> Any:
 
 
 def _different(samples: Tensor) -> Tensor:
-    """Samples of which no two are equal, where they have values that can be changed a little.
+    """The samples, made different from each other if their values can be changed a little.
 
-    What mixes samples would not be seen on equal ones.
+    On equal samples, code that mixes samples would not be noticed.
     """
     if samples.dtype is torch.bool and (samples.all() or not samples.any()):
         return samples ^ (uniform(samples.shape, torch.Generator().manual_seed(3)) < 0.25).to(samples.device)
@@ -290,7 +290,7 @@ def _different(samples: Tensor) -> Tensor:
     flat = samples.reshape(len(samples), -1).double().nan_to_num()
     if torch.pdist(flat[:, :4096].cpu()).min() > 0:
         return samples
-    # Not what is infinite or stands for it, as in the mask of an attention.
+    # Not infinite values or their substitutes, as in an attention mask.
     ordinary = samples.abs() < _LARGE
     generator = torch.Generator().manual_seed(3)
     noise = (2 * uniform(samples.shape, generator) - 1).to(samples.device, samples.dtype)

@@ -1,4 +1,4 @@
-"""The branches in a recording of a block: which sums they end in, what identifies each, where its parameters are."""
+"""The branches in a recording of a block: their sums, identities and parameters."""
 
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
@@ -19,15 +19,15 @@ Key = tuple[str, int]
 """A branch of a block: the path of its drop path, `FUNCTIONAL` for a function, "" for a plain addition; and which of
 its uses, from 0."""
 Identity = frozenset[str]
-"""What a branch is known by wherever it stands in the code: paths of the children and parameters that it uses."""
+"""Identifies a branch anywhere in the code: paths of the children and parameters that it uses."""
 
 
 class DropPaths(tuple[str, ...]):
-    """Paths of a block's drop paths whose calls are branches, none where additions are; and what is known of both.
+    """Paths of a block's drop paths whose calls are branches, empty if the branches are additions; and more.
 
     Attributes:
-        known: what identifies each branch.
-        inlined: paths of the children whose own code is read as a part of the block's.
+        known: the identity of each branch.
+        inlined: paths of the children whose own code is read as part of the block's code.
     """
 
     known: Mapping[Key, Identity]
@@ -36,7 +36,7 @@ class DropPaths(tuple[str, ...]):
     def __new__(
         cls, paths: Sequence[str] = (), known: Mapping[Key, Identity] | None = None, inlined: Sequence[str] = ()
     ) -> DropPaths:
-        """The paths, with what is known of their branches."""
+        """The paths, with their branches' identities."""
         made = super().__new__(cls, paths)
         made.known = known or {}
         made.inlined = tuple(inlined)
@@ -44,30 +44,30 @@ class DropPaths(tuple[str, ...]):
 
 
 def inlined_of(drop_paths: Sequence[str]) -> tuple[str, ...]:
-    """Paths of the children whose own code is read as a part of their block's."""
+    """Paths of the children whose own code is read as part of their block's code."""
     return drop_paths.inlined if isinstance(drop_paths, DropPaths) else ()
 
 
 class BranchParts(nn.Module):
-    """Holds the parameters of a branch of a foreign block: whole modules, and single parameters of the block.
+    """Holds the parameters of a branch in another library's block: whole modules and single parameters of the block.
 
     Args:
         block: the block.
         members: paths of the modules.
-        direct: paths of the parameters. They are looked up when they are asked for: `to_empty`, FSDP and loading with
+        direct: paths of the parameters. They are looked up at each access, because `to_empty`, FSDP and loading with
             `assign` replace them.
     """
 
     def __init__(self, block: nn.Module, members: Sequence[str] = (), direct: Sequence[str] = ()) -> None:
         super().__init__()
         self.paths = Paths(tuple(members), tuple(direct))
-        self._block = [block]  # In a list, so that it is no child.
+        self._block = [block]  # In a list, so that it is not a child.
         self.members = nn.ModuleList()
         self.direct = [path.rpartition(".")[::2] for path in direct]
         self.refresh()
 
     def refresh(self) -> None:
-        """Look the modules up again: adapters and conversions replace them."""
+        """Look up the modules again, because adapters and conversions replace them."""
         now = [module for path in self.paths.members if (module := _submodule(self._block[0], path)) is not None]
         if len(now) != len(self.members) or any(a is not b for a, b in zip(now, self.members, strict=True)):
             self.members = nn.ModuleList(now)
@@ -75,7 +75,7 @@ class BranchParts(nn.Module):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters of all members where `recurse`, and the single ones."""
+        """The single parameters and, with `recurse`, those of all members."""
         yield from super().named_parameters(prefix, recurse, remove_duplicate)
         for path, name in self.direct:
             holder = _submodule(self._block[0], path)
@@ -92,9 +92,9 @@ def _submodule(block: nn.Module, path: str) -> nn.Module | None:
 
 
 def find_sums(graph: fx.Graph, block: nn.Module, drop_paths: Sequence[str]) -> dict[Key, Sum | CutError]:
-    """The branches in a recording of a block: of its drop paths, or without any of all residual additions.
+    """The branches in a recording of a block: those of its drop paths or, without drop paths, all residual additions.
 
-    What cannot be separated has the reason in place of its sum.
+    A branch that cannot be separated has the reason instead of its sum.
     """
     cuts.name_values_changed_in_place(graph, block)
     cuts.spell_out_additions(graph, block)
@@ -114,7 +114,7 @@ def find_sums(graph: fx.Graph, block: nn.Module, drop_paths: Sequence[str]) -> d
 
 
 def _broadcasts(residual: Sum) -> bool:
-    """Whether a sum is known to have another shape than its shortcut, which cannot stand for it then."""
+    """Whether a sum is known to have another shape than its shortcut, which then cannot replace it."""
     shortcut = None if residual.shortcut is None else residual.shortcut.meta.get("shape")
     return shortcut is not None and shortcut != residual.add.meta.get("shape", shortcut)
 
@@ -129,7 +129,7 @@ def known_sums(graph: fx.Graph, block: nn.Module, drop_paths: Sequence[str]) -> 
     found = {matched[key]: residual for key, residual in sums.items() if key in matched}
     missing = {key: paths for key, paths in known.items() if key[0] and key not in found}
     if missing:
-        # Drop paths that are called in training only: their sums are found by what the branches use.
+        # Drop paths that are called in training only: their sums are matched by what the branches use.
         found.update({key: residual for key, (_, residual) in additions_of(graph, block, missing).items()})
     return found
 
@@ -165,7 +165,7 @@ def calls_of(graph: fx.Graph, drop_paths: Sequence[str]) -> dict[Key, fx.Node]:
 
 
 def identity(residual: Sum | CutError, block: nn.Module) -> Identity:
-    """What identifies a branch; nothing where it cannot be separated."""
+    """The identity of a branch; empty if it cannot be separated."""
     if isinstance(residual, CutError):
         return frozenset()
     nodes = cuts.cut(residual, block).nodes
@@ -177,10 +177,10 @@ def identity(residual: Sum | CutError, block: nn.Module) -> Identity:
 
 
 def match(recorded: Mapping[Key, Identity], known: Mapping[Key, Identity]) -> dict[Key, Key]:
-    """Which known branch each branch of a recording is.
+    """Match each branch of a recording with a known branch.
 
-    Branches of one drop path, and plain additions, are told apart by what they use, and only where that is the same by
-    their order. What has nothing in common with a known branch is none of them.
+    Branches of one drop path, and plain additions, are distinguished by what they use and, if that is equal, by their
+    order. A branch that has nothing in common with a known one is unknown.
     """
     matched: dict[Key, Key] = {}
     for path in dict.fromkeys(key[0] for key in recorded):
@@ -197,7 +197,7 @@ def match(recorded: Mapping[Key, Identity], known: Mapping[Key, Identity]) -> di
                 taken.add(b)
         alone = [key for key in here if key not in matched]
         if path and len(here) == len(there) == 1 and alone:
-            matched[here[0]] = there[0]  # The only use of a drop path is that use, whatever it uses now.
+            matched[here[0]] = there[0]  # If a drop path has only one use, it matches, whatever the branch uses now.
     return matched
 
 
@@ -206,14 +206,14 @@ def _distance(a: Identity, b: Identity, of: Key, to: Key) -> tuple[float, int]:
 
 
 class Paths(NamedTuple):
-    """Where the parameters of a branch are: children that only branches call, and single parameters."""
+    """Paths of a branch's parameters: children that only branches call, and single parameters."""
 
     members: tuple[str, ...]
     direct: tuple[str, ...]
 
 
 def paths_of(branches: Mapping[Key, cuts.Branch]) -> dict[Key, Paths]:
-    """Where the parameters of each branch of a recording are. A child that several branches call is a part of each."""
+    """Paths of the parameters of each branch of a recording. A child that several branches call is part of each."""
     if not branches:
         return {}
     inner = {node for branch in branches.values() for node in branch.nodes}

@@ -1,4 +1,4 @@
-"""Symbols: what a block's code sees in place of tensors and sizes while it is traced."""
+"""Symbols that a block's code sees instead of tensors and sizes while it is traced."""
 
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
@@ -21,18 +21,18 @@ from stochastic_depth.retrofit.errors import TraceError
 from stochastic_depth.retrofit.sizes import is_size
 
 Decide = Callable[[fx.Node], Any]
-"""Gives the value of a node that the code decides by."""
+"""Returns the value of a node that the control flow depends on."""
 
 
 def context() -> tuple[Any, ...]:
-    """The settings that a part of a forward may have of its own: autocast and gradients."""
+    """The settings that a part of a forward may change: autocast and gradients."""
     return torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_grad_enabled()
 
 
 class _Symbol(fx.Proxy):
-    """Stands for a tensor, or for a number that follows from sizes, and answers as one would.
+    """Stands for a tensor, or for a number computed from sizes, and behaves like one.
 
-    `x += y` is recorded as the change in place that it is; `fx.Proxy` takes it for `x = x + y`.
+    `x += y` is recorded as an in-place change; `fx.Proxy` would record `x = x + y`.
     """
 
     _is_param = False
@@ -44,7 +44,7 @@ class _Symbol(fx.Proxy):
 
     @property
     def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
-        # Only where code asks. PyTorch's own C++ would believe it, and take a symbol for a tensor in memory.
+        # Only for Python code. PyTorch's C++ would treat the symbol as a tensor in memory.
         code = sys._getframe(1).f_code  # pyright: ignore[reportPrivateUsage]
         if code.co_filename.startswith(_TORCH) and code.co_filename not in _ASKING:
             return _Symbol
@@ -62,22 +62,22 @@ class _Symbol(fx.Proxy):
         return float(int(self))
 
     def __len__(self) -> int:
-        # The error by which `(*shape, 1)` goes on without a hint; that of `fx.Proxy` would end it.
-        raise TypeError("the forward asks for a length")
+        # With this error, `(*shape, 1)` continues without a length hint; the error of `fx.Proxy` would end it.
+        raise TypeError("the forward calls len()")
 
     def __hash__(self) -> int:
         return id(self)
 
 
-# What every size is taken to be where code wants numbers, only to see which way it goes; and every type and device
-# where PyTorch takes no symbol for one.
+# Guesses for all sizes if code needs numbers, only to find its path; and for types and devices if PyTorch accepts no
+# symbols for them.
 _GUESS = 4
 _GUESSES = {"ndim": _GUESS, "dtype": torch.float32, "device": torch.device("cpu")}
 
 
 @functools.cache
 def _takes_symbols() -> bool:
-    """Whether PyTorch's functions take symbols for sizes, types and devices; through 2.8 they do not."""
+    """Whether PyTorch's functions accept symbols for sizes, types and devices; up to 2.8 they do not."""
     x = GraphAppendingTracer(fx.Graph()).create_proxy("placeholder", "x", (), {})
     try:
         torch.empty([x.shape[0]], dtype=x.dtype, device=x.device)  # pyright: ignore
@@ -87,7 +87,7 @@ def _takes_symbols() -> bool:
 
 
 class SymbolsForNoise(TorchFunctionMode):
-    """Within, what a functional drop path fills with noise is a symbol, where its guessed size has made it a tensor."""
+    """Context in which a functional drop path's noise is a symbol even if guessed sizes made it a tensor."""
 
     def __init__(self, tracer: BlockTracer) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class SymbolsForNoise(TorchFunctionMode):
 
 
 def _made_tensor() -> None:
-    """Stands for a tensor that code has made of sizes that were guessed."""
+    """Stands for a tensor that code made from guessed sizes."""
 
 
 def _is_part(node: fx.Node) -> bool:
@@ -120,7 +120,7 @@ def _is_plain_number(node: fx.Node) -> bool:
 def _record_in_place(method: str) -> None:
     def changed(symbol: _Symbol, other: Any) -> Any:
         if is_size(symbol.node):
-            return NotImplemented  # A number is not changed: Python goes on with `x = x + y`.
+            return NotImplemented  # A number is not changed in place: Python continues with `x = x + y`.
         return symbol.tracer.create_proxy("call_function", getattr(operator, method), (symbol, other), {})
 
     setattr(_Symbol, f"__{method}__", changed)
@@ -131,7 +131,7 @@ for _method in ("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imo
 
 
 class BlockTracer(GraphAppendingTracer):
-    """Appends to a graph. Unlike `fx.Tracer`, it patches nothing that other threads use."""
+    """Appends to a graph. Unlike `fx.Tracer`, it does not patch anything that other threads use."""
 
     def __init__(self, conditions: list[tuple[fx.Node, Any]], decide: Decide, *, guess_sizes: bool) -> None:
         super().__init__(fx.Graph())
@@ -151,42 +151,42 @@ class BlockTracer(GraphAppendingTracer):
         return self._attributes[id(tensor)]
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        """The symbol of a node; a number where sizes are guessed."""
+        """The symbol of a node; a number if sizes are guessed."""
         if self.guess_sizes and is_size(node) and _is_plain_number(node) and not _is_part(node):
             return cast(fx.Proxy, _GUESS)
         return _Symbol(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """A new node, which knows inside of which inlined children it was made."""
+        """A new node, which records the inlined children that it was created in."""
         if self.expected_state and context() != self.expected_state:
-            raise TraceError("a part of the forward runs under autocast or gradient settings of its own")
+            raise TraceError("a part of the forward runs under its own autocast or gradient settings")
         node = super().create_node(*args, **kwargs)
         if self.inside:
             node.meta["inlined"] = self.inside
         return node
 
     def create_arg(self, a: Any) -> Any:
-        """What an argument is in the graph."""
+        """The argument in the graph."""
         if isinstance(a, fx.Proxy):
             return a.node
         if isinstance(a, Tensor):
             if id(a) not in self.buffers and self.guess_sizes:
                 return self.create_node("call_function", _made_tensor, (), {})
             if id(a) not in self.buffers:
-                raise TraceError("the forward makes a tensor, or holds one, that is neither parameter nor buffer")
+                raise TraceError("the forward creates or holds a tensor that is neither a parameter nor a buffer")
             return self.create_node("get_attr", self.buffers[id(a)], (), {})
         if isinstance(a, nn.Module):
-            raise TraceError("the block passes a module on")
+            raise TraceError("the block passes a module as an argument")
         if dataclasses.is_dataclass(a) and not isinstance(a, type):
-            raise TraceError(f"the forward makes a {type(a).__name__}")
+            raise TraceError(f"the forward creates a {type(a).__name__}")
         return super().create_arg(a)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        """Which way the code goes, noted as a condition."""
+        """The path that the code takes, recorded as a condition."""
         return bool(self._value(obj, bool))
 
     def iter(self, obj: fx.Proxy) -> Any:
-        """The items of what the code unpacks; their number is noted as a condition."""
+        """The items that the code unpacks; their number is recorded as a condition."""
         try:
             return super().iter(obj)
         except fx.proxy.TraceError:  # pyright: ignore

@@ -1,4 +1,4 @@
-"""What is known of calls of PyTorch's functions: how a graph names them, and what their results follow from."""
+"""Properties of PyTorch's functions: how a graph names them, and what their results depend on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stochastic_depth.retrofit.errors import StoredError
 
-# Where a tensor is stored is another place in another call of the same form.
+# A tensor's memory address differs between calls of the same form.
 ORIGIN = {"storage_offset", "data_ptr", "untyped_storage", "is_set_to"}
 # Settings that `with` undoes, and calls that set nothing.
 UNDONE_SETTINGS = {"_set_grad_enabled", "_record_function_exit", "_assert", "_set_multithreading_enabled"}
@@ -44,7 +44,7 @@ def name_of_function(func: Any) -> str:
 
 
 def is_structure(func: Any) -> bool:
-    """Whether a function tells of the form of a tensor, and not of its values."""
+    """Whether a function returns the form of a tensor, not its values."""
     name = getattr(func, "__name__", "")
     if name == "__get__":
         return getattr(getattr(func, "__self__", None), "__name__", "") in _STRUCTURE_ATTRIBUTES
@@ -52,7 +52,7 @@ def is_structure(func: Any) -> bool:
 
 
 def is_size(func: Any) -> bool:
-    """Whether it tells of its size."""
+    """Whether it returns its size."""
     name = getattr(func, "__name__", "")
     if name == "__get__":
         return func.__self__.__name__ in ("shape", "nbytes")
@@ -60,7 +60,7 @@ def is_size(func: Any) -> bool:
 
 
 def gives_sizes_of_values(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether the sizes of what a function gives follow from values."""
+    """Whether the sizes of a function's result depend on values."""
     name = getattr(func, "__name__", "")
     if name == "__getitem__":
         parts = args[1] if isinstance(args[1], tuple) else (args[1],)
@@ -76,7 +76,7 @@ def gives_sizes_of_values(func: Any, args: Sequence[Any], kwargs: Mapping[str, A
 
 
 def is_value(output: Any) -> bool:
-    """Whether a call has given a plain value that was computed from the values of tensors."""
+    """Whether a call returned a plain value computed from the values of tensors."""
     if isinstance(output, (bool, int, float, complex, str)):
         return True
     if isinstance(output, (list, tuple)) and output:
@@ -85,7 +85,7 @@ def is_value(output: Any) -> bool:
 
 
 def named_call(func: Any, args: Sequence[Any]) -> tuple[str, Any, Sequence[Any]]:
-    """How the graph names a function: its kind of node, its target and its arguments."""
+    """The graph's form of a call: kind of node, target and arguments."""
     name = getattr(func, "__name__", "")
     if name == "__get__":
         return "call_function", getattr, (args[0], func.__self__.__name__)

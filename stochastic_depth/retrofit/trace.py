@@ -1,10 +1,10 @@
-"""Records what a block's forward does, as a graph of calls to its children, without running any of it.
+"""Records a block's forward as a graph of calls to its children, without running it.
 
-Only the block itself is traced (torch.fx), its children are single calls: they keep their hooks, their own control
-flow and their compilation. A forward is recorded for one *signature*: tensors are symbols, everything else, above all
-`None`, is taken as it is, so that `if mask is not None` goes the way it goes in the call. Sizes are symbols too, so one
-recording holds for all batch sizes and resolutions, unless the code decides by them: then what it decided becomes a
-condition for using the recording again.
+Only the block itself is traced (torch.fx). Its children are single calls, which keep their hooks, their own control
+flow and their compilation. A forward is recorded for one *signature*: tensors are symbols; other values, above all
+`None`, stay as they are, so `if mask is not None` takes the same path as in the call. Sizes are symbols too, so one
+recording is valid for all batch sizes and resolutions, unless the control flow depends on them: then each decision
+becomes a condition for using the recording again.
 """
 
 # pyright: reportPrivateUsage=false
@@ -54,11 +54,11 @@ OPAQUE = Opaque()
 
 @dataclass
 class Recording:
-    """What a block's forward does for one signature.
+    """The recording of a block's forward for one signature.
 
     Attributes:
         graph: calls to children have targets relative to the block; placeholders are the opaque arguments in order.
-            What an inlined child does has the paths of those around it in its metadata (`inlined`).
+            Nodes of inlined children have their paths in the metadata (`inlined`).
         conditions: nodes of sizes with the values for which the recording holds.
     """
 
@@ -66,7 +66,7 @@ class Recording:
     conditions: list[tuple[fx.Node, Any]] = field(default_factory=list[tuple[fx.Node, Any]])
 
     def holds(self, leaves: Sequence[Any]) -> bool:
-        """Whether a call with these opaque arguments would take the same way through the code."""
+        """Whether a call with these opaque arguments would take the same path through the code."""
         if not self.conditions:
             return True
         values = self.placeholder_values(leaves)
@@ -79,11 +79,11 @@ class Recording:
 
 
 def flatten(value: Any, leaves: list[Any]) -> Any:
-    """What of an argument decides which way a forward goes: itself, with `OPAQUE` for tensors and other objects.
+    """The part of an argument that decides the path of a forward: the argument with `OPAQUE` for tensors and objects.
 
     Args:
         value: the argument, or a structure of tuples, lists and dicts.
-        leaves: what is opaque is appended to it.
+        leaves: opaque values are appended to it.
 
     Returns:
         The signature, hashable.
@@ -104,7 +104,7 @@ def flatten(value: Any, leaves: list[Any]) -> Any:
 
 
 def unflatten(signature: Any, leaves: Sequence[Any]) -> Any:
-    """The argument of a signature, with these in place of what is opaque."""
+    """The argument of a signature, with these values instead of the opaque parts."""
     return _unflatten(signature, iter(leaves))
 
 
@@ -135,16 +135,16 @@ def record(
     """Record the forward of a block.
 
     Args:
-        block: the block; neither it nor its children are run or changed.
-        signature: of its (args, kwargs), from `flatten`.
-        num_leaves: how many opaque arguments there are.
-        decide: gives the value of a node that the code decides by, or raises `TraceError`.
-        with_buffers: whether buffers are symbols too, so that what is computed from them is recorded, and not taken as
-            it is, which only sizes of them are.
-        other_mode: whether to record what the block does in evaluation where it is in training, and the reverse.
-        guess_sizes: whether sizes are taken to be some number, for code that wants numbers. Such a recording tells
-            what belongs together, and is good for nothing else.
-        inlined: paths of the children whose own code is recorded too, as if the block's own did what they do.
+        block: the block; neither it nor its children run or change.
+        signature: signature of its (args, kwargs), from `flatten`.
+        num_leaves: number of opaque arguments.
+        decide: returns the value of a node that the control flow depends on, or raises `TraceError`.
+        with_buffers: whether buffers are symbols too, so that computations with them are recorded instead of their
+            results. Otherwise only their sizes are symbols.
+        other_mode: whether to record the block in the mode that it is not in.
+        guess_sizes: whether sizes are guessed numbers, for code that needs numbers. Such a recording only shows which
+            operations belong together.
+        inlined: paths of the children whose own code is recorded as part of the block's code.
 
     Raises:
         StoredError: if the forward leaves something on the block.
@@ -158,8 +158,8 @@ def record(
     if names:
         raise StoredError(f"the forward stores {', '.join(names)} on the block")
     for node in reversed(list(graph.nodes)):
-        # What is unpacked and not used is no use of the whole, nor is a parameter that is only looked at.
-        # Assertions about sizes go: the views that they announce fail by themselves.
+        # Unused items of an unpacked value do not count as uses of it, and neither do parameters that are only
+        # inspected. Assertions about sizes are removed: the views that follow fail by themselves.
         unused = node.op == "get_attr" or node.target is operator.getitem or node.target is assert_in_graph
         if unused and not node.users:
             graph.erase_node(node)
@@ -169,16 +169,16 @@ def record(
 def _traced(
     call: _Call, num_leaves: int, decide: Decide, *, with_buffers: bool, guess_sizes: bool = False
 ) -> tuple[fx.Graph, list[tuple[fx.Node, Any]]]:
-    """The graph of a call, and the values that its code has decided by."""
+    """The graph of a call, and the values that its code branched on."""
     conditions: list[tuple[fx.Node, Any]] = []
     tracer = BlockTracer(conditions, decide, guess_sizes=guess_sizes)
-    # What only holds for a part of the forward, such as autocast, is seen as a change of this state.
+    # Settings of a part of the forward, such as autocast, show as a change of this state.
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.enable_grad(), torch.random.fork_rng([]):
         tracer.expected_state = context()
         random_state = torch.get_rng_state(), random.getstate()
         try:
             with _UnchangedBuffers(call.original), warnings.catch_warnings(), SymbolsForNoise(tracer):
-                warnings.simplefilter("ignore")  # The arguments are none that anybody has given.
+                warnings.simplefilter("ignore")  # The arguments are not a user's.
                 leaves = [tracer.create_proxy("placeholder", f"leaves_{i}", (), {}) for i in range(num_leaves)]
                 _put_symbols(call.block, call.original, tracer, with_buffers=with_buffers, inlined=call.inlined)
                 call.start = _attributes(call.block)
@@ -186,13 +186,13 @@ def _traced(
                 tracer.create_node("output", "output", (tracer.create_arg(output),), {})
         except TraceError:
             raise
-        except Exception as error:  # The block's own code met a symbol where it wants a value.
+        except Exception as error:  # The block's own code needs a value where there is a symbol.
             raise TraceError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
         finally:
             drawn = not torch.equal(torch.get_rng_state(), random_state[0]) or random.getstate() != random_state[1]
             random.setstate(random_state[1])
         if drawn:
-            raise TraceError("the forward draws random numbers itself, outside of its children")
+            raise TraceError("the forward draws random numbers itself, outside its children")
     return tracer.graph, conditions
 
 
@@ -205,7 +205,7 @@ def _put_symbols(
     with_buffers: bool,
     inlined: Collection[str],
 ) -> None:
-    """Symbols in place of the parameters of a block's shadow, and callable stand-ins in place of its children."""
+    """Replace the parameters of a block's shadow by symbols, and its children by callable stand-ins."""
     for name, parameter in parameter_dict(module).items():
         if parameter is not None:
             parameter_dict(shadow)[name] = tracer.attribute(f"{path}{name}", parameter)  # pyright: ignore
@@ -256,9 +256,9 @@ def _inlined_class(plain: type[nn.Module]) -> type[nn.Module]:
 
 
 def own_forward(block: nn.Module, stand_in: nn.Module) -> Callable[..., Any]:
-    """A block's own code, which its class has or somebody has set on it, bound to a stand-in."""
+    """A block's own code, from its class or set on the instance, bound to a stand-in."""
     gates = block.__dict__.get("_stochastic_depth_branch")
-    # What is set on a stochastic block calls its gated forward, see `block.refuse_bypass`.
+    # A forward set on a stochastic block calls its gated forward, see `block.refuse_bypass`.
     forward = cast(Any, gates).own_forward if hasattr(gates, "own_forward") else block.__dict__.get("forward")
     if forward is None:
         return types.MethodType(own_class(block).forward, stand_in)
@@ -266,7 +266,7 @@ def own_forward(block: nn.Module, stand_in: nn.Module) -> Callable[..., Any]:
 
 
 def bound_anew(forward: Any, module: nn.Module, new: nn.Module) -> Any:
-    """A method that was set on a module, such as a forward, for its stand-in."""
+    """A method that was set on a module, such as a forward, bound to its stand-in."""
     if isinstance(forward, types.MethodType) and forward.__self__ is module:
         return types.MethodType(forward.__func__, new)
     if isinstance(forward, functools.partial):
@@ -287,12 +287,12 @@ class _Call:
         inlined: Collection[str] = (),
     ) -> None:
         plain: type[nn.Module] = own_class(block)
-        # A shallow copy: what the forward assigns to `self`, or puts into a cache of its own, does not stay.
+        # A shallow copy: assignments of the forward to `self`, or to its own cache, are discarded.
         shadow = object.__new__(plain)
         shadow.__dict__.update(_private(block.__dict__))
         for name in TENSORS_AND_CHILDREN:
             shadow.__dict__[name] = dict(block.__dict__[name])
-        # Layers of transformers checkpoint their own forward; what is recorded is what they checkpoint.
+        # Layers of transformers checkpoint their own forward; the checkpointed code is recorded.
         shadow.__dict__["gradient_checkpointing"] = False
         shadow.__dict__["training"] = block.training != other_mode
         shadow.__dict__.update(changed or {})
@@ -308,7 +308,7 @@ class _Call:
         return own_forward(self.original, self.block)(*args, **kwargs)
 
     def stored(self) -> dict[str, Any]:
-        """The attributes that the forward has set, changed or deleted on the block, with what they hold then."""
+        """The attributes that the forward set, changed or deleted on the block, with their values."""
         end = _attributes(self.block)
         return {
             name: end.get(name)
@@ -327,10 +327,10 @@ def _state_stored(
     with_buffers: bool,
     other_mode: bool,
 ) -> list[str]:
-    """Names of what a recorded call has stored on its block that later calls may depend on.
+    """Names of attributes that a recorded call stored on its block and that later calls may depend on.
 
-    Sizes do not count, nor numbers that do not follow from what was there before: transformers' Swin sets its window
-    to the image where that is smaller.
+    Sizes do not count, and neither do numbers that do not depend on earlier ones: transformers' Swin sets its window to
+    the image size if that is smaller.
     """
     stored = {name: value for name, value in call.stored().items() if not _is_number(value)}
     numbers = {name for name, value in stored.items() if type(value) is int is type(call.start.get(name, 0))}
@@ -362,7 +362,7 @@ def _private(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """All attributes of a module with what they hold now."""
+    """All attributes of a module with their current values."""
     found = _copied(module.__dict__)
     for group in TENSORS_AND_CHILDREN:
         found.update(found.pop(group))
@@ -382,7 +382,7 @@ def _is_same(a: Any, b: Any) -> bool:
 
 
 class _UnchangedBuffers(TorchDispatchMode):
-    """Within, nothing writes into a buffer: buffers are no symbols, so that it would happen now, and never again."""
+    """Context that refuses writes to buffers: buffers are not symbols, so a write would happen now and never again."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The proof that a model's branches are gated rightly: it runs an example and compares with the model's own code."""
+"""Proves that a model's branches are gated correctly: runs an example and compares with the model's own code."""
 
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
@@ -24,7 +24,7 @@ from stochastic_depth.tally import Tally
 from stochastic_depth.torch_private import BatchNorm, tree_leaves
 
 CauseOf = Callable[[Branch], str]
-"""Says why a branch is masked; nothing where it is skipped."""
+"""Returns why a branch is masked; empty if it is skipped."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class Verification:
     """What `Controller.verify` found.
 
     Attributes:
-        num_branches: number of branches, each of them gated.
-        num_masked: how many of them are not skipped but masked.
+        num_branches: number of branches, all gated.
+        num_masked: number of branches that are masked instead of skipped.
         forward_flops_open: FLOPs of a forward with all gates open.
         forward_flops_closed: FLOPs of a forward with all gates closed.
         output_deviation: largest difference of an output from the model's own code under masks, in training and
             evaluation, relative to the largest value.
-        gradient_deviation: the same of the gradient of a parameter, relative to the largest one of all.
-        statuses: for each branch its name, "proven" or "masked", and why it is masked.
+        gradient_deviation: the same for gradients of parameters, relative to the largest gradient.
+        statuses: for each branch, its name, "proven" or "masked", and why it is masked.
     """
 
     num_branches: int
@@ -82,8 +82,8 @@ def verify(
         passes: its passes.
         branches: its branches.
         call: runs the model on an example.
-        cause_of: says why a branch is masked.
-        skipped_grad: what the parameters of a branch that did not run get.
+        cause_of: returns why a branch is masked.
+        skipped_grad: gradients of the parameters of a branch that did not run.
     """
     every = range(len(branches))
     before = passes.forced, passes.counter, passes.latest, passes.tally
@@ -99,7 +99,7 @@ def verify(
                 closed = watch.run(root, call, (False,) * len(branches))
                 _refuse(passes, closed.branches - masked, "run although their gates are closed")
                 for index in every:
-                    # Also one by one: a gate that opens with another branch's would pass the test above.
+                    # Also one by one: a gate that opens together with another one would pass the test above.
                     alone = watch.run(root, call, tuple(other == index for other in every))
                     others = alone.branches - {index} - masked
                     _refuse(passes, others, f"run where only {passes.names[index]!r} is open")
@@ -127,7 +127,7 @@ def _compare_with_masks(
     """Largest deviations of outputs and gradients from the model's own code under masks, in both modes.
 
     Raises:
-        RuntimeError: if they are more than rounding, or closed branches have no gradients of zero that were promised.
+        RuntimeError: if they are more than rounding, or if closed branches lack promised gradients of zero.
     """
     every = range(len(branches))
     patterns: list[tuple[str, tuple[bool, ...] | None]] = [
@@ -135,7 +135,7 @@ def _compare_with_masks(
         ("all gates closed", (False,) * len(branches)),
         ("every second gate closed", tuple(index % 2 == 0 for index in every)),
     ]
-    # A branch inside of another draws for the samples that it sees, which are all of them under masks.
+    # A branch inside another one draws for the samples that it sees, which are all samples under masks.
     if passes.granularity == "batch" or not _is_nested(passes, call):
         patterns.append(("gates that are drawn", None))
     counter = passes.counter
@@ -163,7 +163,7 @@ def _compare_with_masks(
 
 
 def _is_nested(passes: GateDraws, call: Call) -> bool:
-    """Whether a branch lies inside of another."""
+    """Whether a branch lies inside another one."""
     depths: list[int] = []
     running: list[int] = []
 
@@ -182,7 +182,7 @@ def _is_nested(passes: GateDraws, call: Call) -> bool:
 
 
 def _set_mode(root: nn.Module, *, training: bool) -> None:
-    """Training or evaluation, in which BatchNorm uses its running statistics."""
+    """Set training or evaluation mode, with BatchNorm using its running statistics."""
     root.train(training)
     for module in root.modules():
         if isinstance(module, BatchNorm):
@@ -191,7 +191,7 @@ def _set_mode(root: nn.Module, *, training: bool) -> None:
 
 @dataclass
 class _Outcome:
-    """Outputs of a forward, gradients by name, and the names of the parameters that got none."""
+    """Outputs of a forward, gradients by name, and the names of parameters without gradients."""
 
     outputs: list[Tensor]
     gradients: dict[str, Tensor]
@@ -199,7 +199,7 @@ class _Outcome:
 
 
 def _outcome(root: nn.Module, call: Call, absent: set[int]) -> _Outcome:
-    """Run the model, without those of its outputs that are `absent`; the run adds the attention maps that it lacks."""
+    """Run the model and ignore the `absent` outputs; adds the attention maps that were not computed to `absent`."""
     with torch.enable_grad():
         leaves = [leaf for leaf in tree_leaves(call()) if isinstance(leaf, (Tensor, NotComputed))]
         absent |= {index for index, leaf in enumerate(leaves) if isinstance(leaf, NotComputed)}
@@ -227,7 +227,7 @@ def _deviations(expected: _Outcome, actual: _Outcome, where: str) -> tuple[float
     Raises:
         RuntimeError: if they are more than rounding.
     """
-    # A cache does not hold what a branch that did not run would have put there.
+    # A cache does not contain the values of a branch that did not run.
     outputs = zip(expected.outputs, actual.outputs, strict=False)
     if len(expected.outputs) != len(actual.outputs):
         outputs = [next(outputs)]
@@ -254,7 +254,7 @@ def _deviations(expected: _Outcome, actual: _Outcome, where: str) -> tuple[float
 
 
 def _check_zeros(expected: _Outcome, closed: _Outcome, where: str) -> None:
-    """Closed branches promise gradients of zero wherever masks would give them.
+    """Check that closed branches have gradients of zero wherever masks would give them.
 
     Raises:
         RuntimeError: if a parameter has none.
@@ -262,12 +262,12 @@ def _check_zeros(expected: _Outcome, closed: _Outcome, where: str) -> None:
     missing = [name for name in closed.without if name in expected.gradients]
     if missing:
         raise RuntimeError(
-            f"{len(missing)} parameters get no gradient {where}, where zeros are promised: {', '.join(missing[:3])}."
+            f"{len(missing)} parameters get no gradient {where}, but zeros are promised: {', '.join(missing[:3])}."
         )
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    # NaN where NaN is no difference.
+    # NaN in the same place is not a difference.
     return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
@@ -285,12 +285,12 @@ class _Run:
 
 
 class _Watch:
-    """Sees which branches run: by the gate's own account, and by the modules that are called inside of each."""
+    """Observes which branches run: from the gate, and from the modules called inside each branch."""
 
     def __init__(self, root: nn.Module, passes: GateDraws, branches: Sequence[Branch]) -> None:
         self._passes = passes
         self._ran: set[int] = set()
-        # A module that serves several branches, or something else too, does not tell who has called it.
+        # A module that other code uses too does not show which branch called it.
         parents: dict[nn.Module, set[nn.Module]] = {}
         for module in root.modules():
             for child in module.children():
@@ -300,7 +300,7 @@ class _Watch:
             tops = set(branch.parts.members) if isinstance(branch.parts, BranchParts) else {branch.parts}
             inside = {module for top in tops for module in top.modules()}
             if branch.kind == "layer":
-                inside -= tops  # a whole layer is called to ask for its gate
+                inside -= tops  # a whole layer reads its gate inside its call
             for module in inside:
                 if module in tops or parents.get(module, set()) <= inside | tops:
                     owners.setdefault(module, set()).add(index)

@@ -1,1 +1,1 @@
-"""What is done with a trained network: evaluate, analyze, cut, export."""
+"""After training: evaluate, analyze, cut and export a network."""

@@ -1,4 +1,4 @@
-"""What the blocks of a trained network do: how much each adds, the error without it, and calibration."""
+"""Analyzes the blocks of a trained network: how much each adds, the error without it, and calibration."""
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ from stochastic_depth_lab.training.evaluation import BATCH_SIZE, evaluate_part
 from stochastic_depth_lab.training.setup import reproducible
 
 
-def analyse(
+def analyze(
     path: Path,
     *,
     device: torch.device,
@@ -43,7 +43,7 @@ def analyse(
     images = run.images.data.test.first(num_images)
     residuals = {name: each for name, each in run.model.named_modules() if isinstance(each, sd.Residual)}
     if not residuals:
-        raise ValueError(f"{path}: --analyse works only for the paper's networks for small images.")
+        raise ValueError(f"{path}: --analyze works only for the paper's networks for small images.")
 
     with torch.no_grad(), reproducible(run.experiment.recipe):
         probabilities, shares = _forward(run, images, list(residuals.values()))
@@ -77,7 +77,7 @@ def _forward(run: Trained, images: Split | PictureSplit, residuals: list[sd.Resi
             branches[index] += (output - shortcut).double().abs().sum().item()
 
         handles.append(residual.register_forward_hook(measure))
-    logits = [run.model(inputs) for inputs, _ in batches(images, BATCH_SIZE, normalisation=run.images.normalisation)]
+    logits = [run.model(inputs) for inputs, _ in batches(images, BATCH_SIZE, normalization=run.images.normalization)]
     for handle in handles:
         handle.remove()
     return torch.cat(logits).float().softmax(1), [b / max(s, 1e-30) for b, s in zip(branches, shortcuts, strict=True)]

@@ -33,7 +33,7 @@ def baselines(experiments: Iterable[Experiment], data_root: Path | None = None) 
         for split in (images.data.train, images.data.test):
             if not isinstance(split, Split):
                 raise DataError(f"{experiment.data.dataset}: baselines are for images in memory.")
-            parts.append((images.normalisation(split.images).flatten(1).numpy(), split.labels.numpy()))
+            parts.append((images.normalization(split.images).flatten(1).numpy(), split.labels.numpy()))
         (inputs, labels), (test_inputs, test_labels) = parts
         for name, method in (("nearest neighbor", KNeighborsClassifier(1)), ("SVM (RBF)", SVC())):
             right = float(method.fit(inputs, labels).score(test_inputs, test_labels))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import stochastic_depth as sd
 from stochastic_depth_lab.after.trained import NUM_LESION, NUM_RECALIBRATION, Trained, load_trained
-from stochastic_depth_lab.data import Normalisation
+from stochastic_depth_lab.data import Normalization
 from stochastic_depth_lab.experiments.config import Order
 from stochastic_depth_lab.files import write_whole
 from stochastic_depth_lab.runs import records
@@ -29,17 +29,17 @@ TOLERANCE = 1e-4
 _CHECKED_BATCHES = (1, 7, 64)
 
 
-class WithNormalisation(nn.Module):
+class WithNormalization(nn.Module):
     """A network that takes images as they are stored, uint8 (N, C, H, W)."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: nn.Module, normalisation: Normalisation) -> None:
+    def __init__(self, network: nn.Module, normalization: Normalization) -> None:
         super().__init__()
         self.network = network
-        self.register_buffer("mean", normalisation.mean)
-        self.register_buffer("std", normalisation.std)
+        self.register_buffer("mean", normalization.mean)
+        self.register_buffer("std", normalization.std)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, num_classes)."""
@@ -69,14 +69,14 @@ def export_run(
     keep: Sequence[int] | None = None,
     cost: float | None = None,
     order: Order = "last",
-    normalise: bool = False,
+    normalize: bool = False,
     data_root: Path | None = None,
 ) -> Exported:
     """Write a run's network as plain weights, with the survival probabilities folded in.
 
-    The BatchNorm statistics of a smaller network (`keep`, `cost`) are computed again on training images. The content is
-    first checked on test images: onnxruntime runs an ONNX file, PyTorch an exported program, both in batches of several
-    sizes; safetensors are loaded into a new network. A file that differs is not written.
+    The BatchNorm statistics of a smaller network (`keep`, `cost`) are recomputed on training images. The content is
+    checked on test images before it is written: onnxruntime runs an ONNX file and PyTorch an exported program, both in
+    batches of several sizes; safetensors are loaded into a new network. A file that differs is not written.
 
     Args:
         folder: the run folder.
@@ -85,15 +85,15 @@ def export_run(
         keep: blocks to keep, by their index. None: all.
         cost: share of the FLOPs to keep. None: all.
         order: which blocks to remove first, see `stochastic_depth.subnetwork`.
-        normalise: whether the file takes images as they are stored, uint8.
+        normalize: whether the file takes images as they are stored, uint8.
         data_root: folder of the data sets. None: where the run found them.
 
     Raises:
         ValueError: in one line, if the export fails, or the file differs from the network.
     """
-    _require(form)
-    if form == "safetensors" and normalise:
-        raise ValueError("--normalise adds code to the file, but safetensors holds weights only: use another format.")
+    _check_format(form)
+    if form == "safetensors" and normalize:
+        raise ValueError("--normalize adds code to the file, but safetensors holds weights only: use another format.")
     if keep is not None and cost is not None:
         raise ValueError("--keep and --cost exclude each other.")
     run = load_trained(folder, device=torch.device("cpu"), data_root=data_root)
@@ -103,14 +103,14 @@ def export_run(
         keep = sd.branches_to_keep(run.model, cost=cost, order=order, calibration=calibration, inputs=example)
     kept = list(range(run.num_blocks)) if keep is None else sorted(keep)
     network, original = _plain(run, kept, recalibrate=keep is not None)
-    if normalise:
-        network = WithNormalisation(network, run.images.normalisation)
+    if normalize:
+        network = WithNormalization(network, run.images.normalization)
     network = network.eval().to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
     images = run.images.data.test.first(max(_CHECKED_BATCHES)).images
-    inputs = images if normalise else run.images.normalisation(images)
+    inputs = images if normalize else run.images.normalization(images)
     with torch.no_grad():
-        expected = original(run.images.normalisation(images))
-    content = _WRITE[form](network, inputs[:2], _metadata(run, kept, normalise=normalise))
+        expected = original(run.images.normalization(images))
+    content = _WRITE[form](network, inputs[:2], _metadata(run, kept, normalize=normalize))
     given = _outputs(form, content, inputs, run, kept)
     difference = float((given - expected).abs().max() / expected.abs().max())
     if not difference <= TOLERANCE:
@@ -132,19 +132,19 @@ def _plain(run: Trained, kept: Sequence[int], *, recalibrate: bool) -> tuple[nn.
     return network.eval(), network
 
 
-def _metadata(run: Trained, kept: Sequence[int], *, normalise: bool) -> dict[str, str]:
-    normalisation = run.images.normalisation
+def _metadata(run: Trained, kept: Sequence[int], *, normalize: bool) -> dict[str, str]:
+    normalization = run.images.normalization
     return {
         "experiment": run.experiment.name,
         "classes": json.dumps(run.images.data.class_names),
-        "input": "uint8 images (N, C, H, W)" if normalise else "normalized images (N, C, H, W): (image - mean) / std",
-        "mean": json.dumps(normalisation.mean.tolist()),
-        "std": json.dumps(normalisation.std.tolist()),
+        "input": "uint8 images (N, C, H, W)" if normalize else "normalized images (N, C, H, W): (image - mean) / std",
+        "mean": json.dumps(normalization.mean.tolist()),
+        "std": json.dumps(normalization.std.tolist()),
         "keep": json.dumps(run.smaller(kept).model.keep),
     }
 
 
-def _require(form: Format) -> None:
+def _check_format(form: Format) -> None:
     if form not in get_args(Format):
         raise ValueError(f"--format must be one of {', '.join(get_args(Format))}, but is {form!r}.")
     packages = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "safetensors": ("safetensors",), "torch-export": ()}[

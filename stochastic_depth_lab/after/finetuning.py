@@ -1,4 +1,4 @@
-"""Fine-tunes a sub-network: a normal run that starts from its weights."""
+"""Fine-tunes a subnetwork: a normal run that starts from its weights."""
 
 import hashlib
 from collections.abc import Sequence
@@ -25,17 +25,17 @@ def finetune(
     device: torch.device,
     data_root: Path | None = None,
 ) -> float:
-    """Continue training a sub-network with its run's recipe, at constant depth, and return the test error in percent.
+    """Continue training a subnetwork with its run's recipe, at constant depth, and return the test error in percent.
 
     The learning rate rises to a tenth of the recipe's highest rate and falls to zero (`one_cycle`). The test error is
     that at the lowest validation error. A finished fine-tuning with the same recipe and weights is not repeated, an
     interrupted one is resumed.
 
     Args:
-        experiment: of the sub-network, from `Trained.smaller`.
-        network: the sub-network; it is not changed.
+        experiment: experiment of the subnetwork, from `Trained.smaller`.
+        network: the subnetwork; it is not changed.
         epochs: number of epochs.
-        folder: where to write a run folder, and beside it the initial weights.
+        folder: where to write the run folder, with the initial weights next to it.
         observers: receive progress callbacks.
         device: where to train.
         data_root: folder of the data sets.

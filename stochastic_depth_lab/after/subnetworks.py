@@ -1,4 +1,4 @@
-"""How small a trained network can get: error against size of the sub-networks of one or several runs."""
+"""Error against size of the subnetworks of one or several runs."""
 
 import time
 import warnings
@@ -31,17 +31,17 @@ def subnetwork_curve(
     finetune: Callable[[Experiment, nn.Module], float] | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Point]:
-    """Test error, parameters, FLOPs and latency of sub-networks of several depths, for each run.
+    """Test error, parameters, FLOPs and latency of subnetworks of several depths, for each run.
 
-    Latency is that of one image: the median over interleaved rounds of all sub-networks (process time on a CPU).
+    Latency is that of one image: the median over interleaved rounds of all subnetworks (process time on a CPU).
 
     Args:
         paths: the run folders.
         device: where to compute.
         data_root: folder of the data sets. None: where the runs found them.
         order: which blocks to remove first, see `stochastic_depth.subnetwork`.
-        num_points: number of sub-networks per run, including the whole network.
-        finetune: continues training a sub-network, given its experiment and network, and returns the test error in
+        num_points: number of subnetworks per run, including the whole network.
+        finetune: continues training a subnetwork, given its experiment and network, and returns the test error in
             percent, see `after.finetuning`.
         progress: receives messages.
 
@@ -77,7 +77,7 @@ def subnetwork_curve(
 
 def _point(run: Trained, keep: list[int]) -> tuple[Point, nn.Module]:
     with warnings.catch_warnings():
-        # The curve shows what happens to constant depth without a block.
+        # The curve shows constant depth without blocks too.
         warnings.filterwarnings("ignore", message=".*was not trained with stochastic depth")
         network = sd.subnetwork(run.model, keep)
 

@@ -1,4 +1,4 @@
-"""A finished run as objects again: its experiment, its images, and the network with its best weights."""
+"""Loads a finished run: its experiment, its images, and the network with its best weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from stochastic_depth_lab.runs import checkpoint, records
 from stochastic_depth_lab.training.setup import Images, branch_names, build_network, load_images, set_epoch
 
 NUM_RECALIBRATION = 1000
-"""Number of training images, without augmentation, for the BatchNorm statistics of a sub-network."""
+"""Number of training images, without augmentation, for the BatchNorm statistics of a subnetwork."""
 NUM_LESION = 250
 """Number of training images on which lesions are measured."""
 
@@ -33,12 +33,12 @@ class Trained:
 
     def inputs(self, split: Split | PictureSplit, num_images: int) -> Tensor:
         """The first images of a part, normalized, (N, C, H, W)."""
-        return self.images.normalisation(split.first(num_images).images)
+        return self.images.normalization(split.first(num_images).images)
 
     def training_batches(self, num_images: int, batch_size: int = 250) -> list[tuple[Tensor, Tensor]]:
         """The first training images, without augmentation, with their labels."""
         few = self.images.data.train.first(num_images)
-        return list(batches(few, batch_size, normalisation=self.images.normalisation))
+        return list(batches(few, batch_size, normalization=self.images.normalization))
 
     @property
     def num_blocks(self) -> int:
@@ -46,7 +46,7 @@ class Trained:
         return len(branch_names(self.model, self.depth))
 
     def smaller(self, keep: Sequence[int]) -> Experiment:
-        """The experiment of the sub-network with these blocks, at constant depth."""
+        """The experiment of the subnetwork with these blocks, at constant depth."""
         numbers = self.experiment.model.keep or range(self.num_blocks)
         model = replace(self.experiment.model, keep=tuple(numbers[index] for index in keep))
         return replace(self.experiment, model=model, depth=None, published=None)

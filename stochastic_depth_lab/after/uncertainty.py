@@ -1,4 +1,4 @@
-"""Calibration of a network: a single forward compared with the mean of random sub-networks."""
+"""Calibration of a network: a single forward compared with the mean of random subnetworks."""
 
 from pathlib import Path
 
@@ -18,20 +18,20 @@ NUM_BINS = 15
 def uncertainty(
     path: Path, num_samples: int, *, device: torch.device, data_root: Path | None = None
 ) -> list[Reliability]:
-    """Error, loss, calibration and ranking of mistakes on the test part, for one forward and for sub-networks.
+    """Error, loss, calibration and ranking of mistakes on the test part, for one forward and for subnetworks.
 
     Raises:
         ValueError: in one line, if the folder holds no run with weights, or one of constant depth.
     """
     run = load_trained(path, device=device, data_root=data_root)
     if run.depth is None:
-        raise ValueError(f"{path} has constant depth: it has no random sub-networks.")
+        raise ValueError(f"{path} has constant depth: it has no random subnetworks.")
     single: list[Tensor] = []
     mean: list[Tensor] = []
     information: list[Tensor] = []
     labels: list[Tensor] = []
     with torch.no_grad(), reproducible(run.experiment.recipe):
-        for inputs, targets in batches(run.images.data.test, BATCH_SIZE, normalisation=run.images.normalisation):
+        for inputs, targets in batches(run.images.data.test, BATCH_SIZE, normalization=run.images.normalization):
             single.append(run.model(inputs).double().softmax(1))
             prediction = sd.monte_carlo(run.model, inputs, num_samples)
             assert prediction.mutual_information is not None
@@ -41,15 +41,15 @@ def uncertainty(
     truth = torch.cat(labels)
     return [
         reliability("one forward", torch.cat(single), truth),
-        reliability(f"{num_samples} sub-networks", torch.cat(mean), truth),
+        reliability(f"{num_samples} subnetworks", torch.cat(mean), truth),
         reliability(
-            f"{num_samples} sub-networks, by mutual information", torch.cat(mean), truth, torch.cat(information)
+            f"{num_samples} subnetworks, by mutual information", torch.cat(mean), truth, torch.cat(information)
         ),
     ]
 
 
 def reliability(name: str, probabilities: Tensor, labels: Tensor, doubt: Tensor | None = None) -> Reliability:
-    """How far confidence is from accuracy, and whether doubt ranks the mistakes.
+    """Distance between confidence and accuracy, and how well doubt ranks the mistakes.
 
     The expected calibration error is the mean over all samples of |accuracy - confidence| of their bin, in 15 bins of
     equal width (Guo et al. 2017).
@@ -76,12 +76,12 @@ def reliability(name: str, probabilities: Tensor, labels: Tensor, doubt: Tensor 
         error=100 * (1 - right.mean().item()),
         loss=-picked.log().mean().item(),
         calibration_error=sum(each.count * abs(each.accuracy - each.confidence) for each in bins) / len(labels),
-        mistakes_found=_ranked(doubt[right == 0], doubt[right == 1]),
+        mistakes_found=_area_under_curve(doubt[right == 0], doubt[right == 1]),
         bins=tuple(bins),
     )
 
 
-def _ranked(wrong: Tensor, right: Tensor) -> float | None:
+def _area_under_curve(wrong: Tensor, right: Tensor) -> float | None:
     """The probability that a mistake has more doubt than a right answer; ties count half (area under the ROC curve)."""
     if not len(wrong) or not len(right):
         return None

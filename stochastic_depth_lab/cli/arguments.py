@@ -1,6 +1,6 @@
 """Dataclasses as command lines: one option per field, with the docstring below the field as its help.
 
-It uses Python's argparse, so that help and mistakes need no package, and look the same in a terminal and in a pipe.
+Uses Python's argparse, so help and error messages need no package and look the same in a terminal and in a pipe.
 """
 
 import argparse
@@ -78,8 +78,8 @@ def options_of(kind: type, default: Any = MISSING) -> list[Option]:
         default: an object that has some of its fields: the defaults that the help shows.
 
     Example:
-        >>> from stochastic_depth_lab.experiments.config import Regularisers
-        >>> [option.flag for option in options_of(Regularisers)]
+        >>> from stochastic_depth_lab.experiments.config import Regularizers
+        >>> [option.flag for option in options_of(Regularizers)]
         ['--activation-survival-prob', '--filter-survival-prob', '--filter-penalty']
     """
     return list(_options(kind, default, ""))

@@ -1,6 +1,6 @@
 """The command line: finds the command, and turns errors into one line and an exit code.
 
-PyTorch takes seconds to import. Modules that need it are imported where they are used, so that help and mistakes are
+PyTorch takes seconds to import. Modules that need it are imported where they are used, so help and error messages are
 instant.
 """
 
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return COMMANDS[command][1](rest)
     except KeyboardInterrupt:
         return fail("Interrupted.", code=128 + signal.SIGINT)
-    except BrokenPipeError:  # the reader of our output has closed it; Python would complain again at exit
+    except BrokenPipeError:  # the reader closed our output; Python would complain again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:  # a full disk, a folder without write permission

@@ -19,7 +19,7 @@ from stochastic_depth_lab.experiments.config import (
     Order,
     Precision,
     Recipe,
-    Regularisers,
+    Regularizers,
 )
 from stochastic_depth_lab.experiments.scales import quick
 
@@ -60,7 +60,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class ManyOptions:
-    """Which runs to train, and how many at a time."""
+    """Which runs to train, and how many concurrently."""
 
     scale: Literal["full", "small"] = "full"
     """Train the full networks, or smaller ones on few images, which takes seconds to minutes per run."""
@@ -97,7 +97,7 @@ class Train:
     model: Model
     depth: Depth | None
     recipe: Recipe
-    regularisers: Regularisers
+    regularizers: Regularizers
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Reproduce:
 
     name: Annotated[str, Positional("NAME")]
     """A pair of experiments, such as digits, cifar10-110 or svhn-152; or a table or figure: table1, table2, curves,
-    gradients, survival, depth-survival, over-time, regularisers. Finished runs are skipped, and unfinished runs of a
+    gradients, survival, depth-survival, over-time, regularizers. Finished runs are skipped, and unfinished runs of a
     table are resumed."""
     run: Annotated[RunOptions, Inline()]
     many: Annotated[ManyOptions, Inline()]
@@ -119,7 +119,7 @@ class Reproduce:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Evaluate a run's weights, its blocks, its sub-networks, or its calibration.
+    """Evaluate a run's weights, its blocks, its subnetworks, or its calibration.
 
     Examples:
       stochastic-depth evaluate runs/one
@@ -129,22 +129,22 @@ class Evaluate:
 
     folder: Run
     """Run folder."""
-    analyse: bool = False
+    analyze: bool = False
     """Measure what each block adds to its shortcut, the error without it, and calibration; the next report shows it."""
     subnetworks: bool = False
-    """Plot error against parameters, FLOPs and latency of sub-networks, with and without new BatchNorm statistics,
+    """Plot error against parameters, FLOPs and latency of subnetworks, with and without new BatchNorm statistics,
     next to those of --against, or of the constant-depth run in the same folder."""
     against: Annotated[Path, "RUN"] | None = None
-    """Compare the sub-networks with those of another run folder."""
+    """Compare the subnetworks with those of another run folder."""
     order: Order = "last"
     """Remove first the last blocks, those that survive least, or those whose removal changes the outputs least."""
     points: int = 9
-    """Number of sub-networks per run, the whole network included."""
+    """Number of subnetworks per run, the whole network included."""
     finetune_epochs: Annotated[int, "N"] | None = None
-    """Fine-tune each sub-network for N epochs at a tenth of the learning rate, as a run in the folder finetuned
+    """Fine-tune each subnetwork for N epochs at a tenth of the learning rate, as a run in the folder finetuned
     of the output folder. Finished runs are skipped."""
     monte_carlo: Annotated[int, "N"] | None = None
-    """Compare the calibration of the mean of N random sub-networks with that of a single forward."""
+    """Compare the calibration of the mean of N random subnetworks with that of a single forward."""
     out: Folder | None = None
     """Output folder for tables and figures (default: evaluation, in the run folder)."""
     data_root: Folder | None = None
@@ -159,7 +159,7 @@ class Export:
 
     Examples:
       stochastic-depth export runs/one
-      stochastic-depth export runs/one --cost 0.6 --normalise --out small.onnx
+      stochastic-depth export runs/one --cost 0.6 --normalize --out small.onnx
     """
 
     folder: Run
@@ -172,7 +172,7 @@ class Export:
     """Remove blocks until this share of the FLOPs is left."""
     order: Order = "last"
     """Remove first the last blocks, those that survive least, or those whose removal changes the outputs least."""
-    normalise: bool = False
+    normalize: bool = False
     """Include the normalization, so that the file takes uint8 images."""
     out: Annotated[Path, "FILE"] | None = None
     """Output file (default: named after the experiment, in the run folder)."""
@@ -253,7 +253,7 @@ class Inspect:
     final_survival_prob: float = 0.5
     """With --schedule: survival probability of the last branch, in (0, 1]."""
     measure: bool = False
-    """Measure time and memory of a step too, against the original model, on this machine."""
+    """Also measure time and memory of a step on this machine, relative to the original model."""
     batch_size: int = 8
     """Number of images in a measured step."""
     image_size: Annotated[int, "N"] | None = None
@@ -356,7 +356,7 @@ def changed(base: Experiment, given: Mapping[str, Any]) -> tuple[Experiment, Run
         model=build(Model, given, base.model, "model."),
         depth=base.depth and build(Depth, given, base.depth, "depth."),
         recipe=build(Recipe, given, base.recipe, "recipe."),
-        regularisers=build(Regularisers, given, base.regularisers, "regularisers."),
+        regularizers=build(Regularizers, given, base.regularizers, "regularizers."),
     )
     if experiment != base:
         experiment = replace(experiment, published=None)  # it is no longer the published experiment

@@ -1,4 +1,4 @@
-"""What the commands print: results on stdout, progress and messages on stderr."""
+"""Output of the commands: results on stdout, progress and messages on stderr."""
 
 import importlib
 import os

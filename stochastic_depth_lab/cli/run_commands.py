@@ -10,18 +10,18 @@ from stochastic_depth_lab.cli.training_commands import show_report
 
 
 def evaluate(arguments: Sequence[str]) -> int:
-    """Evaluate a run's weights, blocks, sub-networks or calibration."""
+    """Evaluate a run's weights, blocks, subnetworks or calibration."""
     options = parse(Evaluate, "evaluate", arguments)
-    if options.analyse + options.subnetworks + (options.monte_carlo is not None) > 1:
-        return fail("--analyse, --subnetworks and --monte-carlo exclude each other.")
+    if options.analyze + options.subnetworks + (options.monte_carlo is not None) > 1:
+        return fail("--analyze, --subnetworks and --monte-carlo exclude each other.")
     for_subnetworks = options.against, options.order, options.points, options.finetune_epochs
     if not options.subnetworks and for_subnetworks != (None, "last", 9, None):
         return fail("--against, --order, --points and --finetune-epochs are for --subnetworks.")
     if options.out is not None and not options.subnetworks and options.monte_carlo is None:
         return fail("--out is for --subnetworks and --monte-carlo.")
     refuse_unwritable(options.out)
-    if options.analyse:
-        return _analyse(options)
+    if options.analyze:
+        return _analyze(options)
     if options.subnetworks:
         return _evaluate_subnetworks(options)
     if options.monte_carlo is not None:
@@ -39,14 +39,14 @@ def evaluate(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _analyse(options: Evaluate) -> int:
+def _analyze(options: Evaluate) -> int:
     load("after.analysis")
-    from stochastic_depth_lab.after.analysis import analyse
+    from stochastic_depth_lab.after.analysis import analyze
     from stochastic_depth_lab.report.evaluations import analysis_text
     from stochastic_depth_lab.training.setup import find_device
 
     device = find_device(options.device)
-    show(analysis_text(analyse(options.folder, device=device, data_root=options.data_root, progress=note)))
+    show(analysis_text(analyze(options.folder, device=device, data_root=options.data_root, progress=note)))
     return 0
 
 
@@ -84,7 +84,7 @@ def _evaluate_subnetworks(options: Evaluate) -> int:
                 progress=observer.on_remark,
             )
         except KeyboardInterrupt:
-            kept = " Trained sub-networks are kept: repeat the command to resume." if options.finetune_epochs else ""
+            kept = " Trained subnetworks are kept: repeat the command to resume." if options.finetune_epochs else ""
             return fail(f"Stopped.{kept}", code=128 + signal.SIGINT)
     show(curve_text(points))
     show(f"\n{' '.join(map(str, write_curve(points, out)))}")
@@ -125,7 +125,7 @@ def export(arguments: Sequence[str]) -> int:
         keep=options.keep,
         cost=options.cost,
         order=options.order,
-        normalise=options.normalise,
+        normalize=options.normalize,
         data_root=options.data_root,
     )
     show(

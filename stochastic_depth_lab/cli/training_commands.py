@@ -210,7 +210,7 @@ def _train_all(runs: Sequence[tuple[Experiment, Path]], options: RunOptions) -> 
 def _remarks(
     runs: Sequence[tuple[Experiment, Path]], options: RunOptions, device: "torch.device"
 ) -> Generator[str, None, None]:
-    """What may surprise the user later."""
+    """Remarks that may prevent surprises later."""
     if options.quick:
         yield QUICK
     if device.type == "cpu" and any(experiment.precision == "fp16" for experiment, _ in runs):

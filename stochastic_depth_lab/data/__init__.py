@@ -2,9 +2,9 @@
 
 from stochastic_depth_lab.data.augmentation import Augmentation
 from stochastic_depth_lab.data.batches import batches, num_batches, part_of_batch
-from stochastic_depth_lab.data.catalogue import default_data_root, load
+from stochastic_depth_lab.data.catalog import default_data_root, load
 from stochastic_depth_lab.data.image_data import ImageData, Split
-from stochastic_depth_lab.data.normalisation import Normalisation
+from stochastic_depth_lab.data.normalization import Normalization
 from stochastic_depth_lab.data.pictures import PictureSplit, import_torchvision
 from stochastic_depth_lab.errors import DataError
 
@@ -12,7 +12,7 @@ __all__ = [
     "Augmentation",
     "DataError",
     "ImageData",
-    "Normalisation",
+    "Normalization",
     "PictureSplit",
     "Split",
     "batches",

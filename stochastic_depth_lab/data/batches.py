@@ -9,7 +9,7 @@ from torch import Tensor
 from stochastic_depth_lab.data.augmentation import Augmentation
 from stochastic_depth_lab.data.draws import generator
 from stochastic_depth_lab.data.image_data import Split
-from stochastic_depth_lab.data.normalisation import Normalisation
+from stochastic_depth_lab.data.normalization import Normalization
 from stochastic_depth_lab.data.pictures import PictureSplit
 
 
@@ -27,7 +27,7 @@ def batches(
     split: Split | PictureSplit,
     batch_size: int,
     *,
-    normalisation: Normalisation,
+    normalization: Normalization,
     augmentation: Augmentation | None = None,
     seed: int | None = None,
     epoch: int = 0,
@@ -46,7 +46,7 @@ def batches(
     Args:
         split: the part to read.
         batch_size: images in a batch; the last batch of an epoch may be shorter.
-        normalisation: fitted on the training part.
+        normalization: fitted on the training part.
         augmentation: for training; needs a seed. Pictures in files are cropped at random with it.
         seed: of the run. None: all images in their order, for evaluation.
         epoch: number of the epoch. Each has its own order and augmentation.
@@ -72,7 +72,7 @@ def batches(
     if passes != 1 and seed is None:
         raise ValueError(f"passes must be 1 without a seed, for evaluation, but is {passes}.")
     indices, part = range(start, end), (rank, num_ranks)
-    return _batches(split, batch_size, normalisation, augmentation, seed, epoch, passes, indices, part)
+    return _batches(split, batch_size, normalization, augmentation, seed, epoch, passes, indices, part)
 
 
 def part_of_batch(num_images: int, rank: int, num_ranks: int) -> range:
@@ -88,7 +88,7 @@ def part_of_batch(num_images: int, rank: int, num_ranks: int) -> range:
 def _batches(
     split: Split | PictureSplit,
     batch_size: int,
-    normalisation: Normalisation,
+    normalization: Normalization,
     augmentation: Augmentation | None,
     seed: int | None,
     epoch: int,
@@ -97,7 +97,7 @@ def _batches(
     part: tuple[int, int],
 ) -> Iterator[tuple[Tensor, Tensor]]:
     device = split.device
-    normalisation = normalisation.to(device)
+    normalization = normalization.to(device)
     order = torch.arange(len(split))
     draws = crop_seeds = None
     if seed is not None:  # drawn on the CPU: every device sees the same epoch
@@ -114,7 +114,7 @@ def _batches(
         images = split.read(map(order.to(device).__getitem__, places))
     labels = split.labels[order.to(device)]
     for own, batch in zip(places, images, strict=True):
-        inputs = normalisation(batch)
+        inputs = normalization(batch)
         if augmentation is not None and draws is not None:
             inputs = augmentation(inputs, draws[own])
         yield inputs, labels[own]

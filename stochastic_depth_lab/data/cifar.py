@@ -148,7 +148,7 @@ def unpickle(content: bytes) -> dict[str, Any]:
     """A pickled dictionary of numpy arrays and plain values.
 
     Raises:
-        UnpicklingError: if the pickle asks for anything else, which could run code.
+        UnpicklingError: if the pickle contains anything else, which could run code.
     """
     with warnings.catch_warnings():
         # Python 2's numpy wrote the alignment of an array's type as a number.
@@ -157,7 +157,7 @@ def unpickle(content: bytes) -> dict[str, Any]:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """The digests already say that the files are the published ones; this does not depend on them."""
+    """A second line of defense: the digests already ensure that the files are the published ones."""
 
     def find_class(self, module: str, name: str) -> object:
         match module, name:

@@ -1,4 +1,4 @@
-"""Random draws that depend on a seed and on what they are for, not on what was drawn before."""
+"""Random draws that depend on a seed and a purpose, not on earlier draws."""
 
 import random
 from collections.abc import Sequence

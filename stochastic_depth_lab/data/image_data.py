@@ -1,4 +1,4 @@
-"""A data set and its parts in memory, as bytes, on the device that trains."""
+"""A data set and its parts in memory, as bytes, on the training device."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from stochastic_depth_lab.data.draws import draw_per_class, generator
-from stochastic_depth_lab.data.normalisation import Normalisation
+from stochastic_depth_lab.data.normalization import Normalization
 from stochastic_depth_lab.data.pictures import PictureSplit
 from stochastic_depth_lab.errors import DataError
 
@@ -41,9 +41,9 @@ class Split:
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
         if images.dtype != torch.uint8 or images.ndim != 4:
-            raise DataError(f"images must be uint8 of shape (N, C, H, W), but are {_form(images)}.")
+            raise DataError(f"images must be uint8 of shape (N, C, H, W), but are {_describe(images)}.")
         if labels.dtype != torch.int64 or labels.ndim != 1:
-            raise DataError(f"labels must be int64 of shape (N,), but are {_form(labels)}.")
+            raise DataError(f"labels must be int64 of shape (N,), but are {_describe(labels)}.")
         if len(images) != len(labels):
             raise DataError(
                 f"every image needs one label, but there are {len(images)} images and {len(labels)} labels."
@@ -86,7 +86,7 @@ class Split:
         """Read any PyTorch data set of pairs (image, label) into a split, once, in its order.
 
         Each image is read once, so a random transform is frozen. Leave augmentation and normalization to `Augmentation`
-        and `Normalisation`, which work on batches on the device.
+        and `Normalization`, which work on batches on the device.
 
         Args:
             source: a map-style or iterable data set, or a `DataLoader`, whose batches are taken apart. An image is
@@ -103,7 +103,9 @@ class Split:
             try:
                 image, label = example
             except (TypeError, ValueError) as error:
-                raise DataError(f"example {index} must be a pair (image, label), but is {_form(example)}.") from error
+                raise DataError(
+                    f"example {index} must be a pair (image, label), but is {_describe(example)}."
+                ) from error
             images.append(_as_bytes(image, index))
             labels.append(_as_label(label, index))
             if images[-1].shape != images[0].shape:
@@ -127,7 +129,7 @@ class ImageData:
         train: trains the network, and determines the normalization.
         validation: chooses the epoch whose test error is reported.
         test: gives the reported error.
-        normalisation: if it comes with the data set. None: fitted on the training part.
+        normalization: if it comes with the data set. None: fitted on the training part.
         tests_on_the_rest: whether `few` adds the remaining training images to the test part, for data sets without
             published test images.
 
@@ -141,7 +143,7 @@ class ImageData:
     train: Split | PictureSplit
     validation: Split | PictureSplit
     test: Split | PictureSplit
-    normalisation: Normalisation | None = None
+    normalization: Normalization | None = None
     tests_on_the_rest: bool = False
 
     def __post_init__(self) -> None:
@@ -161,8 +163,8 @@ class ImageData:
     def to(self, device: torch.device | str) -> "ImageData":
         """The same data on another device."""
         train, validation, test = (part.to(device) for part in (self.train, self.validation, self.test))
-        normalisation = self.normalisation and self.normalisation.to(device)
-        return replace(self, train=train, validation=validation, test=test, normalisation=normalisation)
+        normalization = self.normalization and self.normalization.to(device)
+        return replace(self, train=train, validation=validation, test=test, normalization=normalization)
 
     def few(self, images_per_class: int, seed: int) -> "ImageData":
         """The same data with few training images, drawn at random. Validation images are never trained on.
@@ -236,22 +238,22 @@ def _as_bytes(image: object, index: int) -> Tensor:
     else:
         array = np.array(image)  # PIL images and arrays: channels last
         if array.dtype != np.uint8:
-            raise DataError(f"image {index} must be a uint8 tensor, array or PIL image, but is {_form(image)}.")
+            raise DataError(f"image {index} must be a uint8 tensor, array or PIL image, but is {_describe(image)}.")
         tensor = torch.from_numpy(array)
         tensor = tensor.permute(2, 0, 1) if tensor.ndim == 3 else tensor
     if tensor.dtype != torch.uint8 or tensor.ndim not in (2, 3):
-        raise DataError(f"image {index} must be uint8 with 2 or 3 dimensions, but is {_form(image)}.")
+        raise DataError(f"image {index} must be uint8 with 2 or 3 dimensions, but is {_describe(image)}.")
     return tensor.reshape(-1, *tensor.shape[-2:])
 
 
 def _as_label(label: object, index: int) -> int:
     value = label.item() if isinstance(label, Tensor | np.generic) and np.ndim(cast(Any, label)) == 0 else label
     if not isinstance(value, int) or isinstance(value, bool):
-        raise DataError(f"label {index} must be an integer class index, but is {_form(label)}.")
+        raise DataError(f"label {index} must be an integer class index, but is {_describe(label)}.")
     return value
 
 
-def _form(value: object) -> str:
+def _describe(value: object) -> str:
     """A short description: `torch.float32 of shape (3, 32, 32)`, or the type."""
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         return f"{cast(Any, value).dtype} of shape {tuple(cast(Any, value).shape)}"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stochastic_depth_lab.data.draws import draw, generator
 from stochastic_depth_lab.data.image_data import ImageData
-from stochastic_depth_lab.data.normalisation import Normalisation
+from stochastic_depth_lab.data.normalization import Normalization
 from stochastic_depth_lab.data.pictures import PictureSplit, import_torchvision
 from stochastic_depth_lab.errors import DataError
 
@@ -41,8 +41,8 @@ def load(
     Raises:
         DataError: if the folder is missing or of another form.
     """
-    train_paths, train_labels, classes = _listed(data_root, "train")
-    test_paths, test_labels, test_classes = _listed(data_root, "val")
+    train_paths, train_labels, classes = _list_pictures(data_root, "train")
+    test_paths, test_labels, test_classes = _list_pictures(data_root, "val")
     if test_classes != classes:
         different = sorted({*classes} ^ {*test_classes})
         raise DataError(
@@ -70,11 +70,11 @@ def load(
         train=part(train_paths, train_labels, kept, "train"),
         validation=part(train_paths, train_labels, drawn, "validation"),
         test=part(test_paths, test_labels, torch.arange(len(test_paths)), "test"),
-        normalisation=Normalisation(mean, std),
+        normalization=Normalization(mean, std),
     )
 
 
-def _listed(data_root: Path, part: str) -> tuple[tuple[Path, ...], Tensor, list[str]]:
+def _list_pictures(data_root: Path, part: str) -> tuple[tuple[Path, ...], Tensor, list[str]]:
     """Paths, labels and class names of one part."""
     folder = data_root / FOLDER / part
     try:

@@ -1,4 +1,4 @@
-"""Files that the authors of a data set publish: found or downloaded, and verified before anything opens them."""
+"""Published files of a data set: found or downloaded, and verified before they are opened."""
 
 import shutil
 import textwrap

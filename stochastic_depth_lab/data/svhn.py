@@ -47,7 +47,7 @@ SVHN = SvhnSource(
 
 
 def load(source: SvhnSource, data_root: Path, validation: int | None, split_seed: int, *, download: bool) -> ImageData:
-    """SVHN: uint8 (N, 3, 32, 32); label k is digit k. Takes 4 GB of memory while reading, 2 GB afterwards.
+    """SVHN: uint8 (N, 3, 32, 32); label k is digit k. Takes 4 GB of memory while reading, 2 GB afterward.
 
     Args:
         source: `SVHN`.

@@ -1,12 +1,12 @@
-"""Settings that cannot be trained with, refused before any work."""
+"""Rejects invalid settings before any work."""
 
 from stochastic_depth_lab.experiments.config import Experiment
 
 
 def check(experiment: Experiment) -> None:
-    """Refuse settings that cannot be trained with.
+    """Reject invalid settings.
 
-    The library and the data sets check what only they know, such as a depth of 6n + 2.
+    The library and the data sets check the rest, such as a depth of 6n + 2.
 
     Raises:
         ValueError: in one line that names the field.
@@ -54,17 +54,17 @@ def check(experiment: Experiment) -> None:
     final = 1.0 if experiment.depth is None else experiment.depth.final_survival_prob
     for name, survival_prob in (
         ("depth.final_survival_prob", final),
-        ("regularisers.activation_survival_prob", experiment.regularisers.activation_survival_prob),
-        ("regularisers.filter_survival_prob", experiment.regularisers.filter_survival_prob),
+        ("regularizers.activation_survival_prob", experiment.regularizers.activation_survival_prob),
+        ("regularizers.filter_survival_prob", experiment.regularizers.filter_survival_prob),
     ):
         if not 0 < survival_prob <= 1:
             raise ValueError(
                 f"{name} must be in (0, 1], but is {survival_prob}. It is the chance to survive: a drop rate of 0.2 is "
                 "a survival probability of 0.8."
             )
-    if not 0 <= experiment.regularisers.filter_penalty < float("inf"):
+    if not 0 <= experiment.regularizers.filter_penalty < float("inf"):
         raise ValueError(
-            f"regularisers.filter_penalty must be 0 or positive, but is {experiment.regularisers.filter_penalty}."
+            f"regularizers.filter_penalty must be 0 or positive, but is {experiment.regularizers.filter_penalty}."
         )
     if experiment.depth is not None and not 0 < experiment.depth.turn < 1:
         raise ValueError(f"depth.turn must be a share of the epochs in (0, 1), but is {experiment.depth.turn}.")
@@ -78,10 +78,10 @@ def check(experiment: Experiment) -> None:
 
 
 def _check_family(experiment: Experiment) -> None:
-    """Refuse combinations that ImageNet's pictures or networks do not support."""
+    """Reject combinations that ImageNet's pictures or networks do not support."""
     data, model = experiment.data, experiment.model
-    if data.dataset == "imagenet" and data.normalisation != "channel":
-        raise ValueError("data.normalisation must be channel for imagenet: its pictures are not in memory.")
+    if data.dataset == "imagenet" and data.normalization != "channel":
+        raise ValueError("data.normalization must be channel for imagenet: its pictures are not in memory.")
     if data.dataset == "imagenet" and (data.images_per_class, data.num_test) != (None, None):
         raise ValueError("data.images_per_class and data.num_test are for images in memory, not for imagenet.")
     if data.dataset in ("digits", "cifar10", "cifar100", "svhn") and data.image_size is not None:
@@ -95,5 +95,5 @@ def _check_family(experiment: Experiment) -> None:
             f"model.shortcut and model.init must be projection and he for imagenet, as torchvision has them, but are "
             f"{model.shortcut} and {model.init}."
         )
-    if experiment.regularisers.activation_survival_prob != 1 or experiment.regularisers.filter_survival_prob != 1:
+    if experiment.regularizers.activation_survival_prob != 1 or experiment.regularizers.filter_survival_prob != 1:
         raise ValueError("dropout and dropped filters work only in the paper's networks for small images.")

@@ -1,4 +1,4 @@
-"""What a training run consists of: frozen dataclasses of plain values.
+"""The configuration of a training run: frozen dataclasses of plain values.
 
 The docstring below a field is its help text on the command line. Nothing here imports torch, so `--help` is instant:
 strings name schedules, shortcuts and the like.
@@ -20,11 +20,11 @@ Order = Literal["last", "survival", "lesion"]
 
 @dataclass(frozen=True)
 class Data:
-    """The images and what happens to them before the network sees them."""
+    """The images and their preprocessing."""
 
     dataset: str
     """Train on digits, cifar10, cifar100, svhn or imagenet."""
-    normalisation: Literal["channel", "pixel"] = "channel"
+    normalization: Literal["channel", "pixel"] = "channel"
     """Normalize by the mean and standard deviation of each channel (the paper's text), or by the mean image and one
     standard deviation (the authors' code)."""
     translation: int = 0
@@ -56,12 +56,13 @@ class Model:
     family: Literal["cifar", "imagenet"] = "cifar"
     """Use the paper's networks for small images, or torchvision's ResNets for ImageNet."""
     shortcut: Literal["pad", "subsample", "projection", "projection_all"] = "pad"
-    """Where a block halves the image, use average pooling and zero channels (pad, the paper's text), every second pixel
-    and zero channels (subsample), or a 1x1 convolution, there (projection; imagenet: always) or in every block."""
+    """Use as shortcut of blocks that halve the image: average pooling and zero channels (pad, the paper's text), every
+    second pixel and zero channels (subsample), or a 1x1 convolution (projection; always for imagenet), or one in every
+    block (projection_all)."""
     init: Literal["he", "authors"] = "he"
     """Initialize as He et al., or as the authors' code (BatchNorm gains from U(0, 1))."""
     keep: tuple[int, ...] | None = None
-    """Keep only these blocks, by index from 0. With --weights, continue training a sub-network that `export` wrote as
+    """Keep only these blocks, by index from 0. With --weights, continue training a subnetwork that `export` wrote as
     safetensors (default: all)."""
 
 
@@ -86,11 +87,11 @@ class Depth:
     """Change the drop rates over the epochs: constant (the paper); warm_up: rise from 0; early: fall to 0; late: 0 at
     first; exponential: rise ever more slowly ("progressive"); plateau: stay, then fall to 0 and recover."""
     turn: float = 0.5
-    """End that change (plateau: begin it) after this share of the epochs, in (0, 1)."""
+    """End this change (plateau: begin it) after this share of the epochs, in (0, 1)."""
 
 
 @dataclass(frozen=True)
-class Regularisers:
+class Regularizers:
     """Other regularizers, to compare stochastic depth with. None is the paper's method; all are off by default."""
 
     activation_survival_prob: float = 1.0
@@ -103,7 +104,7 @@ class Regularisers:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the network is trained: SGD with Nesterov momentum, weight decay on every parameter."""
+    """The training recipe: SGD with Nesterov momentum, weight decay on every parameter."""
 
     epochs: int
     """Train for N epochs; each ends with an evaluation."""
@@ -131,7 +132,7 @@ class Recipe:
     """Also validate every N steps, counted over all epochs (default: at the end of each epoch only)."""
     num_threads: int | None = None
     """Use N CPU threads; the number affects the last bits of sums (default: PyTorch's choice)."""
-    batch_norm: Literal["local", "synchronised"] = "local"
+    batch_norm: Literal["local", "synchronized"] = "local"
     """With several processes: normalize each part of a batch by itself and keep the running statistics of rank 0, or
     normalize by the whole batch (GPUs only)."""
     checkpoint_every: int = 200
@@ -169,7 +170,7 @@ class Experiment:
     """Seed of the initial weights, the order of the images, their augmentation and the gates."""
     initial_weights: str | None = None
     """SHA-256 of the file with the initial weights. None: random weights."""
-    regularisers: Regularisers = Regularisers()
+    regularizers: Regularizers = Regularizers()
     published: Published | None = None
 
 

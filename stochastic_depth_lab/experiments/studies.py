@@ -1,4 +1,4 @@
-"""The paper's tables and figures, and its readers' questions: the runs behind each, and how they are shown.
+"""The paper's tables and figures, and further questions: the runs behind each, and how they are shown.
 
 `stochastic-depth reproduce NAME --out FOLDER` trains the missing runs and draws the result. Experiments with the same
 configuration share a run: in one folder, all runs of `table2` are done after `table1`. `--scale small` asks the same
@@ -11,7 +11,7 @@ from itertools import product
 from typing import Any
 
 from stochastic_depth_lab.experiments import few, paper
-from stochastic_depth_lab.experiments.config import Claim, Comparison, Depth, Experiment, OverTime, Regularisers, Study
+from stochastic_depth_lab.experiments.config import Claim, Comparison, Depth, Experiment, OverTime, Regularizers, Study
 from stochastic_depth_lab.experiments.paper import Pair
 
 _SURVIVAL_PROBS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -278,9 +278,9 @@ def _over_time(pair: Pair, over_time: OverTime, turn: float) -> Experiment:
     return _variant(pair[1], f"{over_time}-{turn}", title, depth=Depth(over_time=over_time, turn=turn))
 
 
-def _regularised(pair: Pair, name: str, regularisers: Regularisers) -> Experiment:
+def _regularized(pair: Pair, name: str, regularizers: Regularizers) -> Experiment:
     title = pair[0].title.replace("constant depth", name.replace("-", " "))
-    return _variant(pair[0], name, title, regularisers=regularisers)
+    return _variant(pair[0], name, title, regularizers=regularizers)
 
 
 def _decayed(pair: Pair, weight_decay: float) -> Experiment:
@@ -316,30 +316,30 @@ OVER_TIME = Study(
 
 # Huang et al. 2016 say that dropout gains little next to BatchNorm; no numbers are known. On few images every strength
 # is shown; none is chosen.
-# stochastic-depth reproduce regularisers --out runs/paper
+# stochastic-depth reproduce regularizers --out runs/paper
 # About 400 h on one core; not run.
-_REGULARISERS = (
+_REGULARIZERS = (
     *_CIFAR10_110,
-    _regularised(_CIFAR10_110, "dropout", Regularisers(activation_survival_prob=0.8)),
-    _regularised(_CIFAR10_110, "dropped-filters", Regularisers(filter_survival_prob=0.8)),
-    _regularised(_CIFAR10_110, "filter-penalty", Regularisers(filter_penalty=0.3)),
-    _regularised(
-        _CIFAR10_110, "dropped-filters-and-penalty", Regularisers(filter_survival_prob=0.8, filter_penalty=0.3)
+    _regularized(_CIFAR10_110, "dropout", Regularizers(activation_survival_prob=0.8)),
+    _regularized(_CIFAR10_110, "dropped-filters", Regularizers(filter_survival_prob=0.8)),
+    _regularized(_CIFAR10_110, "filter-penalty", Regularizers(filter_penalty=0.3)),
+    _regularized(
+        _CIFAR10_110, "dropped-filters-and-penalty", Regularizers(filter_survival_prob=0.8, filter_penalty=0.3)
     ),
 )
 _STRENGTHS = (0.9, 0.7, 0.5)
 _DIGITS_OTHERS = (
-    *(_regularised(_DIGITS_56, f"dropout-{p}", Regularisers(activation_survival_prob=p)) for p in _STRENGTHS),
-    *(_regularised(_DIGITS_56, f"dropped-filters-{p}", Regularisers(filter_survival_prob=p)) for p in _STRENGTHS),
+    *(_regularized(_DIGITS_56, f"dropout-{p}", Regularizers(activation_survival_prob=p)) for p in _STRENGTHS),
+    *(_regularized(_DIGITS_56, f"dropped-filters-{p}", Regularizers(filter_survival_prob=p)) for p in _STRENGTHS),
     *(_decayed(_DIGITS_56, weight_decay) for weight_decay in (1e-3, 5e-3, 2e-2)),
 )
-REGULARISERS = Study(
-    "regularisers",
+REGULARIZERS = Study(
+    "regularizers",
     "Stochastic depth compared with other regularizers",
     "The paper: dropout gains little with BatchNorm. Dropped filters and the filter penalty come from a public "
     "explainer that presents them as stochastic depth. For dropout and dropped filters, the number is the survival "
     "probability.",
-    experiments=_REGULARISERS,
+    experiments=_REGULARIZERS,
     small_experiments=(*_DIGITS_56, *_DIGITS_OTHERS),
     claims=(
         Claim(

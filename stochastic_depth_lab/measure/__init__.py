@@ -1,1 +1,1 @@
-"""What skipping saves, without a run: on this machine, in a published model."""
+"""Measures what skipping saves, on this machine or in a published model, without a run."""

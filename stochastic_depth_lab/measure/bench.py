@@ -22,10 +22,10 @@ _WIDTH = 12
 
 @dataclass(frozen=True)
 class Measured:
-    """One way of training, measured.
+    """The measurement of one method.
 
     Attributes:
-        name: what it is.
+        name: name of the method.
         ratio: median over the rounds of its step's time over that of constant depth.
         expected_flops: share of the training FLOPs of constant depth that it executes on average.
         expected_time: share of the time of constant depth that would be left if closed branches took none.
@@ -41,7 +41,7 @@ class Measured:
 def bench(
     *, num_layers: int, batch_size: int, final_survival_prob: float, rounds: int, device: torch.device
 ) -> list[Measured]:
-    """Measure a training step of the paper's network in interleaved rounds: the ratios hold on a busy machine too.
+    """Measure a training step of the paper's network in interleaved rounds, which is robust on a busy machine.
 
     Args:
         num_layers: 6n + 2.
@@ -101,14 +101,14 @@ def bench_text(measured: list[Measured], device: torch.device, rounds: int) -> s
 
 
 def _step_of(net: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
-    optimiser = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4)
-    return functools.partial(_step, net, optimiser, images, labels)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    return functools.partial(_step, net, optimizer, images, labels)
 
 
-def _step(net: nn.Module, optimiser: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor) -> None:
-    optimiser.zero_grad()
+def _step(net: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor) -> None:
+    optimizer.zero_grad()
     F.cross_entropy(net(images), labels).backward()
-    optimiser.step()
+    optimizer.step()
 
 
 def _time_of(step: Callable[[], None], device: torch.device) -> float:

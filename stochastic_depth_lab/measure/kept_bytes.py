@@ -39,12 +39,12 @@ class _Storages(TorchDispatchMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is not torch.ops.aten.lift_fresh.default:  # the last operation of `torch.tensor`, whose argument is new
-            self._meet((args, kwargs), made=False)
+            self._note_storages((args, kwargs), made=False)
         result = func(*args, **(kwargs or {}))
-        self._meet(result, made=True)
+        self._note_storages(result, made=True)
         return result
 
-    def _meet(self, tensors: Any, *, made: bool) -> None:
+    def _note_storages(self, tensors: Any, *, made: bool) -> None:
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()

@@ -1,4 +1,4 @@
-"""What `evaluate` left in a run folder, for its report: an analysis of the blocks, sub-networks, and calibration."""
+"""Reads the output of `evaluate` for the report: an analysis of the blocks, subnetworks, and calibration."""
 
 import csv
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ def read_analysis(folder: Path) -> Analysis | None:
     try:
         return from_json(Analysis, path.read_bytes())
     except ValueError as error:
-        raise ReportError(f"{path} is damaged ({error}): evaluate --analyse writes it again") from None
+        raise ReportError(f"{path} is damaged ({error}): evaluate --analyze writes it again") from None
 
 
 def analysis_text(analysis: Analysis) -> str:
@@ -77,7 +77,7 @@ def analysis_drawings(runs: Sequence[Run]) -> tuple[Drawing, ...]:
             "only that block closed at test time; accuracy against confidence.",
             _figure(analysis),
         )
-        for number, (label, analysis) in enumerate(_analysed(runs), start=1)
+        for number, (label, analysis) in enumerate(_analyzed(runs), start=1)
     )
 
 
@@ -87,7 +87,7 @@ def analysis_csv(runs: Sequence[Run]) -> str:
         ["run", "block", "name", "branch_share", "lesion_error", "test_error", "calibration_error"],
         [
             [label, number, name, share, error, analysis.reliability.error, analysis.reliability.calibration_error]
-            for label, analysis in _analysed(runs)
+            for label, analysis in _analyzed(runs)
             for number, (name, share, error) in enumerate(
                 zip(analysis.names, analysis.branch_shares, analysis.lesion_errors, strict=True), start=1
             )
@@ -115,7 +115,7 @@ def evaluation_drawings(runs: Sequence[Run]) -> tuple[Drawing, ...]:
             with table.open(newline="") as file:
                 rows = list(csv.DictReader(file))
             if table.stem == "subnetworks":
-                figure, title = curve_figure(read_curve(rows)), "Sub-networks"
+                figure, title = curve_figure(read_curve(rows)), "Subnetworks"
                 caption = "Test error of networks from which blocks were removed, over their relative size."
             else:
                 figure, title = reliability_figure(read_reliability(rows)), "Calibration"
@@ -126,7 +126,7 @@ def evaluation_drawings(runs: Sequence[Run]) -> tuple[Drawing, ...]:
     return tuple(drawings)
 
 
-def _analysed(runs: Sequence[Run]) -> list[tuple[str, Analysis]]:
+def _analyzed(runs: Sequence[Run]) -> list[tuple[str, Analysis]]:
     named = zip(labels(runs), runs, strict=True)
     return [(label, analysis) for label, run in named if (analysis := read_analysis(run.folder))]
 

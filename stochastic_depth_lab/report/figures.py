@@ -128,7 +128,7 @@ def epochs_csv(runs: Sequence[Run]) -> str:
 def survival_csv(runs: Sequence[Run]) -> str:
     """One line per run and block: the data of the survival figure."""
     return csv_text(
-        ["run", "block", "name", "survival_prob", "realised_frequency", "band_low", "band_high", "num_steps"],
+        ["run", "block", "name", "survival_prob", "realized_frequency", "band_low", "band_high", "num_steps"],
         [
             [label, number, name, prob, frequency, *band, run.num_steps]
             for label, run in zip(labels(runs), runs, strict=True)
@@ -302,20 +302,20 @@ def _expectation_figure(series: Sequence[_Series], *, narrow: bool) -> Figure:
     figure = Figure(figsize=(_NARROW if narrow else _WIDE, height), layout="constrained")
     axes = figure.subplots()
     measures: list[tuple[str, Callable[[_Series], float | None], Callable[[_Series], float]]] = [
-        ("depth", lambda s: s.run.realised_depth / len(s.run.names), lambda s: s.run.expected_depth / len(s.run.names)),
-        ("training FLOPs", lambda s: s.run.realised_cost, lambda s: s.run.expected_cost),
+        ("depth", lambda s: s.run.realized_depth / len(s.run.names), lambda s: s.run.expected_depth / len(s.run.names)),
+        ("training FLOPs", lambda s: s.run.realized_cost, lambda s: s.run.expected_cost),
         ("training time", lambda s: s.time_share, lambda s: s.run.expected_time or s.run.expected_cost),
     ]
     pitch = len(series) + 0.7
-    longest = max([1.0, *(realised_of(s) or 0 for _, realised_of, _ in measures for s in series)])
-    for number, (_, realised_of, expected_of) in enumerate(measures):
+    longest = max([1.0, *(realized_of(s) or 0 for _, realized_of, _ in measures for s in series)])
+    for number, (_, realized_of, expected_of) in enumerate(measures):
         for row, s in enumerate(series):
-            y, realised, expected = number * pitch + row, realised_of(s), expected_of(s)
+            y, realized, expected = number * pitch + row, realized_of(s), expected_of(s)
             text = "no constant depth" if narrow else "no constant-depth run"
-            if realised is not None:
-                axes.barh(y, realised, height=0.74, color=s.color)
+            if realized is not None:
+                axes.barh(y, realized, height=0.74, color=s.color)
                 axes.plot([expected, expected], [y - 0.46, y + 0.46], color=INK, linewidth=2)
-                text = f"{realised:.3f} ({expected:.3f})" if narrow else f"{realised:.3f} (expected {expected:.3f})"
+                text = f"{realized:.3f} ({expected:.3f})" if narrow else f"{realized:.3f} (expected {expected:.3f})"
             axes.text(longest + 0.03, y, text, va="center")
     axes.axvline(1, color=MUTED, linewidth=1.2, linestyle="--", zorder=0.5)
     axes.set_xlim(0, (1.7 if narrow else 1.35) * longest)
@@ -402,6 +402,6 @@ def legend(figure: Figure, entries: Sequence[tuple[Line2D | Patch, str]]) -> Non
     drawn = figure.legend(
         handles, ["-"] * len(handles), loc="outside upper left", ncols=math.ceil(len(entries) / num_rows)
     )
-    # Set afterwards: `legend` would leave out names that start with an underscore.
+    # Set afterward: `legend` would leave out names that start with an underscore.
     for text, (_, name) in zip(drawn.get_texts(), entries, strict=True):
         text.set_text(name)

@@ -161,7 +161,7 @@ def _lead(runs: Sequence[Run]) -> str:
             time += f" (expected {run.expected_cost:.3f} of FLOPs, {run.expected_time:.3f} of time)"
         return (
             f"Test error {run.test_error:.2f} % with stochastic depth, {constant.test_error:.2f} % with constant depth."
-            f"{time} and {run.realised_cost:.3f} of the FLOPs. One run of each (n = 1): this does not show how "
+            f"{time} and {run.realized_cost:.3f} of the FLOPs. One run of each (n = 1): this does not show how "
             "much such runs differ between seeds."
         )
     if len(runs) == 1:
@@ -294,14 +294,14 @@ def inline_svg(svg: bytes, name: str, title: str) -> str:
                 parent.remove(child)
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
-        element.attrib = {key.rpartition("}")[2]: _own(value, name) for key, value in element.attrib.items()}
+        element.attrib = {key.rpartition("}")[2]: _with_prefix(value, name) for key, value in element.attrib.items()}
         if "id" in element.attrib:
             element.set("id", f"{name}-{element.get('id')}")
     root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": title}
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def _own(value: str, name: str) -> str:
+def _with_prefix(value: str, name: str) -> str:
     value = re.sub(r"^#(?![0-9a-f]{6}$)|(?<=url\()#", f"#{name}-", value)
     return re.sub(r"#[0-9a-f]{6}(?![\w-])", _variable, value)
 

@@ -1,4 +1,4 @@
-"""Reads run folders into typed, frozen objects. Whatever is missing or damaged is a `ReportError` of one line."""
+"""Reads run folders into typed, frozen objects. Missing or damaged files raise a one-line `ReportError`."""
 
 import json
 import math
@@ -28,8 +28,8 @@ class Epoch:
     test_error: Number
     test_loss: Number
     train_s: Number
-    realised_depth: Number
-    realised_cost: Number
+    realized_depth: Number
+    realized_cost: Number
     first_conv_grad: Number
     learning_rate: Number
     num_steps: Count
@@ -50,7 +50,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Result:
-    """The part of `result.json` that the epochs do not hold; errors in percent."""
+    """The part of `result.json` that the epochs do not contain; errors in percent."""
 
     epochs: Count
     best_epoch: Count
@@ -166,14 +166,14 @@ class Run:
         return sum(e.num_steps for e in self.epochs)
 
     @property
-    def realised_depth(self) -> float:
+    def realized_depth(self) -> float:
         """Mean number of blocks run per step."""
-        return self._mean_over_steps([e.realised_depth for e in self.epochs])
+        return self._mean_over_steps([e.realized_depth for e in self.epochs])
 
     @property
-    def realised_cost(self) -> float:
+    def realized_cost(self) -> float:
         """Mean executed share of constant depth's training FLOPs per step."""
-        return self._mean_over_steps([e.realised_cost for e in self.epochs])
+        return self._mean_over_steps([e.realized_cost for e in self.epochs])
 
     @property
     def first_conv_grad(self) -> float:
@@ -317,10 +317,10 @@ def read_runs(folders: Sequence[Path]) -> tuple[Run, ...]:
 
 
 def run_folders(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """The run folders among some paths, where a folder of runs, such as that of a sweep or table, stands for its runs.
+    """The run folders in some paths. A folder of runs, such as the output of a sweep or table, stands for its runs.
 
     Returns:
-        Those to report on, and those found in a folder of runs that have no finished epoch yet.
+        Run folders to report on, and those in folders of runs that have no finished epoch yet.
     """
     folders: list[Path] = []
     left_out: list[Path] = []
@@ -358,7 +358,7 @@ def labels(runs: Sequence[Run]) -> tuple[str, ...]:
         shown = [printable(name) for name in names]
         if len(set(shown)) == len(shown) and max(map(len, shown)) <= _LONGEST:
             return tuple(shown)
-    # Numbers at the front make them different whatever they are called.
+    # Numbers in front make them unique in any case.
     return tuple(f"{number}: {_shortened(printable(run.name))}" for number, run in enumerate(runs, start=1))
 
 
@@ -396,7 +396,7 @@ def differing(configs: Sequence[Mapping[str, object]]) -> list[str]:
         if len({str(each.get(key)) for each in flat}) > 1
     ]
     return [
-        " · ".join(_said(key, each[key]) for key in keys if key in each) or str(config["name"])
+        " · ".join(_setting_text(key, each[key]) for key in keys if key in each) or str(config["name"])
         for config, each in zip(configs, flat, strict=True)
     ]
 
@@ -413,7 +413,7 @@ def _flat(fields: Mapping[str, object], above: str = "") -> dict[str, object]:
     return flat
 
 
-def _said(key: str, value: object) -> str:
+def _setting_text(key: str, value: object) -> str:
     name = _SHORT.get(key, key.rpartition(".")[2].replace("_", " "))
     text = _number(value) if isinstance(value, float) else str(value).replace("_", " ")
     return f"{name} {text}".strip()

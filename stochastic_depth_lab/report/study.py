@@ -100,8 +100,8 @@ def write_study(
     runs = [run for row in rows for run in row.runs]
     if not runs:
         raise ReportError(f"{study.name}: none of its {len(folders)} runs is finished")
-    judged = _judged(study, rows)
-    found = [*_chosen(study, rows), *_threshold(study, rows)]
+    judged = _verdicts(study, rows)
+    found = [*_chosen_rates(study, rows), *_threshold(study, rows)]
     others = {name: tuple(errors) for name, errors in (baselines or {}).items()}
     inner = out / study.name
     with figure_style():
@@ -115,14 +115,14 @@ def write_study(
         for name, text in tables.items():
             write_whole(inner / "data" / f"{name}.csv", text.encode())
         page = out / f"{study.name}.html"
-        lead = " ".join(part for part in (study.claim, _said(rows), *found) if part)
+        lead = " ".join(part for part in (study.claim, _seeds_sentence(rows), *found) if part)
         links: list[dict[str, str]] = [{} for _ in rows]
         if run_pages:
             links = [{f"seed {run.config['seed']}": link_to_page(run.folder, out) for run in row.runs} for row in rows]
         cells = _cells(study, rows, others, lambda column: column.name)
         table = sortable_table(cells, links + [{} for _ in others]) + _verdicts_html(judged, rows)
         write_whole(page, html_page(study.title, lead, table, remarks, figures, runs, tables).encode())
-    regime = _regime(rows)
+    regime = _setting_line(rows)
     text = [*_wrapped(study.title, width), *_wrapped(regime, width), "", _text(study, rows, others, width)]
     for each in judged:
         text += ["", *_verdict_lines(each, rows, width)]
@@ -170,7 +170,7 @@ def _time_share(run: Run, runs: Sequence[Run]) -> float | None:
     return (one / run.num_steps) / (other / constant.num_steps) if other else None
 
 
-def _judged(study: Study, rows: Sequence[Seeds]) -> list[Judged]:
+def _verdicts(study: Study, rows: Sequence[Seeds]) -> list[Judged]:
     """The verdict on each claim that these runs can test."""
     judged = [judge(claim, _paired(claim.comparisons, rows)) for claim in study.claims]
     return [each for each in judged if each.paired]
@@ -190,7 +190,7 @@ def _paired(comparisons: Sequence[Comparison], rows: Sequence[Seeds]) -> list[Pa
     return found
 
 
-def _said(rows: Sequence[Seeds]) -> str:
+def _seeds_sentence(rows: Sequence[Seeds]) -> str:
     counts = {len(row.runs) for row in rows}
     if counts == {1}:
         return "Ours: one seed of each."
@@ -198,7 +198,7 @@ def _said(rows: Sequence[Seeds]) -> str:
     return f"Ours: mean and standard deviation over {number} seeds of each."
 
 
-def _regime(rows: Sequence[Seeds]) -> str:
+def _setting_line(rows: Sequence[Seeds]) -> str:
     """Number of images and steps, in a line; empty if the rows differ."""
     common = {(row.experiment.data, row.experiment.model.num_layers, row.runs[0].num_steps) for row in rows}
     if len(common) != 1 or not rows[0].few:
@@ -250,12 +250,12 @@ _COLUMNS = (
     _Column(
         "share of the training FLOPs",
         ("", "FLOPs"),
-        lambda row: f"{statistics.mean(r.realised_cost for r in row.runs):.3f}",
+        lambda row: f"{statistics.mean(r.realized_cost for r in row.runs):.3f}",
     ),
     _Column(
         "expected depth / realized depth, blocks",
         ("depth, exp.", "/ realized"),
-        lambda row: f"{row.runs[0].expected_depth:.2f} / {statistics.mean(run.realised_depth for run in row.runs):.2f}",
+        lambda row: f"{row.runs[0].expected_depth:.2f} / {statistics.mean(run.realized_depth for run in row.runs):.2f}",
     ),
 )
 _VALIDATION = _Column(
@@ -418,9 +418,9 @@ def _runs_csv(rows: Sequence[Seeds], others: Mapping[str, tuple[float, ...]]) ->
             "train_s": run.train_s,
             "process_s": run.process_s,
             "expected_cost": run.expected_cost,
-            "realised_cost": run.realised_cost,
+            "realized_cost": run.realized_cost,
             "expected_depth": run.expected_depth,
-            "realised_depth": run.realised_depth,
+            "realized_depth": run.realized_depth,
             "first_conv_grad": run.first_conv_grad,
             "late_gradient": run.late_gradient,
         }
@@ -515,7 +515,7 @@ def _rates(rows: Sequence[Seeds]) -> list[Drawing]:
     return [rates(errors)]
 
 
-def _chosen(study: Study, rows: Sequence[Seeds]) -> list[str]:
+def _chosen_rates(study: Study, rows: Sequence[Seeds]) -> list[str]:
     """The learning rates that tuning chooses."""
     if "rates" not in study.figures:
         return []
@@ -534,7 +534,7 @@ def _chosen(study: Study, rows: Sequence[Seeds]) -> list[str]:
     return [f"Chosen by the mean validation error: {', '.join(best)}."]
 
 
-def _cells_of(rows: Sequence[Seeds]) -> dict[str, list[Cell]]:
+def _cells_by_dataset(rows: Sequence[Seeds]) -> dict[str, list[Cell]]:
     """By data set, the pairs at every length of training and number of images."""
     groups: dict[tuple[str, int, int], dict[bool, Seeds]] = {}
     for row in rows:
@@ -557,7 +557,9 @@ def _cells_of(rows: Sequence[Seeds]) -> dict[str, list[Cell]]:
 
 
 def _crossing(rows: Sequence[Seeds]) -> list[Drawing]:
-    return [draw(dataset, cells) for dataset, cells in _cells_of(rows).items() for draw in (crossing, threshold)]
+    return [
+        draw(dataset, cells) for dataset, cells in _cells_by_dataset(rows).items() for draw in (crossing, threshold)
+    ]
 
 
 def _threshold(study: Study, rows: Sequence[Seeds]) -> list[str]:
@@ -565,7 +567,7 @@ def _threshold(study: Study, rows: Sequence[Seeds]) -> list[str]:
     if "crossing" not in study.figures:
         return []
     sentences: list[str] = []
-    for dataset, cells in _cells_of(rows).items():
+    for dataset, cells in _cells_by_dataset(rows).items():
         loss = split_by_loss(cells)
         below, above = ([c for c in cells if (c.train_loss < loss) == side] for side in (True, False))
         sentences.append(
@@ -601,5 +603,5 @@ def _duration(seconds: float) -> str:
 
 
 def _wrapped(text: str, width: int, indent: str = "") -> list[str]:
-    """Lines to read: no longer than 100 characters on a wide terminal either."""
+    """Lines of at most 100 characters, on a wide terminal too."""
     return textwrap.wrap(text, min(width, 100), initial_indent=indent, subsequent_indent=indent + "  " * bool(indent))

@@ -187,7 +187,7 @@ def _dots(axes: Axes, values: Mapping[float, Sequence[float]], color: str) -> No
     axes.plot([x for x, _ in pairs], [y for _, y in pairs], ".", color=color, markersize=3, alpha=0.6)
 
 
-def _over(errors: Mapping[bool, Mapping[float, Sequence[float]]], ticks: Sequence[float]) -> tuple[Figure, Axes]:
+def _two_lines(errors: Mapping[bool, Mapping[float, Sequence[float]]], ticks: Sequence[float]) -> tuple[Figure, Axes]:
     """Lines for constant and stochastic depth on a logarithmic axis."""
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     axes = figure.subplots()
@@ -214,7 +214,7 @@ def depth_curve(errors: Mapping[bool, Mapping[int, Sequence[float]]]) -> Drawing
         errors: test errors in percent of the seeds, by whether depth is stochastic and by number of layers.
     """
     layers = sorted({number for by_depth in errors.values() for number in by_depth})
-    figure, axes = _over({kind: dict(by_depth.items()) for kind, by_depth in errors.items()}, layers)
+    figure, axes = _two_lines({kind: dict(by_depth.items()) for kind, by_depth in errors.items()}, layers)
     axes.set_title("test error, %")
     axes.set_xlabel("layers")
     return Drawing(
@@ -232,7 +232,7 @@ def rates(errors: Mapping[bool, Mapping[float, Sequence[float]]]) -> Drawing:
     Args:
         errors: validation errors in percent of the seeds, by whether depth is stochastic and by rate.
     """
-    figure, axes = _over(errors, sorted({rate for by_rate in errors.values() for rate in by_rate}))
+    figure, axes = _two_lines(errors, sorted({rate for by_rate in errors.values() for rate in by_rate}))
     axes.set_title("validation error after the last step, %")
     axes.set_xlabel("learning rate")
     return Drawing(

@@ -1,4 +1,4 @@
-"""Table and figure of sub-networks: error against parameters, FLOPs and latency."""
+"""Table and figure of subnetworks: error against parameters, FLOPs and latency."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +15,7 @@ from stochastic_depth_lab.report.theme import SERIES, figure_style
 
 @dataclass(frozen=True)
 class Point:
-    """One sub-network of a run."""
+    """One subnetwork of a run."""
 
     run: str
     """Name of the experiment."""

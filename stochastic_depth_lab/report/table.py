@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 
-from stochastic_depth_lab.experiments.config import Regularisers
+from stochastic_depth_lab.experiments.config import Regularizers
 from stochastic_depth_lab.report.runs import Run, labels, printable
 
 NOTHING = "\N{EN DASH}"
@@ -28,7 +28,7 @@ for (const head of document.querySelectorAll("table.sortable thead th")) {
 }
 </script>
 """
-_NO_REGULARISERS = asdict(Regularisers())
+_NO_REGULARIZERS = asdict(Regularizers())
 _HARDWARE = ("cpu", "num_threads", "device", "gpu")
 
 
@@ -70,9 +70,9 @@ def rows(runs: Sequence[Run]) -> tuple[Row, ...]:
         row("time_share", "training time per epoch, share of constant depth", _share, lambda r: time_share(r, runs)),
         row("expected_time", "expected time if closed blocks take none, share", _share, lambda r: r.expected_time),
         row("expected_depth", "expected depth, blocks", _two_decimals, lambda r: r.expected_depth),
-        row("realised_depth", "realized depth, blocks", _two_decimals, lambda r: r.realised_depth),
+        row("realized_depth", "realized depth, blocks", _two_decimals, lambda r: r.realized_depth),
         row("expected_cost", "expected cost, share of training FLOPs", _share, lambda r: r.expected_cost),
-        row("realised_cost", "realized cost, share of training FLOPs", _share, lambda r: r.realised_cost),
+        row("realized_cost", "realized cost, share of training FLOPs", _share, lambda r: r.realized_cost),
         row("first_conv_grad", "mean |gradient| of first convolution", _three_digits, lambda r: r.first_conv_grad),
         row("num_parameters", "parameters", _count, lambda r: r.result and r.result.num_parameters),
     )
@@ -85,7 +85,7 @@ def constant_depth_of(run: Run, runs: Sequence[Run]) -> Run | None:
         other
         for other in runs
         if not other.stochastic
-        and other.config.get("regularisers") in (None, _NO_REGULARISERS)
+        and other.config.get("regularizers") in (None, _NO_REGULARIZERS)
         and all(other.config.get(key) == run.config.get(key) for key in ("model", "data"))
         and _batch_size(other) == _batch_size(run)
     ]
@@ -106,7 +106,7 @@ def time_share(run: Run, runs: Sequence[Run]) -> float | None:
 
 
 def remarks(runs: Sequence[Run]) -> tuple[str, ...]:
-    """Notes on the numbers: what a run lacks, differences in hardware, sources of published results."""
+    """Notes on the numbers: missing values, differences in hardware, sources of published results."""
     named = tuple(zip(labels(runs), runs, strict=True))
     notes = [f"{label}: {note}" for label, run in named for note in run.notes]
     sources = [
@@ -114,10 +114,10 @@ def remarks(runs: Sequence[Run]) -> tuple[str, ...]:
         for label, run in named
         if run.published
     ]
-    return (*notes, *_unlike(named, runs), *sources)
+    return (*notes, *_timing_warnings(named, runs), *sources)
 
 
-def _unlike(named: Sequence[tuple[str, Run]], runs: Sequence[Run]) -> list[str]:
+def _timing_warnings(named: Sequence[tuple[str, Run]], runs: Sequence[Run]) -> list[str]:
     """Warnings about runs whose time is compared with that of another machine or precision."""
     warnings: list[str] = []
     for label, run in named:

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, with the previous one kept; damage is noticed; no code is unpickled."""
+"""Checkpoints: written atomically, with the previous one kept; damage is detected; no code is unpickled."""
 
 import hashlib
 import io

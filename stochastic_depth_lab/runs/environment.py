@@ -1,4 +1,4 @@
-"""The machine of a run: what a number needs to be repeated."""
+"""The machine and versions of a run, which a number needs to be reproducible."""
 
 import contextlib
 import os

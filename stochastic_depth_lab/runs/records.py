@@ -1,4 +1,4 @@
-"""The run folder: what a run is, where it ran, and what it measured."""
+"""The run folder: configuration, environment and measurements of a run."""
 
 import contextlib
 import fcntl
@@ -123,7 +123,7 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The epochs so far."""
-        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+        return [parse(dict[str, Any], line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
 
     def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """Write `result.json`, which marks the run as finished, and return what it holds."""

@@ -1,1 +1,1 @@
-"""Training: from an experiment to the last epoch, one run or many."""
+"""Training of one run or many, from an experiment to the last epoch."""

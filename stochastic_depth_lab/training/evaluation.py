@@ -1,4 +1,4 @@
-"""Error and loss of a network by the test-time rule: every block runs, its branch multiplied by p (`model.eval()`)."""
+"""Error and loss of a network in evaluation mode: every block runs, its branch multiplied by p (`model.eval()`)."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ def evaluate(
         model: the network.
         batches: the batches of this process.
         precision: of the computation.
-        sum_over_processes: adds up what the processes found on their parts.
+        sum_over_processes: adds up the results of all processes.
 
     Raises:
         ValueError: if there is no batch.
@@ -70,7 +70,7 @@ def evaluate_part(
     model: nn.Module, images: Images, part: Split | PictureSplit, precision: Precision = "fp32"
 ) -> Evaluation:
     """Error and loss on one part of an experiment's images."""
-    return evaluate(model, batches(part, BATCH_SIZE, normalisation=images.normalisation), precision)
+    return evaluate(model, batches(part, BATCH_SIZE, normalization=images.normalization), precision)
 
 
 def _sum_dtype(device: torch.device) -> torch.dtype:

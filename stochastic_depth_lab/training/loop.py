@@ -21,7 +21,7 @@ from stochastic_depth_lab.training.run import Run, StopRequested
 from stochastic_depth_lab.training.setup import prepare, reproducible, set_epoch
 
 _SHOW_EVERY = 20
-"""Steps between two looks at the losses: reading one waits for the device."""
+"""Number of steps between two checks of the losses, since reading a loss waits for the device."""
 
 
 class Interrupted(Exception):  # noqa: N818 -- nothing went wrong
@@ -61,7 +61,7 @@ def train(
         cuda_graphs: replay branches as CUDA graphs: the same numbers, in less time on a GPU.
 
     Raises:
-        ValueError: in one line, for what cannot be done. Nothing is overwritten.
+        ValueError: in one line, if the run cannot start. Nothing is overwritten.
         NotFiniteError: if the loss is not finite. The last checkpoint is kept.
         Interrupted: if a stop was requested. The checkpoint is that of the last step.
     """
@@ -141,7 +141,7 @@ def _totals(rows: list[dict[str, Any]]) -> dict[str, float]:
     num_steps = sum(row["num_steps"] for row in rows)
     means = {
         name: math.fsum(row[name] * row["num_steps"] for row in rows) / num_steps
-        for name in ("realised_depth", "realised_cost")
+        for name in ("realized_depth", "realized_cost")
     }
     # Older versions, whose rows a resumed run may begin with, did not measure process time.
     times = {name: math.fsum(row[name] for row in rows) for name in ("train_s", "process_s") if name in rows[0]}

@@ -36,7 +36,7 @@ class Processes:
         """Call a function on rank 0 and return its result on every rank.
 
         Raises:
-            ValueError: and other errors of input or disk, on every rank, so that none waits for one that has ended.
+            ValueError: and other input or disk errors, on every rank, so that no rank waits for one that has ended.
         """
         if self.size == 1:
             return function()
@@ -76,7 +76,7 @@ class Processes:
             return model
         if synchronize_batch_norm:
             if device.type != "cuda":
-                raise ValueError("recipe.batch_norm is synchronised, which PyTorch supports on GPUs only: use local.")
+                raise ValueError("recipe.batch_norm is synchronized, which PyTorch supports on GPUs only: use local.")
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 

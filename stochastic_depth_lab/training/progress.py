@@ -1,4 +1,4 @@
-"""Progress of a run: on a terminal, in a plain log, in TensorBoard."""
+"""Shows the progress of a run on a terminal, in a plain log, or in TensorBoard."""
 
 import sys
 from collections.abc import Generator

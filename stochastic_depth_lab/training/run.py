@@ -1,4 +1,4 @@
-"""The state of a run, and its steps: everything that a checkpoint must hold to resume bit for bit.
+"""The state and the steps of a run. A checkpoint contains everything that resuming bit for bit needs.
 
 A run is a function of its configuration: the order of the images and their augmentation follow from (seed, epoch), the
 gates from (seed, step), dropout from (seed, epoch, step), the learning rate from (epoch, step). `Run.state_dict` holds
@@ -23,9 +23,9 @@ from stochastic_depth_lab.runs import checkpoint
 from stochastic_depth_lab.runs.records import RunFolder
 from stochastic_depth_lab.training.evaluation import BATCH_SIZE, Evaluation, autocast, evaluate
 from stochastic_depth_lab.training.processes import Processes
-from stochastic_depth_lab.training.regularisers import filter_penalty
+from stochastic_depth_lab.training.regularizers import filter_penalty
 from stochastic_depth_lab.training.schedules import learning_rate
-from stochastic_depth_lab.training.setup import Setup, build_optimiser
+from stochastic_depth_lab.training.setup import Setup, build_optimizer
 
 
 class NotFiniteError(ArithmeticError):
@@ -79,7 +79,7 @@ class Stopwatch:
 
 @dataclass
 class Tally:
-    """What the steps of an epoch have given so far."""
+    """Sums and measurements over the steps of an epoch so far."""
 
     losses: Tensor
     """(num_steps,) float32 on the device."""
@@ -129,9 +129,9 @@ class Run:
         self.device = self.images.data.train.device
         self.processes = processes
         recipe = self.experiment.recipe
-        synchronized = recipe.batch_norm == "synchronised"
+        synchronized = recipe.batch_norm == "synchronized"
         self.wrapped = processes.wrapped(self.model, self.device, synchronize_batch_norm=synchronized)
-        self.optimiser = build_optimiser(self.model, self.experiment)
+        self.optimizer = build_optimizer(self.model, self.experiment)
         # A scaler that is not enabled changes nothing.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.experiment.precision == "fp16")
         self.first_conv = next(module for module in self.model.modules() if isinstance(module, nn.Conv2d))
@@ -163,7 +163,7 @@ class Run:
             batches(
                 self.images.data.train,
                 recipe.batch_size,
-                normalisation=self.images.normalisation,
+                normalization=self.images.normalization,
                 augmentation=self.images.augmentation,
                 seed=self.experiment.seed,
                 epoch=self.epoch,
@@ -185,18 +185,18 @@ class Run:
         """Take one step of the optimizer."""
         tally, recipe = self.tally, self.experiment.recipe
         rate = learning_rate(recipe, self.epoch, tally.step, self.num_steps)
-        for group in self.optimiser.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = rate
         # Dropout draws from PyTorch's global state, which every step and process seeds again.
         torch.manual_seed(seed("dropout", self.experiment.seed, self.epoch, tally.step, self.processes.rank))
         with autocast(self.device, self.experiment.precision):
             loss = F.cross_entropy(self.wrapped(inputs), labels) * self._weight_of_part()
         objective = loss
-        if strength := self.experiment.regularisers.filter_penalty:
+        if strength := self.experiment.regularizers.filter_penalty:
             objective = loss + filter_penalty(self.model, strength)
         self.scaler.scale(objective).backward()
-        self.scaler.unscale_(self.optimiser)
-        self.scaler.step(self.optimiser)
+        self.scaler.unscale_(self.optimizer)
+        self.scaler.step(self.optimizer)
         self.scaler.update()
 
         tally.losses[tally.step] = self.processes.sum(loss.detach()) / self.processes.size
@@ -208,7 +208,7 @@ class Run:
         tally.depth_counts[round(sum(gates))] += 1
         tally.cost += 1.0 if self.setup.cost is None else self.setup.cost.share(gates)
         tally.step += 1
-        self.optimiser.zero_grad()
+        self.optimizer.zero_grad()
 
     def _weight_of_part(self) -> float:
         """The weight of this process's mean loss, so that the mean over the processes is that over the batch."""
@@ -262,10 +262,10 @@ class Run:
             "test_loss": test.loss,
             "train_s": self.watch.seconds,
             "process_s": self.watch.process_s,
-            "realised_depth": math.fsum(tally.open_counts) / num_steps,
-            "realised_cost": tally.cost / num_steps,
+            "realized_depth": math.fsum(tally.open_counts) / num_steps,
+            "realized_cost": tally.cost / num_steps,
             "first_conv_grad": tally.mean(tally.first_conv_grads),
-            "learning_rate": self.optimiser.param_groups[0]["lr"],
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
             "num_steps": num_steps,
             "steps_per_s": num_steps / self.watch.seconds,
             "open_counts": tally.open_counts,
@@ -280,7 +280,7 @@ class Run:
         images = batches(
             part,
             BATCH_SIZE,
-            normalisation=self.images.normalisation,
+            normalization=self.images.normalization,
             rank=self.processes.rank,
             num_ranks=self.processes.size,
         )
@@ -294,7 +294,7 @@ class Run:
         return evaluation
 
     def result(self) -> dict[str, Any]:
-        """The result of the run, as far as its state holds it."""
+        """The part of the run's result that its state contains."""
         return {
             "best_epoch": self.best.epoch,
             "best_step": self.best.step,
@@ -321,10 +321,10 @@ class Run:
             "train_s": self.watch.seconds,
             "process_s": self.watch.process_s,
             "model": self.model.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "gates": None if self.depth is None else self.depth.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "normalisation": self.images.normalisation.state_dict(),
+            "normalization": self.images.normalization.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -333,8 +333,9 @@ class Run:
         Raises:
             DataError: if the normalization shows that the images are not those that the run began with.
         """
-        normalisation = self.images.normalisation.to("cpu").state_dict()
-        if not all(torch.equal(value, normalisation[name]) for name, value in state["normalisation"].items()):
+        normalization = self.images.normalization.to("cpu").state_dict()
+        then = state["normalization" if "normalization" in state else "normalisation"]  # as version 0.1 spelled it
+        if not all(torch.equal(value, normalization[name]) for name, value in then.items()):
             raise DataError("the training images have another mean or deviation than those that this run began with.")
         self.epoch = state["epoch"]
         tally = state["tally"]
@@ -346,7 +347,7 @@ class Run:
         self.watch.seconds = state["train_s"]
         self.watch.process_s = state.get("process_s", 0.0)  # an older version did not measure it
         self.model.load_state_dict(state["model"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        self.optimizer.load_state_dict(state["optimizer"])
         if self.depth is not None:
             self.depth.load_state_dict(state["gates"])
         self.scaler.load_state_dict(state["scaler"])

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import stochastic_depth as sd
 from stochastic_depth_lab import data
-from stochastic_depth_lab.data import Augmentation, ImageData, Normalisation, import_torchvision
+from stochastic_depth_lab.data import Augmentation, ImageData, Normalization, import_torchvision
 from stochastic_depth_lab.experiments.config import Experiment, Precision, Recipe
 from stochastic_depth_lab.runs import checkpoint
-from stochastic_depth_lab.training.regularisers import add_dropout_
+from stochastic_depth_lab.training.regularizers import add_dropout_
 from stochastic_depth_lab.training.schedules import mean_survival_probs, survival_probs
 
 
@@ -25,7 +25,7 @@ class Images:
     """The images of an experiment on its device, their normalization and their augmentation."""
 
     data: ImageData
-    normalisation: Normalisation
+    normalization: Normalization
     augmentation: Augmentation | None
 
 
@@ -44,7 +44,7 @@ class BranchTable:
 
 
 _MOST_TIMED = 64
-"""Images that the expected time is measured with: no more memory than training needs, and a few seconds."""
+"""Number of images for measuring the expected time: no more memory than training needs, and a few seconds."""
 
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -81,7 +81,7 @@ def prepare(
     """Load an experiment's images and build its network. See `training.loop.train` for the arguments.
 
     Raises:
-        ValueError: in one line, for what is missing or does not fit together.
+        ValueError: in one line, if something is missing or does not fit together.
     """
     images = load_images(experiment, device, data_root, data)
     model, depth = build_network(experiment, images.data)
@@ -89,7 +89,7 @@ def prepare(
         load_weights(model, checkpoint.read(weights), str(weights))
     few = images.data.train.first(min(_MOST_TIMED, experiment.recipe.batch_size)).images
     with autocast(device, experiment.precision):
-        branches, cost = describe_branches(experiment, model, depth, images.normalisation(few))
+        branches, cost = describe_branches(experiment, model, depth, images.normalization(few))
     if depth is not None:
         depth.set_costs(cost)  # draw="equal_cost" needs them
     if cuda_graphs:
@@ -135,8 +135,8 @@ def load_images(
     augmentation = None
     if settings.translation or settings.flip:
         augmentation = Augmentation(translation=settings.translation, flip=settings.flip)
-    normalisation = images.normalisation or Normalisation.fit(images.train.images, settings.normalisation)
-    return Images(images, normalisation, augmentation)
+    normalization = images.normalization or Normalization.fit(images.train.images, settings.normalization)
+    return Images(images, normalization, augmentation)
 
 
 def build_network(experiment: Experiment, images: ImageData) -> tuple[nn.Module, sd.Controller | None]:
@@ -167,7 +167,7 @@ def build_network(experiment: Experiment, images: ImageData) -> tuple[nn.Module,
     # Convolutions pass on the layout of their weights; channels last halves the time of a step on CPUs.
     # PyTorch's annotations lack the argument.
     model = model.to(images.train.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    add_dropout_(model, experiment.regularisers)
+    add_dropout_(model, experiment.regularizers)
     if depth is None:
         return model, None
     return model, sd.make_stochastic_(
@@ -231,7 +231,7 @@ def describe_branches(
     if depth is None or experiment.depth is None:
         names = branch_names(model, depth)
         return BranchTable(names, [1.0] * len(names), float(len(names)), 1.0, 1.0), None
-    # Times are no part of the cost, which `draw="equal_cost"` evens out: the same run would draw other gates.
+    # Times are not part of the cost for `draw="equal_cost"`: with them, a repeated run would draw other gates.
     cost = depth.cost(inputs[:2])
     probs = mean_survival_probs(depth.survival_probs, experiment.depth, experiment.recipe.epochs)
     time_share = depth.cost(inputs, measure=True).share_of_time(probs)
@@ -248,7 +248,7 @@ def set_epoch(experiment: Experiment, depth: sd.Controller | None, epoch: int) -
 
 
 def capture_branches(experiment: Experiment, model: nn.Module, depth: sd.Controller | None) -> None:
-    """Replay the branches as CUDA graphs; at constant depth all of them in every step.
+    """Replay the branches as CUDA graphs; at constant depth, all branches in every step.
 
     Raises:
         ValueError: if there is no GPU, or a branch does something that a graph cannot repeat exactly.
@@ -256,12 +256,12 @@ def capture_branches(experiment: Experiment, model: nn.Module, depth: sd.Control
     device = next(model.parameters()).device
     if device.type != "cuda":
         raise ValueError(f"--cuda-graphs needs a GPU, but the device is {device.type}.")
-    if experiment.recipe.batch_norm == "synchronised":
-        raise ValueError("--cuda-graphs cannot be used with recipe.batch_norm synchronised, which waits for others.")
+    if experiment.recipe.batch_norm == "synchronized":
+        raise ValueError("--cuda-graphs cannot be used with recipe.batch_norm synchronized, which waits for others.")
     (depth or sd.make_stochastic_(model, sd.uniform(1.0))).capture()
 
 
-def build_optimiser(model: nn.Module, experiment: Experiment) -> torch.optim.SGD:
+def build_optimizer(model: nn.Module, experiment: Experiment) -> torch.optim.SGD:
     """SGD with Nesterov momentum and decay on every parameter, BatchNorm and biases included (Huang et al. 2016)."""
     recipe = experiment.recipe
     some_without_gradients = experiment.depth is not None and experiment.depth.skipped_grad == "none"

@@ -129,8 +129,8 @@ def run(
 def _begin(job: Job, device: str | None, data_root: Path | None) -> BaseProcess:
     job.state = "running"
     process = _PROCESSES.Process(target=_train, args=(job.experiment, job.folder, device, data_root))
-    # Ctrl-C reaches every process of a terminal. The new one inherits from us that it ignores it: during its imports it
-    # would leave a traceback.
+    # Ctrl-C reaches every process of a terminal. The new process inherits that it is ignored: during imports it would
+    # leave a traceback.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         process.start()

@@ -60,7 +60,7 @@ class SweepTable:
 
 
 def _names(jobs: Sequence[Job]) -> list[str]:
-    """What is shown of each run: its folder, or where those are long, what the runs differ in."""
+    """A name for each run: its folder, or if folders are long, the settings in which the runs differ."""
     folders = [job.folder.name for job in jobs]
     if len(jobs) < 2 or max(map(len, folders)) <= _LONGEST:
         return folders

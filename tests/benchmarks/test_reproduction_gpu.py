@@ -1,4 +1,4 @@
-"""The plan for the minutes on a GPU: limits, order, whatever kills it, and what travels there; rehearsed on the CPU."""
+"""The plan for the minutes on a GPU: limits, order, kills, and the packed files; rehearsed on the CPU."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ from stochastic_depth_lab.data import cifar  # noqa: E402
 
 
 def in_fork(function: Callable[[], int]) -> int:
-    """What a fork of this process ends with: its exit code, or minus the number of the signal that killed it."""
+    """Exit code of a fork of this process, or minus the number of the signal that killed it."""
     child = os.fork()
     if child == 0:
         with contextlib.suppress(BaseException):
@@ -108,7 +108,7 @@ def test_pieces_that_failed_before_come_last(tmp_path: Path) -> None:
     assert order == ["first", "second", "first", "third"]
 
 
-def test_nothing_is_begun_that_does_not_fit_or_has_no_data_yet(tmp_path: Path) -> None:
+def test_pieces_that_do_not_fit_or_lack_data_do_not_start(tmp_path: Path) -> None:
     waiting = piece("waiting", kept("waiting"), is_ready=lambda _: (tmp_path / "data").exists())
     long = gpu.Piece("long", kept("long"), 600, 500)
     assert not follow(tmp_path, waiting, long, piece("short", kept("short")))

@@ -1,4 +1,4 @@
-"""The benchmark on public model code: its reference agrees with the library, and notices what is not so."""
+"""The benchmark on public model code: its reference agrees with the library, and detects errors."""
 
 import dataclasses
 import json

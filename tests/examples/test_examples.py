@@ -43,7 +43,7 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_an_example_is_short(path: Path) -> None:
-    # This one trains, takes layers out, saves and generates.
+    # This one trains, removes layers, saves and generates.
     assert len(path.read_text().splitlines()) <= (120 if path.stem == "layerskip" else 60)
 
 
@@ -62,7 +62,7 @@ def test_layerskip_saves_plain_checkpoints_and_drafts(tmp_path: Path, capsys: py
     assert_equal(half.state_dict(), {name: weights[name] for name in half.state_dict()})
 
 
-# What these packages warn of in their own code is theirs.
+# Warnings of these packages about their own code.
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", NEEDS)
 def test_resumed_it_is_the_uninterrupted_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +78,7 @@ def test_resumed_it_is_the_uninterrupted_run(name: str, tmp_path: Path, monkeypa
     first = train(tmp_path / "parts", 1)
     assert any(not torch.equal(tensor, whole[key]) for key, tensor in first.items())
     resumed = train(tmp_path / "parts", 3)
-    assert drawn == [8]  # steps of an epoch: the gates went on from there
+    assert drawn == [8]  # steps of an epoch: the gates resumed from there
     assert_equal(resumed, whole)
 
 
@@ -114,7 +114,7 @@ def test_plain_torchrun_resumed_or_killed_is_the_uninterrupted_run(tmp_path: Pat
     torchrun_and_kill_one(tmp_path / "killed", 12)
     assert "exitcode: -9" in (tmp_path / "killed.log").read_text()
     whole = torch.load(tmp_path / "whole" / "last.pt", weights_only=True)
-    assert whole["depth"]["counter"] == 48  # steps: half as many as one process makes of the same data
+    assert whole["depth"]["counter"] == 48  # half as many steps as one process needs for the same data
     for name in ("resumed", "killed"):
         state = torch.load(tmp_path / name / "last.pt", weights_only=True)
         assert_equal(state["model"], whole["model"])

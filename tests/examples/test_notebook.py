@@ -8,7 +8,7 @@ import pytest
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "quickstart.ipynb"
 
 
-# What the notebook's packages warn of in their own code is theirs.
+# Warnings of the notebook's packages about their own code.
 @pytest.mark.filterwarnings("default")
 @pytest.mark.slow
 def test_the_notebook_runs_and_draws_the_figures_that_it_shows() -> None:
@@ -24,7 +24,7 @@ def test_the_notebook_runs_and_draws_the_figures_that_it_shows() -> None:
 
 
 def figures_and_lines(notebook: object) -> list[tuple[int, int]]:
-    """Of each cell of code, the number of figures and of printed lines. The numbers in them depend on the machine."""
+    """For each code cell, the number of figures and of printed lines; the printed numbers depend on the machine."""
     counts = []
     for cell in notebook.cells:
         if cell.cell_type == "code":

@@ -1,4 +1,4 @@
-"""Real training that is interrupted in every way we know, again and again, until it has finished.
+"""Interrupts real training in every way we know, again and again, until it has finished.
 
 What it leaves must equal, bit for bit, what the uninterrupted run leaves. The long form is `make faults`:
 
@@ -51,7 +51,7 @@ _FORKS.set_forkserver_preload(_PRELOADED)
 def start(
     arguments: Sequence[str], log: Path, file_limit: int | None = None, variables: dict[str, str] | None = None
 ) -> BaseProcess:
-    """The command line in a process of its own, which finds PyTorch loaded already."""
+    """The command line in a separate process, in which PyTorch is already loaded."""
     process = _FORKS.Process(target=_command, args=(list(arguments), str(log), file_limit, variables or {}))
     process.start()
     return process
@@ -93,7 +93,7 @@ class Interrupted:
         return (self.run / "result.json").exists()
 
     def go_on(self, fault: str) -> None:
-        """Start the run, let the fault happen to it, and see it stopped."""
+        """Start the run, inject the fault, and wait until it stops."""
         self._started_ns = time.time_ns()
         process = start(self.arguments, self.log, 20_000 if fault == "no space" else None)
         if fault == "no space":
@@ -110,13 +110,13 @@ class Interrupted:
             process.kill()
             process.join()
             assert process.exitcode in (0, -signal.SIGKILL), self.log.read_text()
-        # A run that was killed on its way out is finished: nobody resumes it, which would repair the damage.
+        # A run that was killed while it exited is finished: it is not resumed, which would repair the damage.
         if process.exitcode != 0 and not self.finished() and self._damage(fault):
             self.survived[fault] += 1
             self.survived["of these while a checkpoint was being written"] += self._in_a_write()
 
     def _in_a_write(self) -> bool:
-        """Whether this process has left, or is just writing, a checkpoint that has not got its name yet."""
+        """Whether this process left, or is writing, a checkpoint that does not have its final name yet."""
         for name in ("next.pt.tmp", "next.pt"):
             try:
                 if (self.checkpoints / name).stat().st_mtime_ns > self._started_ns:
@@ -126,7 +126,8 @@ class Interrupted:
         return False
 
     def _wait(self, process: BaseProcess) -> None:
-        """Until a random moment: in the start, or after a checkpoint, so that a slow machine gets on too."""
+        """Wait until a random moment: during the start, or after a checkpoint, so that a slow machine makes progress
+        too."""
         if self.moments.random() < 0.7:
             while process.is_alive() and not self._has_saved():
                 time.sleep(0.002)
@@ -142,7 +143,7 @@ class Interrupted:
             return False
 
     def _wait_for_write(self, process: BaseProcess) -> None:
-        """Until a checkpoint is being written."""
+        """Wait until a checkpoint is being written."""
         self._wait(process)
         while process.is_alive() and not self._in_a_write():
             pass
@@ -182,7 +183,7 @@ OTHERS = (*DAMAGES, "no space", "SIGTERM")
 
 
 def uninterrupted(folder: Path, epochs: int) -> dict[str, object]:
-    """What the run leaves that nothing happens to."""
+    """The outcome of a run without faults."""
     process = start([*EXPERIMENT, "--recipe.epochs", str(epochs), "--out", str(folder)], folder.with_suffix(".log"))
     process.join()
     assert process.exitcode == 0, folder.with_suffix(".log").read_text()
@@ -247,7 +248,7 @@ def _workers(process: subprocess.Popen[bytes]) -> list[int]:
 def interrupt_two(folder: Path, *, epochs: int, kills: int, seed: int) -> Counter[str]:
     """One of two processes is killed again and again; torchrun starts both again, from the last checkpoint.
 
-    Then torchrun itself is told to end, and the run is continued by another.
+    Then torchrun itself is stopped, and another one resumes the run.
     """
     moments = random.Random(seed)
     survived: Counter[str] = Counter()

@@ -1,9 +1,9 @@
-"""Files that are broken or meant ill, given to every reader of the laboratory. The long form is part of `make faults`.
+"""Broken and malicious files for every reader of the laboratory. The long form is part of `make faults`.
 
     python tests/faults/hostile.py --inputs 100000
 
 An input is a good file that was damaged at random, or rebuilt around a damaged part so that its checksums are right. A
-reader may read it, or refuse it with an error of its own. Everything else ends the run: a foreign error, a crash, five
+reader may read it, or refuse it with its own error. Everything else ends the run: a foreign error, a crash, five
 seconds of processor time, 2 GB of memory, a process or a connection opened, a file written outside of the folder.
 """
 
@@ -60,7 +60,7 @@ def _checkpoint() -> bytes:
 _NAMES = ["1.residual", "2.residual"]
 _EPOCH = {
     "epoch": 1, "train_loss": 2.0, "validation_error": 50.0, "validation_loss": 1.5, "test_error": 51.0,
-    "test_loss": 1.6, "train_s": 3.0, "realised_depth": 1.5, "realised_cost": 0.8, "first_conv_grad": 0.01,
+    "test_loss": 1.6, "train_s": 3.0, "realized_depth": 1.5, "realized_cost": 0.8, "first_conv_grad": 0.01,
     "learning_rate": 0.1, "num_steps": 10, "steps_per_s": 3.3, "open_counts": [9.0, 6.0],
 }  # fmt: skip
 _RUN: dict[str, bytes] = {
@@ -138,7 +138,7 @@ def damaged(content: bytes, draws: random.Random) -> bytes:
 
 
 def _damaged_zip(content: bytes, draws: random.Random) -> bytes:
-    """Damaged as a file, or rebuilt with right checksums around a damaged part: the pickle most of all."""
+    """Damaged as a file, or rebuilt with correct checksums around a damaged part, mostly the pickle."""
     if draws.random() < 0.4:
         return damaged(content, draws)
     file = io.BytesIO()
@@ -151,7 +151,7 @@ def _damaged_zip(content: bytes, draws: random.Random) -> bytes:
 
 
 def _damaged_json(content: bytes, draws: random.Random) -> bytes:
-    """Damaged as text, or with a value in the place of another."""
+    """Damaged as text, or with one value replaced by another."""
     if draws.random() < 0.4:
         return damaged(content, draws)
     lines = content.splitlines()
@@ -178,7 +178,7 @@ Target = tuple[Reader, Callable[[random.Random], bytes], bytes]
 
 @functools.cache
 def targets() -> dict[str, Target]:
-    """For each reader what makes its inputs, and an input that it must read."""
+    """For each reader, a generator of inputs, and an input that it must read."""
     packed, metrics = _checkpoint(), _RUN["metrics.jsonl"]
     made: dict[str, Target] = {
         "checkpoint": (_read_checkpoint, lambda draws: _damaged_zip(packed, draws), packed),
@@ -216,7 +216,7 @@ def read(reader: Reader, content: bytes, folder: Path) -> str:
 
 
 def guard(folder: Path) -> None:
-    """From now on this process may neither hang, nor fill the memory, nor open processes or files elsewhere."""
+    """From now on, this process must not hang, fill the memory, or open processes or files elsewhere."""
 
     def hang(_number: int, _frame: object) -> None:
         raise Hang
@@ -239,7 +239,7 @@ def guard(folder: Path) -> None:
 
 
 def fuzz(num_inputs: int, seed: int, folder: Path, only: str = "") -> Counter[str]:
-    """Give that many inputs to the readers in turn; returns how many were read and refused, by reader."""
+    """Give this many inputs to the readers in turn; returns how many each reader read and refused."""
     outcomes: Counter[str] = Counter()
     of_reader = {name: target for name, target in targets().items() if only in name}
     places = {name: folder / str(index) for index, name in enumerate(of_reader)}

@@ -1,4 +1,4 @@
-"""The short form of `make faults`: a few faults of every kind into one run or two."""
+"""The short form of `make faults`: a few faults of every kind in one or two runs."""
 
 import shlex
 import subprocess
@@ -11,7 +11,7 @@ from small_runs import assert_same, outcome
 
 
 @pytest.mark.slow
-def test_whatever_happens_to_it_a_run_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
+def test_a_run_survives_every_fault_and_ends_the_same(tmp_path: Path) -> None:
     survived = faults.interrupt(tmp_path, epochs=3, kills=4, others=len(faults.OTHERS), seed=1)
     assert survived["kill"] + survived["kill in a write"] == 4
     assert all(survived[kind] == 1 for kind in faults.OTHERS)
@@ -19,7 +19,7 @@ def test_whatever_happens_to_it_a_run_ends_as_if_nothing_had_happened(tmp_path: 
 
 
 @pytest.mark.slow
-def test_torchrun_goes_on_after_one_of_two_processes_was_killed(tmp_path: Path) -> None:
+def test_torchrun_resumes_after_one_of_two_processes_is_killed(tmp_path: Path) -> None:
     survived = faults.interrupt_two(tmp_path, epochs=30, kills=1, seed=0)
     assert survived == {"one of two processes killed": 1, "SIGTERM to torchrun": 1}
 
@@ -37,8 +37,8 @@ exit $code
 
 
 @pytest.mark.slow
-def test_a_full_disk_keeps_the_last_checkpoint_and_with_more_room_the_run_goes_on(tmp_path: Path) -> None:
-    """A file system of three megabytes, which holds two checkpoints, but not the best weights beside them."""
+def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_resumes_with_more_space(tmp_path: Path) -> None:
+    """A file system of three megabytes, enough for two checkpoints but not for the best weights as well."""
     (tmp_path / "run").mkdir()
     if subprocess.run([*MOUNT, "mount -t tmpfs none run"], cwd=tmp_path, capture_output=True, check=False).returncode:
         pytest.skip("this user may not mount a file system")

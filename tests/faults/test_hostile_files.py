@@ -33,13 +33,13 @@ def test_ten_thousand_broken_files_are_read_or_refused_by_the_readers_own_errors
     assert done.returncode == 0, done.stderr
     *counts, last = done.stdout.splitlines()
     assert last.split()[0] == str(NUM_INPUTS)
-    # Every reader has read something and refused something: the damage is neither nothing nor everything.
+    # Every reader has read some inputs and refused some, so the damage is neither too small nor too large.
     for reader in hostile.targets():
         assert {line.rpartition(": ")[2] for line in counts if f"  {reader}: " in line} == {"read", "refused"}
 
 
 class Calls:
-    """What a malicious pickle holds: it calls a function when it is loaded."""
+    """The content of a malicious pickle: it calls a function when it is loaded."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker

@@ -1,4 +1,4 @@
-"""Data for the laboratory's tests: made up, and the real CIFAR-10 where this machine has it."""
+"""Data for the laboratory's tests: made up, and the real CIFAR-10 if this machine has it."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ def _made_up(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, made_up_da
 
 @pytest.fixture
 def made_up_data_root(_made_up: tuple[Path, made_up_data.Sources], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Data root with small CIFAR-10, CIFAR-100 and SVHN files, made up. During the test it is STOCHASTIC_DEPTH_DATA,
+    """Data root with small, made-up CIFAR-10, CIFAR-100 and SVHN files. During the test it is STOCHASTIC_DEPTH_DATA,
     and the readers of this process take its files for the published ones. Read only: the tests of a session share it.
     """
     folder, sources = _made_up

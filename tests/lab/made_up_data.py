@@ -1,4 +1,4 @@
-"""CIFAR, SVHN and ImageNet made up: files of the published form with a few random images, and what describes them.
+"""Made-up CIFAR, SVHN and ImageNet: files of the published form with a few random images, and their descriptions.
 
 The readers accept the published files only, by their digests. A test that trains on made-up files therefore replaces
 what is published too: `write_all(folder)` writes the files, `publish(monkeypatch, sources)` has readers expect them.
@@ -42,7 +42,7 @@ def write_all(folder: Path) -> Sources:
 
 
 def publish(monkeypatch: pytest.MonkeyPatch, sources: Sources) -> None:
-    """From here to the test's end, these are the files that the readers take for the published ones."""
+    """Until the end of the test, readers accept these files as the published ones."""
     monkeypatch.setattr(cifar, "CIFAR10", sources.cifar10)
     monkeypatch.setattr(cifar, "CIFAR100", sources.cifar100)
     monkeypatch.setattr(svhn, "SVHN", sources.svhn)
@@ -90,7 +90,7 @@ def write_svhn(folder: Path, source: SvhnSource) -> SvhnSource:
 
 
 def write_pictures(folder: Path, *, pictures_per_class: int) -> None:
-    """Writes three folders of JPEGs of several sizes, each class with a colour of its own, one picture of them grey."""
+    """Writes three folders of JPEGs of several sizes, one color per class, and one gray picture."""
     for label, name in enumerate(("n01", "n02", "n03")):
         (folder / name).mkdir(parents=True)
         for number in range(pictures_per_class):

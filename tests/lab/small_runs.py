@@ -1,4 +1,4 @@
-"""Runs of a second: 14 layers on a hundred digits, and what to compare two of them by."""
+"""Runs of about a second: 14 layers on a hundred digits, and functions to compare two runs."""
 
 import json
 from collections.abc import Generator
@@ -20,7 +20,7 @@ TIMES = ("train_s", "process_s", "steps_per_s")
 
 
 class Silent:
-    """An observer that keeps what it is told."""
+    """An observer that records its callbacks."""
 
     def __init__(self) -> None:
         self.starts: list[tuple[int, int]] = []
@@ -82,7 +82,7 @@ def float64() -> Generator[None]:
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """Everything a run leaves that is to be the same after an interruption: weights and numbers, but for times."""
+    """Everything in a run folder that must be the same after an interruption: weights and numbers, except times."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     result = json.loads((folder / "result.json").read_text())
     last = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
@@ -90,7 +90,7 @@ def outcome(folder: Path) -> dict[str, Any]:
         "metrics": [{name: value for name, value in row.items() if name not in TIMES} for row in rows],
         "result": {name: value for name, value in result.items() if name not in TIMES},
         "best": torch.load(folder / "checkpoints" / "best.pt", weights_only=True),
-        **{name: last[name] for name in ("model", "optimiser", "gates", "scaler", "epoch", "best")},
+        **{name: last[name] for name in ("model", "optimizer", "gates", "scaler", "epoch", "best")},
     }
 
 

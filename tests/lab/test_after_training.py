@@ -1,4 +1,4 @@
-"""The command line after training: sub-networks of a run, its calibration, and files of it."""
+"""The command line after training: subnetworks of a run, its calibration, and exported files."""
 
 import csv
 import hashlib
@@ -43,10 +43,10 @@ def expected_logits(runs: Path) -> tuple[torch.Tensor, torch.Tensor]:
     run = load_trained(runs / "small-stochastic", device=CPU)
     images = run.images.data.test.images[:40]
     with torch.no_grad():
-        return images, run.model(run.images.normalisation(images))
+        return images, run.model(run.images.normalization(images))
 
 
-def test_sub_networks_of_a_pair_side_by_side(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_subnetworks_of_a_pair_side_by_side(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = main(
         ["evaluate", str(runs / "small-stochastic"), "--subnetworks", "--order", "lesion", "--out", str(tmp_path)]
     )
@@ -69,7 +69,7 @@ def test_sub_networks_of_a_pair_side_by_side(runs: Path, tmp_path: Path, capsys:
     assert (tmp_path / "subnetworks.svg").exists()
 
 
-def test_each_sub_network_is_trained_on_as_a_run_of_its_own(
+def test_each_subnetwork_is_fine_tuned_as_its_own_run(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = str(runs / "small-stochastic")
@@ -88,7 +88,7 @@ def test_each_sub_network_is_trained_on_as_a_run_of_its_own(
         assert config["model"]["keep"] == list(range(int(row["num_blocks"])))
         assert config["initial_weights"] == hashlib.sha256(Path(f"{folder}.safetensors").read_bytes()).hexdigest()
         assert json.loads((folder / "result.json").read_text())["test_error"] == float(row["finetuned_error"])
-    # What is trained is not trained again, and is a run like any other.
+    # A finished fine-tuning is not repeated, and is a run like any other.
     assert printed.err.count("epoch 1/1") == 4
     assert main(command) == 0
     assert "epoch 1/1" not in capsys.readouterr().err
@@ -108,7 +108,7 @@ def _float64() -> Generator[None]:
 
 
 @pytest.mark.usefixtures("_float64")
-def test_training_on_is_plain_training_from_the_weights_that_were_left(runs: Path, tmp_path: Path) -> None:
+def test_fine_tuning_is_plain_training_from_the_remaining_weights(runs: Path, tmp_path: Path) -> None:
     run = load_trained(runs / "small-stochastic", device=CPU)
     keep = [0, 1, 4]
     network = sd.subnetwork(run.model, keep)
@@ -117,13 +117,13 @@ def test_training_on_is_plain_training_from_the_weights_that_were_left(runs: Pat
     trained = load_trained(next(tmp_path.glob("*/")), device=CPU)
     last = torch.load(next(tmp_path.glob("*/checkpoints/last.pt")), weights_only=True)["model"]
 
-    optimiser = torch.optim.SGD(network.parameters(), lr=0.002, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.002, momentum=0.9, nesterov=True, weight_decay=1e-4)
     network.train()
     for step, batch in enumerate([*training_batches(run, epoch=1), *training_batches(run, epoch=2)]):
-        optimiser.param_groups[0]["lr"] = one_cycle(step, 14, 0.002)
-        optimiser.zero_grad()
+        optimizer.param_groups[0]["lr"] = one_cycle(step, 14, 0.002)
+        optimizer.zero_grad()
         nn.functional.cross_entropy(network(batch[0]), batch[1]).backward()
-        optimiser.step()
+        optimizer.step()
     assert last.keys() == network.state_dict().keys()
     for name, value in network.state_dict().items():
         torch.testing.assert_close(last[name], value, atol=1e-12, rtol=1e-9)
@@ -131,9 +131,9 @@ def test_training_on_is_plain_training_from_the_weights_that_were_left(runs: Pat
 
 
 def training_batches(run: Trained, epoch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    normalisation, augmentation = run.images.normalisation, run.images.augmentation
+    normalization, augmentation = run.images.normalization, run.images.augmentation
     return list(
-        batches(run.images.data.train, 16, normalisation=normalisation, augmentation=augmentation, seed=0, epoch=epoch)
+        batches(run.images.data.train, 16, normalization=normalization, augmentation=augmentation, seed=0, epoch=epoch)
     )
 
 
@@ -142,7 +142,7 @@ def one_cycle(step: int, num_steps: int, peak: float) -> float:
     parameter = nn.Parameter(torch.zeros(1))
     schedule = torch.optim.lr_scheduler.OneCycleLR(torch.optim.SGD([parameter]), peak, num_steps, cycle_momentum=False)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it asks for steps of the optimiser
+        warnings.simplefilter("ignore")  # it asks for steps of the optimizer
         for _ in range(step):
             schedule.step()
     return schedule.get_last_lr()[0]
@@ -151,11 +151,11 @@ def one_cycle(step: int, num_steps: int, peak: float) -> float:
 @torch.no_grad()
 def accuracy(run: Trained) -> float:
     test = run.images.data.test
-    answers = run.model(run.images.normalisation(test.images)).argmax(1)
+    answers = run.model(run.images.normalization(test.images)).argmax(1)
     return (answers == test.labels).double().mean().item()
 
 
-def test_an_exported_sub_network_learns_on_under_the_numbers_in_its_file(
+def test_an_exported_subnetwork_continues_training_with_the_numbers_in_its_file(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "small.safetensors"
@@ -166,29 +166,29 @@ def test_an_exported_sub_network_learns_on_under_the_numbers_in_its_file(
     learn_on = ["train", "digits-constant", "--data.limit", "100", "--model.num-layers", "14", "--recipe.epochs", "1"]
     learn_on += ["--model.keep", *map(str, kept), "--weights", str(path), "--recipe.learning-rate", "1e-30"]
     assert main([*learn_on, "--out", str(tmp_path / "run")]) == 0
-    # At that learning rate nothing but the statistics of BatchNorm changes.
+    # At this learning rate, only the statistics of BatchNorm change.
     after = load_trained(tmp_path / "run", device=CPU).model
     weights = safetensors.torch.load_file(path)
     for name, parameter in after.named_parameters():
         torch.testing.assert_close(parameter.detach(), weights[name], atol=0, rtol=1e-6)
-    # A sub-network of a sub-network has the numbers of the whole.
+    # A subnetwork of a subnetwork has the numbers of the whole.
     export_it = ["export", str(tmp_path / "run"), "--keep", "0", "2", "--format", "safetensors"]
     shown = subprocess.run([sys.executable, "-m", "stochastic_depth_lab", *export_it], capture_output=True, text=True)
     assert shown.returncode == 0
     assert shown.stderr == (
-        "CifarResNet was not trained with stochastic depth: without some of its branches it may be far off.\n"
+        "CifarResNet was not trained with stochastic depth: without some of its branches it may be far less accurate.\n"
     )
     with safetensors.safe_open(tmp_path / "run" / "digits-constant-smaller.safetensors", "pt") as file:
         assert json.loads(file.metadata()["keep"]) == [kept[0], kept[2]]
 
 
-def test_calibration_of_sub_networks_against_one_forward(
+def test_calibration_of_subnetworks_against_one_forward(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["evaluate", str(runs / "small-stochastic"), "--monte-carlo", "4", "--out", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("one forward ")
-    assert lines[2].startswith("4 sub-networks ")
+    assert lines[2].startswith("4 subnetworks ")
     rows = list(csv.DictReader((tmp_path / "reliability.csv").read_text().splitlines()))
     assert sum(int(row["count"]) for row in rows if row["prediction"] == "one forward") == 100
     assert (tmp_path / "reliability.png").stat().st_size > 1000
@@ -217,7 +217,7 @@ def test_a_file_gives_what_the_run_gives(
     assert "test images it differs by" in capsys.readouterr().out
     images, expected = expected_logits(runs)
     run = load_trained(runs / "small-stochastic", device=CPU)
-    inputs = run.images.normalisation(images)
+    inputs = run.images.normalization(images)
     if form == "onnx":
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         given = torch.from_numpy(session.run(None, {"images": inputs.numpy()})[0])  # 40 images: the batch is dynamic
@@ -235,14 +235,14 @@ def test_a_file_gives_what_the_run_gives(
             metadata = file.metadata()
     assert_same_outputs(given, expected)
     assert json.loads(metadata["classes"]) == [str(digit) for digit in range(10)]
-    assert json.loads(metadata["mean"]) == run.images.normalisation.mean.tolist()
+    assert json.loads(metadata["mean"]) == run.images.normalization.mean.tolist()
 
 
 def test_a_smaller_file_takes_images_as_they_are_stored(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "small.onnx"
-    arguments = ["export", str(runs / "small-stochastic"), "--cost", "0.6", "--normalise", "--out", str(path)]
+    arguments = ["export", str(runs / "small-stochastic"), "--cost", "0.6", "--normalize", "--out", str(path)]
     assert main(arguments) == 0
     images, _ = expected_logits(runs)
     run = load_trained(runs / "small-stochastic", device=CPU)
@@ -250,7 +250,7 @@ def test_a_smaller_file_takes_images_as_they_are_stored(
     sd.recalibrate_batchnorm_(small_one, run.training_batches(1000))
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     given = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-    assert_same_outputs(given, small_one(run.images.normalisation(images)))
+    assert_same_outputs(given, small_one(run.images.normalization(images)))
     metadata = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
     residuals = [name for name, module in run.model.named_modules() if isinstance(module, sd.Residual)]
     left = [name for name, module in small_one.named_modules() if isinstance(module, sd.Residual)]
@@ -290,14 +290,14 @@ def test_an_operator_that_onnx_lacks_is_named_in_one_line() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--keep", "9"], "keep must hold indices in 0..5, but holds 9"),
+        (["--keep", "9"], "keep must contain indices in 0..5, but contains 9"),
         (["--cost", "0.01"], "below the smallest possible network"),
         (["--keep", "0", "--cost", "0.5"], "--keep and --cost exclude each other"),
         (["--order", "lesion"], "--order needs --cost: it says which blocks are removed first"),
-        (["--format", "safetensors", "--normalise"], "safetensors holds weights only"),
+        (["--format", "safetensors", "--normalize"], "safetensors holds weights only"),
         (["--format", "tensorflow"], "tensorflow"),
     ],
-    ids=["keep", "cost", "both", "order", "normalise", "format"],
+    ids=["keep", "cost", "both", "order", "normalize", "format"],
 )
 def test_wrong_input_exits_with_2_and_writes_nothing(
     options: list[str], message: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -316,12 +316,12 @@ def test_wrong_input_exits_with_2_and_writes_nothing(
         (["evaluate", "RUN", "--subnetworks", "--finetune-epochs", "0"], "--finetune-epochs must be at least 1"),
         (["evaluate", "RUN", "--subnetworks", "--points", "0"], "--points must be at least 1, but is 0"),
         (["evaluate", "RUN", "--finetune-epochs", "2"], "are for --subnetworks"),
-        (["train", "digits-constant", "--out", "NEW", "--model.keep", "0", "60"], "indices in 0..26, but holds 60"),
+        (["train", "digits-constant", "--out", "NEW", "--model.keep", "0", "60"], "indices in 0..26, but contains 60"),
         (["train", "digits-constant", "--out", "NEW", "--weights", "BROKEN"], "broken.safetensors is damaged"),
     ],
     ids=["no-epochs", "no-points", "finetune-alone", "keep", "weights"],
 )
-def test_wrong_wishes_for_sub_networks_exit_with_2(
+def test_wrong_subnetwork_options_exit_with_2(
     command: list[str], message: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "broken.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0nonsense")

@@ -1,4 +1,4 @@
-"""What a network learnt, against its forward written out block by block."""
+"""What a network learned, against its forward written out block by block."""
 
 import json
 
@@ -7,28 +7,28 @@ import torch
 from small_runs import CPU, Silent, float64, small, train
 
 import stochastic_depth as sd
-from stochastic_depth_lab.after.analysis import analyse
+from stochastic_depth_lab.after.analysis import analyze
 from stochastic_depth_lab.cli.main import main
-from stochastic_depth_lab.data import Normalisation, load
+from stochastic_depth_lab.data import Normalization, load
 from stochastic_depth_lab.experiments.config import Depth
 from stochastic_depth_lab.report import ReportError
 from stochastic_depth_lab.report.evaluations import read_analysis
 
 
 @pytest.fixture(scope="module", params=[None, Depth(), Depth(rescale="train")], ids=["constant", "eval", "train"])
-def analysed(request, tmp_path_factory):
+def analyzed(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "run"
     observer = Silent()
     with float64():
         train(small(request.param, epochs=2), folder, observer=observer)
-        return folder, request.param, observer, analyse(folder, device=CPU, num_images=60)
+        return folder, request.param, observer, analyze(folder, device=CPU, num_images=60)
 
 
 @torch.no_grad()
 def by_hand(folder, depth, closed=None):
     """Logits of sixty test images with one block closed, and each block's mean |branch| / mean |shortcut|."""
     digits = load("digits")
-    inputs = Normalisation.fit(digits.train.images[:100], "channel")(digits.test.images[:60]).double()
+    inputs = Normalization.fit(digits.train.images[:100], "channel")(digits.test.images[:60]).double()
     net = sd.models.cifar_resnet(14, 10, in_channels=1).double()
     net.load_state_dict(torch.load(folder / "checkpoints" / "best.pt", weights_only=True))
     net.eval()
@@ -43,8 +43,8 @@ def by_hand(folder, depth, closed=None):
     return net.fc(net.pool(x).flatten(1)), shares, digits.test.labels[:60]
 
 
-def test_shares_and_lesions_are_those_of_the_forward_written_out(analysed):
-    folder, depth, _, analysis = analysed
+def test_shares_and_lesions_are_those_of_the_forward_written_out(analyzed):
+    folder, depth, _, analysis = analyzed
     logits, shares, labels = by_hand(folder, depth)
     assert analysis.branch_shares == pytest.approx(shares)
     right = (logits.argmax(1) == labels).double()
@@ -58,19 +58,19 @@ def test_shares_and_lesions_are_those_of_the_forward_written_out(analysed):
     assert read_analysis(folder) == analysis
 
 
-def test_the_depths_of_the_steps_are_counted(analysed):
-    _, depth, observer, _ = analysed
+def test_the_depths_of_the_steps_are_counted(analyzed):
+    _, depth, observer, _ = analyzed
     for row in observer.rows:
         counts = row["depth_counts"]
         assert len(counts) == 7
         assert sum(counts) == row["num_steps"]
         mean = sum(number * count for number, count in enumerate(counts)) / row["num_steps"]
-        assert mean == pytest.approx(row["realised_depth"])
+        assert mean == pytest.approx(row["realized_depth"])
     assert (observer.rows[0]["depth_counts"][6] == 7) == (depth is None)
 
 
-def test_the_report_shows_it(analysed, tmp_path, capsys):
-    folder, depth, _, analysis = analysed
+def test_the_report_shows_it(analyzed, tmp_path, capsys):
+    folder, depth, _, analysis = analyzed
     assert main(["report", str(folder), "--out", str(tmp_path)]) == 0
     page = (tmp_path / "report.html").read_text()
     assert "What the blocks do: small" in page
@@ -82,16 +82,16 @@ def test_the_report_shows_it(analysed, tmp_path, capsys):
     capsys.readouterr()
 
 
-def test_evaluate_analyse_prints_it(analysed, capsys):
-    folder, *_ = analysed
-    assert main(["evaluate", str(folder), "--analyse", "--device", "cpu"]) == 0
+def test_evaluate_analyze_prints_it(analyzed, capsys):
+    folder, *_ = analyzed
+    assert main(["evaluate", str(folder), "--analyze", "--device", "cpu"]) == 0
     shown = capsys.readouterr()
     assert shown.out.count("groups.") == 6
     assert "expected calibration error" in shown.out
-    assert main(["evaluate", str(folder), "--analyse", "--subnetworks"]) == 2
+    assert main(["evaluate", str(folder), "--analyze", "--subnetworks"]) == 2
 
 
-def test_a_damaged_file_is_one_line(analysed, tmp_path):
+def test_a_damaged_file_is_one_line(analyzed, tmp_path):
     (tmp_path / "analysis.json").write_text(json.dumps({"names": ["a"]}))
     with pytest.raises(ReportError, match=r"analysis\.json is damaged"):
         read_analysis(tmp_path)

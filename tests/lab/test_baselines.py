@@ -1,4 +1,4 @@
-"""The baselines of the demo: the same images as the network's, and the nearest neighbor worked out by hand."""
+"""The baselines of the demo: the same images as the network's, and nearest neighbor computed by hand."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ def test_one_error_for_each_seed_and_the_nearest_neighbor_by_hand():
     for experiment, error in zip(experiments, errors["nearest neighbor"], strict=False):
         images = load_images(experiment, CPU)
         train, test = (
-            images.normalisation(part.images).flatten(1).double() for part in (images.data.train, images.data.test)
+            images.normalization(part.images).flatten(1).double() for part in (images.data.train, images.data.test)
         )
         nearest = images.data.train.labels[torch.cdist(test, train).argmin(1)]
         assert error == pytest.approx(100 * (nearest != images.data.test.labels).double().mean().item())

@@ -1,4 +1,4 @@
-"""`stochastic-depth bench`: ratios, expected FLOPs and bars, and one line for what cannot be measured."""
+"""`stochastic-depth bench`: ratios, expected FLOPs and bars, and one-line errors."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, the one before kept, damage noticed."""
+"""Checkpoints: written atomically, with the previous one kept and damage detected."""
 
 import errno
 import json
@@ -101,7 +101,7 @@ def emptied(content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("damage", [truncated, altered, emptied])
-def test_a_damaged_one_gives_way_to_the_one_before(tmp_path, damage):
+def test_a_damaged_checkpoint_is_replaced_by_the_previous_one(tmp_path, damage):
     save(tmp_path, state(1), EXPERIMENT)
     save(tmp_path, state(2), EXPERIMENT)
     (tmp_path / "last.pt").write_bytes(damage((tmp_path / "last.pt").read_bytes()))
@@ -135,7 +135,7 @@ class _Harmful:
         return os.mkdir, ("harmed",)
 
 
-def test_nothing_is_run(tmp_path, monkeypatch):
+def test_no_code_of_a_checkpoint_is_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": _Harmful()}, tmp_path / "last.pt")
     with pytest.raises(CheckpointError):
@@ -159,7 +159,7 @@ def test_a_state_that_does_not_match_its_digest_is_damaged(tmp_path):
         save(tmp_path, state(number), EXPERIMENT)
     content = torch.load(tmp_path / "last.pt", weights_only=True)
     content["model"]["weight"][7] += 1e-3
-    torch.save(content, tmp_path / "last.pt")  # a whole archive, with checksums of its own
+    torch.save(content, tmp_path / "last.pt")  # a complete archive with its own checksums
     content, remarks = load(tmp_path, EXPERIMENT)
     assert content["number"] == 1
     assert "does not match its digest" in remarks[0]

@@ -106,7 +106,7 @@ def test_without_the_extra_one_line_says_how_to_get_it(tmp_path, capsys, monkeyp
     )
 
 
-def test_whoever_stops_reading_ends_the_command_in_silence():
+def test_a_closed_pipe_ends_the_command_silently():
     read, write = os.pipe()
     os.close(read)
     code = "import sys; from stochastic_depth_lab.cli.main import main; sys.exit(main(['schedule']))"
@@ -167,7 +167,7 @@ MISTAKES = {
     "evaluate NOWHERE": "is not a run folder",
     "report FULL": "is not a run folder",
     "report": "Missing RUN",
-    "evaluate FULL --analyse --out OUT": "--out is for --subnetworks and --monte-carlo",
+    "evaluate FULL --analyze --out OUT": "--out is for --subnetworks and --monte-carlo",
     "evaluate FULL --out OUT": "--out is for --subnetworks and --monte-carlo",
     "sweep digits-stochastic --quick --out /proc/nowhere": "/proc/nowhere",
     "reproduce gradients --quick --out /proc/nowhere": "/proc/nowhere",
@@ -220,7 +220,7 @@ def test_a_loss_that_is_not_finite_is_one_line(tmp_path, capsys):
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, capsys, monkeypatch):
-    """The file may grow to a megabyte, as on a disk that is full there; a real limit of the operating system."""
+    """Files may grow to a megabyte, as on a full disk; a real limit of the operating system."""
     run = tmp_path / "run"
     code = (
         "import resource, signal, sys; from stochastic_depth_lab.cli.main import main; "
@@ -274,7 +274,7 @@ def test_reproduce_trains_both_and_reports(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_says_how_to_go_on(tmp_path, capsys, monkeypatch, number, code):
+def test_a_signal_saves_and_says_how_to_resume(tmp_path, capsys, monkeypatch, number, code):
     arguments = ["train", "digits-stochastic", *SMALL, "--out"]
     assert main([*arguments, str(tmp_path / "whole")]) == 0
     before = signal.getsignal(number)
@@ -296,7 +296,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, capsys, monkeypatch, num
 
 @pytest.mark.slow
 def test_killed_at_random_moments_and_resumed_it_is_the_uninterrupted_run(tmp_path):
-    """`kill -9` of a real training process; a moment is so many saves after the start and up to 0.1 s more."""
+    """`kill -9` of a real training process; a moment is a number of saves after the start plus up to 0.1 s."""
     arguments = ["train", "digits-stochastic", *SMALL, "--recipe.epochs", 30, "--recipe.checkpoint-every", 2]
     assert main([*map(str, arguments), "--out", str(tmp_path / "whole")]) == 0
     run = tmp_path / "parts"

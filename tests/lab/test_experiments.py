@@ -88,7 +88,7 @@ def test_the_recipe_is_the_papers():
         "title": "CIFAR-10, 110 layers, stochastic depth",
         "data": {
             "dataset": "cifar10",
-            "normalisation": "channel",
+            "normalization": "channel",
             "translation": 4,
             "flip": True,
             "num_validation": None,
@@ -129,7 +129,7 @@ def test_the_recipe_is_the_papers():
         "precision": "fp32",
         "seed": 0,
         "initial_weights": None,
-        "regularisers": {"activation_survival_prob": 1.0, "filter_survival_prob": 1.0, "filter_penalty": 0.0},
+        "regularizers": {"activation_survival_prob": 1.0, "filter_survival_prob": 1.0, "filter_penalty": 0.0},
         "published": {
             "test_error": 5.23,
             "source": "Huang et al. 2016, table of results, as given by public summaries",
@@ -170,9 +170,9 @@ def test_every_experiment_trains_quickly(name, made_up_data_root, tmp_path: Path
     convolutions = 2 if experiment.model.family == "cifar" else 3
     assert len(branches["names"]) == (experiment.model.num_layers - 2) // convolutions
     for row in rows:
-        assert 0 < row["realised_depth"] <= len(branches["names"])
-        assert sum(row["open_counts"]) == pytest.approx(row["realised_depth"] * row["num_steps"])
-        assert (row["realised_cost"] == 1) == (experiment.depth is None)
+        assert 0 < row["realized_depth"] <= len(branches["names"])
+        assert sum(row["open_counts"]) == pytest.approx(row["realized_depth"] * row["num_steps"])
+        assert (row["realized_cost"] == 1) == (experiment.depth is None)
     assert "test error" in capsys.readouterr().out
 
 

@@ -34,7 +34,7 @@ def test_the_network_is_torchvisions_and_every_block_a_branch(name, made_up_data
     experiment = small(name)
     images = load_images(experiment, CPU)
     model, depth = build_network(experiment, images.data)
-    inputs = images.normalisation(images.data.test.images)
+    inputs = images.normalization(images.data.test.images)
     branches, cost = describe_branches(experiment, model, depth, inputs)
     assert [each.split("#")[0] for each in branches.names] == [
         f"layer{group}.{block}" for group in (1, 2, 3, 4) for block in (0, 1)
@@ -56,7 +56,7 @@ def test_the_network_is_torchvisions_and_every_block_a_branch(name, made_up_data
 
 
 @pytest.mark.parametrize("name", PAIR)
-def test_an_interrupted_run_goes_on_bit_for_bit(name, made_up_data_root, tmp_path):
+def test_an_interrupted_run_resumes_bit_for_bit(name, made_up_data_root, tmp_path):
     experiment = small(name)
     train(experiment, tmp_path / "whole")
     num_asked = 0
@@ -76,7 +76,7 @@ def test_evaluation_reads_the_folder_again(made_up_data_root, tmp_path, capsys):
     result = train(small(PAIR[1]), tmp_path / "run")
     assert main(["evaluate", str(tmp_path / "run")]) == 0
     assert f"best weights  test        error {result['test_error']:.2f} %" in capsys.readouterr().out
-    assert main(["evaluate", str(tmp_path / "run"), "--analyse"]) == 2
+    assert main(["evaluate", str(tmp_path / "run"), "--analyze"]) == 2
     assert "works only for the paper's networks for small images" in capsys.readouterr().err
 
 
@@ -108,11 +108,11 @@ def test_the_papers_recipe():
         ({"model": {"num_layers": 20}}, "must be 18, 34, 50, 101 or 152 for imagenet, but is 20"),
         ({"model": {"shortcut": "pad"}}, "must be projection and he for imagenet"),
         ({"model": {"init": "authors"}}, "must be projection and he for imagenet"),
-        ({"data": {"normalisation": "pixel"}}, "must be channel for imagenet"),
+        ({"data": {"normalization": "pixel"}}, "must be channel for imagenet"),
         ({"data": {"image_size": 16}}, "data.image_size must be at least 32, but is 16"),
         ({"data": {"num_workers": -1}}, "data.num_workers must be at least 0, but is -1"),
         ({"data": {"dataset": "cifar10", "image_size": 64}}, "images of cifar10 have a fixed size"),
-        ({"regularisers": {"filter_survival_prob": 0.5}}, "work only in the paper"),
+        ({"regularizers": {"filter_survival_prob": 0.5}}, "work only in the paper"),
     ],
     ids=json.dumps,
 )
@@ -124,7 +124,7 @@ def test_what_it_does_not_have_is_refused(changes, match):
         check(replace(experiment, **parts))
 
 
-def test_after_training_it_is_cut_trained_on_and_exported_as_any_other(made_up_data_root, tmp_path):
+def test_after_training_it_is_cut_fine_tuned_and_exported(made_up_data_root, tmp_path):
     import safetensors.torch
     import torchvision
 

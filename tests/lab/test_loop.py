@@ -1,4 +1,4 @@
-"""The loop against a plain one, and against itself interrupted."""
+"""The loop compared with a plain one, and with interrupted runs."""
 
 import json
 import math
@@ -12,10 +12,10 @@ from small_runs import CPU, Silent, assert_same, float64, outcome, small, train
 
 import stochastic_depth as sd
 from stochastic_depth_lab.after.evaluation import evaluate_run
-from stochastic_depth_lab.data import Augmentation, Normalisation, batches, load
+from stochastic_depth_lab.data import Augmentation, Normalization, batches, load
 from stochastic_depth_lab.errors import CheckpointError
 from stochastic_depth_lab.experiments import config
-from stochastic_depth_lab.experiments.config import Data, Depth, Regularisers
+from stochastic_depth_lab.experiments.config import Data, Depth, Regularizers
 from stochastic_depth_lab.runs import checkpoint
 from stochastic_depth_lab.training import loop
 from stochastic_depth_lab.training.evaluation import Evaluation
@@ -26,7 +26,7 @@ from stochastic_depth_lab.training.setup import find_device
 
 
 class StopAfter:
-    """Asks to stop at the n-th question."""
+    """Requests a stop at the n-th call."""
 
     def __init__(self, questions: int) -> None:
         self.left = questions
@@ -38,7 +38,7 @@ class StopAfter:
 
 @pytest.mark.parametrize("depth", [None, Depth()], ids=["constant", "stochastic"])
 def test_it_is_the_plain_loop(tmp_path, depth):
-    """The optimiser's formula written out, gates drawn by a controller of the test's own, the mean taken by hand."""
+    """The optimizer's formula written out, gates drawn by the test's own controller, the mean computed by hand."""
     experiment = replace(small(depth, epochs=2), data=Data("digits", limit=100, translation=1))
     observer = Silent()
     with float64():
@@ -47,7 +47,7 @@ def test_it_is_the_plain_loop(tmp_path, depth):
     digits = load("digits")
     images, labels = digits.train.images[:100], digits.train.labels[:100]
     part = type(digits.train)(images, labels)
-    normalisation = Normalisation.fit(images, "channel")
+    normalization = Normalization.fit(images, "channel")
     torch.manual_seed(0)
     net = sd.models.cifar_resnet(14, 10, in_channels=1)
     control = sd.make_stochastic_(net.double(), sd.linear_decay(0.5), seed=0) if depth else None
@@ -56,7 +56,7 @@ def test_it_is_the_plain_loop(tmp_path, depth):
     for epoch in (1, 2):
         losses, gradients, depths = [], [], []
         order = batches(
-            part, 16, normalisation=normalisation, augmentation=Augmentation(1, flip=False), seed=0, epoch=epoch
+            part, 16, normalization=normalization, augmentation=Augmentation(1, flip=False), seed=0, epoch=epoch
         )
         for step, (inputs, answers) in enumerate(order):
             rate = learning_rate(experiment.recipe, epoch, step, 7)
@@ -76,14 +76,14 @@ def test_it_is_the_plain_loop(tmp_path, depth):
         assert (step + 1, len(answers)) == (7, 4)  # the last, short batch was used
         assert row["train_loss"] == pytest.approx(sum(losses) / 7)
         assert row["first_conv_grad"] == pytest.approx(sum(gradients) / 7)
-        assert row["realised_depth"] == pytest.approx(sum(depths) / 7)
+        assert row["realized_depth"] == pytest.approx(sum(depths) / 7)
         assert row["learning_rate"] == rate
-        test = normalisation(digits.test.images[:100]).double()
+        test = normalization(digits.test.images[:100]).double()
         net.eval()
         wrong = (net(test).argmax(1) != digits.test.labels[:100]).sum().item()
         assert row["test_error"] == wrong  # of 100: percent
         assert row["test_loss"] == pytest.approx(F.cross_entropy(net(test), digits.test.labels[:100]).item())
-    assert result["realised_depth"] == pytest.approx(sum(row["realised_depth"] for row in observer.rows) / 2)
+    assert result["realized_depth"] == pytest.approx(sum(row["realized_depth"] for row in observer.rows) / 2)
     state = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)["model"]
     for name, value in net.state_dict().items():
         torch.testing.assert_close(state[name], value, rtol=1e-9, atol=1e-12, msg=name)
@@ -96,7 +96,7 @@ def test_the_cost_is_that_of_the_gates(tmp_path):
     cost = sd.make_stochastic_(net, sd.linear_decay(0.5)).cost(torch.zeros(2, 1, 8, 8))
     for row in observer.rows:
         mean_gates = [count / row["num_steps"] for count in row["open_counts"]]
-        assert row["realised_cost"] == pytest.approx(cost.share(mean_gates))  # linear in the gates of unnested branches
+        assert row["realized_cost"] == pytest.approx(cost.share(mean_gates))  # linear in the gates of unnested branches
     branches = json.loads((tmp_path / "run" / "branches.json").read_text())
     assert branches["survival_probs"] == sd.linear_decay(0.5)(6)
     assert branches["expected_cost"] == pytest.approx(cost.flops_share)
@@ -134,7 +134,7 @@ def uninterrupted(tmp_path_factory):
         "sample": small(Depth(granularity="sample")),
         "within epochs": small(validate_every=3, checkpoint_every=2),
         "over time": small(Depth(over_time="plateau", turn=0.3)),
-        "regularised": replace(small(None), regularisers=Regularisers(0.8, 0.8, 0.3)),
+        "regularized": replace(small(None), regularizers=Regularizers(0.8, 0.8, 0.3)),
     }
     for name, experiment in experiments.items():
         train(experiment, folder / name)
@@ -142,7 +142,7 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.mark.parametrize("questions", [4, 7])
-@pytest.mark.parametrize("name", ["constant", "stochastic", "sample", "within epochs", "over time", "regularised"])
+@pytest.mark.parametrize("name", ["constant", "stochastic", "sample", "within epochs", "over time", "regularized"])
 def test_a_run_stopped_again_and_again_is_the_uninterrupted_one(tmp_path, uninterrupted, name, questions):
     experiment, expected = uninterrupted[name]
     starts = set()
@@ -284,7 +284,7 @@ def test_global_settings_are_as_before(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:x", "cuda:99", "cpu:1:2", "mps"])
-def test_a_device_that_is_not_there(name):
+def test_a_missing_device(name):
     with pytest.raises(ValueError, match=r"^(--device must be|There is no device)"):
         find_device(name, "fp32")
 

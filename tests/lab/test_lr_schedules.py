@@ -40,12 +40,12 @@ def test_cifar_experiments_follow_the_text(name):
 @pytest.mark.parametrize(("epochs", "num_steps"), [(20, 20), (5, 3), (4, 2)])
 def test_one_cycle_is_that_of_pytorch(epochs, num_steps):
     recipe = Recipe(epochs, learning_rate=0.05, lr_schedule="one_cycle")
-    optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
     theirs = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, max_lr=0.05, total_steps=epochs * num_steps, cycle_momentum=False
+        optimizer, max_lr=0.05, total_steps=epochs * num_steps, cycle_momentum=False
     )
     for epoch, step in itertools.product(range(1, epochs + 1), range(num_steps)):
-        assert learning_rate(recipe, epoch, step, num_steps) == pytest.approx(optimiser.param_groups[0]["lr"], rel=1e-9)
-        optimiser.step()
+        assert learning_rate(recipe, epoch, step, num_steps) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        optimizer.step()
         if (epoch, step) != (epochs, num_steps - 1):
             theirs.step()

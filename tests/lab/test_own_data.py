@@ -1,4 +1,4 @@
-"""What users have: a PyTorch data set, a loader, a file of weights. All of it enters the same loop."""
+"""Users' own PyTorch data sets, loaders and weights, in the same loop."""
 
 from dataclasses import replace
 from itertools import count
@@ -45,7 +45,7 @@ def test_own_images_train_as_the_named_ones_do(tmp_path):
         evaluate_run(tmp_path / "own", device=CPU)
 
 
-def test_other_images_do_not_go_on_with_a_run(tmp_path):
+def test_a_run_does_not_resume_with_other_images(tmp_path):
     questions = count()
     with pytest.raises(Interrupted):
         train(OWN, tmp_path / "run", data=own_images(), stop_requested=lambda: next(questions) > 9)

@@ -1,4 +1,4 @@
-"""Several processes on one run: each its part of every batch, one writes, resumed it is the uninterrupted run."""
+"""Several processes train one run: each on its part of every batch; one writes; a resumed run is bit-identical."""
 
 import contextlib
 import errno
@@ -21,7 +21,7 @@ import ranks  # noqa: E402
 import stochastic_depth as sd  # noqa: E402
 from stochastic_depth_lab.cli.main import main  # noqa: E402
 from stochastic_depth_lab.data import batches, load, part_of_batch  # noqa: E402
-from stochastic_depth_lab.data.normalisation import Normalisation  # noqa: E402
+from stochastic_depth_lab.data.normalization import Normalization  # noqa: E402
 from stochastic_depth_lab.errors import RunError  # noqa: E402
 from stochastic_depth_lab.experiments.config import Depth, Experiment  # noqa: E402
 from stochastic_depth_lab.runs import checkpoint  # noqa: E402
@@ -31,16 +31,16 @@ from stochastic_depth_lab.training.setup import find_device  # noqa: E402
 
 # Halves of 15 images differ, so that dropout draws more in one process than in the other.
 SMALL = small(num_threads=1, validate_every=3, batch_size=15)
-SMALL = replace(SMALL, regularisers=replace(SMALL.regularisers, activation_survival_prob=0.9))
+SMALL = replace(SMALL, regularizers=replace(SMALL.regularizers, activation_survival_prob=0.9))
 # The last batch of an epoch has two images: of three processes one has none of them.
 EXACT = replace(small(num_threads=1, epochs=2, validate_every=3), data=replace(SMALL.data, limit=98))
-EXACT = replace(EXACT, regularisers=replace(EXACT.regularisers, filter_penalty=1e-3))
+EXACT = replace(EXACT, regularizers=replace(EXACT.regularizers, filter_penalty=1e-3))
 
 
 def _train(
     rank: int, folder: str, stop_after: int | None = None, experiment: Experiment = SMALL, **options: Any
 ) -> dict[str, Any]:
-    """Trains; told to stop, only the second process is asked to."""
+    """Trains; if it is to stop, only the second process is asked."""
     asked = [0]
 
     def stop_requested() -> bool:
@@ -92,7 +92,7 @@ def _full(rank: int, folder: str) -> str:
 
 @contextlib.contextmanager
 def _layer_norm() -> Generator[None]:
-    """Networks that normalise each image by itself, in float64: a batch is the mean of its parts to rounding."""
+    """Networks that normalize each image by itself, in float64: a batch is the mean of its parts to rounding."""
     plain = setup.build_network
 
     def built(*arguments: Any) -> Any:
@@ -144,7 +144,7 @@ def test_two_processes_agree_on_the_result_and_one_writes_it(trained, capsys):
     epochs = [json.loads(line)["epoch"] for line in (folder / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert epochs == [1, 2, 3, 4]
     assert json.loads((folder / "whole" / "environment.json").read_text())["num_processes"] == 2
-    # Evaluated by a single process, the weights give what the two have found on their halves.
+    # A single process gets the same evaluation as the two on their halves.
     assert main(["evaluate", str(folder / "whole"), "--device", "cpu"]) == 0
     assert f"best weights  test        error {first['whole']['result']['test_error']:.2f} %" in capsys.readouterr().out
 
@@ -156,7 +156,7 @@ def test_stopped_by_one_and_resumed_by_both_it_is_the_uninterrupted_run(trained)
     assert_same(outcome(folder / "parts"), outcome(folder / "whole"))
 
 
-def test_dropout_differs_between_processes_and_goes_on_when_resumed(trained):
+def test_dropout_differs_between_processes_and_resumes(trained):
     _, (first, second) = trained
     assert first["whole"]["seed"] == first["resumed"]["seed"] != second["whole"]["seed"] == second["resumed"]["seed"]
 
@@ -178,7 +178,7 @@ def _in_float64(rank: int, folder: str, experiment: Experiment) -> dict[str, Any
 
 @pytest.mark.parametrize("depth", [None, Depth()], ids=["constant", "stochastic"])
 def test_two_processes_are_the_plain_loop_over_the_halves_of_each_batch(tmp_path, depth):
-    """BatchNorm normalises each half by itself, and the running statistics are those of the first halves."""
+    """BatchNorm normalizes each half by itself, and the running statistics are those of the first halves."""
     experiment = small(depth, epochs=1, batch_size=15, lr_schedule="step_text", num_threads=1)
     first, _ = ranks.run(_in_float64, 2, str(tmp_path / "run"), experiment)
 
@@ -186,9 +186,9 @@ def test_two_processes_are_the_plain_loop_over_the_halves_of_each_batch(tmp_path
     torch.manual_seed(0)
     net = sd.models.cifar_resnet(14, 10, in_channels=1).double()
     control = sd.make_stochastic_(net, sd.linear_decay(0.5), seed=0) if depth else None
-    optimiser = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9, nesterov=True, weight_decay=1e-4)
-    normalisation = Normalisation.fit(train.images, "channel")
-    options = {"normalisation": normalisation, "seed": 0, "epoch": 1}
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    normalization = Normalization.fit(train.images, "channel")
+    options = {"normalization": normalization, "seed": 0, "epoch": 1}
     losses, open_counts = [], [0.0] * 6
     for inputs, labels in batches(train, 15, **options):
         halves = [slice(0, len(labels) // 2), slice(len(labels) // 2, None)]
@@ -211,8 +211,8 @@ def test_two_processes_are_the_plain_loop_over_the_halves_of_each_batch(tmp_path
         open_counts = [
             n + gate for n, gate in zip(open_counts, control.last_gates if control else [1] * 6, strict=True)
         ]
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     (row,) = first["rows"]
     assert row["train_loss"] == pytest.approx(sum(losses) / len(losses))
     assert row["open_counts"] == open_counts
@@ -224,8 +224,8 @@ def test_two_processes_are_the_plain_loop_over_the_halves_of_each_batch(tmp_path
 @pytest.mark.parametrize(("num_images", "num_ranks"), [(5, 2), (16, 3), (1, 2), (2, 4)])
 def test_the_parts_of_the_batches_are_the_batches(num_images, num_ranks):
     digits = load("digits", split_seed=0).train[torch.arange(16 + num_images)]
-    normalisation = Normalisation.fit(digits.images, "channel")
-    options = {"normalisation": normalisation, "seed": 3, "epoch": 1}
+    normalization = Normalization.fit(digits.images, "channel")
+    options = {"normalization": normalization, "seed": 3, "epoch": 1}
     whole = list(batches(digits, 16, **options))
     parts = [list(batches(digits, 16, rank=rank, num_ranks=num_ranks, **options)) for rank in range(num_ranks)]
     for index, (inputs, labels) in enumerate(whole):
@@ -240,8 +240,8 @@ def test_the_parts_of_the_batches_are_the_batches(num_images, num_ranks):
         assert sum(means) / num_ranks == pytest.approx(labels.double().mean().item())
 
 
-def test_batch_norm_is_synchronised_on_gpus_only():
-    with pytest.raises(ValueError, match="synchronised, which PyTorch supports on GPUs only"):
+def test_batch_norm_is_synchronized_on_gpus_only():
+    with pytest.raises(ValueError, match="synchronized, which PyTorch supports on GPUs only"):
         Processes(0, 2).wrapped(torch.nn.BatchNorm2d(3), torch.device("cpu"), synchronize_batch_norm=True)
 
 

@@ -14,6 +14,7 @@ from small_runs import CPU, small, train
 from stochastic_depth_lab.errors import RunError
 from stochastic_depth_lab.experiments.config import as_json
 from stochastic_depth_lab.runs.records import RunFolder
+from stochastic_depth_lab.training.loop import Interrupted
 
 HOLD = """
 import sys, time
@@ -39,7 +40,7 @@ def test_a_second_run_on_one_folder_is_refused_and_a_dead_ones_lock_is_not(tmp_p
         process.wait()
         process.stdout.close()
     assert (tmp_path / "run" / ".lock").exists()
-    with RunFolder(tmp_path / "run", small()).opened(resume=False):  # nothing but the lock: as good as empty
+    with RunFolder(tmp_path / "run", small()).opened(resume=False):  # contains only the lock: counts as empty
         pass
 
 
@@ -103,3 +104,24 @@ def test_the_environment_says_what_a_number_needs(tmp_path):
     started = time.strptime(environment["started"], "%Y-%m-%dT%H:%M:%S+00:00")
     assert abs(time.mktime(started) - time.mktime(time.gmtime())) < 3600
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == as_json(small(epochs=1))
+
+
+def test_a_run_of_version_0_1_resumes_and_its_rows_count(tmp_path):
+    """That version spelled some fields the British way: in config.json, metrics.jsonl and the checkpoint."""
+    whole = train(small(), tmp_path / "whole")
+    run = tmp_path / "run"
+    asked = iter([False] * 10)
+    with pytest.raises(Interrupted):
+        train(small(), run, stop_requested=lambda: next(asked, True))
+    for name, fields in {
+        "config.json": ("normalization", "regularizers"),
+        "metrics.jsonl": ("realized_depth", "realized_cost"),
+    }.items():
+        text = (run / name).read_text()
+        for field in fields:
+            assert f'"{field}"' in text
+            text = text.replace(f'"{field}"', f'"{field.replace("iz", "is")}"')
+        (run / name).write_text(text)
+    resumed = train(small(), run, resume=True)
+    assert resumed["realized_depth"] == whole["realized_depth"]
+    assert resumed["test_error"] == whole["test_error"]

@@ -1,4 +1,4 @@
-"""Survival over time: values worked out by hand, and what a run makes of them."""
+"""Survival over time: values computed by hand, and their effect in a run."""
 
 import json
 import math
@@ -42,8 +42,8 @@ def test_a_run_follows_its_schedule_and_is_evaluated_with_its_probabilities(tmp_
     observer = Silent()
     early = Depth("uniform", 0.3, over_time="early", turn=0.5)
     result = train(small(early, epochs=4), tmp_path / "run", observer=observer)
-    assert [row["realised_depth"] == 6 for row in observer.rows] == [False, False, True, True]
-    assert observer.rows[0]["realised_depth"] < 3 < observer.rows[1]["realised_depth"]
+    assert [row["realized_depth"] == 6 for row in observer.rows] == [False, False, True, True]
+    assert observer.rows[0]["realized_depth"] < 3 < observer.rows[1]["realized_depth"]
     branches = json.loads((tmp_path / "run" / "branches.json").read_text())
     assert branches["survival_probs"] == pytest.approx([1 - 0.375 * 0.7] * 6)
     assert branches["expected_depth"] == pytest.approx(6 * (1 - 0.375 * 0.7))

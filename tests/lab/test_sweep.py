@@ -1,4 +1,4 @@
-"""Many runs in processes of their own: one that dies loses itself alone, what is done is passed over."""
+"""Many runs in separate processes: a crash does not affect the others, and finished runs are skipped."""
 
 import io
 import json
@@ -49,7 +49,7 @@ def run(jobs, watcher=None, **options) -> None:
     sweep.run(jobs, watcher or Watcher(), **{**settings, **options})
 
 
-def test_one_killed_run_loses_itself_alone_and_goes_on_the_next_time(tmp_path):
+def test_a_killed_run_does_not_affect_others_and_resumes_next_time(tmp_path):
     def kill(job: sweep.Job) -> None:
         os.kill(int((job.folder / ".lock").read_text()), signal.SIGKILL)
 
@@ -106,7 +106,7 @@ def test_shards_are_the_whole_and_share_nothing():
 
 
 @pytest.mark.parametrize("text", ["3/3", "1", "a/b", "-1/2", "1/0", ""])
-def test_no_shard(text):
+def test_bad_shards(text):
     with pytest.raises(ValueError, match="--shard must be i/n"):
         sweep.shard([], text)
 
@@ -233,7 +233,7 @@ if __name__ == "__main__":  # the processes of the sweep's runs import this file
 
 @pytest.mark.slow
 def test_torchrun_trains_a_pair_with_all_its_processes_and_divides_a_sweep_among_them(tmp_path):
-    """The processes join once for two runs; and one that has failed runs waits until the others have done theirs."""
+    """The processes join once for two runs; a process whose runs failed waits until the others have finished."""
     (tmp_path / "commands.py").write_text(UNDER_TORCHRUN)
     command = [*shlex.split("-m torch.distributed.run --nproc-per-node 2"), tmp_path / "commands.py", tmp_path / "out"]
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])

@@ -49,7 +49,7 @@ class Terminal:
         os.close(theirs)
 
     def wait_until_it_loads(self) -> None:
-        """Until the command has come to its own code: what Python does when it is interrupted before is its own."""
+        """Wait until the command reaches its own code; before that, Python itself handles interrupts."""
         os.read(self._ours, 65536)
 
     def press_ctrl_c(self) -> None:
@@ -106,7 +106,7 @@ def test_help_fits_the_terminal(line, width, variables):
     assert all(text.startswith("  stochastic-depth ") or "{" in text for text in too_long), too_long
 
 
-def test_help_names_what_is_meant():
+def test_help_names_experiments_and_placeholders():
     shown = Terminal("train --help", 100, {"TERM": "xterm"}).shown()
     assert {*cli.EXPERIMENTS} <= {*re.findall(r"[\w-]+", shown)}  # no name is broken at a hyphen
     assert "Usage: stochastic-depth train EXPERIMENT --out FOLDER [options]" in shown
@@ -143,7 +143,7 @@ def test_progress_fits_the_terminal(tmp_path, width, variables):
 
 @pytest.mark.slow
 def test_ctrl_c_leaves_no_traceback_at_any_moment(tmp_path):
-    """While packages are imported, before the first step, within a step: wherever the moment falls."""
+    """During imports, before the first step, or within a step: at any moment."""
     for number in range(12):
         terminal = Terminal(f"train digits-stochastic --out {tmp_path / str(number)} {SMALL}", 80, {"TERM": "xterm"})
         terminal.wait_until_it_loads()
@@ -158,7 +158,7 @@ def test_ctrl_c_leaves_no_traceback_at_any_moment(tmp_path):
 
 
 def test_an_interrupt_of_the_first_import_is_silent():
-    """Python's own start, before the command's first line, is Python's own."""
+    """Interrupts during Python's own start, before the command's first line, do not count."""
     code = """
 import _signal, os, sys
 from stochastic_depth_lab.__main__ import main
@@ -177,7 +177,7 @@ main()
 
 
 def test_an_interrupted_import_ends_at_once():
-    """What an import makes of a KeyboardInterrupt, it is not seen."""
+    """Whatever error an import turns a KeyboardInterrupt into, it is not shown."""
     code = """
 import os, signal, sys
 from stochastic_depth_lab.cli import main as cli, output
@@ -198,7 +198,7 @@ sys.exit(cli.main(["schedule"]))
 
 
 def test_an_interrupted_inspection_ends_at_once():
-    """It imports the packages of others, which make anything of a KeyboardInterrupt."""
+    """It imports other packages, which may turn a KeyboardInterrupt into any error."""
     code = """
 import os, signal, sys
 from stochastic_depth_lab.cli import main as cli
@@ -283,7 +283,7 @@ def test_completion(shell, words, completed, capsys):
     ],
     ids=["quick", "fp16", "resume"],
 )
-def test_what_may_surprise_later_is_said_first(options, remark, tmp_path, capsys):
+def test_possible_surprises_are_announced_first(options, remark, tmp_path, capsys):
     assert main(["train", "digits-constant", "--device", "cpu", "--out", str(tmp_path), *shlex.split(options)]) == 0
     assert capsys.readouterr().err.startswith(remark)
 

@@ -1,4 +1,4 @@
-"""One thread for the small tensors of these tests: more cost more than they bring, and the machine may be shared."""
+"""One thread for the small tensors of these tests: more would be slower, and the machine may be shared."""
 
 from __future__ import annotations
 

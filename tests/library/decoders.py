@@ -26,7 +26,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
     ),
 }
 LEAVE_EARLY = ("Llama", "Qwen2", "Gemma", "Gemma2", "Mistral")
-"""Those whose forward stops at `config.num_hidden_layers`, which is how transformers leaves early."""
+"""Families whose forward stops at `config.num_hidden_layers`, which transformers' early exits need."""
 
 
 def class_of(family: str) -> type[Any]:

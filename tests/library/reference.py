@@ -1,4 +1,4 @@
-"""The method again, slowly and from the paper: what the library must be equal to.
+"""A slow reference implementation of the method, from the paper, which the library must equal.
 
 Nothing of the library's gates is used here. A network is read off as a list of (branch, shortcut) pairs and walked by
 hand; gates are given as lists; a step of SGD is written out. Three small networks serve all tests.
@@ -23,7 +23,7 @@ from stochastic_depth import Residual
 
 
 class Branch(nn.Sequential):
-    """A sequence with a forward of its own: PyTorch 2.13 compiles nothing of a plain `nn.Sequential` in place."""
+    """A sequence with its own forward, because PyTorch 2.13 ignores `compile()` of a plain `nn.Sequential`."""
 
     def forward(self, x: Tensor) -> Tensor:
         for module in self:
@@ -144,7 +144,7 @@ def training_factors(survival_probs: Sequence[float], rescale: str) -> list[floa
 
 
 def fill_skipped_gradients(net: nn.Module, gates: Sequence[bool | Tensor], skipped_grad: str) -> None:
-    """Zeros where the optimiser is to see zeros; PyTorch itself leaves None where nothing ran."""
+    """Gradients of zero where the optimizer must see zeros; PyTorch itself leaves None if nothing ran."""
     if skipped_grad == "zero":
         for block, gate in zip(net.blocks, gates, strict=True):
             if not (gate if isinstance(gate, bool) else bool(gate.any())):
@@ -189,7 +189,7 @@ def pattern_prob(gates: Sequence[bool], survival_probs: Sequence[float]) -> floa
 
 @contextmanager
 def counted_calls(net: nn.Module) -> Iterator[list[list[int]]]:
-    """For each branch the batch sizes of the calls that it gets within, by hooks that are gone afterwards."""
+    """For each branch, the batch sizes of its calls in this context, recorded by temporary hooks."""
     branches = [residual.branch for residual in residuals_of(net)]
     calls: list[list[int]] = [[] for _ in branches]
     hooks = [
@@ -264,7 +264,7 @@ def assert_close(ours: dict[str, Tensor | None], theirs: dict[str, Tensor | None
 
 
 def assert_plain(net: nn.Module, keys: Iterable[str] | None = None) -> None:
-    """Nothing of the library is left on `net`: classes, attributes and hooks are those of a plain network."""
+    """Check that `net` has the classes, attributes and hooks of a plain network."""
     for name, module in net.named_modules():
         assert not type(module).__name__.startswith("Stochastic"), name
         assert not [key for key in module.__dict__ if "stochastic" in key], name

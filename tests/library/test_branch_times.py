@@ -1,4 +1,4 @@
-"""depth.cost(measure=True) with a clock that counts work: a branch takes what a step without it takes less."""
+"""depth.cost(measure=True) with a clock that counts work: a branch takes the time that a step without it saves."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class After(nn.Module):
 
 
 class Block(nn.Module):
-    """Somebody's block, with a drop path; two tensors go into its branch."""
+    """A user's block with a drop path; two tensors go into its branch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ NOT_ITS_OWN = {
 
 
 @pytest.mark.parametrize("kind", NETS)
-def test_a_branch_takes_what_a_step_takes_less_without_it(kind: str, work: Work) -> None:
+def test_a_branch_takes_the_time_that_a_step_saves_without_it(kind: str, work: Work) -> None:
     make, inputs = NETS[kind]
     net, x = make(), inputs(4)
     depth = sd.make_stochastic_(net, sd.uniform(0.5), skipped_grad="none")
@@ -153,7 +153,7 @@ def test_a_branch_takes_what_a_step_takes_less_without_it(kind: str, work: Work)
         assert each.time_s + NOT_ITS_OWN.get((kind, index), 0) == pytest.approx(less), each.name
 
 
-def test_of_a_branch_inside_a_branch_each_has_its_own(work: Work) -> None:
+def test_nested_branches_have_separate_times(work: Work) -> None:
     inner = sd.Residual(nn.Linear(6, 6))
     net, x = stem_and(sd.Residual(nn.Sequential(nn.Linear(6, 6), inner, nn.Tanh()))), vectors(4)
     depth = sd.make_stochastic_(net, sd.uniform(0.5), skipped_grad="none")
@@ -253,13 +253,13 @@ def test_measured_costs_are_refused_on_one_of_several_ranks(monkeypatch: pytest.
     measured, counted = depth.cost(vectors(4), measure=True), depth.cost(vectors(4))
     monkeypatch.setattr(sys.modules[sd.Controller.__module__], "has_several_ranks", lambda: True)
     depth.set_costs(counted)
-    with pytest.raises(ValueError, match=r"^Every rank must be told the same costs, but measured times differ"):
+    with pytest.raises(ValueError, match=r"^All ranks need the same costs, but measured times differ"):
         depth.set_costs(measured)
     assert depth.state_dict()["costs"] == [each.training_flops for each in counted.branches]
 
 
 @pytest.mark.parametrize("where", ["all", "some"])
-def test_what_has_no_clock_is_refused(where: str) -> None:
+def test_a_model_on_no_single_real_device_cannot_be_timed(where: str) -> None:
     net = mlp()
     net.to("meta") if where == "all" else net.head.to("meta")
     depth = sd.make_stochastic_(net, sd.uniform(0.5))

@@ -1,4 +1,4 @@
-"""Activation checkpointing: the recomputation sees the gates of the forward that it repeats, whichever that was."""
+"""Activation checkpointing: a recomputation uses the gates of the forward that it repeats, in any order."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_forwards_of_root_and_parts_mixed(reentrant: bool, order: tuple[int, ...
 @both_granularities
 @pytest.mark.filterwarnings(NO_GRADIENTS)
 def test_other_forwards_between_forward_and_backward(reentrant: bool, granularity: str) -> None:
-    """Evaluation, training mode without gradients, a part: none of them takes over what is to be recomputed."""
+    """Evaluation, training mode without gradients, and parts do not disturb later recomputations."""
     ours, theirs = pair(segment=2, reentrant=reentrant, granularity=granularity)
     losses = []
     for model in (ours, theirs):
@@ -279,7 +279,7 @@ def test_survival_probs_changed_between_forward_and_backward(reentrant: bool) ->
 
 @both_forms
 def test_a_branch_checkpointed_inside(reentrant: bool) -> None:
-    """Checkpointing within the branch, as model zoos do: the gate is outside of what is recomputed."""
+    """Checkpointing within the branch, as model zoos do: the gate is outside the recomputed code."""
 
     class Wrapped(nn.Module):
         def __init__(self, branch: nn.Module) -> None:
@@ -338,13 +338,13 @@ def test_nested_checkpoints_are_right_or_refused(outer: bool, inner: bool, num_f
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_a_forgotten_forward_is_refused() -> None:
-    """More passes than are remembered: a message, never somebody else's gates."""
+    """More passes than are remembered: an error, never the gates of another pass."""
     ours, _ = pair(segment=2, reentrant=True)
     loss = loss_of(ours(vectors(1)))
     with torch.no_grad():
         for _ in range(1025):
             ours(vectors(1))
-    with pytest.raises(RuntimeError, match=r"^The forward pass that is being recomputed is not among the latest 1024"):
+    with pytest.raises(RuntimeError, match=r"^The recomputed forward pass is not among the latest 1024"):
         loss.backward()
 
 

@@ -114,7 +114,7 @@ def test_branches_of_one_shape_share_a_graph() -> None:
 @pytest.mark.parametrize("granularity", ["batch", "sample"])
 @pytest.mark.parametrize("how", ["torch.compile", "compile()"])
 def test_a_compiled_whole_model_never_freezes_a_draw(granularity: str, how: str) -> None:
-    """A documented outcome: graph breaks at the gates, the same gates as without compilation."""
+    """As documented: graph breaks at the gates, and the same gates as without compilation."""
     plain = mlp()
     net = copied(plain)
     for model in (net, plain):

@@ -1,4 +1,4 @@
-"""make_stochastic_, controller, restore_: on, look, off; copies, files, number formats; and every refusal."""
+"""make_stochastic_, controller and restore_; copies, pickles, number formats; and every error."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ def test_a_restored_network_computes_as_before_with_the_weights_it_has_now() -> 
     plain = conv_net()
     net, x = copied(plain), images(3)
     sd.make_stochastic_(net, sd.uniform(1.0))
-    optimiser = [torch.optim.SGD(model.parameters(), 0.1) for model in (net, plain)]
-    for model, step in zip((net, plain), optimiser, strict=True):
+    optimizer = [torch.optim.SGD(model.parameters(), 0.1) for model in (net, plain)]
+    for model, step in zip((net, plain), optimizer, strict=True):
         loss_of(model(x)).backward()
         step.step()
     sd.restore_(net)
@@ -102,7 +102,7 @@ def test_a_restored_network_computes_as_before_with_the_weights_it_has_now() -> 
     assert pickle.dumps(net)
 
 
-def test_a_controller_that_was_taken_off_controls_nothing_and_says_so() -> None:
+def test_a_controller_of_a_restored_model_raises() -> None:
     net = mlp()
     depth = sd.make_stochastic_(net, SURVIVAL_PROBS)
     sd.restore_(net)
@@ -116,7 +116,7 @@ def test_a_controller_that_was_taken_off_controls_nothing_and_says_so() -> None:
         lambda: depth.load_state_dict(depth.state_dict()),
         depth.capture,
     ):
-        with pytest.raises(RuntimeError, match="was taken off the model"):
+        with pytest.raises(RuntimeError, match="was removed from the model"):
             use()
 
 
@@ -245,7 +245,7 @@ def test_a_copy_is_restored_by_itself(copy_of: Callable) -> None:
 
 @all_copies
 def test_a_copy_after_a_backward_with_checkpointing_state(copy_of: Callable) -> None:
-    """What belongs to the process and its autograd graphs stays behind, and does no harm."""
+    """State of the process and its autograd graphs is not copied."""
     net, x = mlp(), vectors(3)
     sd.make_stochastic_(net, SURVIVAL_PROBS)
     pending = loss_of(net(x))
@@ -290,7 +290,7 @@ def test_a_saved_module_loads_in_a_new_process(tmp_path: Path) -> None:
 
 
 def test_a_part_of_a_stochastic_model_says_so() -> None:
-    """A stage cut out of a stochastic model has no controller: the message names the way out."""
+    """A stage cut out of a stochastic model has no controller; the message says what to do."""
     net = mlp()
     sd.make_stochastic_(net, SURVIVAL_PROBS)
     for part in (net.blocks, copy.deepcopy(net.blocks)):
@@ -338,7 +338,7 @@ def _cost_on_cpu() -> float:
     return sd.make_stochastic_(net, SURVIVAL_PROBS).cost(images(5)).flops_share
 
 
-def test_made_on_meta_and_materialised_later() -> None:
+def test_made_on_meta_and_materialized_later() -> None:
     net = mlp().to("meta")
     depth = sd.make_stochastic_(net, SURVIVAL_PROBS)
     net.to_empty(device="cpu").load_state_dict(mlp().state_dict())
@@ -505,7 +505,7 @@ class OwnForward(sd.Residual):
 
 BAD_MODELS = {
     "no residual": (lambda: nn.Sequential(nn.Linear(2, 2)), "No residual branch", "Sequential", "Residual(branch"),
-    "own forward": (lambda: nn.Sequential(OwnForward(nn.Linear(2, 2))), "OwnForward", "forward of its own"),
+    "own forward": (lambda: nn.Sequential(OwnForward(nn.Linear(2, 2))), "OwnForward", "its own forward"),
     "data parallel": (lambda: nn.DataParallel(mlp()), "wrapped in DataParallel", "make_stochastic_", "first"),
     "inside": (lambda: nn.Sequential(nn.DataParallel(mlp())), "wrapped in DataParallel"),
     "compiled": (lambda: torch.compile(mlp(), backend="eager"), "is compiled", "make_stochastic_", "first"),
@@ -529,7 +529,7 @@ def test_models_that_are_refused(case: tuple) -> None:
 
 
 @pytest.mark.parametrize("where", ["itself", "around", "inside"])
-def test_twice_is_refused(where: str) -> None:
+def test_making_a_model_stochastic_twice_is_refused(where: str) -> None:
     net = mlp()
     depth = sd.make_stochastic_(net, SURVIVAL_PROBS)
     model = {"itself": net, "around": nn.Sequential(net), "inside": net.blocks}[where]
@@ -701,7 +701,7 @@ def test_a_forward_replaced_in_the_root_is_one_pass_too(when: str) -> None:
         assert depth.state_dict()["counter"] == step + 1
 
 
-def test_what_lies_on_top_of_the_root_s_class_stays_when_it_is_restored() -> None:
+def test_classes_on_top_of_the_roots_class_survive_restore() -> None:
     """A parametrization swaps the class as well, and FSDP2 does."""
 
     class Root(nn.Module):

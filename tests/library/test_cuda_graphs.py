@@ -1,4 +1,4 @@
-"""Recorded branches against plain ones. Off a GPU a recording runs its function again, on the same fixed memory."""
+"""Recorded branches compared with plain ones. Without a GPU, a recording runs its function again on fixed memory."""
 
 from __future__ import annotations
 
@@ -84,12 +84,12 @@ def test_training_is_that_of_plain_branches(granularity: Any, skipped_grad: Any,
     sd.make_stochastic_(plain, sd.linear_decay(0.3), **options)
     graphs = captured(depth, device)
     num_run = 0
-    optimisers = [torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9) for net in (model, plain)]
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9) for net in (model, plain)]
     for _ in range(6):
-        for net, optimiser in zip((model, plain), optimisers, strict=True):
-            optimiser.zero_grad()
+        for net, optimizer in zip((model, plain), optimizers, strict=True):
+            optimizer.zero_grad()
             loss_of(net, device).backward()
-            optimiser.step()
+            optimizer.step()
         num_run += sum(gate > 0 for gate in depth.last_gates or [])
     assert_same(list(model.state_dict().values()), list(plain.state_dict().values()))
     assert graphs.num_replayed == num_run
@@ -299,7 +299,7 @@ def test_parameters_that_are_used_twice(make: Callable[[], nn.Module]) -> None:
     assert graphs.num_replayed == 4
 
 
-def test_a_parameter_of_nobody_is_refused() -> None:
+def test_a_parameter_outside_the_module_is_refused() -> None:
     weight = nn.Parameter(torch.ones(4))
 
     class Borrowing(nn.Linear):
@@ -309,7 +309,7 @@ def test_a_parameter_of_nobody_is_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 4), sd.Residual(Borrowing(4, 4)))
     captured(sd.make_stochastic_(model, sd.uniform(1.0)))
     with pytest.raises(
-        RuntimeError, match=r"branch 1 cannot be recorded .*: it uses parameters that are not its module"
+        RuntimeError, match=r"branch 1 cannot be recorded .*: it uses parameters that do not belong to its module"
     ):
         model(torch.ones(2, 4))
 
@@ -348,7 +348,7 @@ def test_saved_tensors_that_are_sent_elsewhere() -> None:
 def test_what_a_graph_would_freeze_is_refused() -> None:
     inner = sd.Residual(nn.Linear(4, 4))
     model = nn.Sequential(sd.Residual(nn.Sequential(nn.Linear(4, 4), inner)))
-    with pytest.raises(ValueError, match=r"branch 0 cannot .* inside of it has a gate of its own"):
+    with pytest.raises(ValueError, match=r"branch 0 cannot .* inside it has its own gate"):
         sd.make_stochastic_(model, sd.uniform(0.5)).capture()
     model = nn.Sequential(sd.Residual(nn.SyncBatchNorm(4)))
     with pytest.raises(ValueError, match=r"SyncBatchNorm waits for other ranks"):

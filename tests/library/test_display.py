@@ -1,4 +1,4 @@
-"""How a controller shows itself: print, notebook, plot, metrics; length, iteration, indexing, public names."""
+"""Display of a controller: print, notebook, plot, metrics; length, iteration, indexing, public names."""
 
 from __future__ import annotations
 
@@ -267,7 +267,7 @@ def test_metrics_are_what_ran_since_the_last_call() -> None:
         metrics = depth.metrics()
         assert list(metrics) == [
             "stochastic_depth/expected_depth",
-            "stochastic_depth/realised_depth",
+            "stochastic_depth/realized_depth",
             *[f"stochastic_depth/frequency/{name}" for name in depth.names],
         ]
         assert list(metrics.values()) == pytest.approx([2.8, sum(ran), *ran])
@@ -333,8 +333,8 @@ def test_copies_count_for_themselves() -> None:
         own = sd.controller(other)
         assert own[0].frequency is None
         other(vectors(2))
-        assert own.metrics()["stochastic_depth/realised_depth"] == sum(own.last_gates)
-    assert depth.metrics()["stochastic_depth/realised_depth"] == sum(depth.last_gates)
+        assert own.metrics()["stochastic_depth/realized_depth"] == sum(own.last_gates)
+    assert depth.metrics()["stochastic_depth/realized_depth"] == sum(depth.last_gates)
 
 
 # ---------------------------------------------------------------------------------------------- as a collection
@@ -465,7 +465,7 @@ def test_the_recipes_for_loggers_log_every_metric(tmp_path: Path, monkeypatch: p
     for block in blocks:
         exec(block, names)
     depth = names["depth"]
-    keys = {f"stochastic_depth/{name}" for name in ("expected_depth", "realised_depth", "cost_share")}
+    keys = {f"stochastic_depth/{name}" for name in ("expected_depth", "realized_depth", "cost_share")}
     keys |= {f"stochastic_depth/frequency/{name}" for name in depth.names}
     (run,) = (tmp_path / "runs").iterdir()
     events = event_accumulator.EventAccumulator(str(run)).Reload()

@@ -191,14 +191,14 @@ def test_subsets_of_branches_steps_and_ranks_are_independent() -> None:
         assert_independent(here, [first(c, rank=rank) for c in range(NUM_DRAWS)], 0.5, 0.5, f"rank {rank}")
 
 
-def test_which_samples_says_nothing_about_how_many() -> None:
+def test_order_is_independent_of_the_counts() -> None:
     counts = [row[0] for row in draws([0.5], 3)]
     first = [int(draw_order(1, 3, seed=0, counter=counter)[0, 0] == 0) for counter in range(NUM_DRAWS)]
     assert_independent([count - 1 for count in counts], first, 0.5, 1 / 3, "count and first sample")
 
 
 def test_large_batches_have_no_ties() -> None:
-    """24-bit keys would tie about 2,000 times here, and a stable sort would favour the first samples."""
+    """24-bit keys would tie about 2,000 times here, and a stable sort would favor the first samples."""
     order = draw_order(1, 2**18, seed=0, counter=0)[0]
     assert len(order.unique()) == 2**18
     assert_binomial(int((order[: 2**17] < 2**17).sum()), 2**17, 0.5)

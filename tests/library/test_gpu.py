@@ -1,4 +1,4 @@
-"""The library on a GPU; what can is tried on the CPU too, so that these tests are known to run."""
+"""The library on a GPU; tests that can also run on the CPU do, so that they are known to work."""
 
 from __future__ import annotations
 
@@ -76,15 +76,15 @@ def test_mixed_precision_with_a_scaler(device: str, granularity: str, dtype: tor
     scaler = torch.amp.GradScaler(device, enabled=dtype is torch.float16, init_scale=2.0**8)
     found = []
     for each, gates in ((net, None), (plain, on(device, GATES[granularity]))):
-        optimiser = torch.optim.SGD(each.parameters(), lr=0.1)
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.1)
         with torch.autocast(device, dtype), contextlib.ExitStack() as stack:
             if gates is None:
                 stack.enter_context(depth.gates(GATES[granularity]))
             output = each(x) if gates is None else reference.forward(each, x, gates)
         scaler.scale(output.float().square().mean()).backward()
-        scaler.unscale_(optimiser)
+        scaler.unscale_(optimizer)
         found.append(gradients(each))
-        scaler.step(optimiser)
+        scaler.step(optimizer)
         scaler.update()
     for name, gradient in found[0].items():
         other = found[1][name]
@@ -132,12 +132,12 @@ def test_one_process_that_is_wrapped(device: str, granularity: str, how: str) ->
             wrapped = DistributedDataParallel(net, device_ids=[0] if device == "cuda" else None)
         else:
             wrapped = sd.shard_(net, init_device_mesh(device, (1,))) or net
-        optimisers = [torch.optim.SGD(each.parameters(), lr=0.1, momentum=0.9) for each in (net, twin)]
+        optimizers = [torch.optim.SGD(each.parameters(), lr=0.1, momentum=0.9) for each in (net, twin)]
         for _ in range(4):
-            for each, optimiser in zip((wrapped, twin), optimisers, strict=True):
-                optimiser.zero_grad()
+            for each, optimizer in zip((wrapped, twin), optimizers, strict=True):
+                optimizer.zero_grad()
                 loss_of(each(x)).backward()
-                optimiser.step()
+                optimizer.step()
         state = {
             name: value.full_tensor() if hasattr(value, "full_tensor") else value
             for name, value in net.state_dict().items()
@@ -146,7 +146,7 @@ def test_one_process_that_is_wrapped(device: str, granularity: str, how: str) ->
 
 
 @pytest.mark.gpu
-def test_synchronised_batch_norm_of_one_process_is_batch_norm() -> None:
+def test_synchronized_batch_norm_of_one_process_is_batch_norm() -> None:
     net, x = conv_net().cuda(), images(6).cuda()
     twin = copied(net)
     with group_of_one("cuda"):
@@ -162,7 +162,7 @@ def test_synchronised_batch_norm_of_one_process_is_batch_norm() -> None:
 @pytest.mark.gpu
 @both_granularities
 def test_a_step_waits_for_nothing(granularity: str) -> None:
-    """Gates are drawn on the CPU ahead of the GPU: nothing asks it for a number."""
+    """Gates are drawn on the CPU ahead of the GPU: nothing waits for a number from it."""
     net, x = conv_net().cuda(), images(6).cuda()
     sd.make_stochastic_(net, PROBS, granularity=granularity)
     step(net, x)

@@ -1,4 +1,4 @@
-"""When a draw is made and when it is not: the counter, parts of a model, ranks, resuming, random states."""
+"""When gates are drawn: the counter, parts of a model, ranks, resuming, random states."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_failed_forward_leaves_no_gates_behind() -> None:
 
 
 class Interrupted:
-    """Within, Ctrl-C arrives when a forward has come to `part`."""
+    """Context in which Ctrl-C arrives when a forward reaches `part`."""
 
     def __init__(self, part: nn.Module) -> None:
         self.part = part

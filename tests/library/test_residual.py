@@ -126,7 +126,7 @@ def test_evaluation_follows_changed_survival_probs() -> None:
 def test_forced_gates_follow_the_training_rule(
     make: Make, inputs: Make, granularity: str, rescale: str, training: bool, skipped_grad: str
 ) -> None:
-    """All sixteen sub-networks in either mode: an open branch has factor 1 or 1/p, a closed one is not run."""
+    """All sixteen subnetworks in either mode: an open branch has factor 1 or 1/p, a closed one is not run."""
     plain = make().train(training)
     net, x = copied(plain), inputs(3)
     depth = sd.make_stochastic_(
@@ -670,7 +670,7 @@ def test_the_plain_residual_is_the_sum_and_nothing_more() -> None:
 
 
 def test_a_step_leaves_no_graph_behind() -> None:
-    """What a pass remembers must not keep activations alive."""
+    """A pass must not keep activations alive."""
     net = mlp()
     sd.make_stochastic_(net, SURVIVAL_PROBS, granularity="sample")
     loss_of(net(vectors(4))).backward()

@@ -1,4 +1,4 @@
-"""Each sample its own gate: the library runs the survivors only, and equals a mask over all of them."""
+"""One gate per sample: the library runs the survivors only, and equals a mask over all samples."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_every_batch_size_equals_the_survivors_with_batch_norm(num_samples: int)
 
 @pytest.mark.parametrize("num_samples", [1, 2, 5, 64])
 def test_each_sample_is_kept_with_its_probability(num_samples: int) -> None:
-    """Seen from outside, by exact binomial tests: which rows a branch of ones has changed."""
+    """Checked from outside with exact binomial tests: the rows that a branch of ones changed."""
 
     class One(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -209,7 +209,7 @@ def test_a_batch_of_one_fails_as_the_plain_network_does() -> None:
 
 
 def test_one_survivor_is_alone_where_batch_norm_is_in_evaluation_mode() -> None:
-    """A frozen BatchNorm normalises by its buffers: no second sample is paid for."""
+    """A frozen BatchNorm normalizes by its buffers: no second sample is paid for."""
     net = sd.Residual(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
     depth = sd.make_stochastic_(net, [0.5], granularity="sample")
     net.branch[1].eval()

@@ -1,4 +1,4 @@
-"""What autograd keeps of samples that were taken from a batch: nothing where it keeps the batch anyway."""
+"""Autograd does not store samples gathered from a batch that it stores anyway."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_a_batch_that_is_changed_before_the_backward_is_an_error() -> None:
         output.sum().backward()
 
 
-def test_whoever_decides_what_is_kept_sees_the_samples() -> None:
+def test_hooks_on_saved_tensors_see_the_samples() -> None:
     """Activation checkpointing, and tensors that wait for their backward on another device."""
     net, x = net_of(torch.relu), vectors(5)
     depth = stochastic(net)

@@ -1,4 +1,4 @@
-"""A pass has an extent: threads, asyncio tasks and other models that run at the same time share no gates."""
+"""Threads, asyncio tasks and other models that run at the same time do not share gates."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def drawn(step: int) -> tuple[bool, ...]:
 
 
 def in_threads(*functions: Callable[[], Any]) -> list[Any]:
-    """What functions return that run at the same time, each in a new thread; the first error is raised."""
+    """Results of functions that run concurrently, each in a new thread; raises the first error."""
     results: list[Any] = [None] * len(functions)
     errors: list[BaseException] = []
 
@@ -62,7 +62,7 @@ def in_threads(*functions: Callable[[], Any]) -> list[Any]:
 
 @contextmanager
 def meeting_inside(*nets: nn.Module, calls: int = 2) -> Generator[None]:
-    """Within, `calls` forwards at a time are all between their second and third block before one of them goes on."""
+    """Context in which `calls` forwards wait for each other between their second and third block."""
     barrier = threading.Barrier(calls)
 
     def meet(*_: object) -> None:
@@ -77,7 +77,7 @@ def meeting_inside(*nets: nn.Module, calls: int = 2) -> Generator[None]:
 
 
 def replica_of(module: nn.Module) -> nn.Module:
-    """What DataParallel calls in a thread: shallow copies of all modules. (These are on the same device.)"""
+    """Replicas as DataParallel calls them in threads: shallow copies of all modules, here on the same device."""
     replica = module._replicate_for_data_parallel()
     replica._parameters = dict(module._parameters)
     for name, child in module._modules.items():
@@ -177,7 +177,7 @@ def test_parts_in_several_threads_have_a_draw_each() -> None:
 
 
 def test_a_thread_that_the_forward_starts_belongs_to_it_with_its_context() -> None:
-    """`contextvars.copy_context().run` hands on what the forward is; afterwards the context holds nothing of it."""
+    """`contextvars.copy_context().run` passes the forward on; afterward the context no longer refers to it."""
     net, plain, depth = pair()
     contexts: list[contextvars.Context] = []
 
@@ -329,7 +329,7 @@ def assert_gradients(net: nn.Module, plain: nn.Module, x: Tensor, gates: tuple[b
     assert_close(ours, filled)
 
 
-SEVERAL_THREADS = r"^Forwards of this stochastic model have run in several threads, .* use_reentrant=False\)\.$"
+SEVERAL_THREADS = r"^Forwards of this stochastic model ran in several threads, .* use_reentrant=False\)\.$"
 
 
 @pytest.mark.parametrize("calls_root", [True, False], ids=["root", "parts"])
@@ -422,7 +422,7 @@ def test_a_checkpoint_around_two_forwards_is_refused() -> None:
         loss.backward()
 
 
-def test_a_look_at_what_a_checkpoint_has_saved() -> None:
+def test_inspecting_what_a_checkpoint_saved() -> None:
     """It recomputes outside of a backward."""
     net, _, depth = pair()
     x = vectors(3).requires_grad_()
@@ -504,7 +504,7 @@ def test_a_root_inside_itself_is_one_pass() -> None:
 
 
 def test_another_stochastic_model_inside_of_a_forward() -> None:
-    """A teacher, say, that is no child: it has its passes, and the forward around it goes on with its own."""
+    """For example a teacher that is not a child: it has its own passes, and so does the forward around it."""
     teacher, plain_teacher, _ = pair(seed=7)
     net, plain, _ = pair()
     x = vectors(3)
@@ -518,7 +518,7 @@ def test_another_stochastic_model_inside_of_a_forward() -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, GeneratorExit])
 @pytest.mark.parametrize("where", ["forward", "hook before", "hook after"])
-def test_nothing_is_left_of_a_forward_that_is_broken_off(error: type[BaseException], where: str) -> None:
+def test_a_forward_that_is_broken_off_leaves_no_state(error: type[BaseException], where: str) -> None:
     net, plain, _ = pair()
 
     def fail(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""Every private PyTorch name of `torch_private`, by itself: these tests fail first when PyTorch changes one."""
+"""One test for each private PyTorch name in `torch_private`; these fail first when PyTorch changes one."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_checkpoints_are_found_in_their_forward_and_in_their_recomputation() -> 
 
     def function(x: Tensor) -> Tensor:
         inner.append(private.innermost_checkpoint())
-        with torch.autograd.graph.save_on_cpu():  # somebody else's hooks
+        with torch.autograd.graph.save_on_cpu():  # other hooks
             running.append(private.running_checkpoints())
             assert private.innermost_checkpoint() is None
         return x.sin().cos()
@@ -347,7 +347,7 @@ def test_hooks_are_seen(kind: str) -> None:
     assert not any(private.hooks_of(module))
 
 
-def test_a_call_with_own_hooks_is_a_call() -> None:
+def test_a_call_with_own_hooks_equals_a_plain_call() -> None:
     module = nn.Linear(2, 2)
     module.register_forward_pre_hook(lambda _, args: (args[0] + 1,))
     module.register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs), with_kwargs=True)

@@ -1,4 +1,4 @@
-"""depth.verify: the proof passes on right models and names the branch where something is wrong."""
+"""depth.verify passes on correct models and names the branch if something is wrong."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_branch_replaced_after_the_fact_is_still_gated() -> None:
 
 
 def test_a_swapped_out_residual_is_found() -> None:
-    """Somebody put a plain module where a gated one was."""
+    """A user replaced a gated module by a plain one."""
     net = mlp()
     depth = sd.make_stochastic_(net, PROBS)
     net.blocks[1].residual = sd.Residual(net.blocks[1].residual.branch)
@@ -108,13 +108,13 @@ def test_a_swapped_out_residual_is_found() -> None:
         depth.verify(vectors(2))
 
 
-def test_a_shared_branch_is_no_false_alarm() -> None:
+def test_a_shared_branch_raises_no_false_alarm() -> None:
     shared = nn.Linear(5, 5)
     net = nn.Sequential(sd.Residual(shared), nn.Tanh(), sd.Residual(shared)).double()
     assert sd.make_stochastic_(net, [0.5, 0.5]).verify(vectors(2)).num_branches == 2
 
 
-def test_a_nested_branch_is_no_false_alarm() -> None:
+def test_a_nested_branch_raises_no_false_alarm() -> None:
     net = nn.Sequential(sd.Residual(nn.Sequential(nn.Linear(5, 5), sd.Residual(nn.Linear(5, 5))))).double()
     assert sd.make_stochastic_(net, [0.5, 0.5]).verify(vectors(2)).num_branches == 2
 

@@ -25,7 +25,7 @@ def every_draw(translation: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("shape", "translation"), [((3, 9, 9), 4), ((2, 5, 8), 3), ((1, 4, 4), 4)], ids=["colour", "oblong", "moved out"]
+    ("shape", "translation"), [((3, 9, 9), 4), ((2, 5, 8), 3), ((1, 4, 4), 4)], ids=["color", "oblong", "moved out"]
 )
 def test_every_shift_and_flip_equals_the_plain_definition(shape: tuple[int, ...], translation: int) -> None:
     draws = every_draw(translation)

@@ -1,11 +1,11 @@
-"""An epoch's batches: every image once, and the same ones wherever the epoch is entered."""
+"""An epoch's batches: every image once, and the same batches from any start."""
 
 import pytest
 import torch
 
-from stochastic_depth_lab.data import Augmentation, Normalisation, Split, batches, num_batches
+from stochastic_depth_lab.data import Augmentation, Normalization, Split, batches, num_batches
 
-IDENTITY = Normalisation(torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1))
+IDENTITY = Normalization(torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1))
 
 
 def numbered(num_images: int) -> Split:
@@ -15,7 +15,7 @@ def numbered(num_images: int) -> Split:
 
 
 def epoch_of(split: Split, batch_size: int = 16, **options: object) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    options = {"normalisation": IDENTITY, "augmentation": Augmentation(), "seed": 7, **options}
+    options = {"normalization": IDENTITY, "augmentation": Augmentation(), "seed": 7, **options}
     return list(batches(split, batch_size, **options))  # type: ignore[arg-type]
 
 
@@ -69,17 +69,17 @@ def test_another_seed_or_epoch_is_another_order_and_another_augmentation(other: 
     assert not torch.equal(torch.cat(inputs), torch.cat(other_inputs))
 
 
-def test_fill_is_zero_after_normalisation_which_happens_before_the_shift() -> None:
+def test_fill_is_zero_after_normalization_which_happens_before_the_shift() -> None:
     images = torch.randint(0, 256, (64, 2, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    normalisation = Normalisation.fit(images, "pixel")
-    normalised = normalisation(images)
+    normalization = Normalization.fit(images, "pixel")
+    normalized = normalization(images)
     augmentation = Augmentation(translation=2)
     ((inputs, labels),) = batches(
-        Split(images, torch.arange(64)), 64, normalisation=normalisation, augmentation=augmentation, seed=0
+        Split(images, torch.arange(64)), 64, normalization=normalization, augmentation=augmentation, seed=0
     )
     for image, label in zip(inputs, labels.tolist(), strict=True):
         shifts = [(y, x, flip) for y in range(-2, 3) for x in range(-2, 3) for flip in (0, 1)]
-        candidates = [augmentation(normalised[label : label + 1], torch.tensor([shift]))[0] for shift in shifts]
+        candidates = [augmentation(normalized[label : label + 1], torch.tensor([shift]))[0] for shift in shifts]
         assert any(torch.equal(image, candidate) for candidate in candidates)
 
 
@@ -113,11 +113,11 @@ def test_bad_arguments_are_refused_at_the_call(options: dict[str, int | None], m
 def test_gpu_sees_the_epoch_of_the_cpu(kind: str) -> None:
     images = torch.randint(0, 256, (100, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     split = Split(images, torch.arange(100))
-    normalisation = Normalisation.fit(images, kind)  # type: ignore[arg-type]
-    on_gpu = epoch_of(split.to("cuda"), normalisation=normalisation)
+    normalization = Normalization.fit(images, kind)  # type: ignore[arg-type]
+    on_gpu = epoch_of(split.to("cuda"), normalization=normalization)
     assert on_gpu[0][0].is_cuda
     for (inputs, labels), (cpu_inputs, cpu_labels) in zip(
-        on_gpu, epoch_of(split, normalisation=normalisation), strict=True
+        on_gpu, epoch_of(split, normalization=normalization), strict=True
     ):
         torch.testing.assert_close(inputs.cpu(), cpu_inputs)
         assert torch.equal(labels.cpu(), cpu_labels)

@@ -1,4 +1,4 @@
-"""CIFAR and SVHN from their authors' files: what is right is read, what is not is refused in one line."""
+"""CIFAR and SVHN from their authors' files: correct files are read, others are refused in one line."""
 
 import gc
 import hashlib
@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from stochastic_depth_lab.data import DataError, Normalisation, cifar, default_data_root, load, published, svhn
+from stochastic_depth_lab.data import DataError, Normalization, cifar, default_data_root, load, published, svhn
 from stochastic_depth_lab.data.published import PublishedFile
 
 PIXELS = np.zeros((2, 3072), np.uint8)
@@ -53,8 +53,8 @@ def test_real_cifar10(cifar10_root: Path) -> None:
     assert data.test.labels.bincount().tolist() == [1000] * 10
     assert (data.train.labels.bincount() + data.validation.labels.bincount()).tolist() == [5000] * 10
     assert data.test.labels[:5].tolist() == [3, 8, 8, 0, 6]
-    # Known to everybody who trains on CIFAR-10: mean 0.4914 0.4822 0.4465, deviation 0.247 0.243 0.261 (all 50,000).
-    fitted = Normalisation.fit(torch.cat([data.train.images, data.validation.images]), "channel")
+    # Well-known numbers of CIFAR-10: mean 0.4914 0.4822 0.4465, deviation 0.247 0.243 0.261 (all 50,000).
+    fitted = Normalization.fit(torch.cat([data.train.images, data.validation.images]), "channel")
     torch.testing.assert_close(fitted.mean.flatten() / 255, torch.tensor([0.4914, 0.4822, 0.4465]), atol=5e-5, rtol=0)
     torch.testing.assert_close(fitted.std.flatten() / 255, torch.tensor([0.2470, 0.2435, 0.2616]), atol=5e-5, rtol=0)
 
@@ -298,7 +298,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Pa
 
 
 def served_cifar(server: tuple[Path, str]) -> cifar.CifarSource:
-    """The archive of a made-up CIFAR-10 lies on the server, and nowhere else."""
+    """The archive of a made-up CIFAR-10 is only on the server."""
     folder, address = server
     source = made_up_data.write_cifar(folder, cifar.CIFAR10, images_per_file=60)
     source = replace(source, archive=replace(source.archive, url=f"{address}/cifar-10-python.tar.gz"))
@@ -368,7 +368,7 @@ def counting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[
         thread.join()
 
 
-def test_of_many_that_miss_a_file_one_downloads_it(
+def test_one_of_several_processes_downloads_a_missing_file(
     tmp_path: Path, counting: tuple[type[Counting], PublishedFile], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     handler, file = counting
@@ -383,7 +383,7 @@ def test_of_many_that_miss_a_file_one_downloads_it(
 
 
 @pytest.mark.parametrize("status", [403, 500, 503])
-def test_a_servers_error_is_reported_and_nothing_is_kept_of_it(
+def test_a_server_error_is_reported_and_leaves_no_file(
     tmp_path: Path, counting: tuple[type[Counting], PublishedFile], status: int
 ) -> None:
     handler, file = counting
@@ -393,7 +393,9 @@ def test_a_servers_error_is_reported_and_nothing_is_kept_of_it(
     assert not visible(tmp_path / "root")
 
 
-def test_no_network_says_what_to_fetch_and_where_to_put_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_network_the_error_says_what_to_download_and_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     nobody = replace(svhn.SVHN.train, url="http://127.0.0.1:1/train_32x32.mat")
     monkeypatch.setattr(svhn, "SVHN", replace(svhn.SVHN, train=nobody))

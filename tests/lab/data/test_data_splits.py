@@ -1,4 +1,4 @@
-"""Splits: what they accept, what they take from PyTorch's data sets, and who goes into which part."""
+"""Splits: what they accept, how they read PyTorch's data sets, and which images are in which part."""
 
 from collections.abc import Iterator
 
@@ -56,9 +56,9 @@ def test_any_data_set_of_pairs_becomes_a_split(source: Dataset | DataLoader) -> 
     assert torch.equal(split.labels, LABELS)
 
 
-def test_grey_images_get_a_channel() -> None:
-    grey = [Image.fromarray(image[0].numpy()) for image in IMAGES]
-    assert torch.equal(Split.from_dataset(Pairs([*grey], LABELS.tolist())).images, IMAGES[:, :1])
+def test_gray_images_get_a_channel() -> None:
+    gray = [Image.fromarray(image[0].numpy()) for image in IMAGES]
+    assert torch.equal(Split.from_dataset(Pairs([*gray], LABELS.tolist())).images, IMAGES[:, :1])
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_grey_images_get_a_channel() -> None:
         ([IMAGES[0]], [torch.tensor([0, 1])], r"label 0 must be .* shape \(2,\)"),
         ([], [], "holds no image"),
     ],
-    ids=["normalised", "over 1", "nan", "int32", "text", "object", "sizes", "named", "float", "one-hot", "empty"],
+    ids=["normalized", "over 1", "nan", "int32", "text", "object", "sizes", "named", "float", "one-hot", "empty"],
 )
 def test_other_images_and_labels_are_refused(images: list[object], labels: list[object], message: str) -> None:
     with pytest.raises(DataError, match=message):
@@ -167,8 +167,8 @@ def test_split_seed_changes_the_validation_part_but_never_the_test_part() -> Non
     assert torch.equal(load("digits", split_seed=1).validation.images, second.validation.images)
 
 
-def test_digits_of_today_are_the_digits_of_tomorrow() -> None:
-    """A division that silently changed would make results incomparable: these sums were written down on 2026-11-21."""
+def test_digits_do_not_change_between_versions() -> None:
+    """A silently changed division would make results incomparable; these sums are from 2026-11-21."""
     digits = load("digits")
     sums = [
         int(part.images.flatten(1).long().sum(1).mul(torch.arange(len(part))).sum())

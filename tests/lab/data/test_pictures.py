@@ -1,4 +1,4 @@
-"""ImageNet from a folder of pictures: which go where, what is read of them, and that a seed decides it."""
+"""ImageNet from a folder of pictures: the parts, the crops, and that they follow from a seed."""
 
 import shutil
 from dataclasses import replace
@@ -9,7 +9,7 @@ import torch
 from made_up_data import write_pictures
 from PIL import Image
 
-from stochastic_depth_lab.data import Augmentation, DataError, Normalisation, PictureSplit, batches, load
+from stochastic_depth_lab.data import Augmentation, DataError, Normalization, PictureSplit, batches, load
 
 
 @pytest.fixture
@@ -56,17 +56,17 @@ def test_the_middle_of_a_picture_is_what_pillow_makes_of_it(root):
         assert np.array_equal(read.numpy(), expected)
 
 
-def test_normalisation_is_imagenets(root):
-    normalisation = small(root).normalisation
-    assert isinstance(normalisation, Normalisation)
-    white = normalisation(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8))
+def test_normalization_is_imagenets(root):
+    normalization = small(root).normalization
+    assert isinstance(normalization, Normalization)
+    white = normalization(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8))
     expected = torch.tensor([(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225])
     torch.testing.assert_close(white[0, :, 0, 0], expected)
 
 
 def epoch(part: PictureSplit, batch_size: int = 4, **options):
     settings = {
-        "normalisation": Normalisation(torch.zeros(1), torch.ones(1)),
+        "normalization": Normalization(torch.zeros(1), torch.ones(1)),
         "augmentation": Augmentation(translation=0),
         "seed": 3,
         "epoch": 2,
@@ -130,7 +130,7 @@ def test_a_damaged_picture_is_one_line_with_its_name(root, num_workers):
     path.write_bytes(path.read_bytes()[:200])
     test = small(root, num_workers=num_workers).test
     with pytest.raises(DataError, match=r"val/n02/1\.JPEG is not a readable picture \(\w+\): download it again\.$"):
-        list(batches(test, 4, normalisation=Normalisation(torch.zeros(1), torch.ones(1))))
+        list(batches(test, 4, normalization=Normalization(torch.zeros(1), torch.ones(1))))
 
 
 def assert_refused(root, match, **options):

@@ -1,4 +1,4 @@
-"""Made-up run folders whose every number can be worked out by hand."""
+"""Made-up run folders whose numbers can be computed by hand."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -43,8 +43,8 @@ def epoch_line(number: int, *, probs: list[float], slowness: float) -> dict[str,
         "test_error": [52.0, 21.0, 5.125, 4.5][number - 1],
         "test_loss": 0.5,
         "train_s": slowness * number,
-        "realised_depth": sum(probs) + 0.01 * number,
-        "realised_cost": sum(probs) / len(probs) - 0.001 * number,
+        "realized_depth": sum(probs) + 0.01 * number,
+        "realized_cost": sum(probs) / len(probs) - 0.001 * number,
         "first_conv_grad": 0.001 * number,
         "learning_rate": [0.1, 0.1, 0.01, 0.01][number - 1],
         "num_steps": steps,
@@ -98,7 +98,7 @@ def write(
 
 @pytest.fixture
 def write_run(tmp_path: Path) -> RunWriter:
-    """Writes a run folder of this test's own; returns its path."""
+    """Writes a separate run folder for this test; returns its path."""
     return partial(write, tmp_path / "runs")
 
 

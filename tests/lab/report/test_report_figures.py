@@ -63,7 +63,7 @@ def test_figures_have_units_and_every_run(pair_report):
     # The learning rate falls between the second and the third epoch.
     assert "→ 0.01" in shown["gradient"]
     assert "digits-stochastic: share of 100 steps" in shown["survival"]
-    # Realised and expected share of depth, FLOPs and time: 2.781 / 4, 0.6875 - 0.0031, 0.7.
+    # Realized and expected share of depth, FLOPs and time: 2.781 / 4, 0.6875 - 0.0031, 0.7.
     assert {"0.695 (expected 0.688)", "0.684 (expected 0.688)", "0.700 (expected 0.766)"} <= set(shown["expectation"])
 
 
@@ -153,7 +153,7 @@ def test_csv_of_epochs_and_blocks(runs):
         ("digits-stochastic", "1", "layer1.0"),
         ("digits-stochastic", "2", "layer2.0"),
     ]
-    assert float(blocks[7]["realised_frequency"]) == pytest.approx(0.5)
+    assert float(blocks[7]["realized_frequency"]) == pytest.approx(0.5)
     assert (float(blocks[7]["band_low"]), float(blocks[7]["band_high"])) == (0.40, 0.60)
 
 
@@ -163,7 +163,7 @@ def test_no_band_for_gates_per_sample(write_run):
 
 
 def test_no_band_where_survival_changes_over_the_epochs(write_run):
-    """Realised counts are then sums of unlike draws; of an unfinished run their means are not even those planned."""
+    """Realized counts are then sums of different draws; in an unfinished run their means differ even from the plan."""
     folder = write_run(stochastic=True)
     config = json.loads((folder / "config.json").read_text())
     assert [line["band_low"] for line in csv.DictReader(io.StringIO(survival_csv([read_run(folder)])))] != [""] * 4

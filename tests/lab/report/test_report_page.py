@@ -1,4 +1,4 @@
-"""The page: whole, self-contained, harmless whatever a run is called, the same every time."""
+"""The page: complete, self-contained, safe for any name of a run, the same every time."""
 
 import base64
 import csv
@@ -88,7 +88,7 @@ def test_the_links_of_a_page_that_was_mailed_still_work(pair_report):
     assert others == ["https://arxiv.org/abs/1603.09382"]
 
 
-def test_page_asks_for_nothing_from_outside(pair_report):
+def test_page_loads_nothing_from_outside(pair_report):
     html = pair_report.read_text().replace('<a href="https://arxiv.org/abs/1603.09382">', "")
     html = re.sub(r"base64,[\w+/=]*", "", html)
     assert not re.search(r"https?:|//[a-z]|@import|<script|<link|<img|<iframe|url\((?!#)", html)
@@ -104,7 +104,7 @@ def test_identifiers_are_unique_and_references_lead_somewhere(pair_report):
     assert {first or second for first, second in references} <= set(identifiers)
 
 
-def test_dark_has_a_colour_for_every_light_one(pair_report):
+def test_dark_has_a_color_for_every_light_one(pair_report):
     html = pair_report.read_text()
     assert set(DARK) == set(CSS_NAMES.values())
     svgs = "".join(re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL))
@@ -112,8 +112,8 @@ def test_dark_has_a_colour_for_every_light_one(pair_report):
     assert set(re.findall(r"var\((--[a-z0-9-]+)\)", svgs)) <= set(DARK)
 
 
-def luminance(colour: str) -> float:
-    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+def luminance(color: str) -> float:
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
@@ -124,15 +124,15 @@ def contrast(one: str, other: str) -> float:
 
 
 @pytest.mark.parametrize(
-    ("page", "colours"),
-    [("#ffffff", {name: colour for colour, name in CSS_NAMES.items()}), ("#161718", DARK)],
+    ("page", "colors"),
+    [("#ffffff", {name: color for color, name in CSS_NAMES.items()}), ("#161718", DARK)],
     ids=["light", "dark"],
 )
-def test_colours_can_be_read(page, colours):
-    for name, colour in colours.items():
+def test_colors_can_be_read(page, colors):
+    for name, color in colors.items():
         # WCAG 2: 4.5 for text, 3 for lines. The grid may stay in the background.
         if name != "--grid":
-            assert contrast(page, colour) >= (4.5 if name in ("--ink", "--muted") else 3), name
+            assert contrast(page, color) >= (4.5 if name in ("--ink", "--muted") else 3), name
 
 
 @pytest.mark.parametrize("num_runs", [1, 2], ids=["alone", "compared"])
@@ -170,7 +170,7 @@ def test_interrupted_report_leaves_the_old_page(write_run, monkeypatch):
     assert (folder / "report.html").read_bytes() == old
 
 
-def test_page_comes_last(write_run, monkeypatch):
+def test_page_is_written_last(write_run, monkeypatch):
     written: list[str] = []
     monkeypatch.setattr(page_module, "write_whole", lambda path, _content: written.append(path.name))
     write_report([write_run()])
@@ -188,12 +188,12 @@ def test_one_run_is_written_into_its_folder_its_resumptions_counted(write_run):
         assert text in read_page(path).text
 
 
-def test_runs_in_different_folders_need_a_place(write_run):
+def test_runs_in_different_folders_need_an_output_folder(write_run):
     with pytest.raises(ReportError, match="choose the folder of their report with --out"):
         write_report([write_run("a"), write_run("deeper/b")])
 
 
-def test_place_that_cannot_be_written(write_run, tmp_path):
+def test_folder_that_cannot_be_written(write_run, tmp_path):
     (tmp_path / "file").write_text("kept")
     with pytest.raises(ReportError, match=r"cannot be written to .*file"):
         write_report([write_run()], tmp_path / "file")
@@ -220,7 +220,7 @@ def test_many_runs_have_an_index_that_leads_to_their_pages(write_run, tmp_path, 
     ]
     assert "realized frequency" in read_page(folders[1] / "report.html").text
 
-    # The next index writes the page of the run that has gone on, and no other.
+    # The next index rewrites only the page of the run that has continued.
     pages = [folder / "report.html" for folder in folders]
     before = [page.stat().st_mtime_ns for page in pages]
     later = max(before) + 1
@@ -243,8 +243,8 @@ def test_a_color_means_the_same_on_every_page(write_run, stochastic):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [400, 1100])
-def test_nothing_lies_beside_the_screen(pair_report, tmp_path, width):
-    """As Chromium lays the page out: what is wider than the window can be scrolled to."""
+def test_nothing_overflows_the_screen(pair_report, tmp_path, width):
+    """In Chromium's layout, content that is wider than the window can be scrolled."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("needs Chromium")
@@ -274,7 +274,7 @@ def test_what_evaluate_found_is_on_the_run_s_page(write_run):
     write_reliability(measured, folder / "evaluation")
     page = write_report([folder])
     text = read_page(page).text
-    assert "Sub-networks" in text
+    assert "Subnetworks" in text
     assert "Calibration" in text
     for name in ("subnetworks", "reliability"):
         assert (folder / "data" / f"{name}.csv").read_bytes() == (folder / "evaluation" / f"{name}.csv").read_bytes()

@@ -1,4 +1,4 @@
-"""Reading run folders: what is whole is read exactly, what is damaged is refused in one line."""
+"""Reading run folders: intact ones are read exactly, damaged ones are refused in one line."""
 
 import json
 from collections.abc import Callable
@@ -35,8 +35,8 @@ def test_numbers_are_weighted_by_steps(write_run):
     # Steps 10, 20, 20, 50: the mean of the epochs' numbers is (10*1 + 20*2 + 20*3 + 50*4) / 100 = 3.1
     assert run.num_steps == 100
     assert run.first_conv_grad == pytest.approx(0.0031)
-    assert run.realised_depth == pytest.approx(2.75 + 0.031)
-    assert run.realised_cost == pytest.approx(0.6875 - 0.0031)
+    assert run.realized_depth == pytest.approx(2.75 + 0.031)
+    assert run.realized_cost == pytest.approx(0.6875 - 0.0031)
     assert run.train_s == pytest.approx(0.7 * (1 + 2 + 3 + 4))
     assert run.open_frequencies == pytest.approx((0.875, 0.75, 0.625, 0.5))
 
@@ -62,7 +62,7 @@ def test_first_of_equal_validation_errors(write_run):
 
 
 @pytest.mark.parametrize("kept", [1, 40, -1], ids=["a brace", "a part", "all but a brace"])
-def test_cut_off_last_line_is_passed_over_and_said(write_run, kept):
+def test_a_cut_off_last_line_is_skipped_with_a_note(write_run, kept):
     folder = write_run(finished=False)
     whole = (folder / "metrics.jsonl").read_text()
     last = whole.splitlines()[-1]

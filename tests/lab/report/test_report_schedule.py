@@ -1,4 +1,4 @@
-"""What a schedule promises, as text and as a figure."""
+"""Schedules as text and as a figure."""
 
 import pytest
 from PIL import Image
@@ -63,7 +63,7 @@ def test_wrong_probabilities(names, probs, why, tmp_path):
         schedule_figure(names, probs, tmp_path / "schedule.png")
 
 
-def test_wrong_place(tmp_path):
+def test_wrong_file_name_or_folder(tmp_path):
     with pytest.raises(ReportError, match=r"ends in \.png or \.svg, but a\.pdf"):
         schedule_figure([1], [0.5], tmp_path / "a.pdf")
     (tmp_path / "file").write_text("")

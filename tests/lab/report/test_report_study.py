@@ -1,4 +1,4 @@
-"""A study's page: means, deviations and published numbers as worked out by hand; what is missing is said."""
+"""A study's page: means, deviations and published numbers as computed by hand; missing runs are mentioned."""
 
 import csv
 import html
@@ -77,7 +77,7 @@ def test_the_table_is_the_papers_with_ours_beside_it(folders, tmp_path):
     ]
 
 
-def test_what_is_missing_is_said(folders, tmp_path):
+def test_missing_runs_are_mentioned(folders, tmp_path):
     (folders[1][1] / "result.json").unlink()
     (folders[2][1] / "result.json").unlink()
     (folders[2][1] / "failed.json").write_text("{}")
@@ -110,7 +110,7 @@ def test_verdicts_pair_the_seeds(folders, tmp_path):
     text, page = report.text, report.page.read_text()
     assert "<strong>undecided</strong>: Less error." in page
     assert RULE in html.unescape(page)
-    # 9.0 - 10.0 and 9.5 - 12.0: the mean is -1.75, and two seeds settle nothing.
+    # 9.0 - 10.0 and 9.5 - 12.0: the mean is -1.75, and two seeds decide nothing.
     assert "UNDECIDED: Less error." in text
     assert "-1.75 points" in text
     assert "lower in 2 of 2 seeds" in " ".join(text.split())
@@ -143,7 +143,7 @@ def test_the_heat_map_holds_every_mean_and_marks_the_lowest():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0.5", "constant"]
 
 
-def test_a_heat_maps_colours_survive_the_page(folders, tmp_path):
+def test_a_heat_maps_colors_survive_the_page(folders, tmp_path):
     study = replace(STUDY, figures=("heat_map",))
     page = write_study(study, folders, tmp_path / "out").page.read_text()
     assert "fill: #" in page

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stochastic_depth_lab.experiments.config import Regularisers
+from stochastic_depth_lab.experiments.config import Regularizers
 from stochastic_depth_lab.report import read_run, text_table
 from stochastic_depth_lab.report.runs import labels
 from stochastic_depth_lab.report.table import NOTHING, constant_depth_of, html_table, rows, summary_csv, time_share
@@ -48,7 +48,7 @@ def test_text_table_word_for_word(published_pair):
 
 
 def independently(folder: Path, constant: Path) -> dict[str, float | None]:
-    """The table's numbers, computed from the files by nothing but the definition."""
+    """The table's numbers, computed from the files by definition."""
     epochs, of_constant = (
         [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
         for place in (folder, constant)
@@ -70,9 +70,9 @@ def independently(folder: Path, constant: Path) -> dict[str, float | None]:
         "time_share": seconds / len(epochs) / (sum(e["train_s"] for e in of_constant) / len(of_constant)),
         "expected_time": branches["expected_time"],
         "expected_depth": sum(branches["survival_probs"]),
-        "realised_depth": sum(e["realised_depth"] * e["num_steps"] for e in epochs) / steps,
+        "realized_depth": sum(e["realized_depth"] * e["num_steps"] for e in epochs) / steps,
         "expected_cost": branches["expected_cost"],
-        "realised_cost": sum(e["realised_cost"] * e["num_steps"] for e in epochs) / steps,
+        "realized_cost": sum(e["realized_cost"] * e["num_steps"] for e in epochs) / steps,
         "first_conv_grad": sum(e["first_conv_grad"] * e["num_steps"] for e in epochs) / steps,
         "num_parameters": result["num_parameters"],
     }
@@ -96,7 +96,7 @@ def test_no_published_row_where_nothing_is_published(write_run):
     assert "published" not in text_table([read_run(write_run())])
 
 
-def test_unfinished_run_is_compared_per_epoch_and_said_so(write_run):
+def test_unfinished_run_is_compared_per_epoch_with_a_remark(write_run):
     constant = read_run(write_run("constant"))
     half = read_run(write_run("half", stochastic=True, finished=False, num_epochs=2))
     # (0.7 + 1.4) / 2 epochs against (1 + 2 + 3 + 4) / 4 epochs
@@ -115,12 +115,12 @@ def test_constant_depth_is_that_of_the_same_network_and_seed(write_run):
     assert time_share(run, [other_network, other_data, run]) is None
     assert constant_depth_of(run, [other_network, other_seed, run]) is other_seed
     assert constant_depth_of(run, [other_seed, same_seed, run]) is same_seed
-    dropout = asdict(Regularisers(activation_survival_prob=0.8))
-    regularised = read_run(write_run("f", config={"seed": 2, "regularisers": dropout}))
+    dropout = asdict(Regularizers(activation_survival_prob=0.8))
+    regularized = read_run(write_run("f", config={"seed": 2, "regularizers": dropout}))
     other_batch = read_run(write_run("h", config={"seed": 2, "recipe": {"epochs": 4, "batch_size": 999}}))
-    assert constant_depth_of(run, [regularised, other_batch, run]) is None
-    assert constant_depth_of(run, [regularised, other_seed, run]) is other_seed
-    assert constant_depth_of(regularised, [regularised, same_seed]) is same_seed
+    assert constant_depth_of(run, [regularized, other_batch, run]) is None
+    assert constant_depth_of(run, [regularized, other_seed, run]) is other_seed
+    assert constant_depth_of(regularized, [regularized, same_seed]) is same_seed
 
 
 @pytest.mark.parametrize(("width", "per_block"), [(80, [2, 2, 1]), (120, [3, 2]), (200, [5])])
@@ -139,7 +139,7 @@ def test_html_table_escapes_names(write_run):
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
 
 
-def test_time_across_machines_is_said(write_run):
+def test_time_across_machines_has_a_remark(write_run):
     constant, run = write_run("constant"), write_run("stochastic", stochastic=True, config={"precision": "bf16"})
     (constant / "environment.json").write_text('{"cpu": "A", "num_threads": 2, "started": "then"}')
     (run / "environment.json").write_text('{"cpu": "B", "num_threads": 2, "started": "now"}')

@@ -1,7 +1,7 @@
 """Models of other libraries, small, in float64, and the plain version of their test-time rule.
 
-Nothing of the library is used here: a branch counts p times because a plain module multiplies it by p, in the place of
-the drop path, or as a hook on the last module before the addition.
+This file does not use the library: a plain module multiplies a branch by p, in place of the drop path or as a hook on
+the last module before the addition.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sub-networks of decoders: plain checkpoints of fewer layers, which transformers loads and generates with."""
+"""Subnetworks of decoders: plain checkpoints of fewer layers, which transformers loads and generates with."""
 
 import copy
 from pathlib import Path
@@ -68,7 +68,7 @@ def test_entries_of_the_configuration_for_each_layer_go_along() -> None:
 def test_with_the_papers_factor_a_warning_says_that_the_checkpoint_lacks_it() -> None:
     model = stochastic("Llama", rescale="eval")
     expected = model(token_ids()).logits
-    with pytest.warns(UserWarning, match=r"cannot go into weights[^\n]*its state_dict does not hold"):
+    with pytest.warns(UserWarning, match=r"cannot go into weights[^\n]*its state_dict does not contain"):
         small = sd.subnetwork(model, range(NUM_LAYERS), inputs={"input_ids": token_ids()})
     torch.testing.assert_close(small(token_ids()).logits, expected)
 

@@ -1,4 +1,4 @@
-"""After training, on models as other people write them: the outputs that were promised, or a refusal that undoes all.
+"""After training, on models as other people write them: the promised outputs, or an error that changes nothing.
 
 Expected outputs are written out by hand with a plain copy of each model.
 """
@@ -91,7 +91,7 @@ class OptionalBlock(nn.Module):
 
 
 class FunctionalEnd(OptionalBlock):
-    """What the branch gives is made in the block's own code, of optional arguments."""
+    """The block's own code computes the branch's output from optional arguments."""
 
     def branch(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         y = torch.tanh(self.attn.q(x))
@@ -110,7 +110,7 @@ class PairAttn(Attn):
 
 
 class PairBlock(OptionalBlock):
-    """Its attention gives two values, of which one is added."""
+    """Its attention returns two values, of which one is added."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class Cross(nn.Module):
 
 
 class Stack(nn.Module):
-    """Hands optional arguments on to its blocks."""
+    """Passes optional arguments on to its blocks."""
 
     def __init__(self, make: Callable[[], nn.Module]) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class Stack(nn.Module):
 
 
 class Hooked(nn.Module):
-    """A hook changes what the last linear map gives."""
+    """A hook changes the output of the last linear map."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -178,15 +178,15 @@ class PreHooked(Hooked):
     def __init__(self) -> None:
         super().__init__()
         self.b = nn.Linear(6, 6)
-        self.b.register_forward_pre_hook(_normalise)
+        self.b.register_forward_pre_hook(_normalize)
 
 
-def _normalise(module: nn.Module, _args: object) -> None:
+def _normalize(module: nn.Module, _args: object) -> None:
     module.weight.data.div_(module.weight.data.norm())
 
 
 class OwnForward(Hooked):
-    """The last linear map has a forward of its own, as accelerate's and quantisers' have."""
+    """The last linear map has its own forward, as with accelerate and quantizers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,13 +194,13 @@ class OwnForward(Hooked):
         self.b.forward = types.MethodType(lambda own, x: F.linear(x, own.weight, own.bias).tanh(), self.b)
 
 
-class Normalised(nn.Linear):
+class Normalized(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight / self.weight.norm(dim=1, keepdim=True), self.bias)
 
 
 class HookedRelu(Hooked):
-    """A hook on what would pass the factor on."""
+    """A hook on a module that would pass the factor on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -239,7 +239,7 @@ STACKS = {
     "pre-hook": PreHooked,
     "own-forward": OwnForward,
     "hook-on-relu": HookedRelu,
-    "normalised": lambda: WithLast(Normalised(6, 6)),
+    "normalized": lambda: WithLast(Normalized(6, 6)),
     "weight-norm": lambda: WithLast(nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))),
     "pruned": lambda: WithLast(pruned()),
     "lora": lambda: WithLast(Lora()),
@@ -281,7 +281,7 @@ def test_folding_a_sum_in_the_roots_own_forward() -> None:
     net, x = RootSum().double(), vectors(4)
     expected = copy.deepcopy(net).expected(x)
     sd.make_stochastic_(net, sd.uniform(P))
-    with pytest.warns(UserWarning, match="it ends in a call of gelu. It is kept as a scalar"):
+    with pytest.warns(UserWarning, match="it ends in a call of gelu. It stays as a scalar"):
         sd.fold_(net)
     assert isinstance(net, RootSum)
     assert_near(net(x), expected)
@@ -311,7 +311,7 @@ def test_a_scaled_block_does_not_trust_a_recording_of_another_form_of_call() -> 
 
 
 class Peeks(nn.Module):
-    """Something outside of the branch uses its last weights."""
+    """Code outside the branch uses its last weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -327,7 +327,7 @@ class Peeks(nn.Module):
 
 
 class PeeksInTheLayer(Peeks):
-    """Its blocks are foreign, and its last layer is still all zeros."""
+    """Its blocks are not `Residual`s, and its last layer is still all zeros."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -378,7 +378,7 @@ def test_a_model_whose_outputs_would_change_is_refused_and_as_it_was(
 def test_a_check_leaves_no_traces() -> None:
     net, x = Peeks().double().train(), vectors(4)
     net.blocks[0].eval()
-    net.forward = types.MethodType(lambda own, x: own.blocks(own.norm(x)), net)  # it does not peek
+    net.forward = types.MethodType(lambda own, x: own.blocks(own.norm(x)), net)  # it does not inspect values
     sd.make_stochastic_(net, [0.7, P])
     modes, buffers = [module.training for module in net.modules()], reference.buffers(net)
     gradients = reference.gradients(net)
@@ -394,7 +394,7 @@ def test_a_check_leaves_no_traces() -> None:
     assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), states[2], strict=True))
 
 
-def test_a_model_that_draws_in_evaluation_is_no_false_alarm() -> None:
+def test_a_model_that_draws_in_evaluation_raises_no_false_alarm() -> None:
     class Noisy(Stack):
         def forward(self, x: Tensor, mask: Tensor | None = None) -> dict[str, object]:
             x = x + torch.randn_like(x) + random.random() + np.random.rand()
@@ -440,7 +440,7 @@ def test_without_a_factor_nothing_needs_a_check() -> None:
     reference.assert_plain(net)
 
 
-def test_inputs_on_which_the_model_itself_fails_are_the_users_to_mend() -> None:
+def test_inputs_on_which_the_model_fails_are_a_users_error() -> None:
     net = RootSum().double()
     sd.make_stochastic_(net, sd.uniform(P))
     state = reference.state_of(net)
@@ -536,7 +536,7 @@ def test_a_subnetwork_of_a_strangers_model_takes_its_call(name: str, how: str) -
 
 
 class Dropout(nn.Module):
-    """Asks for its mode in its code."""
+    """Reads its mode in its code."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -697,7 +697,7 @@ def test_gates_that_do_not_act_in_evaluation_are_refused_or_do(make: Callable[[]
     try:
         prediction = sd.monte_carlo(net, x, 8, outputs="values")
     except RuntimeError as error:
-        assert "run without their drop paths, so that their gates do not act" in str(error)  # noqa: PT017
+        assert "run without their drop paths, so their gates have no effect" in str(error)  # noqa: PT017
     else:
         assert prediction.variance.max() > 0
 

@@ -86,7 +86,7 @@ def test_the_papers_network_costs_what_constant_depth_costs(shortcut: str) -> No
 
 
 def operators(net: nn.Module, x: Tensor) -> list[str]:
-    """What a forward makes PyTorch do: each operator with shapes, strides and types, and its other arguments."""
+    """The operators of a forward, each with shapes, strides, types and other arguments."""
 
     def described(value: object) -> object:
         if isinstance(value, Tensor):
@@ -187,7 +187,7 @@ def test_what_cannot_be_folded_keeps_its_factor_and_is_named(end: str) -> None:
     h = x + 0.7 * plain[0].branch(x)
     expected = h + 0.4 * plain[1].branch(h)
     sd.make_stochastic_(net, [0.7, 0.4], where=["0", "1"])
-    with pytest.warns(UserWarning, match=r"probability 0\.4 of 1 cannot go into weights: .* kept as a scalar"):
+    with pytest.warns(UserWarning, match=r"probability 0\.4 of 1 cannot go into weights: .* stays as a scalar"):
         sd.fold_(net)
     assert_near(net(x), expected, 1e-12)
     assert type(net[0]) is sd.Residual
@@ -351,7 +351,7 @@ def test_a_layer_with_drop_paths_has_the_factor_in_each_of_its_sums(end: type[nn
         assert same_classes(net, plain)
     else:
         assert len(warned) == len(keep) + 2
-        assert "it ends in a call of gelu. It is kept as a scalar" in str(warned[0].message)
+        assert "it ends in a call of gelu. It stays as a scalar" in str(warned[0].message)
     if len(keep) == 2:
         assert_near(net(x), expected, 1e-12)
     assert list(net.state_dict()) == keys
@@ -387,7 +387,7 @@ def test_blocks_that_share_a_drop_path_keep_their_own_factors() -> None:
     for p, block in zip([0.9, 0.6, 0.3], plain, strict=True):
         expected = expected + p * block.branch(expected)
     sd.make_stochastic_(net, [0.9, 0.6, 0.3])
-    with pytest.warns(UserWarning, match="kept as a scalar") as warned:
+    with pytest.warns(UserWarning, match="stays as a scalar") as warned:
         sd.fold_(net)
     assert len(warned) == 2
     assert_near(net(x), expected, 1e-12)
@@ -416,7 +416,7 @@ def test_a_block_keeps_the_factors_of_all_of_its_branches() -> None:
     expected = expected + 0.6 * torch.tanh(plain.b(expected))
     expected = expected + 0.3 * torch.tanh(plain.c(expected))
     sd.make_stochastic_(net, [0.9, 0.6, 0.3])
-    with pytest.warns(UserWarning, match="kept as a scalar") as warned:
+    with pytest.warns(UserWarning, match="stays as a scalar") as warned:
         sd.fold_(net)
     assert len(warned) == 3
     assert_near(net(x), expected, 1e-12)
@@ -477,14 +477,14 @@ def test_a_network_trained_with_stochastic_depth_ends_as_a_fresh_model_of_its_li
     torch.manual_seed(0)
     model = make()
     depth = sd.make_stochastic_(model, sd.linear_decay(0.5))
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, nesterov=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, nesterov=True)
     losses, num_closed = [], 0
     for step in range(16):
         batch = slice(32 * (step % 8), 32 * (step % 8) + 32)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(images[batch]), labels[batch])
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
         num_closed += depth.last_gates.count(0)
     assert num_closed > 0
@@ -518,7 +518,7 @@ def test_what_timm_computes_in_place_keeps_its_factor_in_the_place_of_the_drop_p
     twin, x = copy.deepcopy(model), plain_models.images(64)
     depth = sd.make_stochastic_(model, sd.uniform(0.5))
     expected = with_factors(twin, depth.names, depth.survival_probs)(x)
-    with pytest.warns(UserWarning, match="MultiScaleAttention cannot be recorded.* kept as a scalar"):
+    with pytest.warns(UserWarning, match="MultiScaleAttention cannot be recorded.* stays as a scalar"):
         sd.fold_(model)
     assert_near(model(x), expected, 1e-12)
     assert list(model.state_dict()) == list(twin.state_dict())
@@ -589,7 +589,7 @@ def test_a_branch_that_cannot_be_converted_stays_and_nothing_changes() -> None:
 # ---------------------------------------------------------------------------------------------- bad input
 
 
-def test_a_plain_model_has_nothing_to_fold_and_is_told_so() -> None:
+def test_folding_a_plain_model_warns() -> None:
     net = reference.mlp()
     before = reference.state_of(net)
     with pytest.warns(UserWarning, match="not stochastic: there is nothing to fold"):

@@ -1,4 +1,4 @@
-"""`monte_carlo` against sub-networks enumerated by hand."""
+"""`monte_carlo` against subnetworks enumerated by hand."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_all_four_numbers_are_those_of_the_networks_that_were_drawn() -> None:
 
 
 def drawn(net: nn.Module, x: torch.Tensor, num_samples: int) -> list[tuple[bool, ...]]:
-    """The sub-networks of `monte_carlo`, seen from outside: which branches each forward calls."""
+    """The subnetworks of `monte_carlo`, observed from outside: the branches that each forward calls."""
     patterns: list[list[bool]] = []
     begin = net.register_forward_pre_hook(lambda _m, _x: patterns.append([False] * len(P)))
     hooks = [
@@ -47,7 +47,7 @@ def drawn(net: nn.Module, x: torch.Tensor, num_samples: int) -> list[tuple[bool,
     return [tuple(pattern) for pattern in patterns]
 
 
-def test_the_mean_of_many_comes_close_to_all_sub_networks_weighted_by_their_probability() -> None:
+def test_the_mean_of_many_comes_close_to_all_subnetworks_weighted_by_their_probability() -> None:
     net, x = reference.linear_net(), reference.vectors(3)
     plain = reference.copied(net)
     patterns = reference.every_pattern(4)
@@ -87,7 +87,7 @@ def test_nothing_of_the_model_changes_and_a_seed_repeats_the_draw() -> None:
     reference.assert_same(reference.state_of(net), state)
     assert torch.equal(first.mean, sd.monte_carlo(net, x, 4).mean)
     assert not torch.equal(first.mean, sd.monte_carlo(net, x, 4, seed=1).mean)
-    # All inputs meet the same sub-networks: how they are batched does not matter.
+    # All inputs meet the same subnetworks: how they are batched does not matter.
     torch.testing.assert_close(sd.monte_carlo(net, x[:2], 4).mean, first.mean[:2], atol=1e-13, rtol=0)
 
 

@@ -35,7 +35,7 @@ def test_statistics_are_those_of_the_evaluated_network_walked_by_hand() -> None:
     for name, layer in plain.named_modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.register_forward_pre_hook(lambda _m, args, name=name: expected.update({name: pooled(args[0])}))
-    reference.forward(plain.train(), x, factors=P)  # in training mode BatchNorm normalises by the batch
+    reference.forward(plain.train(), x, factors=P)  # in training mode BatchNorm normalizes by the batch
     assert len(expected) == 10
     for name, (mean, variance) in expected.items():
         layer = net.get_submodule(name)
@@ -48,7 +48,7 @@ def test_statistics_are_those_of_the_evaluated_network_walked_by_hand() -> None:
 
 def test_batches_of_any_size_count_by_their_values() -> None:
     net, x = nn.Sequential(nn.BatchNorm2d(3)).double(), reference.images(7)
-    net[0].running_mean.fill_(7.0)  # what was there counts for nothing
+    net[0].running_mean.fill_(7.0)  # earlier statistics do not count
     sd.recalibrate_batchnorm_(net, [(x[:4], "labels"), [x[4:6], "labels"], x[6:]])
     mean, variance = pooled(x)
     torch.testing.assert_close(net[0].running_mean, mean, atol=1e-13, rtol=0)
@@ -89,7 +89,7 @@ def test_a_layer_that_sees_nothing_keeps_its_statistics() -> None:
     assert net.unused.num_batches_tracked == 0
 
 
-def test_without_batchnorm_there_is_nothing_to_do_and_it_says_so() -> None:
+def test_without_batchnorm_a_warning_says_so() -> None:
     net = reference.mlp()
     before = reference.state_of(net)
     with pytest.warns(UserWarning, match="no BatchNorm with running statistics"):
@@ -100,7 +100,7 @@ def test_without_batchnorm_there_is_nothing_to_do_and_it_says_so() -> None:
 @pytest.mark.parametrize(
     ("batches", "error", "message"),
     [
-        ([], ValueError, "no batch"),
+        ([], ValueError, "is empty"),
         (torch.zeros(4, 3, 8, 8), TypeError, "not a tensor"),
         ([torch.zeros(4, 3, 8, 8), "images"], TypeError, "A batch must be a tensor"),
         ([torch.zeros(4, 3, 8, 8), torch.zeros(4, 5, 8, 8)], RuntimeError, "channels"),

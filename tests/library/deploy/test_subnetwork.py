@@ -1,4 +1,4 @@
-"""`subnetwork`: plain, smaller, and equal to the evaluated network whose dropped branches give zero."""
+"""`subnetwork`: plain, smaller, and equal to the evaluated network whose dropped branches return zero."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_equals_the_evaluated_network_without_the_dropped_branches(keep: list[in
     factors = [p if rescale == "eval" else 1.0 for p in P]
     expected = reference.forward(plain, x, gates=[index in keep for index in range(4)], factors=factors)
     assert_near(small(x), expected)
-    # The original is as it was, and shares nothing with what came out of it.
+    # The original is unchanged and shares nothing with the result.
     reference.assert_same(reference.state_of(net), before)
     assert torch.equal(net(x), whole)
     assert not {p.data_ptr() for p in small.parameters()} & {p.data_ptr() for p in net.parameters()}
@@ -91,7 +91,7 @@ def test_a_relu_goes_only_where_another_one_comes_before() -> None:
     assert [type(module) for module in both[2:]] == [nn.ReLU, nn.Identity, nn.Identity]
 
 
-def test_what_is_left_learns_on() -> None:
+def test_a_subnetwork_can_be_trained() -> None:
     net, x = reference.conv_net(), reference.images(6)
     sd.make_stochastic_(net, P)
     small = sd.subnetwork(net, [0, 2])
@@ -240,7 +240,7 @@ def test_blocks_of_which_nothing_is_left_go_altogether() -> None:
     assert [type(block) for block in small.blocks] == [type(timm_model("mixer").blocks[0])] * 7 + [nn.Identity]
 
 
-def test_of_a_block_that_takes_more_than_one_argument_nothing_but_that_is_left() -> None:
+def test_a_dropped_block_still_takes_all_its_arguments() -> None:
     model = awake(timm_model("vit"))  # it iterates over its Sequential and gives masks
     sd.make_stochastic_(model, sd.linear_decay(0.5))
     small = sd.subnetwork(model, num_blocks=2)  # of four: the first of the three blocks has a rate of 0
@@ -267,7 +267,7 @@ def test_a_small_network_of_foreign_blocks_loads_without_the_library(tmp_path: P
 
 
 class Sized(nn.Module):
-    """Goes another way for large inputs."""
+    """Takes another path for large inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -298,7 +298,7 @@ def test_a_block_whose_code_depends_on_the_call_needs_an_example_and_refuses_ano
     x = torch.randn(2, 5, 4, dtype=torch.float64)
     expected = x + 6 * 0.5 * net.sized.b(x)
     sd.make_stochastic_(net, sd.uniform(0.5))
-    with pytest.raises(ValueError, match="give inputs, an example"):
+    with pytest.raises(ValueError, match="pass an example as inputs"):
         sd.subnetwork(net, [1])
     small = sd.subnetwork(net, [1], inputs=x[:1])
     assert_near(small(x), expected)
@@ -330,7 +330,7 @@ def test_a_factor_that_fits_no_weights_stays_in_the_code_of_a_foreign_block() ->
         small = sd.subnetwork(net, [0])
     assert_near(small(x), h)
     assert set(small.state_dict()) == {"0.a.weight", "0.a.bias"}
-    with pytest.warns(UserWarning, match="kept as a scalar"):
+    with pytest.warns(UserWarning, match="stays as a scalar"):
         sd.fold_(net)
     assert_near(net(x), h + 0.4 * plain.b(h))
     assert set(net.state_dict()) == {"0.a.weight", "0.a.bias", "0.b.weight", "0.b.bias"}
@@ -346,7 +346,7 @@ def test_dropping_does_not_let_code_in_place_write_into_the_input() -> None:
     assert torch.equal(x, before)
 
 
-def test_a_dropped_layer_hands_its_input_on() -> None:
+def test_a_dropped_layer_returns_its_input() -> None:
     torch.manual_seed(0)
     layers = [nn.TransformerEncoderLayer(8, 2, 8, batch_first=True, dropout=0.0) for _ in range(3)]
     net = nn.Sequential(*layers).double().eval()
@@ -537,7 +537,7 @@ def test_without_code_in_place_nothing_is_copied() -> None:
     assert not any(isinstance(module, torch.fx.GraphModule) for module in small.modules())
 
 
-def test_of_dropped_blocks_in_a_row_one_copies_and_none_before_a_layer_of_weights() -> None:
+def test_one_of_several_dropped_blocks_copies_and_none_before_weights() -> None:
     blocks = [sd.Residual(nn.Linear(4, 4)) for _ in range(5)]
     net = nn.Sequential(*blocks[:2], nn.Linear(4, 4), *blocks[2:4], nn.ReLU(inplace=True), blocks[4])
     sd.make_stochastic_(net, sd.uniform(0.5))
@@ -584,10 +584,10 @@ def test_what_stands_in_for_a_block_takes_its_arguments(is_masked: bool, layers:
         ({}, "exactly one of keep, num_blocks, cost, parameters, but none"),
         ({"keep": [0], "cost": 0.5}, "exactly one .* but keep and cost"),
         ({"keep": []}, "keep is empty"),
-        ({"keep": [0, 4]}, r"indices in 0\.\.3, but holds 4"),
-        ({"keep": [-1]}, r"indices in 0\.\.3, but holds -1"),
-        ({"keep": [1, 1]}, "holds 1 several times"),
-        ({"keep": [True, False, True, True]}, "no list of gates"),
+        ({"keep": [0, 4]}, r"indices in 0\.\.3, but contains 4"),
+        ({"keep": [-1]}, r"indices in 0\.\.3, but contains -1"),
+        ({"keep": [1, 1]}, "contains 1 several times"),
+        ({"keep": [True, False, True, True]}, "not a list of gates"),
         ({"num_blocks": 0}, r"whole number in 1\.\.4, but is 0"),
         ({"num_blocks": 5}, r"whole number in 1\.\.4, but is 5"),
         ({"num_blocks": 0.6}, r"whole number in 1\.\.4, but is 0\.6"),
@@ -627,7 +627,7 @@ def test_a_branch_that_is_only_masked_cannot_be_taken_out() -> None:
 def test_flops_need_an_example_where_none_can_be_guessed() -> None:
     net = nn.Sequential(nn.Embedding(4, 6), sd.Residual(nn.Linear(6, 6)), sd.Residual(nn.Linear(6, 6)))
     sd.make_stochastic_(net, sd.uniform(0.5))
-    with pytest.raises(ValueError, match="cost needs inputs"):
+    with pytest.raises(ValueError, match="cost counts FLOPs on an example"):
         sd.subnetwork(net, cost=0.6)
     small = sd.subnetwork(net, cost=0.6, inputs=torch.tensor([1, 2]))
     assert size(small) == 24 + 42

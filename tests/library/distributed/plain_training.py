@@ -88,7 +88,7 @@ def train_alone(
     decorrelated = options.get("ranks") == "decorrelate"
     net = build(name, **options)
     depth = sd.controller(net)
-    optimiser = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
     counter = 0
     for step in range(NUM_STEPS):
         micro = micro_batches(step, accumulate=accumulate)
@@ -107,8 +107,8 @@ def train_alone(
                 with depth.gates(gates[rank]):
                     outputs = net(share(inputs, rank, sizes))
                 (F.cross_entropy(outputs, share(labels, rank, sizes)) / len(micro) / len(sizes)).backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     return net.state_dict()
 
 
@@ -121,11 +121,11 @@ def assert_equal_to_rounding(ours: dict[str, Tensor], theirs: dict[str, Tensor])
 def train_alone_with_batch_norm(sizes: Sequence[int]) -> dict[str, Tensor]:
     net = conv_net()
     depth = sd.make_stochastic_(net, SURVIVAL_PROBS, seed=SEED)
-    optimiser = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
     for step in range(NUM_STEPS):
         inputs, labels = batch("conv_net", sum(sizes), 10 * step)
         with depth.gates(gates_of(depth, step, sum(sizes))):
             F.cross_entropy(net(inputs), labels).backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     return net.state_dict()

@@ -23,7 +23,7 @@ from torch.multiprocessing import start_processes
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[3] / "benchmarks")]
 
 _TIMEOUT = timedelta(seconds=60)
-"""A hang becomes an error of the collective that waits."""
+"""Turns a hang into an error of the waiting collective."""
 
 
 def run(function: Callable[..., Any], num_ranks: int, *args: Any) -> list[Any]:
@@ -58,7 +58,7 @@ def _free_port() -> int:
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
-    """Synchronised batch normalisation from its definition: PyTorch's own runs on accelerators only."""
+    """Synchronized batch normalization from its definition: PyTorch's own runs on accelerators only."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -77,8 +77,8 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         return normal * self.weight.view(shape) + self.bias.view(shape)
 
 
-def synchronise_batch_norm_(net: nn.Module) -> None:
-    """Make batch normalisation synchronised, in place, after wrapping: DDP refuses a CPU model that has it before."""
+def synchronize_batch_norm_(net: nn.Module) -> None:
+    """Make batch normalization synchronized, in place, after wrapping: DDP refuses a CPU model that has it before."""
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.__class__ = SyncBatchNorm

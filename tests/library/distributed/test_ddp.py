@@ -49,8 +49,8 @@ def train_on_rank(
             block.residual.branch.register_forward_pre_hook(lambda *_, i=index: calls.__setitem__(i, calls[i] + 1))
     wrapped = DistributedDataParallel(net, **(ddp or {}))
     if options.get("sync_batch_norm"):
-        ranks.synchronise_batch_norm_(net)
-    optimiser = torch.optim.SGD(wrapped.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
+        ranks.synchronize_batch_norm_(net)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
     scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=1024.0)
     for step in range(NUM_STEPS):
         micro = micro_batches(step, accumulate=accumulate)
@@ -59,9 +59,9 @@ def train_on_rank(
             with wrapped.no_sync() if index != micro[-1] else contextlib.nullcontext():
                 outputs = wrapped(share(inputs, rank, sizes))
                 scaler.scale(F.cross_entropy(outputs, share(labels, rank, sizes)) / len(micro)).backward()
-        scaler.step(optimiser)
+        scaler.step(optimizer)
         scaler.update()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
     return {"state": net.state_dict(), "gates": sd.controller(net).state_dict(), "calls": calls}
 
 
@@ -116,8 +116,8 @@ def test_two_processes_with_half_the_batch_equal_one_with_the_whole(
     first, second = trained[case]
     options = {key: value for key, value in options.items() if key not in ("scaled", "ddp", "sync_batch_norm")}
     # The plain version of SyncBatchNorm is BatchNorm over the whole batch.
-    synchronised = case == "SyncBatchNorm"
-    alone = train_alone_with_batch_norm(sizes) if synchronised else train_alone(name, sizes, **options)
+    synchronized = case == "SyncBatchNorm"
+    alone = train_alone_with_batch_norm(sizes) if synchronized else train_alone(name, sizes, **options)
     assert_equal_to_rounding(first["state"], second["state"])
     assert_equal_to_rounding(first["state"], alone)
     assert first["gates"] == second["gates"]
@@ -137,7 +137,7 @@ def test_each_rank_follows_gates_of_its_own_and_gradients_are_averaged(
 def test_a_rank_without_survivors_runs_a_sample_of_weight_zero(
     case: str, trained: dict[str, list[dict[str, Any]]]
 ) -> None:
-    """Rank 0 has one sample, which does not survive in every step: its branches are called all the same."""
+    """Rank 0 has one sample, which does not survive in every step: its branches are called anyway."""
     net = build("mlp", granularity="sample")
     counts = [draw_counts(SURVIVAL_PROBS, 1, seed=SEED, counter=step) for step in range(NUM_STEPS)]
     assert any(0 in of_step for of_step in counts), "no gate is closed: the test could not fail"
@@ -158,7 +158,7 @@ def test_a_single_process_calls_no_branch_without_survivors() -> None:
 
 def _uneven_sync_batch_norm(rank: int) -> int:
     net = DistributedDataParallel(build("conv_net", sync_batch_norm=True, granularity="sample"))
-    ranks.synchronise_batch_norm_(net)
+    ranks.synchronize_batch_norm_(net)
     for step in range(NUM_STEPS):
         net(images((1, 5)[rank], seed=step)).sum().backward()
     return sd.controller(net).state_dict()["counter"]
@@ -166,11 +166,11 @@ def _uneven_sync_batch_norm(rank: int) -> int:
 
 def _refused(rank: int, options: dict[str, Any], ddp: dict[str, Any]) -> str:
     net = DistributedDataParallel(build("conv_net", sync_batch_norm=True, **options), **ddp)
-    ranks.synchronise_batch_norm_(net)
+    ranks.synchronize_batch_norm_(net)
     with pytest.raises(RuntimeError) as refusal:
         net(images(3))
     net.eval()
-    net(images(3))  # evaluation is nobody's business
+    net(images(3))  # evaluation is not checked
     return str(refusal.value)
 
 

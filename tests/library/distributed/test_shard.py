@@ -74,7 +74,7 @@ def train_on_rank(
     assert min(numels) > 0
     wrapped = sd.shard_(net, mesh_of(mesh), **(policies or {}))
     assert wrapped is net
-    optimiser = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
     sent, gates, losses = [], [], []
     for step in range(NUM_STEPS):
         micro = micro_batches(step, accumulate=accumulate)
@@ -89,8 +89,8 @@ def train_on_rank(
                 losses.append(loss.item())
         sent.append(of_step)
         none = [p_name for p_name, p in net.named_parameters() if p.grad is None]
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     return {
         "state": {key: value.full_tensor() for key, value in net.state_dict().items()} if name != "conv_net" else {},
         "gates": gates,
@@ -280,7 +280,7 @@ def test_a_closed_layer_is_not_gathered(small_cases: list[dict[str, Any]]) -> No
             assert sent == {"gathered": 2 * padded * sum(gates), "scattered": padded * sum(gates), "summed": 0}
 
 
-def test_what_something_else_uses_too_stays_with_the_rest(small_cases: list[dict[str, Any]]) -> None:
+def test_shared_modules_stay_with_the_rest(small_cases: list[dict[str, Any]]) -> None:
     linear = 8 * (6 * 5 + 6)
     for of_rank in small_cases:
         seen = set()
@@ -305,7 +305,7 @@ def test_mixed_precision_gathers_half_and_reduces_whole(small_cases: list[dict[s
             assert sent == {"gathered": whole["gathered"] // 4, "scattered": whole["scattered"] // 2, "summed": 0}
 
 
-def test_ranks_that_disagree_are_told_so_on_every_rank(small_cases: list[dict[str, Any]]) -> None:
+def test_ranks_that_disagree_raise_on_every_rank(small_cases: list[dict[str, Any]]) -> None:
     for of_rank, counter in zip(small_cases, (1, 5), strict=True):
         assert f"do not agree on their gates (here: seed {SEED}, draw {counter})" in of_rank["disagree"]
 
@@ -314,7 +314,7 @@ def test_ranks_that_disagree_are_told_so_on_every_rank(small_cases: list[dict[st
     ("case", "words"),
     [
         ("decorrelated", "needs the same gates on every rank"),
-        ("twice", "sharded already"),
+        ("twice", "already sharded"),
         ("DDP", "wrapped in DistributedDataParallel"),
         ("plain", "is not stochastic: call make_stochastic_ first"),
     ],
@@ -326,19 +326,19 @@ def test_what_cannot_be_sharded_is_refused(case: str, words: str, small_cases: l
 # ---------------------------------------------------------------------------------------------- distributed checkpoints
 
 
-def _train(net: nn.Module, optimiser: torch.optim.Optimizer, rank: int, steps: range) -> None:
+def _train(net: nn.Module, optimizer: torch.optim.Optimizer, rank: int, steps: range) -> None:
     """Every rank sees a share of eight samples, whatever the number of ranks."""
     for step in steps:
         inputs, labels = batch("mlp", 8, step)
         sizes = [8 // dist.get_world_size()] * dist.get_world_size()
         F.cross_entropy(net(share(inputs, rank, sizes)), share(labels, rank, sizes)).backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
-def _state(net: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
-    model_state, optimiser_state = get_state_dict(net, optimiser)
-    return {"model": model_state, "optimiser": optimiser_state, "gates": sd.controller(net).state_dict()}
+def _state(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    model_state, optimizer_state = get_state_dict(net, optimizer)
+    return {"model": model_state, "optimizer": optimizer_state, "gates": sd.controller(net).state_dict()}
 
 
 def _build(seed: int = SEED) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -350,38 +350,38 @@ def _build(seed: int = SEED) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def _save(rank: int, folder: str) -> None:
-    net, optimiser = _build()
-    _train(net, optimiser, rank, range(5))
-    dcp.save(_state(net, optimiser), checkpoint_id=folder)
+    net, optimizer = _build()
+    _train(net, optimizer, rank, range(5))
+    dcp.save(_state(net, optimizer), checkpoint_id=folder)
 
 
 def _load(rank: int, folder: str) -> dict[str, Any]:
-    net, optimiser = _build(seed=99)
+    net, optimizer = _build(seed=99)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.zero_()
-    state = _state(net, optimiser)
+    state = _state(net, optimizer)
     dcp.load(state, checkpoint_id=folder)
-    set_state_dict(net, optimiser, model_state_dict=state["model"], optim_state_dict=state["optimiser"])
+    set_state_dict(net, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     depth = sd.controller(net)
     depth.load_state_dict(state["gates"])
-    _train(net, optimiser, rank, range(5, 10))
+    _train(net, optimizer, rank, range(5, 10))
     return {
         "state": {name: value.full_tensor() for name, value in get_model_state_dict(net).items()},
         "gates": depth.state_dict(),
     }
 
 
-def test_a_checkpoint_of_four_ranks_goes_on_on_two_with_the_same_gates(tmp_path: Path) -> None:
+def test_a_checkpoint_of_four_ranks_resumes_on_two_with_the_same_gates(tmp_path: Path) -> None:
     ranks.run(_save, 4, str(tmp_path))
     first, second = ranks.run(_load, 2, str(tmp_path))
     alone = build("mlp")
-    optimiser = torch.optim.SGD(alone.parameters(), lr=0.05, momentum=0.9)
+    optimizer = torch.optim.SGD(alone.parameters(), lr=0.05, momentum=0.9)
     for step in range(10):
         inputs, labels = batch("mlp", 8, step)
         F.cross_entropy(alone(inputs), labels).backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     for of_rank in (first, second):
         assert_equal_to_rounding(of_rank["state"], alone.state_dict())
         assert of_rank["gates"] == sd.controller(alone).state_dict()

@@ -1,6 +1,6 @@
-"""One FSDP2 unit per branch in other people's networks: right, and a closed branch sends nothing.
+"""One FSDP2 unit per branch in other libraries' networks: correct, and a closed branch sends nothing.
 
-Which parameters a branch has is not asked of the library: they are those without a gradient when it alone is closed.
+The parameters of a branch are determined without the library: those without a gradient when only this branch is closed.
 """
 
 from __future__ import annotations
@@ -133,16 +133,16 @@ def _train(rank: int, family: str) -> dict[str, Any]:
     net = copy.deepcopy(plain)
     branches, rest = _branches_and_rest(family, 2)
     sd.shard_(net, init_device_mesh("cpu", (2,)))
-    optimisers = [torch.optim.SGD(each.parameters(), lr=0.02, momentum=0.9) for each in (plain, net)]
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.02, momentum=0.9) for each in (plain, net)]
     steps = []
     for step in range(NUM_STEPS):
         _backward(plain, _images(step))
         with counted_bytes() as sent:
             _backward(net, _images(step)[2 * rank : 2 * rank + 2])
         steps.append((sent, sd.controller(net).last_gates))
-        for optimiser in optimisers:
-            optimiser.step()
-            optimiser.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
     state = {name: value.full_tensor() for name, value in dict(net.named_parameters()).items()}
     return {
         "state": state,
@@ -175,7 +175,7 @@ def test_a_sharded_foreign_network_sends_its_open_branches_and_the_rest(
             of_open = sum(size for size, gate in zip(result["branches"], gates, strict=True) if gate)
             assert sent["scattered"] == result["rest"] + of_open
             assert sent["summed"] == 0
-            # What is not used in this loss is gathered with the rest all the same.
+            # Parameters that this loss does not use are still gathered with the rest.
             assert sent["gathered"] >= result["rest"] + 2 * of_open
             num_closed += gates.count(0)
     assert num_closed

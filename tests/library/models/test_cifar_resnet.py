@@ -147,7 +147,7 @@ def test_pad_averages_and_appends_zeros_after_the_existing_channels() -> None:
         torch.testing.assert_close(y[:, :16, 0, 0], corner)
 
 
-# ---------------------------------------------------------------------------------------------- initialisation
+# ---------------------------------------------------------------------------------------------- initialization
 
 
 def assert_normal(weight: Tensor, std: float) -> None:
@@ -169,7 +169,7 @@ def assert_uniform(values: Tensor, low: float, high: float) -> None:
 
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize("shortcut", ["pad", "projection_all"])
-def test_initialisation(init: str, shortcut: str) -> None:
+def test_initialization(init: str, shortcut: str) -> None:
     torch.manual_seed(0)
     net = sd.models.cifar_resnet(56, 100, shortcut=shortcut, init=init)
     for module in net.modules():
@@ -190,7 +190,7 @@ def test_initialisation(init: str, shortcut: str) -> None:
         assert_uniform(torch.cat(gains), 0, 1)
 
 
-def test_initialisation_follows_the_global_seed() -> None:
+def test_initialization_follows_the_global_seed() -> None:
     states = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)

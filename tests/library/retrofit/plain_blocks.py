@@ -1,4 +1,4 @@
-"""What models of strangers are made of: a drop path, linear maps, data and a comparison."""
+"""Parts of models of other authors: a drop path, linear maps, data and a comparison."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ D = 6
 
 
 class DropPath(nn.Module):
-    """A drop path as strangers write it."""
+    """A drop path as other authors write it."""
 
     def __init__(self, rate: float = 0.5) -> None:
         super().__init__()

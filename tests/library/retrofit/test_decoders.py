@@ -125,7 +125,7 @@ def test_generation_is_that_of_the_plain_model(family: str) -> None:
 
 @pytest.mark.parametrize("closed", range(1, NUM_LAYERS))
 def test_a_closed_layer_leaves_the_cache_of_the_others_alone(closed: int) -> None:
-    """In evaluation gates may be forced and the cache be used: a sub-network generates."""
+    """In evaluation gates may be forced and the cache be used: a subnetwork generates."""
     plain = decoder(use_cache=True).eval()
     model = copy.deepcopy(plain)
     depth = sd.make_stochastic_(model, sd.layerdrop(0.5), layers=["model.layers.*"])
@@ -177,7 +177,7 @@ def test_a_cache_in_training_is_refused() -> None:
     model = decoder("Llama", use_cache=True)
     depth = sd.make_stochastic_(model, sd.layerskip(0.5), layers=["model.layers.*"])
     message = (
-        r"^The layer model\.layers\.1 may be dropped in training, but is given a key-value cache[^\n]*use_cache = F"
+        r"^The layer model\.layers\.1 may be dropped in training, but receives a key-value cache[^\n]*use_cache = F"
     )
     for call in (lambda: model.train()(token_ids()), lambda: model.train().generate(token_ids(), max_new_tokens=2)):
         with pytest.raises(ValueError, match=message):
@@ -199,5 +199,7 @@ def test_layers_that_cannot_be_found() -> None:
 def test_layerdrop_of_the_model_itself() -> None:
     model = decoder("OPT")
     model.config.layerdrop = 0.1
-    with pytest.raises(ValueError, match=r"^The model skips layers itself, with a rate of 0\.1[^\n]*layerdrop = 0\.0"):
+    with pytest.raises(
+        ValueError, match=r"^The model itself skips layers too, with a rate of 0\.1[^\n]*layerdrop = 0\.0"
+    ):
         sd.make_stochastic_(model, sd.layerskip(0.2), layers=["model.decoder.layers.*"])

@@ -183,7 +183,7 @@ def test_with_gradient_checkpointing() -> None:
 
 
 def test_samples_without_labels_give_no_loss() -> None:
-    """Of the samples for which the layer is open, none has a label: no mean of nothing."""
+    """None of the samples for which the layer is open has a label: there must be no mean over nothing."""
     model, depth = stochastic()
     labels = token_ids()
     labels[1] = -100
@@ -230,9 +230,9 @@ def test_bad_inputs() -> None:
         sd.early_exit_loss(some, inputs, [1])
     sums = decoder()
     sd.make_stochastic_(sums, sd.uniform(0.5))
-    with pytest.raises(ValueError, match=r"^Early exits need the layers of one decoder as the branches[^\n]*$"):
+    with pytest.raises(ValueError, match=r"^Early exits need the layers of one decoder as the only branches[^\n]*$"):
         sd.early_exit_loss(sums, inputs, [1])
     base = decoder().model
     sd.make_stochastic_(base, sd.uniform(1.0), layers=["layers.*"])
-    with pytest.raises((ValueError, TypeError), match=r"gives no loss for these inputs|unexpected keyword"):
+    with pytest.raises((ValueError, TypeError), match=r"returns no loss for these inputs|unexpected keyword"):
         sd.early_exit_losses(base, inputs, [0])

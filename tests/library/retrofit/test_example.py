@@ -33,7 +33,7 @@ class ByRank(nn.Module):
 
 
 class Rolling(nn.Module):
-    """Whose code no symbol goes through."""
+    """Its code cannot be traced with symbols."""
 
     def __init__(self) -> None:
         super().__init__()

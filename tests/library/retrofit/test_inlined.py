@@ -1,4 +1,4 @@
-"""Branches that end in a child: it is handed the branch's last value and the shortcut, and adds them (Bert)."""
+"""Branches that end in a child, which receives the branch's last value and the shortcut and adds them (Bert)."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -52,7 +52,7 @@ class AttentionBlock(nn.Module):
 
 
 class Layer(nn.Module):
-    """By name; the attention's branch belongs to a block of its own."""
+    """By name; the attention's branch belongs to a separate block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Sum(nn.Module):
 
 
 class Handed(nn.Module):
-    """A child that hands both on to a child of its own."""
+    """A child that passes both on to its own child."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -226,7 +226,7 @@ def test_verify_passes_and_restore_gives_the_model_back() -> None:
 
 
 class HoldsItsSum(nn.Module):
-    """Given two values, of which one is the shortcut of a branch of its own."""
+    """Receives two values, of which one is the shortcut of its own branch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -264,12 +264,12 @@ def test_a_hook_that_would_be_passed_over_is_refused() -> None:
     sd.make_stochastic_(model, sd.uniform(0.5))
     model(features().float())
     handle = model.get_submodule("0.output").register_forward_hook(lambda *_: None)
-    with pytest.raises(RuntimeError, match=r"The block 0 \(Layer\) runs the code of its output .* over hooks"):
+    with pytest.raises(RuntimeError, match=r"The block 0 \(Layer\) runs the code of its output .* ignore hooks"):
         model(features().float())
     handle.remove()
     model(features().float())
     model.get_submodule("0.output").forward = lambda _, shortcut: shortcut
-    with pytest.raises(RuntimeError, match="over a forward of its own"):
+    with pytest.raises(RuntimeError, match="ignore a forward of its own"):
         model(features().float())
 
 

@@ -59,7 +59,7 @@ def inputs_of(name: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_closed_layers_hand_their_input_on_sample_by_sample(name: str) -> None:
+def test_closed_layers_return_their_input_per_sample(name: str) -> None:
     model = model_of(name)
     pattern = layers_of(name, model)
     plain = copy.deepcopy(model)
@@ -157,7 +157,7 @@ def test_a_block_that_cannot_be_recorded_is_masked_with_the_same_gates_and_says_
     inputs = [torch.randn(4, 6, dtype=torch.float64)]
     depth = assert_equals_original_under_mask(make, inputs)
     assert [name for name, _ in depth.masked] == depth.names
-    assert "mask, nothing is saved: the forward decides by the values of a tensor" in str(depth)
+    assert "mask, nothing is saved: the forward's control flow depends on the values of a tensor" in str(depth)
 
 
 @pytest.mark.filterwarnings("ignore::stochastic_depth.MaskedBranchWarning")
@@ -219,7 +219,7 @@ def test_a_named_layer_runs_as_a_whole_and_its_gate_stands_for_its_drop_paths() 
 
 def test_layers_whose_drop_paths_disagree_need_a_schedule() -> None:
     model = nn.Sequential(DecidingBlock((0.5, 0.2)))
-    with pytest.raises(ValueError, match="the drop paths of 0 have several rates or rules"):
+    with pytest.raises(ValueError, match="the drop paths of 0 have different rates or rules"):
         sd.make_stochastic_(model, layers=["0"])
     depth = sd.make_stochastic_(model, sd.uniform(0.8), layers=["0"], rescale="train")
     assert depth.survival_probs == [0.8]
@@ -228,11 +228,11 @@ def test_layers_whose_drop_paths_disagree_need_a_schedule() -> None:
 def test_a_layer_that_changes_the_shape_cannot_be_a_branch() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 4))
     sd.make_stochastic_(model, sd.uniform(0.5), layers=["1"], granularity="sample")
-    with pytest.raises(RuntimeError, match=r"The layer 1 makes \(1, 4\) of hidden states \(1, 3\)"):
+    with pytest.raises(RuntimeError, match=r"The layer 1 turns hidden states \(1, 3\) into \(1, 4\)"):
         model(torch.ones(2, 3))
 
 
-class Normalised(nn.Module):
+class Normalized(nn.Module):
     """A layer with BatchNorm."""
 
     def __init__(self) -> None:
@@ -243,12 +243,12 @@ class Normalised(nn.Module):
         return self.norm(self.linear(x)).tanh() * scale
 
 
-class NormalisedNet(nn.Module):
+class NormalizedNet(nn.Module):
     """Two layers, the second of which is a branch."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.layer = nn.Linear(4, 4), Normalised()
+        self.stem, self.layer = nn.Linear(4, 4), Normalized()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(self.stem(x), scale=torch.full((4,), 2.0, dtype=x.dtype))
@@ -257,7 +257,7 @@ class NormalisedNet(nn.Module):
 def test_one_survivor_where_batch_norm_would_see_one_value() -> None:
     """As in a `Residual`: another sample, of weight 0, gives BatchNorm a second value per channel."""
     torch.manual_seed(0)
-    model = NormalisedNet().double()
+    model = NormalizedNet().double()
     plain, x = copy.deepcopy(model), torch.randn(5, 4, dtype=torch.float64)
     depth = sd.make_stochastic_(model, [0.5], layers=["layer"], granularity="sample", rescale="none")
     with depth.gates([torch.tensor([False, False, True, False, False])]):
@@ -277,7 +277,7 @@ def test_verify_proves_layers_too(name: str, monkeypatch: pytest.MonkeyPatch) ->
     called = next(module for module in model.modules() if hasattr(module, "_stochastic_depth_branch"))
     inside = next(part for part in called.modules() if isinstance(part, nn.Linear))
     layer_forward = type(called).forward
-    # Put back afterwards: the class is that of all such layers.
+    # Put back afterward: the class is that of all such layers.
     monkeypatch.setattr(
         type(called),
         "forward",
@@ -342,7 +342,7 @@ class Counted(nn.Linear):
 
 
 class Unrecordable(nn.Module):
-    """A layer of which only a run can tell what it returns."""
+    """A layer whose output structure only a run shows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -418,5 +418,5 @@ def test_bad_layers() -> None:
         sd.make_stochastic_(model_of("Bert"), sd.uniform(0.5), layers=["encoder.layer"])
     model = model_of("Wav2Vec2")
     model.config.layerdrop = 0.1
-    with pytest.raises(ValueError, match="skips layers itself"):
+    with pytest.raises(ValueError, match="itself skips layers too"):
         sd.make_stochastic_(model, sd.uniform(0.5), layers=["encoder.layers.?"])

@@ -72,7 +72,7 @@ def test_folded_and_taken_out() -> None:
 
 
 class BranchInABranch(nn.Module):
-    """What is added to the shortcut is a sum with a shortcut of its own: no parallel branches."""
+    """The value added to the shortcut is a sum with its own shortcut: no parallel branches."""
 
     def __init__(self) -> None:
         super().__init__()

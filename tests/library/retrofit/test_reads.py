@@ -1,4 +1,4 @@
-"""What a block's code reads beside its arguments: from anywhere, it is what is there in each call.
+"""Values that a block's code reads besides its arguments are read in each call, wherever they are.
 
 The reference is the block's own code, called again after what it reads has changed, in float64.
 """
@@ -184,7 +184,7 @@ def test_a_drop_path_is_masked_from_there_on(monkeypatch: pytest.MonkeyPatch) ->
     assert [name for name, _ in depth.masked] == ["0.drop_path", "1.drop_path"]
 
 
-def test_a_call_that_stays_what_it_was_is_looked_at_now_and_then() -> None:
+def test_repeated_calls_are_recorded_again_now_and_then() -> None:
     net, x = nn.Sequential(Far(lambda _: 1.0), Far(lambda _: 1.0)).double(), data(4)
     depth = sd.make_stochastic_(net, sd.uniform(0.5))
     known = net[0]._stochastic_depth_branch.forms
@@ -220,7 +220,7 @@ class Writes(nn.Module):
     ],
     ids=["class", "dict", "object", "context"],
 )
-def test_what_code_leaves_far_away_is_no_silent_matter(write: Callable[[], Any], what: str) -> None:
+def test_side_effects_far_away_are_noticed(write: Callable[[], Any], what: str) -> None:
     net = nn.Sequential(Writes(write)).double()
     with pytest.raises(ValueError, match=f"changes {what}"):
         sd.make_stochastic_(net, sd.uniform(0.5))
@@ -319,7 +319,7 @@ class GroupedNet(nn.Module):
         return self.block(x, group)
 
 
-def test_samples_that_meet_behind_the_first_few_are_seen() -> None:
+def test_mixing_of_later_samples_is_detected() -> None:
     net, x, group = GroupedNet().double(), data(8), torch.tensor([3, 1, 4, 0, 3, 1, 4, 0])
     plain = copy.deepcopy(net.block)
     plain.drop_path = nn.Identity()
@@ -374,7 +374,7 @@ class Strided(nn.Module):
 def test_code_that_asks_where_a_tensor_is_stored_is_refused() -> None:
     net = nn.Sequential(Strided()).double()
     sd.make_stochastic_(net, sd.uniform(0.5))
-    with pytest.raises(RuntimeError, match=r"asks where a tensor is stored \(storage_offset\)"):
+    with pytest.raises(RuntimeError, match=r"reads where a tensor is stored \(storage_offset\)"):
         net(data(4))
 
 
@@ -396,7 +396,7 @@ class GivesARate(nn.Module):
 def test_a_rate_that_a_drop_path_is_called_with_is_refused() -> None:
     net = nn.Sequential(GivesARate()).double()
     sd.make_stochastic_(net)
-    with pytest.raises(RuntimeError, match="given a number with its call, which would be its rate"):
+    with pytest.raises(RuntimeError, match="called with a number, which would be its rate"):
         net(data(4))
 
 

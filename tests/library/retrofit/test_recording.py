@@ -1,4 +1,4 @@
-"""What a block does beside its sums is neither lost nor done while its forward is recorded."""
+"""Side effects of a block are neither lost nor executed while its forward is recorded."""
 
 import copy
 from collections.abc import Callable

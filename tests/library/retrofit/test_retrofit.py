@@ -1,4 +1,4 @@
-"""What every retrofitted model keeps, residual additions, refusals, and what is found but is no branch."""
+"""What a retrofitted model keeps, residual additions, errors, and what is found but is not a branch."""
 
 import copy
 import io
@@ -252,7 +252,7 @@ def test_where_and_refusals() -> None:
         sd.make_stochastic_(model)
     model = vit()
     sd.make_stochastic_(model)
-    with pytest.raises(ValueError, match="stochastic already"):
+    with pytest.raises(ValueError, match="already stochastic"):
         sd.make_stochastic_(model)
     with warnings.catch_warnings():  # Importing the compiler warns of PyTorch's own deprecations.
         warnings.simplefilter("ignore")

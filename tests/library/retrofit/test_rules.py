@@ -1,4 +1,4 @@
-"""Modules that are called drop paths, and do something else: they stay as they are, and it is told."""
+"""Modules that are named like drop paths but do something else stay as they are, and `print` says so."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_what_is_no_drop_path_stays_as_it_is(kind: type[DropPath]) -> None:
     torch.testing.assert_close(ours, other(x + 2 * net[0].f(x)))
 
 
-def test_a_wrapper_that_is_called_so_is_none() -> None:
+def test_a_wrapper_called_stochastic_depth_is_not_a_drop_path() -> None:
     net, x = nn.Sequential(Block(DropPath()), StochasticDepth()).eval(), torch.randn(8, 3, D)
     expected = net(x)
     depth = sd.make_stochastic_(net)
@@ -101,7 +101,7 @@ def test_a_wrapper_that_is_called_so_is_none() -> None:
     torch.testing.assert_close(net(x), expected)
 
 
-def test_a_registered_one_is_taken_at_its_word() -> None:
+def test_a_registered_drop_path_is_not_tried_on_numbers() -> None:
     net = nn.Sequential(Block(UndividedDropPath()))
     with pytest.raises(ValueError, match="it stays as it is, what it keeps is not multiplied by 2"):
         sd.make_stochastic_(net)

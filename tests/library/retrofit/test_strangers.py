@@ -1,4 +1,4 @@
-"""Models of strangers: each is right under given gates, or is masked or refused aloud; never silently wrong.
+"""Models of other authors: each is correct under given gates, masked, or refused; never silently wrong.
 
 The reference is each model's own formula with its gates written into it, in float64.
 """
@@ -205,7 +205,7 @@ RIGHT: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
 
 @pytest.mark.parametrize("granularity", ["batch", "sample"])
 @pytest.mark.parametrize("name", RIGHT)
-def test_it_is_its_own_code_under_gates(name: str, granularity: str) -> None:
+def test_it_equals_its_own_code_under_gates(name: str, granularity: str) -> None:
     make, args = RIGHT[name]
     torch.manual_seed(0)
     net = Stack(make).double()
@@ -293,7 +293,7 @@ def test_functional_drop_paths_are_skipped(kind: str) -> None:
     assert_same(net.eval()(x), plain.eval()(x))
 
 
-def test_the_rate_of_a_functional_drop_path_that_changes_is_no_silent_matter() -> None:
+def test_a_changed_rate_of_a_functional_drop_path_raises() -> None:
     class Changing(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -491,13 +491,13 @@ def leaves_on_a_child(block: Beside, x: Tensor) -> None:
 @pytest.mark.parametrize(
     ("beside", "cause"),
     [
-        (rolls_dice, "draws random numbers itself|decides by the values"),
+        (rolls_dice, "draws random numbers itself|depends on the values"),
         (rolls_rare_dice, "draws random numbers itself"),
         (advances, "may advance the iterator numbers"),
         (counts, "changes the global variable TOTAL"),
         (counts_inside, "stores stats"),
-        (looks_at_values, "decides by the value"),
-        (looks_at_sizes_of_values, "decides by a size that follows from the values"),
+        (looks_at_values, "depends on the value"),
+        (looks_at_sizes_of_values, "depends on a size that depends on the values"),
         (leaves_on_a_child, "stores f.seen"),
     ],
 )
@@ -515,7 +515,7 @@ def test_code_that_is_no_function_is_refused(beside: Callable[..., object], caus
 
 
 class Lists(nn.Module):
-    """Hands an auxiliary loss to a list."""
+    """Appends an auxiliary loss to a list."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -530,7 +530,7 @@ def test_what_a_block_leaves_in_a_list_is_kept() -> None:
     net = Stack(Lists, 3).double()
     sd.make_stochastic_(net)
     losses: list[Tensor] = []
-    with pytest.warns(sd.MaskedBranchWarning, match="changes a list that it is given"):
+    with pytest.warns(sd.MaskedBranchWarning, match="changes its list argument"):
         net(data(4), losses)
     assert len(losses) == 3
 
@@ -578,7 +578,7 @@ def test_a_checkpoint_inside_a_block_stays_one(part: str, granularity: str) -> N
     first = torch.tensor([True, False, True, False])
     gates = [first, ~first] if granularity == "sample" else [True, False]
     with depth.gates(gates):
-        net(x)  # What the first call proves is no part of the step.
+        net(x)  # The proof of the first call is not part of the step.
         net[0].f.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda kept: kept):
             output = net(x)
@@ -613,7 +613,7 @@ def test_a_selective_checkpoint_is_masked() -> None:
         assert_same(net(x), gated_checkpointed(plain, x, 2 * gate.double()[:, None]))
 
 
-# ------------------------------------------------------------------------- what changes afterwards
+# ------------------------------------------------------------------------- what changes afterward
 
 
 class Reads(nn.Module):

@@ -1,4 +1,4 @@
-"""What lies around a block's tensors: caches that it is given, what attention gives beside its output, tables, masks.
+"""The surroundings of a block's tensors: caches, extra outputs of attention, tables, masks.
 
 The reference is each model's own formula with its gates written into it, in float64.
 """
@@ -128,7 +128,8 @@ class LookingInto(Caching):
 
 
 @pytest.mark.parametrize(
-    ("kind", "cause"), [(Peeking, "decides by what a Cache holds"), (LookingInto, "looks into the Cache .*use_cache")]
+    ("kind", "cause"),
+    [(Peeking, "depends on the content of a Cache"), (LookingInto, "reads the content of its Cache .*use_cache")],
 )
 def test_code_that_looks_into_a_cache_is_refused(kind: type[nn.Module], cause: str) -> None:
     net, cache = CachingNet(kind).double(), Cache()
@@ -355,7 +356,7 @@ class Later(nn.Module):
         return x + self.g(x) if self.more else x
 
 
-def test_an_addition_that_comes_later_is_told() -> None:
+def test_an_addition_that_appears_later_is_listed() -> None:
     net, x = nn.Sequential(Later(), Later()).double(), data(4)
     depth = sd.make_stochastic_(net, sd.uniform(0.5))
     net(x)
@@ -363,7 +364,7 @@ def test_an_addition_that_comes_later_is_told() -> None:
     net[0].more = True
     with depth.gates([False, False]):
         assert_same(net(x), x + net[0].g(x))
-    assert "no branch: 0 also adds what g gives, which was not found before: it has no gate" in str(depth)
+    assert "no branch: 0 also adds the output of g, which was not found before: it has no gate" in str(depth)
 
 
 # ---------------------------------------- attention maps
@@ -426,7 +427,7 @@ def test_a_branch_with_a_map_is_skipped_and_its_map_cannot_be_used_unseen() -> N
                 assert_same(weights, own)
             else:
                 closed += 1
-                with pytest.raises(RuntimeError, match="attention map is used of a branch that did not run"):
+                with pytest.raises(RuntimeError, match="attention map was not computed"):
                     torch.ones(3) + weights
                 with pytest.raises(RuntimeError, match="attention map"):
                     weights.mean()
@@ -436,12 +437,12 @@ def test_a_branch_with_a_map_is_skipped_and_its_map_cannot_be_used_unseen() -> N
     assert depth.verify(x).num_masked == 0
 
 
-def test_a_map_that_the_model_uses_raises_aloud() -> None:
+def test_using_a_map_that_was_not_computed_raises() -> None:
     net, x = MapNet(use=True).double(), data(2, 3)
     depth = sd.make_stochastic_(net, sd.uniform(0.5))
     with depth.gates([True, True]):
         net(x)
-    with depth.gates([False, True]), pytest.raises(RuntimeError, match=r"leave the branches .* out by where="):
+    with depth.gates([False, True]), pytest.raises(RuntimeError, match=r"exclude the branches .* with where="):
         net(x)
 
 

@@ -1,4 +1,4 @@
-"""What people do around a retrofitted model: mixed precision, averaged copies, accumulation, compilation, export."""
+"""Training tools with a retrofitted model: mixed precision, averaged copies, accumulation, compilation, export."""
 
 import copy
 from collections.abc import Iterator
@@ -44,12 +44,12 @@ def test_the_gradient_scaler_scales_and_unscales_what_was_skipped_too() -> None:
     sd.make_stochastic_(model)
     reference = copy.deepcopy(model)
     reference(images()).square().sum().backward()
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     scaler.scale(model(images()).square().sum()).backward()
-    scaler.unscale_(optimiser)
+    scaler.unscale_(optimizer)
     assert_close(gradients(model), gradients(reference))
-    scaler.step(optimiser)
+    scaler.step(optimizer)
     scaler.update()
 
 
@@ -180,7 +180,7 @@ def test_the_evaluated_model_exports_with_any_batch_size(case: str) -> None:
     with torch.no_grad():
         given = exported.module()(images(3).double())
         torch.testing.assert_close(given, model(images(3).double()), rtol=1e-9, atol=1e-12)
-    if schedule is not None:  # Its factors are in the graph: the plain network gives something else.
+    if schedule is not None:  # Its factors are in the graph: the plain network computes something else.
         assert not torch.allclose(make().double().eval()(images(3).double()), given, rtol=1e-3)
 
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import stochastic_depth as sd
-from stochastic_depth_lab.experiments.config import Regularisers
+from stochastic_depth_lab.experiments.config import Regularizers
 
 
-def add_dropout_(model: nn.Module, settings: Regularisers) -> None:
+def add_dropout_(model: nn.Module, settings: Regularizers) -> None:
     """Drop activations or filters in training, in place, after the ReLU between the two convolutions of each branch.
 
     Activations: Srivastava et al. 2014; whole channels of a sample: Tompson et al. 2015; the place: Zagoruyko and

@@ -13,7 +13,7 @@ Kind = Literal["pixel", "channel"]
 
 
 @dataclass(frozen=True, eq=False)
-class Normalisation:
+class Normalization:
     """Normalizes images: (images - mean) / std, in float32.
 
     Args:
@@ -25,7 +25,7 @@ class Normalisation:
     std: Tensor
 
     @classmethod
-    def fit(cls, images: Tensor, kind: Kind) -> "Normalisation":
+    def fit(cls, images: Tensor, kind: Kind) -> "Normalization":
         """The normalization of a training part.
 
         Args:
@@ -41,12 +41,12 @@ class Normalisation:
 
         Example:
             >>> images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)
-            >>> fitted = Normalisation.fit(images, "channel")
+            >>> fitted = Normalization.fit(images, "channel")
             >>> fitted.mean.item(), round(fitted.std.item(), 3)
             (127.5, 180.312)
         """
         if kind not in get_args(Kind):
-            raise ValueError(f"normalisation must be one of {', '.join(get_args(Kind))}, but is {kind!r}.")
+            raise ValueError(f"normalization must be one of {', '.join(get_args(Kind))}, but is {kind!r}.")
         # Integer sums are exact in any order. A thousand images at a time: int64 takes eight times the memory.
         total = torch.zeros(images.shape[1:], dtype=torch.int64, device=images.device)
         total_of_squares = torch.zeros_like(total)
@@ -65,16 +65,16 @@ class Normalisation:
         """Network inputs, float32 (N, C, H, W), from uint8 images."""
         return torch.sub(images, self.mean).div_(self.std)
 
-    def to(self, device: torch.device | str) -> "Normalisation":
+    def to(self, device: torch.device | str) -> "Normalization":
         """The same on another device."""
-        return Normalisation(self.mean.to(device), self.std.to(device))
+        return Normalization(self.mean.to(device), self.std.to(device))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Plain tensors, for a checkpoint."""
         return {"mean": self.mean, "std": self.std}
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor]) -> "Normalisation":
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> "Normalization":
         """The normalization that `state_dict` returned."""
         return cls(state["mean"], state["std"])
 

@@ -70,13 +70,13 @@ def test_a_skipped_branch_coasts_with_zero_and_freezes_with_none() -> None:
     for skipped_grad in ("zero", "none"):
         net = mlp()
         depth = sd.make_stochastic_(net, SURVIVAL_PROBS, skipped_grad=skipped_grad)
-        optimiser = torch.optim.SGD(net.parameters(), nesterov=True, **HYPERPARAMETERS)
+        optimizer = torch.optim.SGD(net.parameters(), nesterov=True, **HYPERPARAMETERS)
         for gate in (True, False):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             with depth.gates([gate] * 4):
                 loss_of(net(vectors(3))).backward()
             before = net.blocks[0].residual.branch[0].weight.detach().clone()
-            optimiser.step()
+            optimizer.step()
         moved[skipped_grad] = (net.blocks[0].residual.branch[0].weight.detach() - before).abs().max().item()
     assert moved["none"] == 0
     assert moved["zero"] > 1e-4
@@ -88,9 +88,9 @@ def test_with_certain_survival_training_is_that_of_the_plain_network_bit_for_bit
     net = copied(plain)
     sd.make_stochastic_(net, sd.uniform(1.0), granularity=granularity)
     for trained in (net, plain):
-        optimiser = torch.optim.SGD(trained.parameters(), nesterov=True, **HYPERPARAMETERS)
+        optimizer = torch.optim.SGD(trained.parameters(), nesterov=True, **HYPERPARAMETERS)
         for step in range(5):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss_of(trained(images(6, seed=step, dtype=torch.float32))).backward()
-            optimiser.step()
+            optimizer.step()
     reference.assert_same(state_of(net), state_of(plain))

@@ -1,10 +1,10 @@
-"""Both normalisations against numpy in float64."""
+"""Both normalizations against numpy in float64."""
 
 import numpy as np
 import pytest
 import torch
 
-from stochastic_depth_lab.data import DataError, Normalisation
+from stochastic_depth_lab.data import DataError, Normalization
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def images() -> torch.Tensor:
 
 
 def test_pixel_is_a_mean_image_and_one_deviation_of_all_bytes(images: torch.Tensor) -> None:
-    fitted, values = Normalisation.fit(images, "pixel"), images.double().numpy()
+    fitted, values = Normalization.fit(images, "pixel"), images.double().numpy()
     assert fitted.mean.shape == (1, 3, 4, 6)
     assert fitted.std.numel() == 1
     np.testing.assert_array_equal(fitted.mean.numpy(), values.mean(0, keepdims=True).astype(np.float32))
@@ -23,7 +23,7 @@ def test_pixel_is_a_mean_image_and_one_deviation_of_all_bytes(images: torch.Tens
 
 def test_channel_is_a_mean_and_a_deviation_of_each_channel(images: torch.Tensor) -> None:
     images[:, 1] //= 3
-    fitted, values = Normalisation.fit(images, "channel"), images.double().numpy()
+    fitted, values = Normalization.fit(images, "channel"), images.double().numpy()
     assert fitted.mean.shape == fitted.std.shape == (1, 3, 1, 1)
     np.testing.assert_array_equal(fitted.mean.flatten().numpy(), values.mean((0, 2, 3)).astype(np.float32))
     np.testing.assert_array_equal(fitted.std.flatten().numpy(), values.std((0, 2, 3), ddof=1).astype(np.float32))
@@ -31,10 +31,10 @@ def test_channel_is_a_mean_and_a_deviation_of_each_channel(images: torch.Tensor)
 
 @pytest.mark.parametrize("kind", ["pixel", "channel"])
 def test_what_it_was_fitted_on_gets_mean_0_and_deviation_about_1(images: torch.Tensor, kind: str) -> None:
-    normalised = Normalisation.fit(images, kind)(images)  # type: ignore[arg-type]
-    assert normalised.dtype == torch.float32
-    assert abs(float(normalised.double().mean())) < 1e-6
-    assert abs(float(normalised.double().std()) - 1) < 1e-3
+    normalized = Normalization.fit(images, kind)(images)  # type: ignore[arg-type]
+    assert normalized.dtype == torch.float32
+    assert abs(float(normalized.double().mean())) < 1e-6
+    assert abs(float(normalized.double().std()) - 1) < 1e-3
 
 
 def test_sums_do_not_overflow() -> None:
@@ -42,23 +42,23 @@ def test_sums_do_not_overflow() -> None:
     images = torch.full((40_000, 1, 2, 2), 255, dtype=torch.uint8)
     images[::2] = 254
     values = images.double().numpy()
-    assert Normalisation.fit(images, "pixel").std.item() == pytest.approx(values.std(ddof=1), rel=1e-6)
+    assert Normalization.fit(images, "pixel").std.item() == pytest.approx(values.std(ddof=1), rel=1e-6)
 
 
 def test_state_is_plain_tensors_and_comes_back(images: torch.Tensor) -> None:
-    fitted = Normalisation.fit(images, "pixel")
-    again = Normalisation.from_state_dict(fitted.state_dict())
+    fitted = Normalization.fit(images, "pixel")
+    again = Normalization.from_state_dict(fitted.state_dict())
     assert torch.equal(again(images[:10]), fitted(images[:10]))
 
 
 def test_constant_images_are_refused() -> None:
     images = torch.zeros(5, 3, 4, 4, dtype=torch.uint8)
     images[:, 0] = torch.arange(5, dtype=torch.uint8).view(5, 1, 1)
-    Normalisation.fit(images, "pixel")
+    Normalization.fit(images, "pixel")
     with pytest.raises(DataError, match="constant"):
-        Normalisation.fit(images, "channel")
+        Normalization.fit(images, "channel")
 
 
 def test_unknown_kind_is_refused(images: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="one of pixel, channel, but is 'image'"):
-        Normalisation.fit(images, "image")  # type: ignore[arg-type]
+        Normalization.fit(images, "image")  # type: ignore[arg-type]
