@@ -89,7 +89,8 @@ class StochasticDropPath(nn.Module):
         if number >= len(gated):
             raise RuntimeError(
                 f"The drop path of {gated[0].passes.names[gated[0].index]} is used {number + 1} times in a call of its "
-                f"block, in whose code {len(gated)} uses were found: it has no gates for the others."
+                f"block, in whose code {len(gated)} uses were found: it has no gates for the others. "
+                "Give make_stochastic_ inputs=[...] of an example, which shows how often it is used."
             )
         return masked(gated[number], x, training=self.training)
 

@@ -398,20 +398,17 @@ def code_of(
 
 
 def places_of_children(block: nn.Module) -> list[Place]:
-    """Places outside a block's children that their code reads."""
+    """Where the code of a block's children reads something outside of them."""
     found: dict[Place, None] = {}
-    children = [child for child in block.modules() if child is not block]
-    for kind in dict.fromkeys(map(plain_class, children)):
-        if is_users(kind):
-            names, functions = names_in_code(kind)
+    for child in block.modules():
+        if child is not block and is_users(plain_class(child)):
+            names, functions = code_of(child)
             walk = _Walk(names)
-            walk.enter_class(kind)
+            walk.enter_class(plain_class(child))
             for function in functions:
                 walk.enter_function(function)
-            for child in children:
-                if plain_class(child) is kind:
-                    for name in names & vars(child).keys() - NOT_CONFIGURATION:
-                        walk.enter(child.__dict__[name])
+            for name in names & vars(child).keys() - NOT_CONFIGURATION:
+                walk.enter(child.__dict__[name])
             found.update(walk.found)
     return list(found)
 

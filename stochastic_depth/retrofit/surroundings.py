@@ -43,7 +43,7 @@ def unchanged_surroundings(
             raise TraceError(f"the forward may advance the iterator {name}")
     own = _keep(block, reads.places)
     others = _keep(block, set(places_of_children(block)).difference(reads.places))
-    environment = dict(os.environ) if "environ" in names else None
+    environment = dict(os.environ)
     changed: str | None = None
     try:
         yield
@@ -51,14 +51,12 @@ def unchanged_surroundings(
         # What was put there says more than what holds it.
         moved.sort(key=lambda each: each.has_same)
         changed = moved[0].place.description if moved else None
-        if environment is not None and environment != dict(os.environ):
+        if "environ" in names and environment != dict(os.environ):
             changed = "the environment"
     finally:
         for each in (*own, *others):
             each.put_back()
-        if environment is not None:
-            os.environ.clear()
-            os.environ.update(environment)
+        _put_environment(environment)
     if changed:
         raise StoredError(f"the forward changes {changed}")
 
@@ -68,14 +66,22 @@ def kept_surroundings(model: nn.Module) -> Generator[None]:
     """Within, the code of a model may change what lies around it, and its parameters; afterwards all is as before."""
     kept = _keep(model, {*Reads(model).places, *places_of_children(model)})
     parameters = [(parameter, parameter.detach().clone()) for parameter in written_parameters(model)]
+    environment = dict(os.environ)
     try:
         yield
     finally:
+        _put_environment(environment)
         for each in kept:
             each.put_back()
         for parameter, before in parameters:
             if not torch.equal(parameter.detach(), before):
                 parameter.data.copy_(before)
+
+
+def _put_environment(environment: dict[str, str]) -> None:
+    if environment != dict(os.environ):
+        os.environ.clear()
+        os.environ.update(environment)
 
 
 def _keep(block: nn.Module, places: Iterable[Place]) -> list[_KeptPlace]:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import builtins
-import dataclasses
 import functools
 import operator
 import os
@@ -177,8 +176,6 @@ class BlockTracer(GraphAppendingTracer):
             return self.create_node("get_attr", self.buffers[id(a)], (), {})
         if isinstance(a, nn.Module):
             raise TraceError("the block passes a module as an argument")
-        if dataclasses.is_dataclass(a) and not isinstance(a, type):
-            raise TraceError(f"the forward creates a {type(a).__name__}")
         return super().create_arg(a)
 
     def to_bool(self, obj: fx.Proxy) -> bool:

@@ -3,7 +3,8 @@
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -88,7 +89,7 @@ def verify(
     every = range(len(branches))
     before = passes.forced, passes.counter, passes.latest, passes.tally
     passes.tally = Tally(len(branches))  # its draws are no training steps
-    with undisturbed(root), untouched(root), kept_surroundings(root):
+    with _private(root):
         try:
             of_outputs, of_gradients = _compare_with_masks(root, passes, branches, call, skipped_grad)
             with torch.no_grad(), _Watch(root, passes, branches) as watch:
@@ -115,6 +116,13 @@ def verify(
         (name, "masked" if cause else "proven", cause) for name, cause in zip(passes.names, causes, strict=True)
     )
     return Verification(len(branches), len(masked), reached.flops, closed.flops, of_outputs, of_gradients, statuses)
+
+
+@contextmanager
+def _private(root: nn.Module) -> Generator[None]:
+    """Within, the model runs without traces: not in itself, not in what lies around it."""
+    with undisturbed(root), untouched(root), kept_surroundings(root):
+        yield
 
 
 def _compare_with_masks(
@@ -150,7 +158,7 @@ def _compare_with_masks(
                     passes.forced, passes.counter = gates, counter
                     token = masks_only.set(masks)
                     try:
-                        with undisturbed(root), untouched(root), kept_surroundings(root):
+                        with _private(root):
                             outcomes.insert(0, _outcome(root, call, absent))
                     finally:
                         masks_only.reset(token)
@@ -327,7 +335,7 @@ class _Watch:
     def run(self, root: nn.Module, call: Call, gates: tuple[bool, ...] | None) -> _Run:
         self._ran.clear()
         self._passes.forced = gates
-        with Meter(root) as meter:
+        with _private(root), Meter(root) as meter:
             output = call()
         outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         return _Run(set(self._ran), outputs, sum(meter.flops.values()))

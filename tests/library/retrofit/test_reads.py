@@ -28,7 +28,7 @@ class Annealed:
     """Gives a number by methods and properties."""
 
     def __init__(self) -> None:
-        self.step, self.table = 1.0, {"a": [1.0]}
+        self.step, self.table, self.suffix = 1.0, {"a": [1.0]}, "or"
 
     def value(self) -> float:
         return self._rate * self.table["a"][0]
@@ -56,6 +56,32 @@ def make_scaled() -> tuple[Callable[[Tensor], Tensor], dict[str, float]]:
 
 
 SCALED, BOX = make_scaled()
+LATER: float | None = None
+
+
+def with_attribute(x: Any) -> Any:
+    return x * with_attribute.scale  # type: ignore[attr-defined]
+
+
+with_attribute.scale = 1.0  # type: ignore[attr-defined]
+
+
+class Child(nn.Module):
+    """Is read by methods and properties, and never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._factor = 1.0
+
+    def project(self, x: Any) -> Any:
+        return x * self._factor
+
+    @property
+    def factor(self) -> float:
+        return self._factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
 
 
 class Far(nn.Module):
@@ -68,6 +94,7 @@ class Far(nn.Module):
         self.other = [nn.Module()]
         self.other[0].register_buffer("mask", torch.ones(D, dtype=torch.float64))
         self.reference = weakref.ref(self.other[0])
+        self.child = Child()
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.f(x) * self.read(self)
@@ -97,6 +124,30 @@ PLACES: dict[str, tuple[Callable[[Far], Any], Callable[[Far], Any]]] = {
         lambda block: block.reference().mask,
         lambda block: setattr(block.other[0], "mask", 3 * torch.ones(D).double()),
     ),
+    "function attribute": (lambda _: with_attribute(1.0), lambda _: setattr(with_attribute, "scale", 3.0)),
+    "method of a child": (lambda block: block.child.project(1.0), lambda block: setattr(block.child, "_factor", 3.0)),
+    "property of a child": (lambda block: block.child.factor, lambda block: setattr(block.child, "_factor", 3.0)),
+    "child, by a string": (
+        lambda block: getattr(block.child, "_factor", 1.0),
+        lambda block: setattr(block.child, "_factor", 3.0),
+    ),
+    "child, by a computed name": (
+        lambda block: getattr(block.child, "_fact" + block.annealed.suffix, 1.0),
+        lambda block: setattr(block.child, "_factor", 3.0),
+    ),
+    "global that is None": (lambda _: LATER or 1.0, lambda _: globals().update(LATER=3.0)),
+    "attribute that is not there": (
+        lambda block: getattr(block, "extra", Settings).scale,
+        lambda block: setattr(block, "extra", types.SimpleNamespace(scale=3.0)),
+    ),
+    "attribute of an object that is not there": (
+        lambda block: getattr(block.annealed, "late", 1.0),
+        lambda block: setattr(block.annealed, "late", 3.0),
+    ),
+    "flag of PyTorch": (
+        lambda _: 3.0 if torch.are_deterministic_algorithms_enabled() else 1.0,
+        lambda _: torch.use_deterministic_algorithms(True),
+    ),
 }
 
 
@@ -108,6 +159,9 @@ def as_before():
     TABLES.update(mask=torch.ones(D, dtype=torch.float64), deep={"er": {"scale": 1.0}})
     BOX["scale"], ARRAY[0], elsewhere.SCALE = 1.0, 1.0, 1.0
     CURRENT.set(1.0)
+    with_attribute.scale = 1.0  # type: ignore[attr-defined]
+    globals().update(LATER=None)
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.usefixtures("as_before")
@@ -121,6 +175,135 @@ def test_what_is_read_from_far_away_may_change(place: str) -> None:
         change(net[0])
         assert_same(net(x), x + 3 * net[0].f(x))
         assert_same(net(x), x + 3 * net[0].f(x))
+
+
+def test_an_object_that_was_replaced_is_read() -> None:
+    net, x = nn.Sequential(Far(lambda block: block.annealed.step)).double(), data(4)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), rescale="none")
+    with depth.gates([True]):
+        net(x)
+        net[0].annealed = Annealed()
+        assert_same(net(x), x + net[0].f(x))
+        for step in (2.0, 3.0, 4.0):
+            net[0].annealed.step = step
+            assert_same(net(x), x + step * net[0].f(x))
+
+
+class Given(nn.Module):
+    """Uses what it is given beside a tensor."""
+
+    def __init__(self, use: Callable[[Tensor, Any], Tensor]) -> None:
+        super().__init__()
+        self.f, self.use = linear(), use
+
+    def forward(self, x: Tensor, given: Any) -> Tensor:
+        return x + self.use(self.f(x), given)
+
+
+class GivenNet(nn.Module):
+    def __init__(self, use: Callable[[Tensor, Any], Tensor]) -> None:
+        super().__init__()
+        self.block = Given(use)
+
+    def forward(self, x: Tensor, given: Any) -> Tensor:
+        return self.block(x, given)
+
+
+class Scaling:
+    scale = 1.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+    def method(self, x: Tensor) -> Tensor:
+        return self(x)
+
+
+def nested(depth: int) -> types.SimpleNamespace:
+    return types.SimpleNamespace(inner=nested(depth - 1)) if depth else types.SimpleNamespace(scale=1.0)
+
+
+def scaled_by_box() -> tuple[Any, Callable[[], None]]:
+    scaled, box = make_scaled()
+    return scaled, lambda: box.update(scale=3.0)
+
+
+def given_object(kind: str) -> tuple[Any, Callable[[], None]]:
+    scaling = Scaling()
+    given = scaling if kind == "callable" else scaling.method
+    return given, lambda: setattr(scaling, "scale", 3.0)
+
+
+def given_module() -> tuple[nn.Module, Callable[[], None]]:
+    child = Child()
+    return child, lambda: setattr(child, "_factor", 3.0)
+
+
+def given_namespace() -> tuple[Any, Callable[[], None]]:
+    outer = nested(4)
+    return outer, lambda: setattr(outer.inner.inner.inner.inner, "scale", 3.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "use"),
+    [
+        (scaled_by_box, lambda x, given: given(x)),
+        (lambda: given_object("callable"), lambda x, given: given(x)),
+        (lambda: given_object("method"), lambda x, given: given(x)),
+        (given_module, lambda x, given: given.project(x)),
+        (given_namespace, lambda x, given: x * given.inner.inner.inner.inner.scale),
+    ],
+    ids=["closure", "callable", "method", "module", "namespace"],
+)
+def test_what_an_argument_reads_may_change(given: Callable[[], Any], use: Callable[[Tensor, Any], Tensor]) -> None:
+    net, x = GivenNet(use).double(), data(4)
+    argument, change = given()
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), rescale="none")
+    with depth.gates([True]):
+        assert_same(net(x, argument), x + net.block.f(x))
+        assert_same(net(x, argument), x + net.block.f(x))
+        change()
+        assert_same(net(x, argument), x + 3 * net.block.f(x))
+
+
+class Attending(nn.Module):
+    """Does something else with its own input than with another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = linear()
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        return x + self.f(x) * (1 if context is x else 2)
+
+
+class AttendingNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Attending()
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        return self.block(x, context)
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+def test_which_arguments_are_one_tensor_decides(granularity: str) -> None:
+    net, x = AttendingNet().double(), data(4)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), granularity=granularity, rescale="none")
+    with depth.gates([True]):
+        for context, factor in ((x, 1), (x.clone(), 2), (x, 1)):
+            assert_same(net(x, context), x + factor * net.block.f(x))
+
+
+def test_what_somebody_set_on_a_tensor_is_read() -> None:
+    net, x = GivenNet(lambda y, given: y * getattr(given, "scale", 1.0)).double(), data(4)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), granularity="sample", rescale="none")
+    with depth.gates([True]):
+        for scale in (1.0, 3.0, 2.0):
+            given = data(4, seed=1)
+            given.scale = scale  # type: ignore[attr-defined]
+            assert_same(net(x, given), x + scale * net.block.f(x))
+        assert_same(net(x, data(4, seed=1)), x + net.block.f(x))
 
 
 @pytest.mark.usefixtures("as_before")

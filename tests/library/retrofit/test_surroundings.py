@@ -4,8 +4,15 @@ The reference is each model's own formula with its gates written into it, in flo
 """
 
 import itertools
+import os
+import queue
+import types
+from collections import deque
+from collections.abc import Callable
 from types import MethodType
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from plain_blocks import D, DropPath, assert_same, data, linear
@@ -551,7 +558,6 @@ def test_what_children_collect_is_collected_once_a_step(by_example: bool) -> Non
     net, x = nn.Sequential(AroundCollecting()).double(), data(4, 3)
     depth = sd.make_stochastic_(net, sd.uniform(0.5), inputs=[x] if by_example else None)
     child = net[0].child
-    COLLECTED.clear()  # An example runs the model itself.
     for step in range(1, 3):
         with depth.gates([True]):
             net(x)
@@ -560,6 +566,175 @@ def test_what_children_collect_is_collected_once_a_step(by_example: bool) -> Non
     depth.verify(x)
     assert (child.seen.item(), child.calls, child.history) == (2, 2, [4, 4])
     assert_same(child.average, 0.1 * x.mean((0, 1)) * 1.9)
+
+
+TALLY: dict[str, Any] = {}
+
+
+def empty_tally() -> dict[str, Any]:
+    return {
+        "deque": deque[int](),
+        "tensor": torch.zeros(1),
+        "array": np.zeros(1),
+        "nested": {"list": [0], "inner": {"list": [0]}},
+        "queue": queue.Queue[int](),
+        "object": types.SimpleNamespace(tensor=torch.zeros(1), list=[]),
+    }
+
+
+WRITES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+    "deque": (lambda: TALLY["deque"].append(1), lambda: len(TALLY["deque"])),
+    "tensor": (lambda: TALLY["tensor"].add_(1), lambda: TALLY["tensor"].item()),
+    "tensor by .data": (lambda: TALLY["tensor"].data.add_(1), lambda: TALLY["tensor"].item()),
+    "array": (lambda: TALLY["array"].__iadd__(1), lambda: TALLY["array"].item()),
+    "nested list": (
+        lambda: TALLY["nested"]["inner"]["list"].append(1),
+        lambda: len(TALLY["nested"]["inner"]["list"]) - 1,
+    ),
+    "queue": (lambda: TALLY["queue"].put(1), lambda: TALLY["queue"].qsize()),
+    "tensor of an object": (lambda: TALLY["object"].tensor.add_(1), lambda: TALLY["object"].tensor.item()),
+    "environment": (
+        lambda: os.environ.update(TALLY=str(int(os.environ.get("TALLY", "0")) + 1)),
+        lambda: int(os.environ.get("TALLY", "0")),
+    ),
+}
+
+
+@pytest.fixture
+def tally():
+    TALLY.update(empty_tally())
+    yield
+    os.environ.pop("TALLY", None)
+
+
+class Writing(nn.Module):
+    """Leaves something outside of itself."""
+
+    def __init__(self, write: Callable[[], Any]) -> None:
+        super().__init__()
+        self.f, self.write = linear(), write
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.write()
+        return self.f(x)
+
+
+class AroundWriting(nn.Module):
+    def __init__(self, write: Callable[[], Any]) -> None:
+        super().__init__()
+        self.child = Writing(write)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.child(x)
+
+
+class WritingItself(Writing):
+    def forward(self, x: Tensor) -> Tensor:
+        self.write()
+        return x + self.f(x)
+
+
+@pytest.mark.usefixtures("tally")
+@pytest.mark.parametrize("name", WRITES)
+def test_what_children_leave_outside_is_left_once_a_step(name: str) -> None:
+    write, count = WRITES[name]
+    net, x = nn.Sequential(AroundWriting(write)).double(), data(4, 3)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), inputs=[x])
+    for step in range(1, 5):
+        with depth.gates([True]):
+            net(x)
+        assert count() == step
+    depth.verify(x)
+    assert count() == 4
+    assert depth.masked == []
+
+
+@pytest.mark.usefixtures("tally")
+@pytest.mark.parametrize("name", WRITES)
+def test_what_a_block_leaves_outside_is_refused(name: str) -> None:
+    write, count = WRITES[name]
+    net, x = nn.Sequential(WritingItself(write)).double(), data(4, 3)
+    with pytest.raises(ValueError, match="the forward changes"):
+        sd.make_stochastic_(net, sd.uniform(0.5), inputs=[x])
+    assert count() == 0
+
+
+class Auxiliary(nn.Module):
+    """Adds a loss to a list of the whole model, which it holds without being its parent."""
+
+    def __init__(self, root: nn.Module) -> None:
+        super().__init__()
+        self.f, self.root = linear(), [root]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.f(x)
+        self.root[0].losses.append(y.square().mean())
+        return y
+
+
+class WithLosses(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: list[Tensor] = []
+        self.blocks = nn.ModuleList(nn.ModuleDict({"f": Auxiliary(self)}) for _ in range(2))
+        for block in self.blocks:
+            block.__class__ = AroundAuxiliary
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.losses.clear()
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class AroundAuxiliary(nn.ModuleDict):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self["f"](x)
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+def test_losses_that_children_hand_to_the_model_are_those_of_the_step(granularity: str) -> None:
+    net, x = WithLosses().double(), data(4, 3)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), granularity=granularity)
+    with depth.gates([True, True]):
+        for _ in range(2):
+            net(x)
+            assert len(net.losses) == 2
+    assert_same(net.losses[0], net.blocks[0]["f"].f(x).square().mean())
+
+
+class Codebook(nn.Module):
+    """Moves its weights itself."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.codes = nn.Embedding(size, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.codes.weight.data.mul_(0.5)
+        return x * self.codes.weight.mean()
+
+
+class AroundCodebook(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.codebook, self.drop_path = Codebook(size), DropPath()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.codebook(x))
+
+
+@pytest.mark.parametrize("size", [10, 2**15])
+@pytest.mark.filterwarnings("ignore::stochastic_depth.MaskedBranchWarning")
+def test_weights_that_a_child_moves_move_once_a_step(size: int) -> None:
+    net, x = nn.Sequential(AroundCodebook(size)).double(), data(4, 3)
+    depth = sd.make_stochastic_(net)
+    weight = net[0].codebook.codes.weight
+    before = weight.detach().clone()
+    net(x)
+    assert_same(weight.detach(), before / 2)
+    depth.verify(x)
+    assert_same(weight.detach(), before / 2)
 
 
 class Adapted(nn.Module):

@@ -1,0 +1,442 @@
+"""What the proof of a block at its first call must not miss.
+
+The reference is each block's own formula with its gates written into it, in float64.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from plain_blocks import D, DropPath, assert_same, data, linear
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import stochastic_depth as sd
+
+
+class Block(nn.Module):
+    """A block with one branch, in which something happens to the output of its linear map."""
+
+    def __init__(self, inside: Callable[[Tensor], Tensor] = lambda y: y, *, drop_path: bool = False) -> None:
+        super().__init__()
+        self.f, self.inside, self.drop_path = linear(), inside, DropPath() if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.inside(self.f(x)))
+
+
+def without_gradients(y: Tensor) -> Tensor:
+    with torch.no_grad():
+        shift = y.mean(-1, keepdim=True)
+    return y - shift
+
+
+@torch.no_grad()
+def decorated(y: Tensor) -> Tensor:
+    return y * 2
+
+
+def switched(y: Tensor) -> Tensor:
+    torch.set_grad_enabled(False)
+    shift = y.mean(-1, keepdim=True)
+    torch.set_grad_enabled(True)
+    return y - shift
+
+
+@pytest.mark.parametrize(
+    "inside", [without_gradients, lambda y: y + decorated(y), switched], ids=["with", "decorator", "switch"]
+)
+@pytest.mark.parametrize("drop_path", [False, True])
+def test_gradients_are_on_after_a_block_that_turns_them_off(
+    inside: Callable[[Tensor], Tensor], *, drop_path: bool
+) -> None:
+    net, x = nn.Sequential(Block(inside, drop_path=drop_path), Block(inside, drop_path=drop_path)).double(), data(4)
+    plain = [copy.deepcopy(block.f) for block in net]
+    depth = sd.make_stochastic_(net, *([] if drop_path else [sd.uniform(0.5)]), rescale="none", inputs=[x])
+    with depth.gates([True, True]):
+        for _ in range(2):
+            output = net(x)
+            assert torch.is_grad_enabled()
+            net.zero_grad()
+            output.sum().backward()
+    expected = x
+    for f in plain:
+        expected = expected + inside(f(expected))
+    expected.sum().backward()
+    assert_same(output.detach(), expected.detach())
+    for block, f in zip(net, plain, strict=True):
+        assert_same(block.f.weight.grad, f.weight.grad)
+    assert depth.masked == []
+
+
+class Reversed(torch.autograd.Function):
+    """Passes on its input, and the gradient with another sign."""
+
+    @staticmethod
+    def forward(_ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(_ctx: Any, grad: Tensor) -> Tensor:
+        return -grad
+
+
+class Reversing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.drop_path = linear(), DropPath()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.f(Reversed.apply(x)))
+
+
+@pytest.mark.filterwarnings("ignore::stochastic_depth.MaskedBranchWarning")
+def test_a_proof_without_gradients_of_the_input_holds_for_no_other() -> None:
+    net, x = nn.Sequential(Reversing(), Reversing(), Reversing()).double(), data(4)
+    plain = copy.deepcopy(net)
+    depth = sd.make_stochastic_(net, rescale="none")
+    with depth.gates([torch.ones(4, dtype=torch.bool)] * 3):
+        net(x).sum().backward()
+    y = x
+    for block in plain:
+        y = y + block.f(Reversed.apply(y))
+    y.sum().backward()
+    for ours, theirs in zip(net, plain, strict=True):
+        assert_same(ours.f.weight.grad, theirs.f.weight.grad)
+
+
+class Mixing(nn.Module):
+    """Subtracts the mean over samples, from some time on or for some samples on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_on, self.amount, self.least = False, 0.0, 2
+        self.register_buffer("gain", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_on and len(x) >= self.least:
+            x = x - x.mean(0)
+        return x - (self.amount + self.gain) * x.mean(0)
+
+
+class Permuting(nn.Module):
+    def __init__(self, *, by_sorting: bool) -> None:
+        super().__init__()
+        self.by_sorting = by_sorting
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = torch.rand(len(x)).argsort() if self.by_sorting else torch.randperm(len(x))
+        return x + x[order]
+
+
+class AroundChild(nn.Module):
+    def __init__(self, child: nn.Module) -> None:
+        super().__init__()
+        self.f, self.child, self.drop_path = linear(), child, DropPath()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.child(self.f(x)))
+
+
+CHANGES: dict[str, Callable[[Mixing], object]] = {
+    "flag": lambda child: setattr(child, "is_on", True),
+    "number": lambda child: setattr(child, "amount", 1.0),
+    "buffer": lambda child: child.gain.fill_(1.0),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.filterwarnings("ignore::stochastic_depth.MaskedBranchWarning")
+def test_mixing_that_begins_later_is_seen(change: str) -> None:
+    net, x = nn.Sequential(AroundChild(Mixing())).double(), data(4)
+    depth = sd.make_stochastic_(net, rescale="none")
+    gate = torch.tensor([True, False, True, True])
+    with depth.gates([gate]):
+        net(x)
+        CHANGES[change](net[0].child)
+        for _ in range(3):
+            assert_same(net(x), x + gate[:, None] * net[0].child(net[0].f(x)))
+
+
+@pytest.mark.parametrize(
+    "child", [Permuting(by_sorting=False), Permuting(by_sorting=True)], ids=["randperm", "argsort"]
+)
+def test_a_permutation_is_not_taken_for_the_identity(child: nn.Module) -> None:
+    net, x = nn.Sequential(AroundChild(child)).double(), data(4)
+    depth = sd.make_stochastic_(net)
+    with pytest.warns(sd.MaskedBranchWarning, match="not one of independent samples"):
+        net(x)
+    assert [name for name, _ in depth.masked] == ["0.drop_path"]
+
+
+def test_mixing_of_many_samples_is_seen() -> None:
+    net, x = nn.Sequential(AroundChild(Mixing())).double(), data(40)
+    net[0].child.is_on, net[0].child.least = True, 16
+    depth = sd.make_stochastic_(net)
+    with pytest.warns(sd.MaskedBranchWarning, match="not one of independent samples"):
+        net(x)
+    assert [name for name, _ in depth.masked] == ["0.drop_path"]
+
+
+class Wider(nn.Module):
+    """Adds a branch of another type than its shortcut."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.f, self.dtype, self.drop_path = linear(), dtype, DropPath()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float() + self.drop_path(self.f(x)).to(self.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+def test_a_closed_sum_has_the_type_of_an_open_one(granularity: str, dtype: torch.dtype) -> None:
+    net, x = nn.Sequential(Wider(dtype)).double(), data(4)
+    depth = sd.make_stochastic_(net, granularity=granularity)
+    for gate in (True, False):
+        with depth.gates([gate]):
+            assert net(x).dtype is dtype
+
+
+def test_an_iterator_that_is_given_is_not_used_up() -> None:
+    class Fed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.drop_path = linear(), DropPath()
+
+        def forward(self, x: Tensor, skips: Iterator[Tensor]) -> Tensor:
+            return x + self.drop_path(self.f(x) + next(skips))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Fed()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(x, (each for each in [x, 2 * x]))
+
+    net, x = Net().double(), data(4)
+    depth = sd.make_stochastic_(net, rescale="none")
+    with depth.gates([True]), pytest.warns(sd.MaskedBranchWarning, match="iterator"):
+        assert_same(net(x), x + net.block.f(x) + x)
+
+
+class Checkpointing(nn.Module):
+    def __init__(self, *, around_child: bool) -> None:
+        super().__init__()
+        self.f, self.drop_path, self.around_child = linear(), DropPath(), around_child
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(checkpoint(self.f, x, use_reentrant=False) if self.around_child else self.f(x))
+
+
+class CheckpointingNet(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+@pytest.mark.parametrize("around_child", [False, True])
+def test_verify_passes_on_checkpoints(granularity: str, *, around_child: bool) -> None:
+    blocks = [Checkpointing(around_child=around_child) for _ in range(2)]
+    net = (nn.Sequential if around_child else CheckpointingNet)(*blocks).double()
+    depth = sd.make_stochastic_(net, granularity=granularity)
+    report = depth.verify(data(4))
+    assert (report.num_branches, report.num_masked) == (2, 0)
+
+
+class Averaging(nn.Module):
+    """Updates a buffer in its own forward, which masks its branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.drop_path = linear(), DropPath()
+        self.register_buffer("average", torch.ones(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.average.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
+        return x + self.drop_path(self.f(x) * self.average)
+
+
+@pytest.mark.filterwarnings("ignore::stochastic_depth.MaskedBranchWarning")
+def test_verify_passes_on_a_masked_block_that_updates_a_buffer() -> None:
+    net, x = nn.Sequential(Averaging()).double(), data(4)
+    depth = sd.make_stochastic_(net)
+    assert depth.verify(x).num_masked == 1
+    assert_same(net[0].average, torch.ones(D).double())
+
+
+# ---------------------------------------- sums that are no branches
+
+
+class Film(nn.Module):
+    """Scaled and shifted by what a condition says."""
+
+    def __init__(self, *, two_maps: bool) -> None:
+        super().__init__()
+        self.norm, self.f, self.g = nn.LayerNorm(D), linear(), linear()
+        self.of_condition, self.two_maps = nn.Linear(D, 2 * D), two_maps
+        self.scale, self.shift = linear(), linear()
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        if self.two_maps:
+            scale, shift = self.scale(condition), self.shift(condition)
+        else:
+            scale, shift = self.of_condition(condition).chunk(2, -1)
+        h = self.norm(self.f(x)) * (1 + scale[:, None]) + shift[:, None]
+        return x + self.g(h)
+
+
+class FilmNet(nn.Module):
+    def __init__(self, *, two_maps: bool) -> None:
+        super().__init__()
+        self.block = Film(two_maps=two_maps)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        return self.block(x, condition)
+
+
+@pytest.mark.parametrize("two_maps", [False, True])
+@pytest.mark.parametrize("by_example", [False, True])
+def test_a_shift_is_no_shortcut(*, by_example: bool, two_maps: bool) -> None:
+    net, x, condition = FilmNet(two_maps=two_maps).double(), data(4, 3), data(4, seed=1)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), inputs=[x, condition] if by_example else None)
+    assert depth.names == ["block#1"]
+    with depth.gates([False]):
+        assert_same(net(x, condition), x)
+
+
+class Normalized(nn.Module):
+    """RevIN: takes statistics off its input and puts them back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = linear(), linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
+        x = (x - mean) / std
+        x = x + self.g(self.f(x).relu())
+        return x * std + mean
+
+
+class Experts(nn.Module):
+    """Adds the outputs of experts, beginning with zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.router = nn.LayerNorm(D), nn.Linear(D, 3)
+        self.experts = nn.ModuleList(nn.Sequential(linear(), nn.ReLU(), linear()) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        weights, total = self.router(h).softmax(-1), torch.zeros_like(h)
+        for index, expert in enumerate(self.experts):
+            total = total + expert(h) * weights[..., index : index + 1]
+        return x + total
+
+
+@pytest.mark.parametrize("kind", [Normalized, Experts])
+@pytest.mark.parametrize("by_example", [False, True])
+def test_statistics_and_sums_of_experts_are_no_branches(kind: type[nn.Module], *, by_example: bool) -> None:
+    net, x = nn.Sequential(kind()).double(), data(4, 3)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), inputs=[x] if by_example else None)
+    assert depth.names == ["0#1"]
+    with depth.gates([False]):
+        assert_same(net(x), x)
+
+
+class Dropping(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.bernoulli(torch.full((len(x), 1), 0.5, dtype=x.dtype)) if self.training else x
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [Dropping(), lambda y: y * nn.functional.dropout(torch.ones(y.shape[0], 1, dtype=y.dtype), 0.5)],
+    ids=["child", "dropout of ones"],
+)
+def test_a_branch_that_drops_itself_is_told(inside: Any) -> None:
+    net = nn.Sequential(Block(inside), Block(inside)).double()
+    sd.make_stochastic_(net, sd.uniform(0.5), granularity="sample")
+    with pytest.warns(UserWarning, match="may drop its branches itself") as told:
+        net(data(4))
+    assert len(told) == 1
+
+
+@dataclasses.dataclass
+class State:
+    h: Tensor
+    count: int = 0
+
+
+class OfState(nn.Module):
+    """Uses one drop path twice, in code that makes a dataclass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g, self.drop_path = linear(), linear(), DropPath()
+
+    def forward(self, state: State) -> State:
+        h = state.h + self.drop_path(self.f(state.h))
+        return State(h + self.drop_path(self.g(h)), state.count + 1)
+
+
+class StateNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = OfState()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(State(x)).h
+
+
+def test_a_dataclass_is_read_like_other_code() -> None:
+    net, x = StateNet().double(), data(4)
+    depth = sd.make_stochastic_(net, granularity="batch", rescale="none")
+    assert depth.names == ["block.drop_path#1", "block.drop_path#2"]
+    with depth.gates([False, True]):
+        assert_same(net(x), x + net.block.g(x))
+    with depth.gates([True, False]):
+        assert_same(net(x), x + net.block.f(x))
+
+
+# ---------------------------------------- whole layers
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = linear()
+
+    def forward(self, position: Tensor, x: Tensor) -> Tensor:
+        return x + self.f(x + position)
+
+
+class LayerNet(nn.Module):
+    def __init__(self, *, by_name: bool) -> None:
+        super().__init__()
+        self.layers, self.by_name = nn.ModuleList([Layer(), Layer()]), by_name
+
+    def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(position=position, x=x) if self.by_name else layer(position, x)
+        return x
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+def test_a_closed_layer_hands_on_its_hidden_states(granularity: str, *, by_name: bool) -> None:
+    net, x, position = LayerNet(by_name=by_name).double(), data(4), data(4, seed=1)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), layers=["layers.*"], granularity=granularity, rescale="none")
+    with depth.gates([False, False]):
+        assert_same(net(x, position), x)
+    with depth.gates([False, True]):
+        assert_same(net(x, position), x + net.layers[1].f(x + position))
