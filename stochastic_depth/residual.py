@@ -22,6 +22,7 @@ from stochastic_depth.torch_private import (
     foreach_zero_,
     parameter_dict,
     saves_as_usual,
+    transforms_are_active,
 )
 
 # The gated sum stays out of torch.compile's graphs: there would be one per pattern of gates. The branches that it calls
@@ -162,7 +163,8 @@ class GatedBranch:
 
     def skip(self, shortcut: Tensor, parts: nn.Module, extra_inputs: Sequence[Tensor] = ()) -> Tensor:
         """The sum if the branch, whose parameters `parts` holds, runs for no sample: a copy of `shortcut`."""
-        if self.skipped_grad == "zero" and torch.is_grad_enabled():
+        # Transforms of torch.func give zeros for unused parameters themselves.
+        if self.skipped_grad == "zero" and torch.is_grad_enabled() and not transforms_are_active():
             unused = [tensor for tensor in (*_parameters(parts), *extra_inputs) if tensor.requires_grad]
             if unused:
                 return cast(Tensor, apply(_WithZeroGradients, shortcut, *unused))

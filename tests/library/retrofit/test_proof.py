@@ -273,6 +273,25 @@ def test_verify_passes_on_a_masked_block_that_updates_a_buffer() -> None:
     assert_same(net[0].average, torch.ones(D).double())
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # PyTorch's own use
+@pytest.mark.parametrize("gate", [False, True])
+def test_forward_mode_and_gradients_of_each_sample(gate: bool) -> None:  # noqa: FBT001
+    net, x = nn.Sequential(Block(drop_path=True)).double(), data(4)
+    f = copy.deepcopy(net[0].f)
+    depth = sd.make_stochastic_(net, granularity="batch", rescale="none")
+    parameters = {name: parameter.detach() for name, parameter in net.named_parameters()}
+
+    def loss(values: dict[str, Tensor], sample: Tensor) -> Tensor:
+        return torch.func.functional_call(net, values, (sample[None],)).square().sum()
+
+    with depth.gates([gate]):
+        output, tangent = torch.func.jvp(net, (x,), (torch.ones_like(x),))
+        gradients = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    assert_same(output, x + gate * f(x))
+    assert_same(tangent, torch.ones_like(x) + gate * f.weight.sum(1))
+    assert_same(gradients["0.f.bias"], gate * 2 * (x + f(x)))
+
+
 # ---------------------------------------- sums that are no branches
 
 
