@@ -275,7 +275,7 @@ def test_verify_passes_on_a_masked_block_that_updates_a_buffer() -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # PyTorch's own use
 @pytest.mark.parametrize("gate", [False, True])
-def test_forward_mode_and_gradients_of_each_sample(gate: bool) -> None:  # noqa: FBT001
+def test_forward_mode_and_gradients_of_each_sample(gate: bool) -> None:
     net, x = nn.Sequential(Block(drop_path=True)).double(), data(4)
     f = copy.deepcopy(net[0].f)
     depth = sd.make_stochastic_(net, granularity="batch", rescale="none")
