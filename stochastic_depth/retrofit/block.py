@@ -26,7 +26,7 @@ from stochastic_depth.retrofit.gated_calls import in_training
 from stochastic_depth.retrofit.generated_code import Code
 from stochastic_depth.retrofit.masked_drop_path import own_code, passing_drop_paths
 from stochastic_depth.retrofit.num_samples import generalize, skeleton
-from stochastic_depth.retrofit.proof import FixedGates, arguments_anew, private, prove
+from stochastic_depth.retrofit.proof import FixedGates, arguments_anew, behind_nodes, private, prove
 from stochastic_depth.retrofit.quiet import drawn_for_samples
 from stochastic_depth.retrofit.reads import Reads, StateOfChildren
 from stochastic_depth.retrofit.recorder import Run, run_block, run_with_edits
@@ -65,6 +65,7 @@ class Prepared:
         uses: places of the gated branches in the block's own code.
         ungated: for each addition that was not found before the call, what it uses.
         recorded: recording of the block's own code on a few samples, and the rows of the arguments that these are.
+        of_subset: the number of samples that it was proven with for some of them, and their rows of the arguments.
         num_checked: number of calls, over all blocks, at the last comparison with a new recording.
         refusal: why the form is refused, if the code has changed since.
     """
@@ -75,6 +76,7 @@ class Prepared:
     uses: tuple[GatedUse, ...] = ()
     ungated: tuple[str, ...] = ()
     recorded: tuple[Any, Mapping[int, Tensor]] | None = None
+    of_subset: tuple[int, Mapping[int, Tensor]] | None = None
     num_checked: int = 1
     refusal: str = ""
 
@@ -379,17 +381,49 @@ class BlockBranches:
         changed = now()
         # Objects that differ between recordings do not count, and neither do a few samples that do not fit a full
         # cache.
-        if changed == before or changed != now() or (changed is None and now({}) is not None):
+        error: Exception | None = None
+        if changed == before:
+            error = self._mixing_now(block, signature, leaves, prepared)
+        elif changed == now() and (changed is not None or now({}) is None):
+            error = TraceError(
+                "its code does something else than in an earlier call, because of values read from elsewhere"
+            )
+        if error is None:
             return
-        error = TraceError(
-            "its code does something else than in an earlier call, because of values read from elsewhere"
-        )
         if not self.drop_paths or any(key[0] == FUNCTIONAL for key in self.gated):
             prepared.refusal = self._refusal(block, error)
             return
         prepared.code, prepared.masked = None, dict.fromkeys(self.gated, str(error))
         for key, cause in prepared.masked.items():
             self._warn(block, key, cause)
+
+    def _mixing_now(self, block: nn.Module, signature: Any, leaves: list[Any], prepared: Prepared) -> ProofError | None:
+        """Why the proof for some of the samples fails now: a child may mix samples since then."""
+        if prepared.code is None or prepared.of_subset is None or not prepared.uses:
+            return None
+        num, rows = prepared.of_subset
+        trial = stand_in(block)
+        own, fixed = self._with_fixed_gates(trial)
+        call = self._call(signature, leaves, rows)
+        try:
+            with private():
+                self.forms.num_runs += prove(
+                    trial,
+                    prepared.code,
+                    prepared.uses,
+                    own.gated,
+                    fixed,
+                    call,
+                    (num, call),
+                    training=block.training,
+                    inlined=self.inlined,
+                    only_some=True,
+                )
+        except TraceError:  # It is noticed as it is recorded.
+            return None
+        except ProofError as error:
+            return error
+        return None
 
     def _described(self, block: nn.Module) -> str:
         return f"The block {self.name or 'the model'} ({plain_class(block).__name__})"
@@ -440,10 +474,10 @@ class BlockBranches:
     def _proven(self, block: nn.Module, signature: Any, leaves: list[Any]) -> Prepared:
         """Rewritten code for a call, after it was proven equal to the block's own."""
         trial = stand_in(block)
-        with drawn_for_samples() as draws:
+        with drawn_for_samples() as functions:
             whole = self._recorded(trial, signature, leaves, {})
-        if draws and not self.drop_paths:
-            self._warn_of_own_drop(block, draws[0])
+        if functions and not self.drop_paths:
+            self._warn_of_own_drop(block, functions[0])
         if whole.stores or whole.constants:
             again = self._recorded(trial, signature, leaves, {})
             if again.stores:
@@ -453,25 +487,24 @@ class BlockBranches:
         exact = skeleton(whole.graph, with_numbers=True)
         few = self._generalize(trial, signature, leaves, whole)
         draws = next(iter(self.gated.values())).passes
-        fixed = FixedGates(draws)
-        gated = {key: replace(branch, passes=fixed) for key, branch in self.gated.items()}
-        own = replace(self, gated=gated, parts={}, _parts_at={})
-        trial.__dict__["_stochastic_depth_branch"] = own
-        # An input without gradients proves nothing about those that have some.
-        of_inputs = [leaf.requires_grad for leaf in leaves if isinstance(leaf, Tensor)]
-        settings = torch.is_grad_enabled(), block.training, tuple(of_inputs), self._state_of_children.now()
+        own, fixed = self._with_fixed_gates(trial)
+        # An input without gradients proves nothing about those that have some: they all have, unless the code asks.
+        asks = self._reads is not None and "requires_grad" in self._reads.names
+        of_inputs = [leaf.requires_grad for leaf in leaves if asks and isinstance(leaf, Tensor)]
+        num_proven = few.num_many if few and draws.granularity == "sample" else 0
+        settings = torch.is_grad_enabled(), block.training, tuple(of_inputs), self._state_of_children.now(), num_proven
         of = (self._fingerprint, settings, skeleton(whole.graph))
         code, uses, ungated = rewrite(whole.graph, trial, own, draws.granularity)
         if of not in self.forms.proven:
-            call = arguments_anew(signature, leaves, few.rows if few else {}, self.forms.called, unflatten)
+            call = self._call(signature, leaves, few.rows if few else {}, with_gradients=not asks)
             many = None
             if few and draws.granularity == "sample":
-                many = few.num_many, arguments_anew(signature, leaves, few.many, self.forms.called, unflatten)
+                many = few.num_many, self._call(signature, leaves, few.many, with_gradients=not asks)
             self.forms.num_runs += prove(
                 trial,
                 code,
                 uses,
-                gated,
+                own.gated,
                 fixed,
                 call,
                 many,
@@ -480,12 +513,35 @@ class BlockBranches:
             )
             self.forms.proven.add(of)
         masked = {use.key: use.cause for use in uses if use.cause}
-        return Prepared(
-            code, masked, whole.stores, tuple(uses), ungated, (few.recorded, few.rows) if few else (exact, {})
-        )
+        recorded = (few.recorded, few.rows) if few else (exact, {})
+        of_subset = (few.num_many, few.many) if few and draws.granularity == "sample" else None
+        return Prepared(code, masked, whole.stores, tuple(uses), ungated, recorded, of_subset)
+
+    def _with_fixed_gates(self, trial: nn.Module) -> tuple[BlockBranches, FixedGates]:
+        """What rewritten code asks for on a stand-in."""
+        fixed = FixedGates(next(iter(self.gated.values())).passes)
+        gated = {key: replace(branch, passes=fixed) for key, branch in self.gated.items()}
+        own = replace(self, gated=gated, parts={}, _parts_at={})
+        trial.__dict__["_stochastic_depth_branch"] = own
+        return own, fixed
+
+    def _call(
+        self, signature: Any, leaves: list[Any], rows: Mapping[int, Tensor], *, with_gradients: bool = False
+    ) -> Callable[[], tuple[Sequence[Any], Mapping[str, Any], list[Any]]]:
+        """Makes private copies of the arguments of a call, of which all that can may require gradients."""
+        anew = arguments_anew(signature, leaves, rows, self.forms.called, unflatten)
+
+        def call() -> tuple[Sequence[Any], Mapping[str, Any], list[Any]]:
+            args, kwargs, own = anew()
+            for leaf in own:
+                if isinstance(leaf, Tensor) and leaf.is_floating_point() and torch.is_grad_enabled():
+                    leaf.requires_grad_()
+            return args, kwargs, own
+
+        return call if with_gradients else anew
 
     def _recorded(self, trial: nn.Module, signature: Any, leaves: list[Any], rows: Mapping[int, Tensor]) -> Run:
-        args, kwargs, own = arguments_anew(signature, leaves, rows, self.forms.called, unflatten)()
+        args, kwargs, own = behind_nodes(self._call(signature, leaves, rows))
         self.forms.num_runs += 1
         return run_block(trial, args, kwargs, own, inlined=self.inlined)
 

@@ -12,7 +12,7 @@ from torch import fx, nn
 from stochastic_depth.cost import undisturbed
 from stochastic_depth.retrofit.effects import ChangedObjectError
 from stochastic_depth.retrofit.errors import TraceError
-from stochastic_depth.retrofit.proof import arguments_anew, copy_of_object, private
+from stochastic_depth.retrofit.proof import arguments_anew, behind_nodes, copy_of_object, private
 from stochastic_depth.retrofit.quiet import without_noise
 from stochastic_depth.retrofit.recorder import run_block
 from stochastic_depth.retrofit.stand_in import stand_in, untouched
@@ -101,7 +101,7 @@ def _recorded(block: nn.Module, arguments: Arguments, inlined: Collection[str], 
         module.training = training and not isinstance(module, nn.modules.batchnorm._BatchNorm)  # pyright: ignore
 
     def run(called: set[type]) -> fx.Graph:
-        args, kwargs, own = arguments_anew(signature, leaves, {}, called, unflatten)()
+        args, kwargs, own = behind_nodes(arguments_anew(signature, leaves, {}, called, unflatten))
         return run_block(trial, args, kwargs, own, inlined=inlined).graph
 
     with private():

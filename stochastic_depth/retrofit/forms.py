@@ -62,9 +62,11 @@ def form_of(value: Any, depth: int = _MAX_DEPTH) -> Any:
         return kind, repr(value)
     if isinstance(value, Mapping):
         items = cast("Mapping[Any, Any]", value).items()
-        return kind, tuple([(form_of(key, depth - 1), form_of(item, depth - 1)) for key, item in items])
+        own = form_of(vars(value), depth - 1) if hasattr(value, "__dict__") else None
+        return kind, tuple([(form_of(key, depth - 1), form_of(item, depth - 1)) for key, item in items]), own
     if isinstance(value, (tuple, list, deque)):
-        return kind, tuple([form_of(item, depth - 1) for item in cast("list[Any]", value)])
+        own = form_of(vars(value), depth - 1) if hasattr(value, "__dict__") else None
+        return kind, tuple([form_of(item, depth - 1) for item in cast("list[Any]", value)]), own
     if isinstance(value, (set, frozenset)):
         return kind, frozenset([form_of(item, depth - 1) for item in cast("set[Any]", value)])
     if hasattr(value, "tobytes") and hasattr(value, "dtype"):  # a numpy array
@@ -116,9 +118,10 @@ def settings(leaves: Sequence[Any]) -> tuple[Any, ...]:
     """Gradient mode and autocast settings, which code may read."""
     device = next((leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)), "cpu")
     if device == "meta":
-        return torch.is_grad_enabled(), None
+        return torch.is_grad_enabled(), None, torch.is_inference_mode_enabled()
     enabled = torch.is_autocast_enabled(device)
-    return torch.is_grad_enabled(), torch.get_autocast_dtype(device) if enabled else None
+    dtype = torch.get_autocast_dtype(device) if enabled else None
+    return torch.is_grad_enabled(), dtype, torch.is_inference_mode_enabled()
 
 
 def fingerprint(block: nn.Module) -> tuple[Any, ...]:

@@ -21,12 +21,14 @@ from stochastic_depth.retrofit.errors import ProofError, TraceError
 from stochastic_depth.retrofit.generated_code import Code
 from stochastic_depth.retrofit.maps import NotComputed
 from stochastic_depth.retrofit.quiet import quiet
+from stochastic_depth.retrofit.reads import written_parameters
 from stochastic_depth.retrofit.recorder import Edits, run_block
 from stochastic_depth.retrofit.rewrite import GatedUse, edits_of
 from stochastic_depth.retrofit.stand_in import sample_leaf, uniform
 from stochastic_depth.retrofit.sums import Key
 from stochastic_depth.retrofit.surroundings import unchanged_surroundings
 from stochastic_depth.torch_private import (
+    buffer_dict,
     disable_current_modes,
     outside_transforms,
     tree_leaves,
@@ -131,6 +133,7 @@ def prove(
     *,
     training: bool,
     inlined: Collection[str] = (),
+    only_some: bool = False,
 ) -> int:
     """Compare outputs and gradients of rewritten code and of the block's own code under several patterns of gates.
 
@@ -144,6 +147,7 @@ def prove(
         many: where each sample has a gate of its own, a number of samples and a call with these; else None.
         training: whether the block is in training.
         inlined: paths of the children whose code was recorded as a part of the block's.
+        only_some: whether to compare only where the branches run on some of the samples.
 
     Returns:
         Number of runs of the block.
@@ -152,14 +156,16 @@ def prove(
         ProofError: if they differ; the message says where and by how much.
         TraceError: if the block's own code cannot be run again.
     """
-    few = call
+    few, rewind = call, _rewinding(block)
     patterns = _patterns(uses, None if many is None else many[0], training=training)
+    patterns = [each for each in patterns if each[0] == _SOME or not only_some]
     for name, pattern in patterns:
         call = many[1] if many is not None and name == _SOME else few
         for key, gate in pattern.items():
             fixed.pattern[gated[key].index] = gate
         edits = edits_of(uses, lambda use: _weights(pattern[use.key], gated[use.key], use.scale))  # noqa: B023
         _, _, leaves = call()
+        rewind()
         # A branch that mixes samples fails or computes something else on a subset of them.
         mixes = ": its first dimension is not one of independent samples" if name == _SOME else ""
         try:
@@ -169,6 +175,7 @@ def prove(
             first = (str(error).splitlines() or [""])[0]
             raise ProofError(f"{name} it fails ({type(error).__name__}: {first}){mixes}") from error
         absent = {index for index, output in enumerate(actual[0]) if isinstance(output, NotComputed)}
+        rewind()
         expected = _own_outcome(block, call, edits, inlined, absent)
         zero = all(branch.skipped_grad == "zero" for branch in gated.values())
         try:
@@ -179,6 +186,26 @@ def prove(
 
 
 _SOME = "run on some of the samples"
+
+
+def _rewinding(block: nn.Module) -> Callable[[], None]:
+    """Gives a stand-in the buffers and codebooks that it has now, which each of its runs may move."""
+    buffers = [
+        (buffer_dict(module), name, buffer) for module in block.modules() for name, buffer in _buffers_of(module)
+    ]
+    before = [(tensor, tensor.detach().clone()) for tensor in (*block.buffers(), *written_parameters(block))]
+
+    def rewind() -> None:
+        for held, name, buffer in buffers:
+            held[name] = buffer
+        for tensor, value in before:
+            tensor.data.copy_(value)
+
+    return rewind
+
+
+def _buffers_of(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(name, buffer) for name, buffer in module.named_buffers(recurse=False)]
 
 
 def _own_outcome(
@@ -204,10 +231,14 @@ def _patterns(
     if len(keys) > 1:
         patterns.append(("with every second gate closed", {key: index % 2 == 0 for index, key in enumerate(keys)}))
     if num_samples is not None and num_samples > 1:
-        # About half of them, in an order that arguments are unlikely to have.
+        # About half of them, in no order that arguments may have too, nor the same backwards; and the other half, which
+        # has what is largest where the first has not.
         golden = 0.618 * torch.arange(num_samples)
         each = {key: (golden + 0.37 * index) % 1 < 0.5 for index, key in enumerate(keys)}
-        patterns.append((_SOME, cast("dict[Key, bool | Tensor | None]", each)))
+        for gate in each.values():
+            gate[0], gate[-1] = True, False
+        patterns.append((_SOME, dict(each)))
+        patterns.append((_SOME, {key: ~gate for key, gate in each.items()}))
     return patterns
 
 
@@ -244,6 +275,9 @@ def _with_gradients(
     anew = {id(leaf): _anew(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad}
     given = [anew.get(id(leaf), leaf) for leaf in leaves]
     outputs = tree_leaves(run(given))
+    if not any(isinstance(output, Tensor) for output in outputs):
+        # Code that returns nothing has only what it does to its arguments.
+        outputs += [leaf for leaf in given if isinstance(leaf, Tensor)]
     sources = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
     sources += [parameter for parameter in block.parameters() if parameter.requires_grad]
     ends = [
@@ -261,6 +295,15 @@ def _with_gradients(
         return outputs, list(torch.autograd.grad(ends, sources, weights, allow_unused=True))
     except RuntimeError:
         return outputs, None
+
+
+def behind_nodes(call: _Call) -> tuple[Any, Any, list[Any]]:
+    """The arguments of a call, whose tensors are no leaves of autograd: code in place could not change those."""
+    args, kwargs, leaves = call()
+    given = [_anew(leaf) if isinstance(leaf, Tensor) and leaf.requires_grad else leaf for leaf in leaves]
+    anew = {id(leaf): new for leaf, new in zip(leaves, given, strict=True)}
+    given = [anew[id(leaf)] for leaf in leaves]
+    return *_replaced(args, kwargs, leaves, given), given
 
 
 def _anew(leaf: Tensor) -> Tensor:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import builtins
 import dis
+import enum
 import functools
+import inspect
 import keyword
 import os
 import sys
 import types
 import weakref
-from collections import deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextvars import ContextVar
 from types import CodeType, FunctionType, MethodType, ModuleType
@@ -29,10 +31,32 @@ from stochastic_depth.retrofit.forms import NOT_CONFIGURATION, PLAIN, Same, form
 from stochastic_depth.retrofit.rules import is_drop_path
 from stochastic_depth.torch_private import buffer_dict, parameter_dict
 
-_MAX_DEPTH = 4
+_MAX_DEPTH = 6
 _MAX_FUNCTIONS = 256
 # Methods that code calls on an object without naming them.
-_PROTOCOLS = {"__call__", "__getitem__", "__getattr__", "__len__", "__iter__", "__bool__", "__contains__", "__float__"}
+_PROTOCOLS = {
+    f"__{name}__"
+    for name in (
+        *(
+            "call",
+            "getitem",
+            "getattr",
+            "getattribute",
+            "get",
+            "len",
+            "iter",
+            "next",
+            "bool",
+            "contains",
+            "float",
+            "int",
+        ),
+        *("index", "enter", "exit", "eq", "ne", "lt", "le", "gt", "ge", "neg", "abs", "round"),
+        *(f"{side}{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow") for side in ("", "r")),
+    )
+}
+# What runs where code makes an object of a class that it names.
+_MAKING = {"__init__", "__new__", "__post_init__"}
 
 
 class Place:
@@ -128,9 +152,14 @@ def _named(owner: Any, names: Any) -> str:
     return ",".join([name for name in vars(owner) if name in names])
 
 
-def _number(owner: Any, _name: str) -> int:
-    """How many attributes a module has: a new one may be read."""
-    return len(vars(owner))
+def _number(owner: nn.Module, _name: str) -> int:
+    """How many attributes and parameters a module has, and which children: a new one may be read or called."""
+    state = vars(owner)
+    return hash((len(state), len(state["_parameters"]), len(state["_buffers"]), *map(type, state["_modules"].values())))
+
+
+def _default(owner: FunctionType, index: Any) -> Any:
+    return (owner.__defaults__ or ())[index : index + 1]
 
 
 def _put_attribute(owner: Any, name: str, value: Any) -> None:
@@ -147,6 +176,9 @@ _PUT: dict[Callable[[Any, Any], Any], Callable[[Any, Any, Any], None]] = {
     _item: dict.__setitem__,
     _content: lambda owner, _name, value: setattr(owner, "cell_contents", value),
     _in_context: lambda owner, _name, value: owner.set(value),
+    _default: lambda owner, index, value: setattr(
+        owner, "__defaults__", (*owner.__defaults__[:index], *value, *owner.__defaults__[index + 1 :])
+    ),
 }
 
 
@@ -154,6 +186,7 @@ class Reads:
     """The values besides a call's arguments that a block's code may read: few, so that each call can check them.
 
     Attributes:
+        names: all names in the code.
         places: their places.
         children: the modules that the block's code calls.
         may_cache: whether any of them is a cached function (`functools.cache`).
@@ -162,6 +195,7 @@ class Reads:
     def __init__(self, block: nn.Module, inlined: Collection[str] = (), arguments: Collection[Any] = ()) -> None:
         names, functions = code_of(block, inlined, arguments)
         modules = _with_inlined(block, inlined)
+        self.names = names
         walk = _Walk(names)
         # A name that code computes at run time may be any name.
         is_any = COMPUTED in names
@@ -204,11 +238,12 @@ class Reads:
     def children_now(self, block: nn.Module) -> tuple[nn.Module | None, ...]:
         """The modules that the block's code calls, and the inlined ones."""
         children: list[nn.Module | None] = []
-        for part in _with_inlined(block, self._inlined) if self._inlined else (block,):
-            for child in part.__dict__["_modules"].values():
+        pending: list[nn.Module] = _with_inlined(block, self._inlined) if self._inlined else [block]
+        while pending:
+            for child in pending.pop().__dict__["_modules"].values():
                 children.append(child)
-                if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-                    children += child.__dict__["_modules"].values()
+                if isinstance(child, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+                    pending.append(child)
         return tuple(children)
 
     def now(self, block: nn.Module) -> tuple[Any, ...]:
@@ -305,15 +340,20 @@ class _Walk:
     def enter_function(self, function: FunctionType) -> None:
         """Visit the values that a function reads: globals, its closure, and mutable defaults."""
         for name in names_of(function.__code__):
-            value = function.__globals__.get(name)
-            if (value is not None and not name.startswith("__")) or name in globals_of(function.__code__):
-                # Also what is not there yet.
-                self._read(Place(_item, function.__globals__, name), value)
+            if name not in function.__globals__ and _is_users_module(sys.modules.get(name)):
+                self.enter(sys.modules[name])  # imported inside the function
+        for name in globals_of(function.__code__):
+            # Also what is not there yet.
+            if name in function.__globals__ or not hasattr(builtins, name):
+                self._read(Place(_item, function.__globals__, name), function.__globals__.get(name))
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             self._read(Place(_content, cell, name), _content(cell, name))
-        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+        for index, value in enumerate(function.__defaults__ or ()):
             if not isinstance(value, PLAIN):
-                self.enter(value)
+                self._read(Place(_default, function, cast(str, index)), value)
+        for name, value in (function.__kwdefaults__ or {}).items():
+            if not isinstance(value, PLAIN):
+                self._read(Place(_item, function.__kwdefaults__, name), value)
 
     def _read(self, place: Place, value: Any, depth: int = _MAX_DEPTH) -> None:
         if not isinstance(value, (type, ModuleType, ContextVar)):
@@ -322,7 +362,8 @@ class _Walk:
 
     def enter(self, value: Any, depth: int = _MAX_DEPTH) -> None:
         """Look at what can be reached from a value."""
-        if depth == 0 or isinstance(value, (Tensor, *PLAIN)) or id(value) in self._seen:
+        is_plain = isinstance(value, (Tensor, *PLAIN)) and not isinstance(value, enum.Enum)
+        if depth == 0 or is_plain or id(value) in self._seen:
             return
         self._seen.add(id(value))
         if isinstance(value, FunctionType):
@@ -332,10 +373,11 @@ class _Walk:
             return
         if isinstance(value, nn.Module):
             is_any = COMPUTED in self._names and is_users(type(value))
-            for name in (*value.__dict__, *parameter_dict(value), *buffer_dict(value)):
+            for name in (*value.__dict__, *parameter_dict(value).keys(), *buffer_dict(value).keys()):
                 if (is_any or name in self._names) and (name == "training" or name not in NOT_CONFIGURATION):
                     self._read(Place(_attribute, value, name), getattr(value, name, None), depth - 1)
-            self.found[Place(_number, value, "")] = None
+            if is_users(type(value)) or depth == _MAX_DEPTH or isinstance(value, _HOLDING):
+                self.found[Place(_number, value, "")] = None
             for child in value.children():
                 self.enter(child, depth - 1)
         elif isinstance(value, (type, ModuleType)):
@@ -350,13 +392,17 @@ class _Walk:
         else:
             for part in _contents_of(value):
                 self.enter(part, depth - 1)
-            if not isinstance(value, (list, tuple, set, frozenset, deque, dict)):
+            if type(value) not in _CONTAINERS:
                 self.enter(type(value), depth)
                 if is_users(type(value)) and hasattr(value, "__dict__") and not isinstance(value, MethodType):
                     self.found[Place(_named, value, cast(str, self._names))] = None
                 for name in _attributes_of(value):
                     if name in self._names:
                         self._read(Place(_attribute, value, name), getattr(value, name, None), depth - 1)
+
+
+_HOLDING = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+_CONTAINERS = {list, tuple, set, frozenset, deque, dict, OrderedDict, defaultdict, Counter, torch.Size}
 
 
 def _contents_of(value: Any) -> list[Any]:
@@ -390,6 +436,9 @@ def code_of(
     given = dict.fromkeys(each for value in arguments for each in _code_in(value))
     given.update((kind, None) for value in arguments if isinstance(value, nn.Module) if is_users(kind := type(value)))
     for module in _with_inlined(block, inlined):
+        # A module that is held, but is no child, such as the model: its methods may be called.
+        outside = [part for value in module.__dict__.values() for part in (value, *_contents_of(value))]
+        given.update((type(part), None) for part in outside if isinstance(part, nn.Module) and is_users(type(part)))
         held = dict.fromkeys(each for value in module.__dict__.values() for each in _code_in(value))
         own = names_in_code(plain_class(module), *held, *given, children=children)
         names |= own[0]
@@ -471,6 +520,7 @@ def _names_in_code(
     )
     given = [each for each in held if isinstance(each, type) and issubclass(each, nn.Module)]
     pending += _methods_of([kind], {"forward"})
+    made: dict[type, None] = {}
     functions: dict[FunctionType, None] = {}
     names: set[str] = set()
     while pending and len(functions) < _MAX_FUNCTIONS:
@@ -480,39 +530,48 @@ def _names_in_code(
         functions[function] = None
         own = names_of(function.__code__)
         names |= own
-        values = [function.__globals__.get(name) for name in own]
-        followed += [(function.__globals__, name, value) for name, value in zip(own, values, strict=True)]
-        values += [value.__dict__.get(name) for value in values if _is_users_module(value) for name in own]
+        values = [function.__globals__.get(name, sys.modules.get(name)) for name in own]
+        followed += [(function.__globals__, name, function.__globals__.get(name)) for name in own]
+        values += [
+            value.__dict__.get(name) for value in values if _is_users_module(value) for name in (*own, "__getattr__")
+        ]
         values += [_content(cell, "") for cell in function.__closure__ or ()]
         for code in [each for value in values for each in _code_in(value)]:
             if isinstance(code, FunctionType):
                 pending.append(code)
             elif not issubclass(code, nn.Module):
                 kinds[code] = None
+        made.update((value, None) for value in values if isinstance(value, type) and value in kinds)
         if not pending:
             # `super().forward` names the block's own.
             of_children = names - _PROTOCOLS - ({"forward"} if "super" in names else set[str]())
-            found = [*_methods_of(kinds, names | _PROTOCOLS), *_methods_of((*given, *children), of_children)]
+            found = [
+                *_methods_of(kinds, names | _PROTOCOLS),
+                *_methods_of(made, _MAKING),
+                *_methods_of((*given, *children), of_children),
+            ]
             pending += [each for each in found if each not in functions]
     return frozenset(names), tuple(functions)
 
 
 def _code_in(value: Any, depth: int = 2) -> Iterator[FunctionType | type]:
     """The function that a value is, or the class of a user's object whose methods code may call."""
-    value = getattr(value, "__wrapped__", value) if callable(value) else value
+    wrapped = getattr(value, "__wrapped__", None) if callable(value) else None
+    if wrapped is not None and depth > -_MAX_DEPTH:
+        yield from _code_in(wrapped, depth - 1)
     if isinstance(value, (FunctionType, type)):
         if is_users(value):
             yield value
     elif isinstance(value, MethodType):
         yield from _code_in(value.__func__, depth - 1)
-        if depth:
+        if depth > 0:
             yield from _code_in(value.__self__, depth - 1)
     elif isinstance(value, functools.partial):
         yield from _code_in(cast("functools.partial[Any]", value).func, depth - 1)
     elif not isinstance(value, (nn.Module, Tensor, ModuleType, *PLAIN)):
         if is_users(type(value)):
             yield type(value)
-        if depth:
+        if depth > 0:
             inner = [*_contents_of(value), *getattr(value, "__dict__", {}).values()]
             yield from (each for part in inner for each in _code_in(part, depth - 1))
 
@@ -521,17 +580,23 @@ def _methods_of(kinds: Collection[type], names: Collection[str]) -> list[Functio
     return [
         function
         for kind in kinds
-        for part in kind.__mro__
+        for part in (*kind.__mro__, *inspect.getmro(type(kind)))
         if is_users(part) or (issubclass(part, nn.Module) and part is not nn.Module)
         for name, value in vars(part).items()
-        if name in names and (function := _function_of(value))
+        if name in names
+        for function in _functions_of(value)
     ]
 
 
-def _function_of(value: Any) -> FunctionType | None:
-    """The function behind a method, a property or a decorated method."""
-    value = getattr(value, "__wrapped__", getattr(value, "fget", None) or getattr(value, "__func__", value))
-    return value if isinstance(value, FunctionType) else None
+def _functions_of(value: Any) -> Iterator[FunctionType]:
+    """The functions behind a method, a property, a decorated method or a descriptor."""
+    value = getattr(value, "fget", None) or getattr(value, "__func__", value)
+    if is_users(type(value)) and hasattr(value, "__get__"):
+        yield from (each for each in vars(type(value)).values() if isinstance(each, FunctionType))
+    for _ in range(_MAX_DEPTH):
+        if isinstance(value, FunctionType):
+            yield value
+        value = getattr(value, "__wrapped__", None)
 
 
 def is_users(value: Any) -> bool:
@@ -592,4 +657,4 @@ def globals_of(code: CodeType) -> frozenset[str]:
     """The names of the global variables that the code of a function and of the functions in it reads."""
     inner = [globals_of(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
     own = {each.argval for each in dis.get_instructions(code) if each.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-    return frozenset(name for name in own.union(*inner) if not hasattr(builtins, name))
+    return frozenset(own.union(*inner))

@@ -35,6 +35,7 @@ from stochastic_depth.retrofit.effects import (
     stores_of,
 )
 from stochastic_depth.retrofit.errors import StoredError, TraceError
+from stochastic_depth.retrofit.forms import is_plain
 from stochastic_depth.retrofit.held import Cached, Outside, held_tensors, name_of, tensors_in
 from stochastic_depth.retrofit.maps import is_attention_map
 from stochastic_depth.retrofit.reads import Reads
@@ -174,6 +175,14 @@ def run_with_edits(
         return forward(*args, **kwargs)
 
 
+def _changed_in_children(before: dict[str, Any], now: dict[str, Any], by_children: set[str]) -> str | None:
+    """What of its children a block has changed, whose calls a recording would make without that."""
+    for name in {**before, **now}:
+        if "." in name and name not in by_children and not is_same(before.get(name), now.get(name)):
+            return name
+    return None
+
+
 def _after(value: Any, _change: Any) -> Any:
     """A value after an in-place change."""
     return value
@@ -218,6 +227,7 @@ class _Recorder(TorchFunctionMode):
         self._num_calls = 0
         self._inside = 0
         self._entered: list[Any] = []
+        self._first_contents: dict[str, Any] = {}
         self._regions = Regions()
         self._kept = ExitStack()
         self._nodes: dict[int, fx.Node] = {}
@@ -375,6 +385,7 @@ class _Recorder(TorchFunctionMode):
             elif path and not isinstance(module, torch.jit.ScriptModule):
                 handles.append(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
                 handles.append(module.register_forward_hook(self._leaving(path), with_kwargs=True))
+        self._first_contents = contents_of(block, ())
         try:
             with self:
                 yield
@@ -406,7 +417,10 @@ class _Recorder(TorchFunctionMode):
             raise TraceError("its drop path is called with a number, which would be its rate")
         self._kept.enter_context(keep)
         args, kwargs = self._edited(self._num_calls, args, kwargs)
-        self._entered = [self._argument(args), self._argument(kwargs), contents_of(self._block, ())]
+        now = contents_of(self._block, ())
+        if changed := _changed_in_children(self._first_contents, now, self.changed_by_children):
+            raise TraceError(f"it changes {changed} and then calls its children")
+        self._entered = [self._argument(args), self._argument(kwargs), now]
         return args, kwargs
 
     def _leaving(self, path: str) -> Callable[..., Any]:
@@ -422,9 +436,11 @@ class _Recorder(TorchFunctionMode):
             else:
                 raise TraceError(f"{path} runs under its own gradient or autocast settings")
             after = contents_of(self._block, ())
-            self.changed_by_children.update(
-                name for name in {**before, **after} if not is_same(before.get(name), after.get(name))
-            )
+            changed = {name for name in {**before, **after} if not is_same(before.get(name), after.get(name))}
+            for name in changed:
+                if is_plain(after.get(name)) and name.rpartition(".")[2] in self._reads.names:
+                    raise TraceError(f"it reads {name}, which {path} sets")
+            self.changed_by_children.update(changed)
             self._kept.close()
             output = self._result(node, output)
             self._state = outside(self._generators)
@@ -472,6 +488,8 @@ class _Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if name_of_function(func) in ORIGIN:
             raise TraceError(f"the forward reads where a tensor is stored ({name_of_function(func)})")
+        if name_of_function(func).startswith("_record_function"):
+            return func(*args, **kwargs)  # a mark for a profiler
         if is_structure(func):
             if args and id(args[0]) in self._valued and is_size(func):
                 raise TraceError("the forward's control flow depends on a size that depends on the values of a tensor")

@@ -498,7 +498,7 @@ def leaves_on_a_child(block: Beside, x: Tensor) -> None:
         (counts_inside, "stores stats"),
         (looks_at_values, "depends on the value"),
         (looks_at_sizes_of_values, "depends on a size that depends on the values"),
-        (leaves_on_a_child, "stores f.seen"),
+        (leaves_on_a_child, "changes f.seen"),
     ],
 )
 def test_code_that_is_no_function_is_refused(beside: Callable[..., object], cause: str) -> None:
