@@ -181,6 +181,201 @@ def test_mixing_of_many_samples_is_seen() -> None:
     assert [name for name, _ in depth.masked] == ["0.drop_path"]
 
 
+class Flipping(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x.flip(0)
+
+
+class Largest(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / x.abs().max()
+
+
+@pytest.mark.parametrize("child", [Flipping(), Largest()], ids=["flip", "max"])
+@pytest.mark.parametrize("num_samples", [2, 4, 5, 12, 39])
+def test_mixing_is_seen_for_any_number_of_samples(child: nn.Module, num_samples: int) -> None:
+    net, x = nn.Sequential(AroundChild(child)).double(), data(num_samples)
+    depth = sd.make_stochastic_(net)
+    with pytest.warns(sd.MaskedBranchWarning, match="not one of independent samples"):
+        net(x)
+    assert [name for name, _ in depth.masked] == ["0.drop_path"]
+
+
+class MixingMany(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0) if len(x) >= 16 else x
+
+
+def test_a_proof_for_few_samples_holds_for_no_more() -> None:
+    net = nn.Sequential(AroundChild(MixingMany())).double()
+    depth = sd.make_stochastic_(net)
+    net(data(5))
+    assert depth.masked == []
+    with pytest.warns(sd.MaskedBranchWarning, match="not one of independent samples"):
+        net(data(20))
+
+
+def test_mixing_that_nothing_announces_is_noticed() -> None:
+    net, x = nn.Sequential(AroundChild(ByConfig())).double(), data(4)
+    depth = sd.make_stochastic_(net)
+    net(x)
+    net[0].child.config["mixes"] = True
+    with pytest.warns(sd.MaskedBranchWarning, match="not one of independent samples"):
+        net(x)
+    assert [name for name, _ in depth.masked] == ["0.drop_path"]
+
+
+class ByConfig(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = {"mixes": False}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0) if self.config["mixes"] else x
+
+
+class Switching(nn.Module):
+    """Changes its child, calls it, and changes it back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.drop, self.drop_path = linear(), nn.Dropout(0.5), DropPath()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.drop.p = 0.0
+        y = self.drop(self.f(x))
+        self.drop.p = 0.5
+        return x + self.drop_path(y)
+
+
+def test_a_child_that_is_changed_for_its_call_is_called_so() -> None:
+    net, x = nn.Sequential(Switching(), Switching()).double(), data(4)
+    depth = sd.make_stochastic_(net, rescale="none")
+    with depth.gates([True, True]), pytest.warns(sd.MaskedBranchWarning, match="it changes drop.p"):
+        output = net(x)
+    expected = x + net[0].f(x)
+    assert_same(output, expected + net[1].f(expected))
+
+
+class Measuring(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.size = linear(), 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.f(x)
+        self.size = y.mean().item()
+        return y
+
+
+class UsingMeasured(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.drop_path = Measuring(), DropPath()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.f(x)
+        return x + self.drop_path(y * self.f.size)
+
+
+def test_a_number_that_a_child_sets_is_that_of_the_call() -> None:
+    net = nn.Sequential(UsingMeasured(), UsingMeasured()).double()
+    depth = sd.make_stochastic_(net, rescale="none")
+    with pytest.warns(sd.MaskedBranchWarning, match="f.size, which f sets"):
+        net(data(4))
+    with depth.gates([True, True]):
+        for seed in (0, 1):
+            x = data(4, seed=seed)
+            output, expected = net(x), x
+            for block in net:
+                y = block.f.f(expected)
+                expected = expected + y * y.mean()
+            assert_same(output, expected)
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+def test_a_child_that_moves_its_buffers_is_no_other_in_a_proof(granularity: str) -> None:
+    net, x = nn.Sequential(Block(drop_path=True)).double(), data(4)
+    torch.nn.utils.parametrizations.spectral_norm(net[0].f)
+    depth = sd.make_stochastic_(net, granularity=granularity, rescale="none")
+    with depth.gates([True]):
+        output = net(x)
+    assert depth.masked == []
+    assert_same(output, x + net.eval()[0].f(x))
+
+
+class InPlace(nn.Module):
+    def __init__(self, add: Callable[[Tensor, Tensor], Tensor | None]) -> None:
+        super().__init__()
+        self.f, self.add = linear(), add
+
+    def forward(self, x: Tensor) -> Tensor | None:
+        return self.add(x, self.f(x))
+
+
+def add_in_place(x: Tensor, y: Tensor) -> Tensor:
+    x += y
+    return x
+
+
+def test_sums_in_place_of_what_requires_gradients_are_skipped() -> None:
+    net, x = nn.Sequential(linear(), InPlace(add_in_place), InPlace(lambda x, y: x.add_(y))).double(), data(4)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), rescale="none", inputs=[x])
+    assert depth.names == ["1#1", "2#1"]
+    for gates in ([True, True], [False, True], [True, False], [False, False]):
+        with depth.gates(gates):
+            expected = net[0](x)
+            for block, gate in zip(net[1:], gates, strict=True):
+                expected = expected + block.f(expected) if gate else expected
+            assert_same(net(x), expected)
+    assert depth.masked == []
+
+
+class Adding(nn.Module):
+    """Calls blocks that return nothing and add to what they are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = InPlace(lambda x, y: (x.add_(y), None)[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        self.block(x)
+        return x
+
+
+@pytest.mark.parametrize("by_example", [False, True])
+def test_a_block_that_returns_nothing_is_no_silent_matter(*, by_example: bool) -> None:
+    net, x = Adding().double(), data(4)
+    sd.make_stochastic_(net, sd.uniform(0.5), inputs=[x] if by_example else None)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="cannot be gated here"):
+        net(x)
+
+
+def profiled(y: Tensor) -> Tensor:
+    with torch.profiler.record_function("branch"):
+        return y * 2
+
+
+def test_marks_for_a_profiler_are_no_obstacle() -> None:
+    net, x = nn.Sequential(Block(profiled, drop_path=True)).double(), data(4)
+    depth = sd.make_stochastic_(net, rescale="none")
+    with depth.gates([True]):
+        assert_same(net(x), x + 2 * net[0].f(x))
+    assert depth.masked == []
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::stochastic_depth.MaskedBranchWarning")
+def test_a_scripted_child_may_be_masked() -> None:
+    net, x = nn.Sequential(Block(drop_path=True)).double(), data(4)
+    net[0].f = torch.jit.script(net[0].f)
+    depth = sd.make_stochastic_(net, rescale="none")
+    for gate in (True, False):
+        with depth.gates([gate]):
+            assert_same(net(x), x + gate * net[0].f(x))
+
+
 class Wider(nn.Module):
     """Adds a branch of another type than its shortcut."""
 

@@ -4,6 +4,9 @@ The reference is the block's own code, called again after what it reads has chan
 """
 
 import copy
+import enum
+import functools
+import sys
 import types
 import weakref
 from collections.abc import Callable
@@ -39,7 +42,12 @@ class Annealed:
 
 
 ANNEALED = Annealed()
-TABLES: dict[str, Any] = {"mask": torch.ones(D, dtype=torch.float64), "deep": {"er": {"scale": 1.0}}}
+TABLES: dict[str, Any] = {
+    "wrapper": 1.0,
+    "scope": 1.0,
+    "mask": torch.ones(D, dtype=torch.float64),
+    "deep": {"er": {"scale": 1.0}},
+}
 CURRENT: ContextVar[float] = ContextVar("CURRENT", default=1.0)
 ARRAY = np.ones(1)
 elsewhere = types.ModuleType("elsewhere")
@@ -64,6 +72,102 @@ def with_attribute(x: Any) -> Any:
 
 
 with_attribute.scale = 1.0  # type: ignore[attr-defined]
+
+
+def scaled(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapper(*args: Any) -> Any:
+        return function(*args) * TABLES["wrapper"]
+
+    return wrapper
+
+
+@scaled
+def one_scaled() -> float:
+    return 1.0
+
+
+class Scope:
+    """Is made, entered, compared and turned into a number."""
+
+    def __init__(self) -> None:
+        self.scale = TABLES["scope"]
+
+    def __enter__(self) -> float:
+        return TABLES["scope"]
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __int__(self) -> int:
+        return int(TABLES["scope"])
+
+    def __gt__(self, _: object) -> bool:
+        return TABLES["scope"] > 2.0
+
+
+def entered() -> float:
+    with Scope() as scale:
+        return scale
+
+
+class OfClasses(type):
+    @property
+    def scale(cls) -> float:
+        return cls._scale
+
+
+class WithProperty(metaclass=OfClasses):
+    _scale = 1.0
+
+
+class Items(dict[str, Any]):
+    """Has attributes beside its items."""
+
+
+class Listed(list[Any]):
+    """Has attributes beside its items."""
+
+
+class Kind(enum.Enum):
+    A = "a"
+
+
+ITEMS, LISTED = Items(), Listed()
+ITEMS.scale = LISTED.scale = Kind.A.scale = 1.0  # type: ignore[attr-defined]
+DEFAULT = {"scale": 1.0}
+
+
+def with_default(table: dict[str, float] = DEFAULT, *, named: dict[str, float] = DEFAULT) -> float:
+    return (table["scale"] + named["scale"]) / 2
+
+
+def imported() -> float:
+    import far_away
+
+    return far_away.SCALE
+
+
+far_away = types.ModuleType("far_away")
+far_away.SCALE = 1.0  # type: ignore[attr-defined]
+sys.modules["far_away"] = far_away
+exec(  # a function of the module, with its globals
+    "def __getattr__(name):\n    if name in TABLE:\n        return TABLE[name]\n    raise AttributeError(name)",
+    elsewhere.__dict__,
+)
+elsewhere.TABLE = {"LATE": 1.0}  # type: ignore[attr-defined]
+del far_away
+
+
+class Parent(nn.Module):
+    """Is held by a block, but not its parent by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = {"scale": 1.0}
+
+    def scale(self) -> float:
+        return self.state["scale"]
 
 
 class Child(nn.Module):
@@ -95,6 +199,8 @@ class Far(nn.Module):
         self.other[0].register_buffer("mask", torch.ones(D, dtype=torch.float64))
         self.reference = weakref.ref(self.other[0])
         self.child = Child()
+        self.parent = [Parent()]
+        self.gains = nn.ParameterList([nn.Parameter(torch.ones(()))])
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.f(x) * self.read(self)
@@ -123,6 +229,26 @@ PLACES: dict[str, tuple[Callable[[Far], Any], Callable[[Far], Any]]] = {
     "weak reference": (
         lambda block: block.reference().mask,
         lambda block: setattr(block.other[0], "mask", 3 * torch.ones(D).double()),
+    ),
+    "wrapper of a decorator": (lambda _: one_scaled(), lambda _: TABLES.update(wrapper=3.0)),
+    "made object": (lambda _: Scope().scale, lambda _: TABLES.update(scope=3.0)),
+    "entered object": (lambda _: entered(), lambda _: TABLES.update(scope=3.0)),
+    "object as a number": (lambda _: int(Scope()), lambda _: TABLES.update(scope=3.0)),
+    "compared object": (lambda _: 3.0 if Scope() > 2 else 1.0, lambda _: TABLES.update(scope=3.0)),
+    "property of a class": (lambda _: WithProperty.scale, lambda _: setattr(WithProperty, "_scale", 3.0)),
+    "attribute of a dict": (lambda _: ITEMS.scale, lambda _: setattr(ITEMS, "scale", 3.0)),
+    "attribute of a list": (lambda _: LISTED.scale, lambda _: setattr(LISTED, "scale", 3.0)),
+    "attribute of an enum": (lambda _: Kind.A.scale, lambda _: setattr(Kind.A, "scale", 3.0)),
+    "default": (lambda _: with_default(), lambda _: DEFAULT.update(scale=3.0)),
+    "module imported inside": (lambda _: imported(), lambda _: setattr(sys.modules["far_away"], "SCALE", 3.0)),
+    "function of a module for names": (lambda _: elsewhere.LATE, lambda _: elsewhere.TABLE.update(LATE=3.0)),
+    "method of a held module": (
+        lambda block: block.parent[0].scale(),
+        lambda block: block.parent[0].state.update(scale=3.0),
+    ),
+    "growing list of parameters": (
+        lambda block: sum(block.gains),
+        lambda block: block.gains.append(nn.Parameter(torch.full((), 2.0, dtype=torch.float64))),
     ),
     "function attribute": (lambda _: with_attribute(1.0), lambda _: setattr(with_attribute, "scale", 3.0)),
     "method of a child": (lambda block: block.child.project(1.0), lambda block: setattr(block.child, "_factor", 3.0)),
@@ -156,7 +282,9 @@ def as_before():
     yield
     Settings.scale, Settings.mask = 1.0, torch.ones(D, dtype=torch.float64)
     ANNEALED.__init__()
-    TABLES.update(mask=torch.ones(D, dtype=torch.float64), deep={"er": {"scale": 1.0}})
+    TABLES.update(mask=torch.ones(D, dtype=torch.float64), deep={"er": {"scale": 1.0}}, wrapper=1.0, scope=1.0)
+    WithProperty._scale = ITEMS.scale = LISTED.scale = Kind.A.scale = DEFAULT["scale"] = 1.0
+    sys.modules["far_away"].SCALE = elsewhere.TABLE["LATE"] = 1.0
     BOX["scale"], ARRAY[0], elsewhere.SCALE = 1.0, 1.0, 1.0
     CURRENT.set(1.0)
     with_attribute.scale = 1.0  # type: ignore[attr-defined]
