@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from stochastic_depth.retrofit.called import Called
 from stochastic_depth.retrofit.errors import StoredError
+from stochastic_depth.retrofit.forms import items_of
 from stochastic_depth.retrofit.reads import Reads, code_of
 from stochastic_depth.retrofit.stand_in import is_data, snapshot
 
@@ -46,7 +47,10 @@ def containers_in(value: Any) -> Iterator[Any]:
     if isinstance(value, (list, tuple, dict, set)):
         if not isinstance(value, tuple):
             yield value
-        for item in list(cast("dict[Any, Any]", value).values() if isinstance(value, dict) else value):
+        items = (
+            [item for _, item in items_of(cast("dict[Any, Any]", value))] if isinstance(value, dict) else list(value)
+        )
+        for item in items:
             yield from containers_in(item)
     elif hasattr(value, "__dict__") and not callable(value) and not isinstance(value, Called):
         yield value
@@ -172,7 +176,7 @@ def parts_of(value: Any) -> Iterator[tuple[tuple[str, Any], Any]]:
         for index, item in enumerate(cast("list[Any]", value)):
             yield ("item", index), item
     elif isinstance(value, Mapping):
-        for key, item in cast("Mapping[Any, Any]", value).items():
+        for key, item in items_of(cast("Mapping[Any, Any]", value)):
             yield ("item", key), item
     elif hasattr(value, "__dict__") and not isinstance(value, (nn.Module, types.ModuleType)) and not callable(value):
         for name, item in vars(value).items():

@@ -61,7 +61,7 @@ def form_of(value: Any, depth: int = _MAX_DEPTH) -> Any:
     if isinstance(value, (slice, range)):
         return kind, repr(value)
     if isinstance(value, Mapping):
-        items = cast("Mapping[Any, Any]", value).items()
+        items = items_of(cast("Mapping[Any, Any]", value))
         own = form_of(vars(value), depth - 1) if hasattr(value, "__dict__") else None
         return kind, tuple([(form_of(key, depth - 1), form_of(item, depth - 1)) for key, item in items]), own
     if isinstance(value, (tuple, list, deque)):
@@ -80,6 +80,11 @@ def form_of(value: Any, depth: int = _MAX_DEPTH) -> Any:
     if not attributes or callable(value):
         return Same(value)
     return kind, tuple([(name, form_of(item, depth - 1)) for name, item in attributes.items()])
+
+
+def items_of(mapping: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
+    """What a mapping holds; a subclass of dict may make other values as they are read, and not every time the same."""
+    return list(dict.items(mapping) if isinstance(mapping, dict) else mapping.items())
 
 
 def is_plain(value: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -16,11 +16,13 @@ from stochastic_depth.copies import evaluating_, plain_class, plain_copy, tensor
 from stochastic_depth.gate_draws import CLOSED, Gate
 from stochastic_depth.residual import GatedBranch, masks_only, outside_graph
 from stochastic_depth.retrofit.errors import TraceError
+from stochastic_depth.retrofit.proof import deviation, private, tolerance
 from stochastic_depth.retrofit.shapes import samples_among
 from stochastic_depth.retrofit.sizes import decide_by
 from stochastic_depth.retrofit.trace import Recording, flatten, record, remember, unflatten
 from stochastic_depth.torch_private import tree_map_only
 
+_MAX_SAMPLES = 64
 # What layers call their hidden states, also where these are not their first argument.
 _HIDDEN = ("hidden_states", "x")
 
@@ -42,8 +44,11 @@ class GatedLayer(GatedBranch):
         default_factory=dict[Any, "tuple[str, ...]"], init=False, repr=False
     )
 
+    # The forms of calls in which the layer keeps samples apart.
+    _separate: set[Any] = field(default_factory=set[Any], init=False, repr=False)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_structures": {}, "_parameters": {}}
+        return {**self.__dict__, "_structures": {}, "_parameters": {}, "_separate": set()}
 
     @eager
     def hidden_of(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -58,6 +63,46 @@ class GatedLayer(GatedBranch):
         leaves: list[Any] = []
         flatten((args, kwargs), leaves)
         return next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
+
+    @eager
+    def refuse_mixing(
+        self, layer: nn.Module, plain: Callable[..., Any], leaves: Sequence[Any], of_batch: Sequence[bool | None]
+    ) -> None:
+        """Compare a run of the layer on some of its samples with one on all, once for each form of call.
+
+        Args:
+            layer: the layer; a copy of it runs, without noise.
+            plain: its forward, of the layer and its leaves.
+            leaves: the tensors and objects of the call.
+            of_batch: whether each has a first dimension of samples.
+
+        Raises:
+            RuntimeError: if they differ.
+        """
+        num_samples = next(leaf.shape[0] for leaf, samples in zip(leaves, of_batch, strict=True) if samples)
+        num = min(num_samples, _MAX_SAMPLES)
+        form = (layer.training, num, *(leaf.shape[1:] if isinstance(leaf, Tensor) else None for leaf in leaves))
+        if form in self._separate or num < 2:
+            return
+        with private(), torch.no_grad(), self.passes.dry_run():
+            copy = plain_copy(layer, Tensor.detach, Tensor.clone)
+            copy.train(layer.training)
+            all_rows = torch.arange(num)
+            some = all_rows[(0.618 * all_rows) % 1 < 0.5]
+            outputs: list[Tensor] = []
+            for rows in (all_rows, some):
+                given = [
+                    leaf.index_select(0, rows.to(leaf.device)) if s else leaf
+                    for leaf, s in zip(leaves, of_batch, strict=True)
+                ]
+                outputs.append(_first(plain(copy, *given)))
+            whole, part = outputs[0].index_select(0, some.to(outputs[0].device)), outputs[1]
+        if (difference := deviation(whole, part)) > tolerance(whole):
+            raise RuntimeError(
+                f"The layer {self.passes.names[self.index]} mixes samples: on some of them it differs by "
+                f"{difference:.2g} of its largest value. Use granularity='batch'."
+            )
+        self._separate.add(form)
 
     @eager
     def structure(self, layer: nn.Module, signature: Any, leaves: Sequence[Any]) -> Any:
@@ -151,6 +196,7 @@ class StochasticLayer(nn.Module):
                 *[next(given) if s else tensor_without_data(leaf) for leaf, s in zip(leaves, of_batch, strict=True)],
             )
 
+        gated.refuse_mixing(self, plain, leaves, of_batch)
         batches = tuple(leaf for leaf, samples in zip(leaves, of_batch, strict=True) if samples)
         run = gate.order[: gated.num_run(gate, self, self, dry, batches)]
         taken = [leaf.index_select(0, run) if samples else leaf for leaf, samples in zip(leaves, of_batch, strict=True)]

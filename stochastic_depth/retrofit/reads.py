@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.copies import plain_class
-from stochastic_depth.retrofit.forms import NOT_CONFIGURATION, PLAIN, Same, form_of, is_plain
+from stochastic_depth.retrofit.forms import NOT_CONFIGURATION, PLAIN, Same, form_of, is_plain, items_of
 from stochastic_depth.retrofit.rules import is_drop_path
 from stochastic_depth.torch_private import buffer_dict, parameter_dict
 
@@ -412,7 +412,7 @@ def _contents_of(value: Any) -> list[Any]:
         part = cast("functools.partial[Any]", value)
         return [part.func, *part.args, *part.keywords.values()]
     if isinstance(value, Mapping):
-        return list(cast("Mapping[Any, Any]", value).values())
+        return [item for _, item in items_of(cast("Mapping[Any, Any]", value))]
     return list(cast("list[Any]", value)) if isinstance(value, (list, tuple, set, frozenset, deque)) else []
 
 

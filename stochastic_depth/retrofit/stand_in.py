@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from stochastic_depth.copies import own_class
 from stochastic_depth.retrofit.called import Called
 from stochastic_depth.retrofit.classes import Unannounced
+from stochastic_depth.retrofit.forms import items_of
 from stochastic_depth.retrofit.reads import written_parameters
 from stochastic_depth.retrofit.rules import is_drop_path
 from stochastic_depth.retrofit.trace import bound_anew, own_forward
@@ -203,7 +204,7 @@ def snapshot(value: Any, depth: int = 4) -> Any:
     if depth and kind in (list, tuple, deque):
         return kind, [snapshot(item, depth - 1) for item in value]
     if depth and isinstance(value, dict):
-        return kind, {key: snapshot(item, depth - 1) for key, item in cast("dict[Any, Any]", value).items()}
+        return kind, {key: snapshot(item, depth - 1) for key, item in items_of(cast("dict[Any, Any]", value))}
     if depth and kind is set:
         return kind, set(cast("set[Any]", value))
     if kind.__module__ == "numpy" and hasattr(value, "tobytes"):

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from stochastic_depth.retrofit.effects import CONSTANTS, is_same
 from stochastic_depth.retrofit.errors import StoredError, TraceError
+from stochastic_depth.retrofit.forms import items_of
 from stochastic_depth.retrofit.reads import Place, Reads, code_of, places_of_children, written_parameters
 from stochastic_depth.retrofit.stand_in import is_data
 from stochastic_depth.torch_private import TENSORS_AND_CHILDREN, buffer_dict, is_fake, tree_leaves
@@ -173,7 +174,7 @@ def _contents_of(value: Any) -> Any:
     if isinstance(value, (list, deque)):
         return list(cast("list[Any]", value))
     if isinstance(value, dict):
-        return dict(cast("dict[Any, Any]", value))
+        return dict(items_of(cast("dict[Any, Any]", value)))
     if isinstance(value, set):
         return set(cast("set[Any]", value))
     if isinstance(value, bytearray):
@@ -241,10 +242,10 @@ def _has_gained(value: Any, before: Any) -> bool:
     """Whether a dictionary has only gained objects, and no values of this call."""
     return (
         isinstance(value, dict)
-        and all(value.get(key) is item for key, item in cast("dict[Any, Any]", before).items())
+        and all(dict.get(value, key) is item for key, item in cast("dict[Any, Any]", before).items())
         and not any(
             isinstance(leaf, (Tensor, fx.Node, bool, int, float, str)) or hasattr(type(leaf), "__torch_function__")
-            for key, item in cast("dict[Any, Any]", value).items()
+            for key, item in items_of(cast("dict[Any, Any]", value))
             if key not in before
             for leaf in tree_leaves(item)
         )

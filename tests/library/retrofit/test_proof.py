@@ -654,3 +654,55 @@ def test_a_closed_layer_hands_on_its_hidden_states(granularity: str, *, by_name:
         assert_same(net(x, position), x)
     with depth.gates([False, True]):
         assert_same(net(x, position), x + net.layers[1].f(x + position))
+
+
+class Making(dict[str, type[nn.Module]]):
+    """Makes a module of the class that it holds, as the table of activations in transformers does."""
+
+    def __getitem__(self, name: str) -> nn.Module:  # type: ignore[override]
+        return super().__getitem__(name)()
+
+    def __iter__(self) -> Iterator[str]:
+        return super().__iter__()
+
+
+ACTIVATIONS = Making(relu=nn.ReLU)
+
+
+class Looking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.act, self.drop_path = linear(), ACTIVATIONS["relu"], DropPath()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.f(x).relu() if "relu" in ACTIVATIONS else x)
+
+
+def test_a_dictionary_that_makes_its_values_stays_what_it_is() -> None:
+    net, x = nn.Sequential(Looking()).double(), data(4)
+    depth = sd.make_stochastic_(net, rescale="none")
+    with depth.gates([True]):
+        for _ in range(3):
+            assert_same(net(x), x + net[0].f(x).relu())
+    assert len(net[0]._stochastic_depth_branch.forms.prepared) == 1
+    depth.verify(x)
+    assert dict.__getitem__(ACTIVATIONS, "relu") is nn.ReLU
+
+
+class MixingLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.drop = linear(), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + self.drop(self.f(x))
+        return y - y.mean(0)
+
+
+def test_a_layer_that_mixes_samples_is_refused() -> None:
+    net, x = nn.Sequential(MixingLayer()).double(), data(8)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), layers=["0"], granularity="sample")
+    state = torch.get_rng_state()
+    with depth.gates([torch.arange(8) < 5]), pytest.raises(RuntimeError, match="mixes samples"):
+        net(x)
+    assert torch.equal(torch.get_rng_state(), state)
