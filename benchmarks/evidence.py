@@ -222,10 +222,10 @@ def report() -> None:
             shutil.copy(path, folder)
         machines |= {machine(records.read_json(folder / "environment.json")) for _, folder in finished}
         images = "\n".join(f"![{path.stem}](../../results/{study}/{path.name})" for path in figures)
-        _, table = written.text.split("\n", 1)  # the title is the heading
+        table = written.text.split("\n", 1)[1].strip("\n")  # the title is the heading
         sections.append(
             f"## {STUDIES[study].title}\n\n{STUDIES[study].claim}\n\n{command(study)}, "
-            f"{len(finished)} of {len(runs)} runs done.\n\n```text\n{table.strip()}\n```\n\n{images}\n"
+            f"{len(finished)} of {len(runs)} runs done.\n\n```text\n{table}\n```\n\n{images}\n"
         )
     head = PAGE.format(rule=RULE, machines="; ".join(sorted(machines)))
     (ROOT / "docs" / "results" / "few-images.md").write_text("\n".join([head, *sections]))
