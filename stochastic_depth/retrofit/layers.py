@@ -40,24 +40,22 @@ class GatedLayer(GatedBranch):
         default_factory=dict[Any, "list[tuple[Recording | None, Any]]"], init=False, repr=False
     )
 
-    _parameters: dict[Any, tuple[str, ...]] = field(
-        default_factory=dict[Any, "tuple[str, ...]"], init=False, repr=False
-    )
+    _names: dict[Any, tuple[str, ...]] = field(default_factory=dict[Any, "tuple[str, ...]"], init=False, repr=False)
 
     # The forms of calls in which the layer keeps samples apart.
     _separate: set[Any] = field(default_factory=set[Any], init=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_structures": {}, "_parameters": {}, "_separate": set()}
+        return {**self.__dict__, "_structures": {}, "_names": {}, "_separate": set()}
 
     @eager
     def hidden_of(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """The hidden states of a call: the first tensor by the layer's own order, or that which its code calls so."""
         forward = plain_class(layer).forward
-        if forward not in self._parameters:
-            self._parameters[forward] = tuple(inspect.signature(forward).parameters)[1:]
-        given = {**dict(zip(self._parameters[forward], args, strict=False)), **kwargs}
-        for name in (*_HIDDEN, *self._parameters[forward]):
+        if forward not in self._names:
+            self._names[forward] = tuple(inspect.signature(forward).parameters)[1:]
+        given = {**dict(zip(self._names[forward], args, strict=False)), **kwargs}
+        for name in (*_HIDDEN, *self._names[forward]):
             if isinstance(given.get(name), Tensor):
                 return cast(Tensor, given[name])
         leaves: list[Any] = []

@@ -335,7 +335,7 @@ class _Watch:
     def run(self, root: nn.Module, call: Call, gates: tuple[bool, ...] | None) -> _Run:
         self._ran.clear()
         self._passes.forced = gates
-        with _private(root), Meter(root) as meter:
+        with Meter(root) as meter:
             output = call()
         outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         return _Run(set(self._ran), outputs, sum(meter.flops.values()))

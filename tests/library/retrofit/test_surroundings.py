@@ -711,7 +711,8 @@ class Codebook(nn.Module):
         self.codes = nn.Embedding(size, D)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.codes.weight.data.mul_(0.5)
+        if self.training:
+            self.codes.weight.data.mul_(0.5)
         return x * self.codes.weight.mean()
 
 
