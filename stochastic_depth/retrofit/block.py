@@ -621,12 +621,13 @@ def refuse_bypass(module: nn.Module, forward: Any) -> None:
     Raises:
         RuntimeError: if it does not visibly call the previous one.
     """
-    pending, seen = [forward], set[int]()
+    pending: list[Any] = [forward]
+    seen: dict[int, Any] = {}  # which keeps them, so that none has the identity of another
     while pending and len(seen) < 100:
         value = pending.pop()
         if id(value) in seen:
             continue
-        seen.add(id(value))
+        seen[id(value)] = value
         if getattr(value, "__self__", None) is module and getattr(value, "__name__", "") == "forward":
             if getattr(type(module), "forward", None) is value.__func__:
                 return

@@ -328,7 +328,7 @@ class _Walk:
     def __init__(self, names: frozenset[str]) -> None:
         self.found: dict[Place, None] = {}
         self._names = names
-        self._seen: set[int] = set()
+        self._seen: dict[int, Any] = {}  # which keeps them, so that none has the identity of another
 
     def enter_class(self, kind: type[nn.Module]) -> None:
         """Visit the attributes that code reads from its own class."""
@@ -365,7 +365,7 @@ class _Walk:
         is_plain = isinstance(value, (Tensor, *PLAIN)) and not isinstance(value, enum.Enum)
         if depth == 0 or is_plain or id(value) in self._seen:
             return
-        self._seen.add(id(value))
+        self._seen[id(value)] = value
         if isinstance(value, FunctionType):
             for name in vars(value):
                 if name in self._names and name != "__wrapped__":
