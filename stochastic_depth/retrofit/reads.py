@@ -31,7 +31,7 @@ from stochastic_depth.retrofit.forms import NOT_CONFIGURATION, PLAIN, Same, form
 from stochastic_depth.retrofit.rules import is_drop_path
 from stochastic_depth.torch_private import buffer_dict, parameter_dict
 
-_MAX_DEPTH = 6
+_MAX_DEPTH = 4
 _MAX_FUNCTIONS = 256
 # Methods that code calls on an object without naming them.
 _PROTOCOLS = {
@@ -339,7 +339,7 @@ class _Walk:
 
     def enter_function(self, function: FunctionType) -> None:
         """Visit the values that a function reads: globals, its closure, and mutable defaults."""
-        for name in names_of(function.__code__):
+        for name in imports_of(function.__code__):
             if name not in function.__globals__ and _is_users_module(sys.modules.get(name)):
                 self.enter(sys.modules[name])  # imported inside the function
         for name in globals_of(function.__code__):
@@ -530,7 +530,8 @@ def _names_in_code(
         functions[function] = None
         own = names_of(function.__code__)
         names |= own
-        values = [function.__globals__.get(name, sys.modules.get(name)) for name in own]
+        values = [function.__globals__.get(name) for name in own]
+        values += [sys.modules.get(name) for name in imports_of(function.__code__)]
         followed += [(function.__globals__, name, function.__globals__.get(name)) for name in own]
         values += [
             value.__dict__.get(name) for value in values if _is_users_module(value) for name in (*own, "__getattr__")
@@ -650,6 +651,14 @@ def _computes_names(code: CodeType) -> bool:
                 return True
             is_asked = False
     return False
+
+
+@functools.cache
+def imports_of(code: CodeType) -> frozenset[str]:
+    """The modules that a function and the functions in it import as they run."""
+    inner = [imports_of(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    own = {each.argval for each in dis.get_instructions(code) if each.opname == "IMPORT_NAME"}
+    return frozenset(own.union(*inner))
 
 
 @functools.cache

@@ -21,6 +21,8 @@ from stochastic_depth.retrofit.stand_in import is_data
 from stochastic_depth.torch_private import TENSORS_AND_CHILDREN, buffer_dict, is_fake, tree_leaves
 
 _MAX_DEPTH = 5
+# Nobody counts in more objects than this, or in larger tensors; a whole application may be reached from a global.
+_MAX_PARTS, _MAX_NUMEL = 1000, 2**24
 
 
 @contextmanager
@@ -136,7 +138,7 @@ class Kept:
         self._keep(value, _MAX_DEPTH)
 
     def _keep(self, value: Any, depth: int) -> None:
-        if depth == 0 or isinstance(value, CONSTANTS) or id(value) in self._seen:
+        if depth == 0 or isinstance(value, CONSTANTS) or id(value) in self._seen or len(self._parts) >= _MAX_PARTS:
             return
         self._seen.add(id(value))
         contents = _contents_of(value)
@@ -168,7 +170,7 @@ class Kept:
 def _contents_of(value: Any) -> Any:
     """A copy of what a value holds itself; None where it holds nothing, or nothing that could be put back."""
     if isinstance(value, Tensor):
-        is_plain = value.layout is torch.strided and not value.is_quantized
+        is_plain = value.layout is torch.strided and not value.is_quantized and value.numel() <= _MAX_NUMEL
         has_data = not (value.is_meta or is_fake(value) or value.is_inference())
         return value.detach().clone() if is_plain and has_data and not isinstance(value, nn.Parameter) else None
     if isinstance(value, (list, deque)):
