@@ -23,10 +23,10 @@ from stochastic_depth.retrofit.errors import CutError, ProofError, StoredError, 
 from stochastic_depth.retrofit.forms import fingerprint, form_of_leaves, identities, settings
 from stochastic_depth.retrofit.functional import FUNCTIONAL
 from stochastic_depth.retrofit.gated_calls import in_training
-from stochastic_depth.retrofit.generated_code import Code
+from stochastic_depth.retrofit.known_forms import MAX_FORMS, Form, KnownForms, Prepared
 from stochastic_depth.retrofit.masked_drop_path import own_code, passing_drop_paths
 from stochastic_depth.retrofit.num_samples import generalize, skeleton
-from stochastic_depth.retrofit.proof import FixedGates, arguments_anew, behind_nodes, private, prove
+from stochastic_depth.retrofit.proof import MAX_SAMPLES, FixedGates, arguments_anew, behind_nodes, private, prove
 from stochastic_depth.retrofit.quiet import drawn_for_samples
 from stochastic_depth.retrofit.reads import Reads, StateOfChildren
 from stochastic_depth.retrofit.recorder import Run, run_block, run_with_edits
@@ -46,39 +46,8 @@ class MaskedBranchWarning(UserWarning):
 
 # Number of samples of a call that the proof runs on.
 _NUM_SAMPLES = 4
-# The largest such number if a branch runs on some of them: code may mix samples only if there are many.
-_MAX_SAMPLES = 64
-# Number of forms of a call that are kept.
-_MAX_FORMS = 128
 # Number of arguments that are tested for holding samples.
 _MAX_UNSURE = 4
-
-
-@dataclass
-class Prepared:
-    """The prepared code of one form of a block's call.
-
-    Attributes:
-        code: the rewritten code; None where the block's own code runs, with masks.
-        masked: the branches that are computed and masked, each with the cause.
-        stores: plain numbers that the block's own code sets on the block.
-        uses: places of the gated branches in the block's own code.
-        ungated: for each addition that was not found before the call, what it uses.
-        recorded: recording of the block's own code on a few samples, and the rows of the arguments that these are.
-        of_subset: the number of samples that it was proven with for some of them, and their rows of the arguments.
-        num_checked: number of calls, over all blocks, at the last comparison with a new recording.
-        refusal: why the form is refused, if the code has changed since.
-    """
-
-    code: Code | None
-    masked: dict[Key, str]
-    stores: dict[str, Any] = field(default_factory=dict[str, Any])
-    uses: tuple[GatedUse, ...] = ()
-    ungated: tuple[str, ...] = ()
-    recorded: tuple[Any, Mapping[int, Tensor]] | None = None
-    of_subset: tuple[int, Mapping[int, Tensor]] | None = None
-    num_checked: int = 1
-    refusal: str = ""
 
 
 class _Few(NamedTuple):
@@ -95,43 +64,6 @@ class _Few(NamedTuple):
     recorded: Any
     num_many: int
     many: dict[int, Tensor]
-
-
-@dataclass
-class _Form:
-    """A form of a block's call, with its number of calls."""
-
-    prepared: Prepared
-    num_calls: int = 0
-
-
-class KnownForms:
-    """The known forms of calls of all blocks of a model; equal blocks share them."""
-
-    def __init__(self) -> None:
-        self.prepared: dict[Any, Prepared] = {}
-        self.proven: set[Any] = set()
-        """Proven code, without its numbers: a number that changes in every step needs no new proof."""
-        self.num_runs = 0
-        """Number of runs of blocks for recordings and proofs."""
-        self.warned: set[Any] = set()
-        self.called: set[type] = set()
-        """Classes of arguments whose methods blocks call, such as a cache."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> KnownForms:
-        return KnownForms()
-
-    def remember(self, key: Any, prepared: Prepared) -> None:
-        """Keep the prepared code of a form, and drop the oldest if there are too many."""
-        self.prepared[key] = prepared
-        if len(self.prepared) > _MAX_FORMS:
-            del self.prepared[next(iter(self.prepared))]
 
 
 @dataclass
@@ -158,10 +90,10 @@ class BlockBranches:
     gated: dict[Key, GatedBranch] = field(default_factory=dict[Key, GatedBranch])
     parts: dict[Key, nn.Module] = field(default_factory=dict[Key, nn.Module])
     _parts_at: dict[Any, BranchParts] = field(default_factory=dict[Any, BranchParts], repr=False)
-    _own: dict[Any, _Form] = field(default_factory=dict[Any, _Form], repr=False)
+    _own: dict[Any, Form] = field(default_factory=dict[Any, Form], repr=False)
     _reads: Reads | None = field(default=None, repr=False)
     _fingerprint: Any = field(default=None, repr=False)
-    _state_of_children: StateOfChildren = field(default_factory=lambda: StateOfChildren(nn.Module()), repr=False)
+    _state_of_children: StateOfChildren | None = field(default=None, repr=False)
 
     def add_branch(self, key: Key, gated: GatedBranch, parts: nn.Module) -> None:
         """Gate one of the known branches."""
@@ -175,7 +107,7 @@ class BlockBranches:
             "_parts_at": {},
             "_reads": None,
             "_fingerprint": None,
-            "_state_of_children": StateOfChildren(nn.Module()),
+            "_state_of_children": None,
         }
 
     def parts_at(self, block: nn.Module, key: Key, paths: Paths) -> nn.Module:
@@ -237,7 +169,7 @@ class BlockBranches:
         if reads is None or reads.children != reads.children_now(block):
             reads = self._look_again(block, leaves)
         of_leaves = form_of_leaves(leaves, self.forms.called)
-        set_to = settings(leaves), identities(leaves), self._state_of_children.now()
+        set_to = settings(leaves), identities(leaves), self._of_children()
         form = (signature, of_leaves, set_to, reads.now(block))
         own = self._own.get(form)
         if own is None and reads != (now := self._reads_with(block, leaves)):
@@ -253,9 +185,9 @@ class BlockBranches:
             if prepared is None:
                 prepared = self._prepare(block, signature, leaves)
                 self.forms.remember(key, prepared)
-            if len(self._own) >= _MAX_FORMS:
+            if len(self._own) >= MAX_FORMS:
                 del self._own[next(iter(self._own))]
-            own = self._own[form] = _Form(prepared)
+            own = self._own[form] = Form(prepared)
         own.num_calls += 1
         if not own.num_calls & (own.num_calls - 1) and own.num_calls > own.prepared.num_checked:
             own.prepared.num_checked = own.num_calls
@@ -315,6 +247,10 @@ class BlockBranches:
         """The values that the block's code may read in a call with these arguments."""
         skipped = (Tensor, *self.forms.called)
         return Reads(block, self.inlined, [leaf for leaf in leaves if not isinstance(leaf, skipped)])
+
+    def _of_children(self) -> tuple[Any, ...]:
+        """What of the children decides how they treat samples; that counts where each sample has a gate of its own."""
+        return () if self._state_of_children is None else self._state_of_children.now()
 
     def _look_again(self, block: nn.Module, leaves: Sequence[Any]) -> Reads:
         """Read the block again after its children changed: adapters, conversions, a copy."""
@@ -492,7 +428,7 @@ class BlockBranches:
         asks = self._reads is not None and "requires_grad" in self._reads.names
         of_inputs = [leaf.requires_grad for leaf in leaves if asks and isinstance(leaf, Tensor)]
         num_proven = few.num_many if few and draws.granularity == "sample" else 0
-        settings = torch.is_grad_enabled(), block.training, tuple(of_inputs), self._state_of_children.now(), num_proven
+        settings = torch.is_grad_enabled(), block.training, tuple(of_inputs), self._of_children(), num_proven
         of = (self._fingerprint, settings, skeleton(whole.graph))
         code, uses, ungated = rewrite(whole.graph, trial, own, draws.granularity)
         if of not in self.forms.proven:
@@ -576,7 +512,7 @@ class BlockBranches:
                     except TraceError:
                         continue
                     if generalize(whole.graph, few.graph):
-                        num_many = max(_NUM_SAMPLES, min(num_samples, _MAX_SAMPLES))
+                        num_many = max(_NUM_SAMPLES, min(num_samples, MAX_SAMPLES))
                         many = _some_rows(having_rows, num_many, num_samples)
                         return _Few(rows, skeleton(few.graph, with_numbers=True), num_many, many)
         return None

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.retrofit.called import Called
+from stochastic_depth.retrofit.code_names import code_of
 from stochastic_depth.retrofit.errors import StoredError
 from stochastic_depth.retrofit.forms import items_of
-from stochastic_depth.retrofit.reads import Reads, code_of
+from stochastic_depth.retrofit.reads import Reads
 from stochastic_depth.retrofit.stand_in import is_data, snapshot
 
 CONSTANTS = (

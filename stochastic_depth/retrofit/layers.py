@@ -16,13 +16,12 @@ from stochastic_depth.copies import evaluating_, plain_class, plain_copy, tensor
 from stochastic_depth.gate_draws import CLOSED, Gate
 from stochastic_depth.residual import GatedBranch, masks_only, outside_graph
 from stochastic_depth.retrofit.errors import TraceError
-from stochastic_depth.retrofit.proof import deviation, private, tolerance
+from stochastic_depth.retrofit.proof import MAX_SAMPLES, deviation, private, tolerance
 from stochastic_depth.retrofit.shapes import samples_among
 from stochastic_depth.retrofit.sizes import decide_by
 from stochastic_depth.retrofit.trace import Recording, flatten, record, remember, unflatten
 from stochastic_depth.torch_private import tree_map_only
 
-_MAX_SAMPLES = 64
 # What layers call their hidden states, also where these are not their first argument.
 _HIDDEN = ("hidden_states", "x")
 
@@ -39,9 +38,7 @@ class GatedLayer(GatedBranch):
     _structures: dict[Any, list[tuple[Recording | None, Any]]] = field(
         default_factory=dict[Any, "list[tuple[Recording | None, Any]]"], init=False, repr=False
     )
-
     _names: dict[Any, tuple[str, ...]] = field(default_factory=dict[Any, "tuple[str, ...]"], init=False, repr=False)
-
     # The forms of calls in which the layer keeps samples apart.
     _separate: set[Any] = field(default_factory=set[Any], init=False, repr=False)
 
@@ -78,7 +75,7 @@ class GatedLayer(GatedBranch):
             RuntimeError: if they differ.
         """
         num_samples = next(leaf.shape[0] for leaf, samples in zip(leaves, of_batch, strict=True) if samples)
-        num = min(num_samples, _MAX_SAMPLES)
+        num = min(num_samples, MAX_SAMPLES)
         form = (layer.training, num, *(leaf.shape[1:] if isinstance(leaf, Tensor) else None for leaf in leaves))
         if form in self._separate or num < 2:
             return

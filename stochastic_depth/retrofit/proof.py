@@ -40,6 +40,9 @@ Pattern = Mapping[Key, "bool | Tensor | None"]
 """A gate for each branch: open or closed, (n,) one per sample, or None for evaluation."""
 
 
+MAX_SAMPLES = 64
+"""With how many samples, at most, it is proven what runs on some of them: what mixes samples may need many."""
+
 _Call = Callable[[], "tuple[Sequence[Any], Mapping[str, Any], list[Any]]"]
 _Outcome = tuple[list[Any], "list[Tensor | None] | None"]
 """Outcome of a run: outputs, and gradients, or None if its backward fails."""

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, fx, nn
 
+from stochastic_depth.retrofit.code_names import code_of
 from stochastic_depth.retrofit.effects import CONSTANTS, is_same
 from stochastic_depth.retrofit.errors import StoredError, TraceError
 from stochastic_depth.retrofit.forms import items_of
-from stochastic_depth.retrofit.reads import Place, Reads, code_of, places_of_children, written_parameters
+from stochastic_depth.retrofit.places import Place
+from stochastic_depth.retrofit.reads import Reads, places_of_children, written_parameters
 from stochastic_depth.retrofit.stand_in import is_data
 from stochastic_depth.torch_private import TENSORS_AND_CHILDREN, buffer_dict, is_fake, tree_leaves
 
