@@ -24,24 +24,11 @@ _MAX_FUNCTIONS = 256
 _PROTOCOLS = {
     f"__{name}__"
     for name in (
-        *(
-            "call",
-            "getitem",
-            "getattr",
-            "getattribute",
-            "get",
-            "len",
-            "iter",
-            "next",
-            "bool",
-            "contains",
-            "float",
-            "int",
-        ),
-        *("index", "enter", "exit", "eq", "ne", "lt", "le", "gt", "ge", "neg", "abs", "round"),
-        *(f"{side}{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow") for side in ("", "r")),
+        "call", "getitem", "getattr", "getattribute", "get", "len", "iter", "next", "bool", "contains", "float", "int",
+        "index", "enter", "exit", "eq", "ne", "lt", "le", "gt", "ge", "neg", "abs", "round",
+        *(side + name for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow") for side in ("", "r")),
     )
-}
+}  # fmt: skip
 # What runs where code makes an object of a class that it names.
 _MAKING = {"__init__", "__new__", "__post_init__"}
 

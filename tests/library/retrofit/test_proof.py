@@ -5,6 +5,7 @@ The reference is each block's own formula with its gates written into it, in flo
 
 import copy
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -656,14 +657,11 @@ def test_a_closed_layer_hands_on_its_hidden_states(granularity: str, *, by_name:
         assert_same(net(x, position), x + net.layers[1].f(x + position))
 
 
-class Making(dict[str, type[nn.Module]]):
+class Making(OrderedDict[str, type[nn.Module]]):
     """Makes a module of the class that it holds, as the table of activations in transformers does."""
 
     def __getitem__(self, name: str) -> nn.Module:  # type: ignore[override]
         return super().__getitem__(name)()
-
-    def __iter__(self) -> Iterator[str]:
-        return super().__iter__()
 
 
 ACTIVATIONS = Making(relu=nn.ReLU)
