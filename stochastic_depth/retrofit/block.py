@@ -428,10 +428,10 @@ class BlockBranches:
         asks = self._reads is not None and "requires_grad" in self._reads.names
         of_inputs = [leaf.requires_grad for leaf in leaves if asks and isinstance(leaf, Tensor)]
         num_proven = few.num_many if few and draws.granularity == "sample" else 0
-        settings = torch.is_grad_enabled(), block.training, tuple(of_inputs), self._of_children(), num_proven
+        settings = torch.is_grad_enabled(), block.training, tuple(of_inputs), self._of_children()
         of = (self._fingerprint, settings, skeleton(whole.graph))
         code, uses, ungated = rewrite(whole.graph, trial, own, draws.granularity)
-        if of not in self.forms.proven:
+        if self.forms.proven.get(of, -1) < num_proven:
             call = self._call(signature, leaves, few.rows if few else {}, with_gradients=not asks)
             many = None
             if few and draws.granularity == "sample":
@@ -447,7 +447,7 @@ class BlockBranches:
                 training=block.training,
                 inlined=self.inlined,
             )
-            self.forms.proven.add(of)
+            self.forms.proven[of] = num_proven
         masked = {use.key: use.cause for use in uses if use.cause}
         recorded = (few.recorded, few.rows) if few else (exact, {})
         of_subset = (few.num_many, few.many) if few and draws.granularity == "sample" else None

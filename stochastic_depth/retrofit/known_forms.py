@@ -56,8 +56,9 @@ class KnownForms:
 
     def __init__(self) -> None:
         self.prepared: dict[Any, Prepared] = {}
-        self.proven: set[Any] = set()
-        """Proven code, without its numbers: a number that changes in every step needs no new proof."""
+        self.proven: dict[Any, int] = {}
+        """Proven code, without its numbers, as one that changes in every step needs no new proof; and the number of
+        samples that it was proven with for some of them, 0 where that cannot be."""
         self.num_runs = 0
         """Number of runs of blocks for recordings and proofs."""
         self.warned: set[Any] = set()
