@@ -186,6 +186,10 @@ def _private_copy(value: Any, memo: dict[int, Any], depth: int = 4) -> Any:
     return made
 
 
+# Their objects are no data of a model. A logger leads to all others, with thousands of objects.
+_NO_DATA = {"torch", "numpy", "random", "logging", "stochastic_depth"}
+
+
 def is_data(value: Any) -> bool:
     """Whether a user's object holds data, such as a config or a counter."""
     kind = cast("type[Any]", type(value))
@@ -194,7 +198,7 @@ def is_data(value: Any) -> bool:
         and not isinstance(value, (Tensor, nn.Module, type, types.ModuleType, enum.Enum, Called))
         and not callable(value)
         and not hasattr(kind, "__copy__")
-        and not kind.__module__.startswith(("torch", "numpy", "random", "stochastic_depth"))
+        and kind.__module__.partition(".")[0] not in _NO_DATA
     )
 
 

@@ -46,8 +46,9 @@ def unchanged_surroundings(
     for name, value in [*values, *(item for item in block.__dict__.items() if item[0] in names)]:
         if isinstance(value, Iterator):
             raise TraceError(f"the forward may advance the iterator {name}")
-    own = _keep(block, reads.places)
-    others = _keep(block, set(places_of_children(block)).difference(reads.places))
+    seen: dict[int, int] = {}
+    own = _keep(block, reads.places, seen)
+    others = _keep(block, set(places_of_children(block)).difference(reads.places), seen)
     environment = dict(os.environ)
     changed: str | None = None
     try:
@@ -69,7 +70,7 @@ def unchanged_surroundings(
 @contextmanager
 def kept_surroundings(model: nn.Module) -> Generator[None]:
     """Within, the code of a model may change what lies around it, and its parameters; afterwards all is as before."""
-    kept = _keep(model, {*Reads(model).places, *places_of_children(model)})
+    kept = _keep(model, {*Reads(model).places, *places_of_children(model)}, {})
     parameters = [(parameter, parameter.detach().clone()) for parameter in written_parameters(model)]
     environment = dict(os.environ)
     try:
@@ -89,13 +90,14 @@ def _put_environment(environment: dict[str, str]) -> None:
         os.environ.update(environment)
 
 
-def _keep(block: nn.Module, places: Iterable[Place]) -> list[_KeptPlace]:
+def _keep(block: nn.Module, places: Iterable[Place], seen: dict[int, int]) -> list[_KeptPlace]:
     modules = {id(module) for module in block.modules()}
+    seen.update(dict.fromkeys(modules, _MAX_DEPTH))
     kept: list[_KeptPlace] = []
     for place in places:
         value = place()
         if place.is_value and id(place.owner) not in modules and not isinstance(value, type):
-            kept.append(_KeptPlace(place, value, place.is_empty, Kept(value, modules)))
+            kept.append(_KeptPlace(place, value, place.is_empty, Kept(value, seen)))
     return kept
 
 
@@ -131,18 +133,17 @@ class Kept:
 
     Args:
         value: the value.
-        left_out: identities of modules that are not looked into.
+        seen: identities of objects that are kept elsewhere, and how deep; those of this value are added.
     """
 
-    def __init__(self, value: Any, left_out: Collection[int] = ()) -> None:
+    def __init__(self, value: Any, seen: dict[int, int]) -> None:
         self._parts: list[tuple[Any, Any]] = []
-        self._seen = set(left_out)
-        self._keep(value, _MAX_DEPTH)
+        self._keep(value, _MAX_DEPTH, seen)
 
-    def _keep(self, value: Any, depth: int) -> None:
-        if depth == 0 or isinstance(value, CONSTANTS) or id(value) in self._seen or len(self._parts) >= _MAX_PARTS:
+    def _keep(self, value: Any, depth: int, seen: dict[int, int]) -> None:
+        if isinstance(value, CONSTANTS) or seen.get(id(value), 0) >= depth or len(self._parts) >= _MAX_PARTS:
             return
-        self._seen.add(id(value))
+        seen[id(value)] = depth
         contents = _contents_of(value)
         if contents is not None:
             self._parts.append((value, contents))
@@ -150,7 +151,7 @@ class Kept:
         parts = cast("dict[Any, Any]", held).values() if isinstance(held, dict) else held
         for part in cast("list[Any]", parts) if isinstance(held, (list, tuple, set, dict)) else ():
             if not isinstance(part, nn.Module):
-                self._keep(part, depth - 1)
+                self._keep(part, depth - 1, seen)
 
     @property
     def has_changed(self) -> bool:
