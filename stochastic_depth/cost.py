@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
 from stochastic_depth.gate_draws import GateDraws, Observer
+from stochastic_depth.random_states import same_random_states
 from stochastic_depth.torch_private import (
     TorchDispatchMode,
     evaluated_node,
@@ -286,12 +287,11 @@ class Meter(TorchDispatchMode):
 
 @contextmanager
 def undisturbed(root: nn.Module) -> Generator[None]:
-    """Afterward training modes, buffers and random states of the model and of PyTorch are as before."""
+    """Context after which a model's training modes and buffers, and all random states, are as before."""
     modes = [(module, module.training) for module in root.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in root.buffers()]
-    gpus = {parameter.device for parameter in root.parameters() if parameter.is_cuda}
     try:
-        with torch.random.fork_rng(gpus):
+        with same_random_states():
             yield
     finally:
         for module, training in modes:

@@ -24,7 +24,7 @@ from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.errors import CutError, TraceError
 from stochastic_depth.retrofit.find import find_branches
-from stochastic_depth.retrofit.readings import recordings
+from stochastic_depth.retrofit.readings import optional_arguments, recordings
 from stochastic_depth.retrofit.rules import drop_path_rule
 from stochastic_depth.retrofit.sizes import is_size
 from stochastic_depth.retrofit.sums import Key, inlined_of, known_sums
@@ -221,14 +221,15 @@ def _ends_in_all_calls(branch: BranchWithGate, calls: Calls) -> _Ends:
 
 
 def _graphs_of_all_calls(block: nn.Module, drop_paths: Sequence[str], calls: Calls) -> list[fx.Graph]:
-    """Recordings of a block in these calls and in a call with its defaults, in both modes.
+    """Recordings of a block in these calls, and in calls with its defaults and all that may be given, in both modes.
 
     A drop path may be called in training only, and code that can be recorded in one mode may branch on values in the
     other.
     """
     graphs: dict[str, fx.Graph] = {}  # without duplicates
     first_error: TraceError | None = None
-    for arguments in (*calls.get(block, ()), None):
+    optional = optional_arguments(block)
+    for arguments in (*calls.get(block, ()), None, *([optional] if optional else [])):
         for other_mode in (False, True):
             try:
                 for way in recordings(block, arguments, other_mode=other_mode, inlined=inlined_of(drop_paths)):

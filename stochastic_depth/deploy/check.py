@@ -20,7 +20,7 @@ from stochastic_depth.deploy.guess import guessed_calls
 from stochastic_depth.deploy.undo import without_traces
 from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit import controller
-from stochastic_depth.retrofit.remembered import Call, RememberedCalls
+from stochastic_depth.retrofit.remembered import Call, RememberedCalls, form_of_call
 from stochastic_depth.torch_private import is_compiled_wrapper
 
 Origin = Literal["given", "remembered", "guessed"]
@@ -51,14 +51,13 @@ class Check:
     Args:
         model: the stochastic model.
         branches: its branches.
-        inputs: an example from the user. None: a remembered call of the model, or else a guess.
+        inputs: an example from the user. None: remembered calls of the model, one of each form, or else a guess.
         remembered: calls of the model that it was copied from; None: its own.
         context: context in which the stochastic model runs.
 
     Attributes:
-        call: the example; None if the model runs on none.
-        calls: calls of the blocks and whole layers with branches in it.
-        origin: where the example comes from.
+        calls: calls of the blocks and whole layers with branches in the examples.
+        origin: where the examples come from.
     """
 
     def __init__(
@@ -70,7 +69,8 @@ class Check:
         remembered: RememberedCalls | None = None,
         context: Context = nullcontext,
     ) -> None:
-        self.call: Call | None = None
+        # The examples on which the model runs, each with what it computes.
+        self._examples: list[tuple[Call, Mapping[tuple[str, str], _Sample]]] = []
         self.calls: dict[nn.Module, list[Call]] = {}
         self.origin: Origin = "given"
         depth = controller(model)
@@ -88,21 +88,28 @@ class Check:
         }
         self._calls = depth.calls
         known = (remembered or depth.calls).evaluation_first()
+        forms: list[Any] = []
         with self._calls.paused():
-            for self.origin, call in _examples(depth.root, known, inputs):
+            for origin, call in _examples(depth.root, known, inputs):
+                form = form_of_call(*call)
+                if form in forms:
+                    continue
+                if forms and origin == "guessed":
+                    break
+                self.origin = origin
                 try:
                     seen = self._seen(model, call, context, blocks)
                 except Exception:
-                    if self.origin == "given":
+                    if origin == "given":
                         raise
                     continue
                 if any(bool(sample.values.isfinite().any()) for sample in seen.values()):
-                    self.call, self._before = call, seen
-                    break
+                    self._examples.append((call, seen))
+                    forms.append(form)
 
     def warn_if_impossible(self, function: str, *, stacklevel: int) -> None:
         """Warn that nothing could be checked, and say how to check it."""
-        if self.call is None:
+        if not self._examples:
             warnings.warn(
                 f"{function} could not check its result: it has no example of the inputs of {self._kind}. Pass one, "
                 f"{function}(model, inputs=x), or run a forward first.",
@@ -112,27 +119,38 @@ class Check:
     def forget_blocks(self) -> None:
         """From now on, compare only the outputs, not the blocks' outputs or lists with an entry per block."""
         self._branch_of = {}
-        if self.call is not None:
-            self._before = {key: sample for key, sample in self._before.items() if not key[0] and key[1].count(".") < 2}
+        self._examples = [
+            (call, {key: sample for key, sample in before.items() if not key[0] and key[1].count(".") < 2})
+            for call, before in self._examples
+        ]
 
     def refuse_difference(self, made: nn.Module, function: str, *, context: Context = nullcontext) -> None:
-        """Run the result on the example.
+        """Run the result on the examples.
 
         Raises:
             RuntimeError: if its outputs differ from the stochastic model's, or if it does not run.
         """
-        if self.call is None:
-            return
+        for call, before in self._examples:
+            self._refuse_difference(made, function, call, before, context)
+
+    def _refuse_difference(
+        self,
+        made: nn.Module,
+        function: str,
+        call: Call,
+        before: Mapping[tuple[str, str], _Sample],
+        context: Context,
+    ) -> None:
         try:
             with self._calls.paused():
-                after = self._seen(made, self.call, context)
+                after = self._seen(made, call, context)
         except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise RuntimeError(
                 f"{function} refuses {self._kind}: the result would not run on the {self.origin} example "
                 f"({reason}). {_WAY_OUT}"
             ) from error
-        difference = _difference(self._before, after, _rounding(made, [*self._before.values(), *after.values()]))
+        difference = _difference(before, after, _rounding(made, [*before.values(), *after.values()]))
         if difference is not None:
             name, error, scale = difference
             where = f"{name} (branch {self._branch_of[name]})" if name in self._branch_of else "the output"
@@ -182,7 +200,8 @@ class Check:
                 except Exception:  # it does not run with hooks
                     inner.clear()
                 else:
-                    self.calls = calls if noted else self.calls
+                    for block, its in calls.items():
+                        self.calls.setdefault(block, []).extend(its)
         return {**inner, **seen}
 
 

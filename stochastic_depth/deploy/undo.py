@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import sys
 from collections import OrderedDict
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
@@ -78,14 +76,8 @@ def without_traces(model: nn.Module) -> Generator[None]:
     Other effects of a forward stay: in objects that the modules hold, and whatever hooks write.
     """
     before = Snapshot(model)
-    python = random.getstate()
-    numpy: Any = sys.modules.get("numpy")
-    of_numpy = numpy.random.get_state() if numpy is not None else None
     try:
         with undisturbed(model):
             yield
     finally:
         before.put_back_()
-        random.setstate(python)
-        if numpy is not None:
-            numpy.random.set_state(of_numpy)

@@ -164,8 +164,7 @@ def _make_stochastic(branch: Branch, gated: GatedBranch, found: Found, forms: Kn
         drop_path = block.get_submodule(path)
         if _BRANCH not in drop_path.__dict__:
             swap_class_(drop_path, StochasticDropPath)
-            rate = 0.0 if branch.rule is None else branch.rule.drop_rate
-            setattr(drop_path, _BRANCH, DropPathUses(rate, own_rate))
+            setattr(drop_path, _BRANCH, DropPathUses(branch.rule, own_rate))
         getattr(drop_path, _BRANCH).gated.append((block, gated))
 
 

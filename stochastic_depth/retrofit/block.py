@@ -20,11 +20,13 @@ from stochastic_depth.residual import GatedBranch, masks_only, outside_graph
 from stochastic_depth.retrofit.called import called
 from stochastic_depth.retrofit.effects import ChangedObjectError
 from stochastic_depth.retrofit.errors import CutError, ProofError, StoredError, TraceError
-from stochastic_depth.retrofit.forms import fingerprint, form_of_leaves, identities, settings
+from stochastic_depth.retrofit.fingerprints import fingerprint
+from stochastic_depth.retrofit.for_now import remembering
+from stochastic_depth.retrofit.forms import form_of_leaves, identities, settings
 from stochastic_depth.retrofit.functional import FUNCTIONAL
 from stochastic_depth.retrofit.gated_calls import in_training
 from stochastic_depth.retrofit.known_forms import MAX_FORMS, Form, KnownForms, Prepared
-from stochastic_depth.retrofit.masked_drop_path import own_code, passing_drop_paths
+from stochastic_depth.retrofit.masked_drop_path import follow_rule, own_code, passing_drop_paths
 from stochastic_depth.retrofit.num_samples import generalize, skeleton
 from stochastic_depth.retrofit.proof import MAX_SAMPLES, FixedGates, arguments_anew, behind_nodes, private, prove
 from stochastic_depth.retrofit.quiet import drawn_for_samples
@@ -187,10 +189,10 @@ class BlockBranches:
                 self.forms.remember(key, prepared)
             if len(self._own) >= MAX_FORMS:
                 del self._own[next(iter(self._own))]
-            own = self._own[form] = Form(prepared)
+            own = self._own[form] = Form(prepared, prepared.num_blocks)
+            prepared.num_blocks += 1
         own.num_calls += 1
-        if not own.num_calls & (own.num_calls - 1) and own.num_calls > own.prepared.num_checked:
-            own.prepared.num_checked = own.num_calls
+        if own.is_its_turn():
             self._check_again(block, signature, leaves, own.prepared)
         if own.prepared.refusal:
             raise RuntimeError(own.prepared.refusal)
@@ -268,7 +270,7 @@ class BlockBranches:
         granularity = next(iter(self.gated.values())).passes.granularity
         forward = getattr(self.own_forward, "__func__", self.own_forward)
         return (
-            *fingerprint(block),
+            *fingerprint(block, of_samples=granularity == "sample"),
             forward,
             tuple(self.known.items()),
             rules,
@@ -286,7 +288,7 @@ class BlockBranches:
         for key in self.gated:
             in_training(block, key)  # raises if its drop path was replaced
         try:
-            with private():
+            with private(), remembering():
                 prepared = self._proven_with_objects(block, signature, leaves)
         except (TraceError, CutError, ProofError) as error:
             # In the block's own code, the gates of functional drop paths would have no effect.
@@ -302,13 +304,17 @@ class BlockBranches:
 
         If it computes something else now, drop paths are masked from then on, and additions raise an error.
         """
-        if prepared.recorded is None or is_capturing():
+        if is_capturing():
+            return
+        for path in {key[0] for key in self.gated} - {"", FUNCTIONAL}:
+            follow_rule(block.get_submodule(path))
+        if prepared.recorded is None:
             return
         before, rows = prepared.recorded
 
         def now(rows: Mapping[int, Tensor] = rows) -> Any:
             try:
-                with private():
+                with private(), remembering():
                     run = self._recorded(stand_in(block), signature, leaves, rows)
             except TraceError:
                 return None
@@ -338,11 +344,11 @@ class BlockBranches:
         if prepared.code is None or prepared.of_subset is None or not prepared.uses:
             return None
         num, rows = prepared.of_subset
-        trial = stand_in(block)
+        trial = stand_in(block, own_values=True)  # Those that training has led to.
         own, fixed = self._with_fixed_gates(trial)
         call = self._call(signature, leaves, rows)
         try:
-            with private():
+            with private(), remembering():
                 self.forms.num_runs += prove(
                     trial,
                     prepared.code,
@@ -495,7 +501,16 @@ class BlockBranches:
         }
         if not lengths or 0 in lengths.values():
             return None
-        first = next(iter(lengths))
+        # The first argument may be one that all samples share.
+        for first in list(lengths)[:2]:
+            if few := self._with_few(trial, signature, leaves, whole, lengths, first):
+                return few
+        return None
+
+    def _with_few(
+        self, trial: nn.Module, signature: Any, leaves: list[Any], whole: Run, lengths: Mapping[int, int], first: int
+    ) -> _Few | None:
+        """`_generalize` if the argument number `first` has a row for each sample, or several."""
         # If patches are folded into the batch, one argument has several rows per sample of another.
         for num_samples in dict.fromkeys((lengths[first], *lengths.values())):
             if lengths[first] % num_samples:

@@ -15,8 +15,9 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from stochastic_depth.copies import plain_class
+from stochastic_depth.retrofit.for_now import remembered
 from stochastic_depth.retrofit.forms import PLAIN, items_of
-from stochastic_depth.retrofit.places import content_of
+from stochastic_depth.retrofit.places import attribute_of, content_of
 
 _MAX_DEPTH = 4
 _MAX_FUNCTIONS = 256
@@ -91,9 +92,10 @@ def names_in_code(kind: type[nn.Module], *held: FunctionType | type, children: t
         The names and the functions.
     """
     followed = list[tuple[dict[str, Any], str, Any]]()
-    if any(isinstance(each, FunctionType) and each.__closure__ for each in held):
-        return _names_in_code(kind, held, children, followed)  # To know a closure would keep what it holds alive.
     key = (kind, held, children)
+    if any(isinstance(each, FunctionType) and each.__closure__ for each in held):
+        # To know a closure for longer would keep alive what it holds.
+        return remembered(key, lambda: _names_in_code(kind, held, children, followed))
     known = _KNOWN.get(key)
     if known is not None and all(space.get(name) is value for space, name, value in known[0]):
         return known[1]
@@ -121,24 +123,9 @@ def _names_in_code(
     names: set[str] = set()
     while pending and len(functions) < _MAX_FUNCTIONS:
         function = pending.pop()
-        if function in functions:
-            continue
-        functions[function] = None
-        own = names_of(function.__code__)
-        names |= own
-        values = [function.__globals__.get(name) for name in own]
-        values += [sys.modules.get(name) for name in imports_of(function.__code__)]
-        followed += [(function.__globals__, name, function.__globals__.get(name)) for name in own]
-        values += [
-            value.__dict__.get(name) for value in values if is_users_module(value) for name in (*own, "__getattr__")
-        ]
-        values += [content_of(cell, "") for cell in function.__closure__ or ()]
-        for code in [each for value in values for each in _code_in(value)]:
-            if isinstance(code, FunctionType):
-                pending.append(code)
-            elif not issubclass(code, nn.Module):
-                kinds[code] = None
-        made.update((value, None) for value in values if isinstance(value, type) and value in kinds)
+        if function not in functions:
+            functions[function] = None
+            names |= _follow(function, kinds, made, pending, followed)
         if not pending:
             # `super().forward` names the block's own.
             of_children = names - _PROTOCOLS - ({"forward"} if "super" in names else set[str]())
@@ -151,9 +138,32 @@ def _names_in_code(
     return frozenset(names), tuple(functions)
 
 
+def _follow(
+    function: FunctionType,
+    kinds: dict[type, None],
+    made: dict[type, None],
+    pending: list[FunctionType],
+    followed: list[tuple[dict[str, Any], str, Any]],
+) -> frozenset[str]:
+    """The names in a function; what it may call by them goes to the other arguments."""
+    own = names_of(function.__code__)
+    values = [function.__globals__.get(name) for name in own]
+    values += [sys.modules.get(name) for name in imports_of(function.__code__)]
+    followed += [(function.__globals__, name, function.__globals__.get(name)) for name in own]
+    values += [value.__dict__.get(name) for value in values if is_users_module(value) for name in (*own, "__getattr__")]
+    values += [content_of(cell, "") for cell in function.__closure__ or ()]
+    for code in [each for value in values for each in _code_in(value)]:
+        if isinstance(code, FunctionType):
+            pending.append(code)
+        elif not issubclass(code, nn.Module):
+            kinds[code] = None
+    made.update((value, None) for value in values if isinstance(value, type) and value in kinds)
+    return own
+
+
 def _code_in(value: Any, depth: int = 2) -> Iterator[FunctionType | type]:
     """The function that a value is, or the class of a user's object whose methods code may call."""
-    wrapped = getattr(value, "__wrapped__", None) if callable(value) else None
+    wrapped = attribute_of(value, "__wrapped__") if callable(value) else None
     if wrapped is not None and depth > -_MAX_DEPTH:
         yield from _code_in(wrapped, depth - 1)
     if isinstance(value, (FunctionType, type)):
@@ -169,7 +179,7 @@ def _code_in(value: Any, depth: int = 2) -> Iterator[FunctionType | type]:
         if is_users(type(value)):
             yield type(value)
         if depth > 0:
-            inner = [*contents_of_value(value), *getattr(value, "__dict__", {}).values()]
+            inner = [*contents_of_value(value), *(attribute_of(value, "__dict__") or {}).values()]
             yield from (each for part in inner for each in _code_in(part, depth - 1))
 
 
@@ -179,21 +189,20 @@ def _methods_of(kinds: Collection[type], names: Collection[str]) -> list[Functio
         for kind in kinds
         for part in (*kind.__mro__, *inspect.getmro(type(kind)))
         if is_users(part) or (issubclass(part, nn.Module) and part is not nn.Module)
-        for name, value in vars(part).items()
-        if name in names
-        for function in _functions_of(value)
+        for name in vars(part).keys() & names
+        for function in _functions_of(vars(part)[name])
     ]
 
 
 def _functions_of(value: Any) -> Iterator[FunctionType]:
     """The functions behind a method, a property, a decorated method or a descriptor."""
-    value = getattr(value, "fget", None) or getattr(value, "__func__", value)
-    if is_users(type(value)) and hasattr(value, "__get__"):
+    value = attribute_of(value, "fget") or attribute_of(value, "__func__") or value
+    if is_users(type(value)) and hasattr(type(value), "__get__"):
         yield from (each for each in vars(type(value)).values() if isinstance(each, FunctionType))
     for _ in range(_MAX_DEPTH):
         if isinstance(value, FunctionType):
             yield value
-        value = getattr(value, "__wrapped__", None)
+        value = attribute_of(value, "__wrapped__")
 
 
 def is_users(value: Any) -> bool:

@@ -8,7 +8,7 @@ do not count as values: the branch reads them again from its own samples.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -193,9 +193,22 @@ def cut(residual: Sum, block: nn.Module) -> Branch:
     Raises:
         CutError: if the drop path would not be skipped with it, or it changes a value from outside in place.
     """
+    try:
+        return _cut(residual, block, ("Attention", "Attn"))
+    except CutError:
+        if residual.drop_path is not None:
+            raise
+        # Other values that its children give may be used elsewhere.
+        return _cut(residual, block, ("",))
+
+
+def _cut(residual: Sum, block: nn.Module, names: Sequence[str]) -> Branch:
+    """The branch, where children of classes with these names may give more than its output."""
     kept: set[fx.Node] = set() if residual.shortcut is None else ancestors(residual.shortcut)
     nodes = ancestors(residual.output) - kept
-    sides = tuple(node for node in residual.add.graph.nodes if node not in nodes and _is_side(node, nodes, block))
+    sides = tuple(
+        node for node in residual.add.graph.nodes if node not in nodes and _is_side(node, nodes, block, names)
+    )
     # From the end to the start: nodes that are used outside the branch do not belong to it, and neither do their
     # inputs.
     for node in reversed(list(residual.add.graph.nodes)):
@@ -248,15 +261,15 @@ def _is_container(node: fx.Node) -> bool:
 _SPLITS = {"chunk", "split", "unbind", "tensor_split", "split_with_sizes", "hsplit", "vsplit", "unsafe_chunk"}
 
 
-def _is_side(node: fx.Node, nodes: Collection[fx.Node], block: nn.Module) -> bool:
+def _is_side(node: fx.Node, nodes: Collection[fx.Node], block: nn.Module, names: Sequence[str]) -> bool:
     if node.target is not operator.getitem:
         return False
     source, index = cast("tuple[fx.Node, Any]", node.args)
     start = index.start if isinstance(index, slice) else index
     if source not in nodes or source.op != "call_module" or not isinstance(start, int) or start < 1:
         return False
-    name = type(block.get_submodule(cast(str, source.target))).__name__
-    return "Attention" in name or "Attn" in name
+    kind = type(block.get_submodule(cast(str, source.target))).__name__
+    return any(name in kind for name in names)
 
 
 def _is_used_outside(size: fx.Node, nodes: Collection[fx.Node]) -> bool:

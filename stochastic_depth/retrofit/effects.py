@@ -20,6 +20,7 @@ from stochastic_depth.retrofit.errors import StoredError
 from stochastic_depth.retrofit.forms import items_of
 from stochastic_depth.retrofit.reads import Reads
 from stochastic_depth.retrofit.stand_in import is_data, snapshot
+from stochastic_depth.torch_private import BatchNorm
 
 CONSTANTS = (
     type(None), bool, int, float, complex, str, bytes, type(...), torch.dtype, torch.device, torch.layout,
@@ -32,13 +33,17 @@ def contents_of(block: nn.Module, arguments: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path, module in block.named_modules():
         for name, value in module.__dict__.items():
-            if name not in ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"):
+            is_mode = name == "training" and isinstance(module, BatchNorm)  # A stand-in calls it in evaluation.
+            if not is_mode and name not in _NOT_STORED:
                 found[f"{path}.{name}".strip(".")] = snapshot(value)
         for group in ("_parameters", "_buffers"):
             found.update({f"{path}.{name}".strip("."): value for name, value in module.__dict__[group].items()})
     for index, value in enumerate(containers_in(arguments)):
         found[f"argument {index}"] = snapshot(vars(value) if hasattr(value, "__dict__") else value)
     return found
+
+
+_NOT_STORED = {"_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"}
 
 
 def containers_in(value: Any) -> Iterator[Any]:

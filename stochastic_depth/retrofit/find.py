@@ -14,6 +14,7 @@ from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit.code_names import names_in_code
 from stochastic_depth.retrofit.errors import CutError, TraceError, UnusedError
 from stochastic_depth.retrofit.example import Example
+from stochastic_depth.retrofit.for_now import remembering
 from stochastic_depth.retrofit.functional import FUNCTIONAL
 from stochastic_depth.retrofit.readings import BranchReading, inlined_in, read
 from stochastic_depth.retrofit.rules import DropPathRule, does_otherwise, drop_path_rule, is_drop_path
@@ -82,6 +83,7 @@ class Found:
     example: Example | None = None
 
 
+@remembering()
 def find_branches(
     model: nn.Module,
     where: Where | None,
@@ -118,8 +120,7 @@ def find_branches(
             _find_additions(model, found)
     if not found.branches:
         raise ValueError(_nothing_found(model, found, with_schedule=with_schedule))
-    order = {module: index for index, module in enumerate(model.modules())}
-    found.branches.sort(key=lambda branch: order[branch.ends_in or branch.named])
+    found.branches.sort(key=_place_in(model, found.branches))
     found.branches = _chosen(found.branches, where)
     for branch in found.branches:
         if isinstance(branch.module, Residual) and type(branch.module).forward is not Residual.forward:
@@ -128,6 +129,24 @@ def find_branches(
                 "replace. Keep Residual's forward, and move code before or after the sum into modules around it."
             )
     return found
+
+
+def _place_in(model: nn.Module, branches: Sequence[Branch]) -> Callable[[Branch], int]:
+    """Gives the place of a branch among the model's modules."""
+    order = {module: index for index, module in enumerate(model.modules())}
+    names = {branch.block_name for branch in branches}
+    # Models between whose blocks are sums: such a sum stands where its branch is.
+    around = {branch.block_name for branch in branches if branch.ends_in is not None}
+    around |= {name for name in names if any(other.startswith(f"{name}." if name else "") for other in names - {name})}
+
+    def place(branch: Branch) -> int:
+        is_sum = branch.ends_in is None and branch.named is branch.module
+        if is_sum and branch.block_name in around and isinstance(branch.parts, BranchParts):
+            inside = [branch.named.get_submodule(path) for path in branch.parts.paths.members]
+            return min([order[module] for module in inside], default=order[branch.named])
+        return order[branch.ends_in or branch.named]
+
+    return place
 
 
 def _nothing_found(model: nn.Module, found: Found, *, with_schedule: bool) -> str:

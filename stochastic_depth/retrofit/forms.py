@@ -13,10 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.copies import plain_class
-from stochastic_depth.retrofit.rules import is_drop_path
 from stochastic_depth.retrofit.trace import PLAIN_TYPES
-from stochastic_depth.torch_private import MODULE_ATTRIBUTES, buffer_dict, parameter_dict
+from stochastic_depth.torch_private import MODULE_ATTRIBUTES
 
 PLAIN = (*PLAIN_TYPES, bytes, complex, enum.Enum, torch.memory_format, torch.layout)
 _MAX_DEPTH = 6
@@ -69,7 +67,7 @@ def form_of(value: Any, depth: int = _MAX_DEPTH) -> Any:
         return kind, tuple([form_of(item, depth - 1) for item in cast("list[Any]", value)]), own
     if isinstance(value, (set, frozenset)):
         return kind, frozenset([form_of(item, depth - 1) for item in cast("set[Any]", value)])
-    if hasattr(value, "tobytes") and hasattr(value, "dtype"):  # a numpy array
+    if kind.__module__ == "numpy" and hasattr(value, "tobytes"):
         return kind, str(value.dtype), getattr(value, "shape", ()), value.tobytes()
     attributes = dict(getattr(value, "__dict__", {}))
     for part in kind.__mro__:
@@ -129,42 +127,4 @@ def settings(leaves: Sequence[Any]) -> tuple[Any, ...]:
     return torch.is_grad_enabled(), dtype, torch.is_inference_mode_enabled()
 
 
-def fingerprint(block: nn.Module) -> tuple[Any, ...]:
-    """Equal for two blocks with the same code and configuration, whatever their weights."""
-    return tuple(
-        (
-            path,
-            plain_class(module),
-            # The rates of drop paths rise from block to block; the gates replace them.
-            () if is_drop_path(module) else _configuration(module),
-            tuple((n, None if p is None else (tuple(p.shape), p.dtype, p.requires_grad)) for n, p in _tensors(module)),
-        )
-        for path, module in block.named_modules()
-    )
-
-
-def _configuration(module: nn.Module) -> tuple[tuple[str, str], ...]:
-    left_out = NOT_CONFIGURATION | _POSITIONS
-    return tuple(sorted((n, _identity_of(v)) for n, v in module.__dict__.items() if n not in left_out))
-
-
-# A layer's number in its model, which caches need, does not make it a different kind of layer.
-_POSITIONS = {"layer_idx", "layer_id", "layer_index", "layer_number"}
-
-
 NOT_CONFIGURATION = {*MODULE_ATTRIBUTES, "_stochastic_depth_branch", "_stochastic_depth"}
-
-
-def _tensors(module: nn.Module) -> list[tuple[str, Tensor | None]]:
-    return [*parameter_dict(module).items(), *buffer_dict(module).items()]
-
-
-def _identity_of(value: Any) -> str:
-    if is_plain(value):
-        return repr(value)
-    if isinstance(value, (list, tuple)):
-        return f"{type(value).__name__}({','.join(map(_identity_of, cast('list[Any]', value)))})"
-    if isinstance(value, dict):
-        items = cast("dict[Any, Any]", value).items()
-        return f"dict({','.join(f'{_identity_of(key)}:{_identity_of(item)}' for key, item in items)})"
-    return f"{type(value).__name__}@{id(value)}"

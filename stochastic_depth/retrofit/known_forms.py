@@ -28,7 +28,7 @@ class Prepared:
         ungated: for each addition that was not found before the call, what it uses.
         recorded: recording of the block's own code on a few samples, and the rows of the arguments that these are.
         of_subset: the number of samples that it was proven with for some of them, and their rows of the arguments.
-        num_checked: number of calls, over all blocks, at the last comparison with a new recording.
+        num_blocks: number of blocks that share it; they take turns in recording their code again.
         refusal: why the form is refused, if the code has changed since.
     """
 
@@ -39,16 +39,29 @@ class Prepared:
     ungated: tuple[str, ...] = ()
     recorded: tuple[Any, Mapping[int, Tensor]] | None = None
     of_subset: tuple[int, Mapping[int, Tensor]] | None = None
-    num_checked: int = 1
+    num_blocks: int = 0
     refusal: str = ""
 
 
 @dataclass
 class Form:
-    """A form of a block's call, with its number of calls."""
+    """A form of a block's call, with its number of calls.
+
+    Attributes:
+        prepared: the code.
+        number: which of the blocks that share the code it is.
+        num_calls: number of calls so far.
+    """
 
     prepared: Prepared
+    number: int
     num_calls: int = 0
+
+    def is_its_turn(self) -> bool:
+        """Whether the block records its code again in this call: the calls 2, 4, 8, … of each block in turn."""
+        turn = self.num_calls.bit_length() - 2
+        is_power = not self.num_calls & (self.num_calls - 1)
+        return is_power and turn >= 0 and turn % self.prepared.num_blocks == self.number
 
 
 class KnownForms:

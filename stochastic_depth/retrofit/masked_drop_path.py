@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from stochastic_depth.copies import plain_class
 from stochastic_depth.residual import GatedBranch, masked
-from stochastic_depth.retrofit.rules import drop_path_rule
+from stochastic_depth.retrofit.rules import DropPathRule, does_otherwise, drop_path_rule
 
 # Number of calls of each drop path of the block whose own code is running.
 _running: ContextVar[tuple[nn.Module, dict[int, int]] | None] = ContextVar("_running", default=None)
@@ -47,11 +47,11 @@ class DropPathUses:
 
     Attributes:
         gated: the gates in the order of the uses, each with its block.
-        drop_rate: its rate at the last check.
+        rule: its rule at the last check.
         own_rate: whether the branches use this rate; a schedule ignores it.
     """
 
-    drop_rate: float
+    rule: DropPathRule | None
     own_rate: bool
     gated: list[tuple[nn.Module, GatedBranch]] = field(default_factory=list["tuple[nn.Module, GatedBranch]"])
 
@@ -96,25 +96,36 @@ class StochasticDropPath(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        own = self.__dict__.get("_stochastic_depth_branch")
-        if isinstance(own, DropPathUses) and name != "training":
-            follow_rate(self, own)
+        if name not in ("training", "_stochastic_depth_branch") and "_stochastic_depth_branch" in self.__dict__:
+            follow_rule(self)
 
 
-def follow_rate(drop_path: nn.Module, own: DropPathUses) -> None:
+def follow_rule(drop_path: nn.Module) -> None:
     """Let the gates of a drop path follow its rate, because recipes change it in training.
 
     Raises:
-        RuntimeError: if the survival probabilities come from a schedule.
+        RuntimeError: if anything else about it has changed, or if the survival probabilities come from a schedule.
         ValueError: if the rate is not in [0, 1).
     """
+    own = cast(DropPathUses, drop_path.__dict__["_stochastic_depth_branch"])
+    reason = does_otherwise(drop_path, again=True)
     rule = drop_path_rule(drop_path)
-    rate = 0.0 if rule is None else rule.drop_rate
-    if rate == own.drop_rate:
-        return
     branches = [branch for _, branch in own.gated]
     draws = branches[0].passes
     name = draws.names[branches[0].index]
+    if reason:
+        raise RuntimeError(
+            f"The drop path of {name} was changed, and its gates cannot follow: {reason}. Register its class with "
+            "register_drop_path, and a rule that reads all attributes that its rate depends on."
+        )
+    if rule is not None and own.rule is not None and replace(rule, drop_rate=0.0) != replace(own.rule, drop_rate=0.0):
+        raise RuntimeError(
+            f"The drop path of {name} was changed from {own.rule} to {rule}, which its gates cannot follow: change it "
+            "before make_stochastic_."
+        )
+    rate, before = (0.0 if each is None else each.drop_rate for each in (rule, own.rule))
+    if rate == before:
+        return
     if not own.own_rate:
         raise RuntimeError(
             f"The rate of the drop path {name} has no effect: the survival probabilities come from a schedule. Change "
@@ -122,7 +133,7 @@ def follow_rate(drop_path: nn.Module, own: DropPathUses) -> None:
         )
     if not 0 <= rate < 1:
         raise ValueError(f"The drop rate of {name} must be in [0, 1), but is {rate:g}.")
-    own.drop_rate = rate
+    own.rule = rule
     survival_probs = list(draws.survival_probs)
     for branch in branches:
         survival_probs[branch.index] = 1 - rate

@@ -33,6 +33,8 @@ def generalize(graph: fx.Graph, other: fx.Graph) -> bool:
         same_call = node.op == its.op and (node.target == its.target or _is_wrapped(node, its))
         if not same_call or not _same_form(node.args, its.args, twin) or not _same_form(node.kwargs, its.kwargs, twin):
             return False
+        if _splits_samples(node, its):
+            return False
         if _differ(node.args, its.args) or _differ(node.kwargs, its.kwargs):
             changes.append((node, its, _rows(node, twin)))
     if any(rows is None for _, _, rows in changes):
@@ -51,6 +53,16 @@ def generalize(graph: fx.Graph, other: fx.Graph) -> bool:
             args, kwargs = sized(node.args, its.args), sized(node.kwargs, its.kwargs)
         node.args, node.kwargs = args, kwargs
     return True
+
+
+def _splits_samples(node: fx.Node, its: fx.Node) -> bool:
+    """Whether a call splits the samples into parts, of which another number of samples may give more or fewer."""
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    if name not in ("chunk", "unsafe_chunk", "split", "unsafe_split", "split_with_sizes") or not node.all_input_nodes:
+        return False
+    shape, its_shape = (each.all_input_nodes[0].meta.get("shape", ()) for each in (node, its))
+    dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
+    return shape[:1] != its_shape[:1] and dim in (0, -len(shape))
 
 
 def _is_wrapped(node: fx.Node, its: fx.Node) -> bool:

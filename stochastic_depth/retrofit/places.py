@@ -76,8 +76,11 @@ class Place:
 
 
 def attribute_of(owner: Any, name: str) -> Any:
-    """An attribute; None if there is none."""
-    return getattr(owner, name, None)
+    """An attribute; None if there is none, or code of the object's class fails to give one."""
+    try:
+        return getattr(owner, name, None)
+    except Exception:  # Any: dictionaries with attributes raise KeyError.
+        return None
 
 
 def own_of(owner: Any, name: str) -> Any:

@@ -19,6 +19,7 @@ from stochastic_depth.residual import GatedBranch
 from stochastic_depth.retrofit.called import as_called
 from stochastic_depth.retrofit.errors import ProofError, TraceError
 from stochastic_depth.retrofit.generated_code import Code
+from stochastic_depth.retrofit.layouts import order_of
 from stochastic_depth.retrofit.maps import NotComputed
 from stochastic_depth.retrofit.quiet import quiet
 from stochastic_depth.retrofit.reads import written_parameters
@@ -332,6 +333,8 @@ def _compare(expected: _Outcome, actual: _Outcome, name: str, *, zero_gradients:
                 raise ProofError(f"{name} output {index} is of {b.dtype}, not of {a.dtype}")
             if difference > tolerance(a):
                 raise ProofError(f"{name} output {index} differs by {difference:.2g} of its largest value")
+            if order_of(a) != order_of(b):
+                raise ProofError(f"{name} the dimensions of output {index} lie in another order in memory")
         elif isinstance(a, Tensor) or isinstance(b, Tensor) or (type(a) is not type(b)):
             raise ProofError(f"{name} output {index} is a {type(b).__name__}, not a {type(a).__name__}")
     if expected[1] is None:

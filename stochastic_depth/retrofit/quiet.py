@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import inspect
-import random
-import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from stochastic_depth.random_states import same_random_states
 
 # The argument of each function for its drop rate, or its switch.
 _OFF: dict[str, dict[str, Any]] = {
@@ -158,17 +158,8 @@ def _with_running_statistics(args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 @contextmanager
 def quiet() -> Generator[None]:
     """Context without noise, which restores random states afterward."""
-    python = random.getstate()
-    numpy: Any = sys.modules.get("numpy")
-    of_numpy = None if numpy is None else numpy.random.get_state()
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else ()
-    try:
-        with torch.random.fork_rng(gpus), _Quiet():
-            yield
-    finally:
-        random.setstate(python)
-        if numpy is not None:
-            numpy.random.set_state(of_numpy)
+    with same_random_states(), _Quiet():
+        yield
 
 
 @contextmanager

@@ -213,9 +213,9 @@ def _all_recordings(block: nn.Module, inlined: Collection[str] = ()) -> Iterator
             raise
         yield from _recordings_by_guess(block, error, inlined)
     for other_mode, optional in ((True, False), (False, True), (True, True)):
-        if optional and not _has_optional(block):
+        arguments = optional_arguments(block) if optional else (_default_arguments(block), {})
+        if arguments is None:
             continue
-        arguments = (_default_arguments(block, optional=optional), {})
         try:
             yield from recordings(block, arguments, other_mode=other_mode, inlined=inlined)
         except StoredError:
@@ -247,8 +247,12 @@ def _recordings_by_guess(block: nn.Module, error: TraceError, inlined: Collectio
     raise error
 
 
-def _has_optional(block: nn.Module) -> bool:
-    return _default_arguments(block, optional=True) != _default_arguments(block)
+def optional_arguments(block: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Arguments of a call that gives a block all that may be left out, as symbols; None if nothing may."""
+    parameters = inspect.signature(own_forward(block, block)).parameters.values()
+    named = {p.name: OPAQUE for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is None}
+    args = _default_arguments(block, optional=True)
+    return (args, named) if named or args != _default_arguments(block) else None
 
 
 def recordings(

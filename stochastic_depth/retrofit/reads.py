@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import enum
+import functools
 import os
 import sys
 import weakref
@@ -33,6 +34,7 @@ from stochastic_depth.retrofit.code_names import (
     names_in_code,
     with_inlined,
 )
+from stochastic_depth.retrofit.for_now import remembered
 from stochastic_depth.retrofit.forms import NOT_CONFIGURATION, PLAIN, Same, form_of, is_plain
 from stochastic_depth.retrofit.places import (
     Place,
@@ -49,6 +51,7 @@ from stochastic_depth.retrofit.rules import is_drop_path
 from stochastic_depth.torch_private import buffer_dict, parameter_dict
 
 _MAX_DEPTH = 4
+_Cached = type(functools.cache(len))
 
 
 class Reads:
@@ -75,6 +78,7 @@ class Reads:
                 if (is_any or name in names) and name not in NOT_CONFIGURATION and not is_plain(value)
             ]
         )
+        self._gives_tensors = is_any or not names.isdisjoint(_GIVING_TENSORS)
         for name in self._own:
             walk.enter(block.__dict__[name])
         for value in arguments:
@@ -87,7 +91,7 @@ class Reads:
         for function in functions:
             walk.enter_function(function)
         self.places = tuple(walk.found)
-        self.may_cache = any(hasattr(place(), "cache_info") for place in self.places)
+        self.may_cache = any(isinstance(place(), _Cached) for place in self.places)
         self._environment = "environ" in names or "getenv" in names
         self._flags = tuple([flag for name, flag in _FLAGS.items() if name in names])
         self._inlined = inlined
@@ -119,20 +123,40 @@ class Reads:
         """The current values."""
         state = block.__dict__
         plain = tuple([(name, type(value), value) for name, value in state.items() if is_plain(value)])
-        empty = tuple(
-            [name for name, value in (*state["_parameters"].items(), *state["_buffers"].items()) if value is None]
+        names, is_any = self.names, self._gives_tensors
+        tensors = tuple(
+            [
+                (name, None if value is None else _quick(value) if is_any or name in names else ())
+                for name, value in (*state["_parameters"].items(), *state["_buffers"].items())
+            ]
         )
         parameters = [id(value) for value in state["_parameters"].values()]
         return (
             plain,
-            empty,
+            tensors,
             len(parameters) - len(set(parameters)),  # number of tied parameters
             len(state),
             tuple([_quick(state.get(name)) for name in self._own]),
             tuple([_quick(place()) for place in self.places]),
+            tuple([_quick(tensor) for tensor in (*block.parameters(), *block.buffers())])
+            if self._gives_tensors
+            else (),
             tuple(os.environ.items()) if self._environment else (),
             tuple([flag() for flag in self._flags]),
         )
+
+
+# Methods of a module that give its tensors without their names.
+_GIVING_TENSORS = {
+    *("parameters", "named_parameters", "buffers", "named_buffers", "state_dict", "get_parameter", "get_buffer"),
+    *("_parameters", "_buffers", "__dict__"),
+}
+
+
+def reads_of(block: nn.Module, inlined: Collection[str] = (), arguments: Collection[Any] = ()) -> Reads:
+    """The values that a block's code may read in a call with these arguments."""
+    key = "reads", id(block), tuple(inlined), tuple(map(id, arguments))
+    return remembered(key, lambda: Reads(block, inlined, arguments), block, *arguments)
 
 
 # Settings that code may read from PyTorch.
@@ -238,13 +262,13 @@ class _Walk:
         if isinstance(value, FunctionType):
             for name in vars(value):
                 if name in self._names and name != "__wrapped__":
-                    self._read(Place(attribute_of, value, name), getattr(value, name, None), depth - 1)
+                    self._read(Place(attribute_of, value, name), attribute_of(value, name), depth - 1)
             return
         if isinstance(value, nn.Module):
             is_any = COMPUTED in self._names and is_users(type(value))
             for name in (*value.__dict__, *parameter_dict(value).keys(), *buffer_dict(value).keys()):
                 if (is_any or name in self._names) and (name == "training" or name not in NOT_CONFIGURATION):
-                    self._read(Place(attribute_of, value, name), getattr(value, name, None), depth - 1)
+                    self._read(Place(attribute_of, value, name), attribute_of(value, name), depth - 1)
             if is_users(type(value)) or depth == _MAX_DEPTH or isinstance(value, _HOLDING):
                 self.found[Place(number_in, value, "")] = None
             for child in value.children():
@@ -267,7 +291,7 @@ class _Walk:
                     self.found[Place(named_in, value, cast(str, self._names))] = None
                 for name in _attributes_of(value):
                     if name in self._names:
-                        self._read(Place(attribute_of, value, name), getattr(value, name, None), depth - 1)
+                        self._read(Place(attribute_of, value, name), attribute_of(value, name), depth - 1)
 
 
 _HOLDING = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -275,7 +299,7 @@ _CONTAINERS = {list, tuple, set, frozenset, deque, dict, OrderedDict, defaultdic
 
 
 def _attributes_of(value: Any) -> Iterator[str]:
-    yield from getattr(value, "__dict__", {})
+    yield from attribute_of(value, "__dict__") or ()
     for part in type(value).__mro__:
         slots = part.__dict__.get("__slots__", ())
         yield from (slots,) if isinstance(slots, str) else slots
@@ -283,6 +307,10 @@ def _attributes_of(value: Any) -> Iterator[str]:
 
 def places_of_children(block: nn.Module) -> list[Place]:
     """Where the code of a block's children reads something outside of them."""
+    return remembered(("places", id(block)), lambda: _places_of_children(block), block)
+
+
+def _places_of_children(block: nn.Module) -> list[Place]:
     found: dict[Place, None] = {}
     for child in block.modules():
         if child is not block and is_users(plain_class(child)):

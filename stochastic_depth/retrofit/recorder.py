@@ -37,8 +37,9 @@ from stochastic_depth.retrofit.effects import (
 from stochastic_depth.retrofit.errors import StoredError, TraceError
 from stochastic_depth.retrofit.forms import is_plain
 from stochastic_depth.retrofit.held import Cached, Outside, held_tensors, name_of, tensors_in
+from stochastic_depth.retrofit.layouts import order_of
 from stochastic_depth.retrofit.maps import is_attention_map
-from stochastic_depth.retrofit.reads import Reads
+from stochastic_depth.retrofit.reads import reads_of
 from stochastic_depth.retrofit.rules import is_drop_path
 from stochastic_depth.retrofit.surroundings import unchanged_surroundings
 from stochastic_depth.retrofit.torch_calls import (
@@ -55,6 +56,7 @@ from stochastic_depth.retrofit.torch_calls import (
 )
 from stochastic_depth.torch_private import (
     EndOfRecomputation,
+    parameter_dict,
     tree_flatten,
     tree_leaves,
     tree_map_only,
@@ -98,7 +100,8 @@ class Run:
     Attributes:
         output: its return value.
         graph: its operations. Targets are relative to the block; placeholders are the opaque arguments in order. The
-            metadata of a node has the number of its `call`, the `shape` of a tensor, and the nodes that it `writes`.
+            metadata of a node has the number of its `call`, the `shape` of a tensor, the `order` of its dimensions in
+            memory, the nodes that it `writes`, and what a child `stores` on itself.
         called: paths of the children, parameters and buffers that were used.
         stores: plain numbers that the code set on the block.
         constants: tensors that existed before and that other objects hold.
@@ -183,6 +186,17 @@ def _changed_in_children(before: dict[str, Any], now: dict[str, Any], by_childre
     return None
 
 
+def _is_computed(block: nn.Module, path: str, value: Any) -> bool:
+    """Whether a module stores what it computes from its inputs, such as a loss, for code that may be anywhere.
+
+    A weight that is computed from other parameters of the module (`weight_norm`) is not for others.
+    """
+    parent, _, name = path.rpartition(".")
+    if any(key.startswith(f"{name}_") for key in parameter_dict(block.get_submodule(parent))):
+        return False
+    return any(isinstance(leaf, Tensor) and leaf.grad_fn is not None for leaf in tree_leaves(value))
+
+
 def _after(value: Any, _change: Any) -> Any:
     """A value after an in-place change."""
     return value
@@ -240,7 +254,7 @@ class _Recorder(TorchFunctionMode):
             self._held.setdefault(id(value), path)  # One that has several names goes by its first.
         # Those of other modules and of plain structures, by place. What the stand-in has copied goes by its path.
         self.arguments = [leaf for leaf in leaves if not isinstance(leaf, (Tensor, Called))]
-        self._reads = Reads(block, inlined, self.arguments)
+        self._reads = reads_of(block, inlined, self.arguments)
         self._outside = {
             id(tensor): (place, inner)
             for place in reversed(self._reads.places)
@@ -271,7 +285,11 @@ class _Recorder(TorchFunctionMode):
         if isinstance(value, Tensor):
             self._alive.append(value)
             self._nodes[id(value)] = node
-            node.meta["shape"], node.meta["dtype"] = tuple(value.shape), value.dtype
+            node.meta["shape"], node.meta["dtype"], node.meta["order"] = (
+                tuple(value.shape),
+                value.dtype,
+                order_of(value),
+            )
             if node.target is operator.getitem and cast(fx.Node, node.args[0]).op == "call_module":
                 node.meta["attention_map"] = is_attention_map(value)
             if not value.is_inference():
@@ -441,6 +459,8 @@ class _Recorder(TorchFunctionMode):
                 if is_plain(after.get(name)) and name.rpartition(".")[2] in self._reads.names:
                     raise TraceError(f"it reads {name}, which {path} sets")
             self.changed_by_children.update(changed)
+            if computed := [name for name in sorted(changed) if _is_computed(self._block, name, after[name])]:
+                node.meta["stores"] = computed[0]
             self._kept.close()
             output = self._result(node, output)
             self._state = outside(self._generators)

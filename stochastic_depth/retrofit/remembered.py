@@ -16,23 +16,24 @@ from stochastic_depth.torch_private import disable_current_modes, is_transformed
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of a call, by position and by name."""
 
+_NUM_FORMS = 4
 _NUM_SAMPLES = 2
 _KEPT_WHOLE = 4 * 2**20  # bytes
 _MOST_KEPT = 64 * 2**20
 
 
 class RememberedCalls:
-    """The arguments of a model's first forward in each mode, copied; large ones cut to two samples.
+    """The arguments of a model's first forwards in each mode, one of each form, copied; large ones cut to two samples.
 
     They stay in this process: copies and pickles of the model, which may be shared, contain none.
     """
 
     def __init__(self) -> None:
-        self._calls: dict[bool, Call | None] = {}
+        self._calls: dict[bool, list[tuple[Any, Call | None]]] = {True: [], False: []}
         self._is_paused = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_calls": {}, "_is_paused": False}
+        return {"_calls": {True: [], False: []}, "_is_paused": False}
 
     @contextmanager
     def paused(self) -> Generator[None]:
@@ -45,18 +46,26 @@ class RememberedCalls:
 
     @eager
     def note(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Remember a successful call of the root, if it is the first in its mode."""
-        if root.training in self._calls or self._is_paused or torch.compiler.is_exporting() or torch.jit.is_tracing():
+        """Remember a successful call of the root, if it is the first of its form in its mode."""
+        calls = self._calls[root.training]
+        if len(calls) == _NUM_FORMS or self._is_paused or torch.compiler.is_exporting() or torch.jit.is_tracing():
             return
-        if is_capturing():
+        form = form_of_call(args, kwargs)
+        if is_capturing() or any(form == known for known, _ in calls):
             return
         # Counters of operations and inference mode must not affect the copies.
         with disable_current_modes(), torch.inference_mode(False), torch.no_grad():
-            self._calls[root.training] = _copied(args, kwargs)
+            calls.append((form, _copied(args, kwargs)))
 
     def evaluation_first(self) -> list[Call]:
         """The calls: first evaluation, then training."""
-        return [call for mode in (False, True) if (call := self._calls.get(mode)) is not None]
+        return [call for mode in (False, True) for _, call in self._calls[mode] if call is not None]
+
+
+def form_of_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The structure of a call's arguments: which are given, with switches and names, but not sizes and numbers."""
+    leaves, structure = tree_flatten((args, kwargs))
+    return structure, [leaf if isinstance(leaf, (bool, str)) or leaf is None else type(leaf) for leaf in leaves]
 
 
 def _copied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:

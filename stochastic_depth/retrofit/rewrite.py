@@ -23,6 +23,7 @@ from stochastic_depth.retrofit.gated_calls import (
     make_mask,
 )
 from stochastic_depth.retrofit.generated_code import Code, compiled
+from stochastic_depth.retrofit.layouts import in_order
 from stochastic_depth.retrofit.recorder import Edit, Edits
 from stochastic_depth.retrofit.sizes import is_size
 from stochastic_depth.retrofit.sums import (
@@ -109,7 +110,14 @@ def rewrite(graph: fx.Graph, block: nn.Module, gates: BlockGates, granularity: s
             sums["", -1 - place[1]], matched["", -1 - place[1]] = residual, key
         missing = [key for key in missing if key not in matched.values()]
     if missing:
-        raise CutError(f"the branch of {_names(missing, gates)} is computed, but not added in a way that can be gated")
+        members = {path for key in missing for path in gates.known[key]}
+        changing = [node for node in graph.nodes if node.op == "call_module" and node.meta.get("writes")]
+        why = next(
+            (f": {node.target} changes what it is given in place" for node in changing if node.target in members), ""
+        )
+        raise CutError(
+            f"the branch of {_names(missing, gates)} is computed, but not added in a way that can be gated{why}"
+        )
     unknown = [key for key in sums if key not in matched and not (key[0] == "" and isinstance(sums[key], CutError))]
     if unknown and gates.drop_paths:
         raise CutError(f"{_of(unknown[0])} is used more often than in the code that was read")
@@ -198,13 +206,16 @@ def _gate(residual: Sum, key: Key, block: nn.Module, gates: BlockGates, granular
     if others or (branch.sides and residual.shortcut is None):
         side = (others or branch.sides)[0]
         raise SidesError(f"what {side.all_input_nodes[0].target} gives beside the branch's output is used too")
+    for node in branch.nodes:
+        if stores := node.meta.get("stores"):
+            raise SidesError(f"{node.target} stores {stores}, which code outside the branch may use, as an extra loss")
     source = residual.shortcut if residual.shortcut is not None else residual.add
     if granularity == "sample":
         _check_samples(branch, source)
     # Where the branch does not run, the shortcut carries no gradient to these inputs.
     carried: set[fx.Node] = set() if residual.shortcut is None else cuts.ancestors(residual.shortcut)
     inputs = [BranchInput(bool(node.meta.get("samples")), node in carried) for node in branch.inputs]
-    dtype = residual.add.meta.get("dtype")
+    dtype, order = residual.add.meta.get("dtype"), residual.add.meta.get("order")
     if residual.shortcut is None:
         gated_sum = make_gated_value(key, paths, function, inputs, residual.add.meta["shape"], dtype)
     elif branch.sides:
@@ -216,6 +227,9 @@ def _gate(residual: Sum, key: Key, block: nn.Module, gates: BlockGates, granular
         if residual.shortcut is not None and dtype and residual.shortcut.meta.get("dtype", dtype) != dtype:
             # Where the branch is closed, nothing else tells which type the sum has.
             shortcut = (graph.call_method("to", (residual.shortcut, dtype)),)
+        if residual.shortcut is not None and order is not None and residual.shortcut.meta.get("order", order) != order:
+            # Its own first operand is the branch.
+            shortcut = (graph.call_function(in_order, (*shortcut, order)),)
         gated_node = graph.call_function(gated_sum, (*shortcut, *branch.inputs))
     gated_node.meta.update(residual.add.meta, takes_block=True)
     result = gated_node
@@ -227,6 +241,10 @@ def _gate(residual: Sum, key: Key, block: nn.Module, gates: BlockGates, granular
         for side, new in zip(branch.sides, maps, strict=True):
             side.replace_all_uses_with(new)
             graph.erase_node(side)
+    if residual.shortcut is None and order is not None:
+        with graph.inserting_before(residual.add):
+            result = graph.call_function(in_order, (result, order))
+        result.meta.update(residual.add.meta)
     residual.add.replace_all_uses_with(result)
     graph.erase_node(residual.add)
     inner_nodes = set(branch.nodes)
@@ -242,6 +260,8 @@ def _check_samples(branch: cuts.Branch, shortcut: fx.Node) -> None:
     Raises:
         CutError: if it cannot.
     """
+    if shortcut.meta.get("shape", ())[:1] == (0,):
+        return  # It runs on none.
     if "samples" not in shortcut.meta:
         raise CutError("its code changes with the number of samples")
     if not shortcut.meta["samples"]:

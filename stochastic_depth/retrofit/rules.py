@@ -7,7 +7,7 @@ torchvision, transformers (`BeitDropPath`, ...) and the DINO family; or if its c
 
 from __future__ import annotations
 
-import random
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +18,8 @@ from torch import nn
 
 from stochastic_depth.copies import plain_class
 from stochastic_depth.gate_draws import Granularity
+from stochastic_depth.random_states import same_random_states
+from stochastic_depth.torch_private import without_torch_function
 
 _CLASS_NAMES = ("DropPath", "StochasticDepth")
 _RATES = ("drop_prob", "p", "drop_rate", "drop_path_rate", "prob")
@@ -94,8 +96,15 @@ def drop_path_rule(module: nn.Module) -> DropPathRule | None:
     return None if _seen[module][1] else rule
 
 
-def does_otherwise(module: nn.Module) -> str:
-    """Why a module that is called a drop path is none; empty where it is one, or is not called so."""
+def does_otherwise(module: nn.Module, *, again: bool = False) -> str:
+    """Why a module that is called a drop path is none; empty where it is one, or is not called so.
+
+    Args:
+        module: the module.
+        again: whether to try it again, because something besides its rule may have changed.
+    """
+    if again:
+        _seen.pop(module, None)
     return _seen[module][1] if drop_path_rule(module) is None and module in _seen else ""
 
 
@@ -112,23 +121,21 @@ def _otherwise(module: nn.Module, rule: DropPathRule) -> str:
     trial: nn.Module = object.__new__(kind)
     trial.__dict__.update(module.__dict__)
     x = torch.linspace(1, 2, 256).view(64, 2, 2)
-    python = random.getstate()
     try:
-        with torch.random.fork_rng([]), torch.no_grad():
+        with same_random_states(), without_torch_function(), torch.no_grad():
             trial.training = False
             evaluated = kind.forward(trial, x)
             trial.training = True
-            trained = [kind.forward(trial, x) for _ in range(4)]
+            trained = [kind.forward(trial, x) for _ in range(4 if rule.granularity == "sample" else _NUM_TRIED)]
     except Exception:  # It takes something else than such samples; the proof will tell.
         return ""
-    finally:
-        random.setstate(python)
     if not all(isinstance(y, torch.Tensor) and y.shape == x.shape for y in (evaluated, *trained)):
         return "it gives something of another shape"
     if not torch.equal(evaluated, x):
         return "it changes what it is given in evaluation"
     if all(torch.equal(y, x) for y in trained):
-        return ""  # It is switched off, or stands for one.
+        takes_more = len(inspect.signature(kind.forward).parameters) > 2  # and acts where it is given more
+        return "" if takes_more else f"it drops nothing, where its rate is {rule.drop_rate:g}"
     kept = 1 / (1 - rule.drop_rate) if rule.rescale == "train" else 1.0
     for y in trained:
         factors = (y / x).flatten(1)
@@ -142,4 +149,11 @@ def _otherwise(module: nn.Module, rule: DropPathRule) -> str:
     together = all(y.ne(0).any() == y.ne(0).all() for y in trained)
     if rule.granularity == "sample" and 0.1 <= rule.drop_rate <= 0.9 and together:
         return "it drops whole mini-batches"
+    drawn = [y.flatten(1)[:, 0].eq(0) for y in trained]
+    dropped = torch.cat(drawn if rule.granularity == "sample" else [each[:1] for each in drawn]).double().mean().item()
+    if abs(dropped - rule.drop_rate) > 6 * (rule.drop_rate * (1 - rule.drop_rate) / _NUM_TRIED) ** 0.5:
+        return f"it drops {dropped:.2f} of the samples, where its rate is {rule.drop_rate:g}"
     return ""
+
+
+_NUM_TRIED = 256

@@ -26,6 +26,7 @@ from stochastic_depth.copies import own_class
 from stochastic_depth.retrofit.called import Called
 from stochastic_depth.retrofit.classes import Unannounced
 from stochastic_depth.retrofit.forms import items_of
+from stochastic_depth.retrofit.places import attribute_of
 from stochastic_depth.retrofit.reads import written_parameters
 from stochastic_depth.retrofit.rules import is_drop_path
 from stochastic_depth.retrofit.trace import bound_anew, own_forward
@@ -48,7 +49,7 @@ from stochastic_depth.torch_private import (
 _MAX_RANDOM = 2**16
 
 
-def stand_in(block: nn.Module, *, own_parameters: bool = False) -> nn.Module:
+def stand_in(block: nn.Module, *, own_parameters: bool = False, own_values: bool = False) -> nn.Module:
     """A module that runs the block's code on private state.
 
     Drop paths inside return their input, and BatchNorm uses its running statistics.
@@ -56,6 +57,7 @@ def stand_in(block: nn.Module, *, own_parameters: bool = False) -> nn.Module:
     Args:
         block: the block, plain or stochastic.
         own_parameters: whether the block's parameters are used, which then receive gradients.
+        own_values: whether other parameters with the same values are used, instead of random ones.
     """
     generator = torch.Generator().manual_seed(0)
     made: dict[int, nn.Module] = {}
@@ -68,7 +70,9 @@ def stand_in(block: nn.Module, *, own_parameters: bool = False) -> nn.Module:
                 parameter
                 if own_parameters
                 else nn.Parameter(
-                    _awake(_data_of(parameter, clone=id(parameter) in written), generator),
+                    _data_of(parameter, clone=id(parameter) in written)
+                    if own_values
+                    else _awake(_data_of(parameter, clone=id(parameter) in written), generator),
                     requires_grad=parameter.requires_grad,
                 )
             )
@@ -77,7 +81,7 @@ def stand_in(block: nn.Module, *, own_parameters: bool = False) -> nn.Module:
     def buffer_of(buffer: Tensor) -> Tensor:
         if id(buffer) not in tensors:
             data = torch.zeros(buffer.shape, dtype=buffer.dtype) if _has_no_data(buffer) else buffer.detach().clone()
-            if not own_parameters and data.is_floating_point() and not data.any():
+            if not (own_parameters or own_values) and data.is_floating_point() and not data.any():
                 data = uniform(data.shape, generator).to(data.device, data.dtype)
             tensors[id(buffer)] = data
         return cast(Tensor, tensors[id(buffer)])
@@ -104,11 +108,11 @@ def stand_in(block: nn.Module, *, own_parameters: bool = False) -> nn.Module:
             new.__dict__["gradient_checkpointing"] = False
         for name in HOOKS:
             new.__dict__[name] = OrderedDict[Any, Any]()
-        # PyTorch's hooks that compute a weight before each call: weight_norm, spectral_norm, pruning.
         for number, hook in pre_hook_dict(module).items():
-            if type(hook).__module__.startswith("torch.nn.utils"):
+            if _makes_weight(hook, module):
                 pre_hook_dict(new)[number] = hook
-        call_instead(new, functools.partial(call_with_own_hooks, new))
+        is_norm = isinstance(module, BatchNorm) and module.track_running_stats
+        call_instead(new, functools.partial(_call_in_evaluation if is_norm else call_with_own_hooks, new))
         new.__dict__["_parameters"] = {
             name: None if value is None else parameter_of(value) for name, value in parameter_dict(module).items()
         }
@@ -118,8 +122,6 @@ def stand_in(block: nn.Module, *, own_parameters: bool = False) -> nn.Module:
         new.__dict__["_modules"] = {
             name: None if value is None else module_of(value) for name, value in child_dict(module).items()
         }
-        if isinstance(module, BatchNorm) and module.track_running_stats:
-            new.__dict__["training"] = False
         for name, value in new.__dict__.items():
             if isinstance(value, (types.MethodType, functools.partial)):
                 new.__dict__[name] = bound_anew(value, module, new)
@@ -128,6 +130,22 @@ def stand_in(block: nn.Module, *, own_parameters: bool = False) -> nn.Module:
         return new
 
     return module_of(block)
+
+
+def _makes_weight(hook: Any, module: nn.Module) -> bool:
+    """Whether a hook computes a weight of its module before each call: weight_norm, spectral_norm, pruning, EqualLR."""
+    name = attribute_of(hook, "name")
+    is_named = isinstance(name, str) and any(key.startswith(f"{name}_") for key in parameter_dict(module))
+    return is_named or type(hook).__module__.startswith("torch.nn.utils")
+
+
+def _call_in_evaluation(norm: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call a BatchNorm with its running statistics, whatever mode the block's code sees."""
+    training, norm.__dict__["training"] = norm.training, False
+    try:
+        return call_with_own_hooks(norm, *args, **kwargs)
+    finally:
+        norm.__dict__["training"] = training
 
 
 @contextmanager
@@ -286,6 +304,12 @@ def _different(samples: Tensor) -> Tensor:
     if samples.dtype is torch.bool and (samples.all() or not samples.any()):
         return samples ^ (uniform(samples.shape, torch.Generator().manual_seed(3)) < 0.25).to(samples.device)
     if (
+        samples.layout is torch.strided
+        and samples.numel()
+        and not (samples.is_floating_point() or samples.is_complex())
+    ):
+        return _told_apart(samples) if (samples == samples[:1]).all() else samples
+    if (
         samples.layout is not torch.strided
         or not samples.is_floating_point()
         or len(samples) < 2
@@ -301,6 +325,29 @@ def _different(samples: Tensor) -> Tensor:
     noise = (2 * uniform(samples.shape, generator) - 1).to(samples.device, samples.dtype)
     scale = float(samples[ordinary].double().std()) if int(ordinary.sum()) > 1 else 0.0
     return torch.where(ordinary, samples + noise * (scale if scale > 0 else 1.0), samples)
+
+
+def _told_apart(samples: Tensor) -> Tensor:
+    """Equal samples of whole numbers or masks made different, without values that none of them has or that are larger.
+
+    The largest value, or the last one of a mask, is in the first sample only; the smallest is in the second only, or
+    the first one of a mask is not.
+    """
+    first = torch.arange(len(samples), device=samples.device).view(-1, *[1] * (samples.dim() - 1))
+    if samples.dtype is torch.bool:
+        if samples.dim() == 1:
+            return samples
+        rank = samples.cumsum(-1)
+        num = rank[..., -1:]
+        is_last, is_first = (rank == num) & (num > 1), (rank == 1) & (num > 2)
+        return samples & ~(is_last & (first != 0)) & ~(is_first & (first == 1))
+    low, high = int(samples.min()), int(samples.max())
+    if low == high:
+        others = high - 1 - (first - 1) % max(high - 1, 1)
+        return torch.where(first == 0, samples, others.to(samples.dtype)) if high > 1 else samples
+    rolled = torch.stack([sample.roll(index, -1) for index, sample in enumerate(samples)])
+    above = low + (high - low > 2)
+    return torch.cat([rolled[:1].clamp(above), rolled[1:2].clamp(max=high - 1), rolled[2:].clamp(above, high - 1)])
 
 
 _LARGE = 1e4

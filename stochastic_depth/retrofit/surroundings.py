@@ -18,7 +18,7 @@ from stochastic_depth.retrofit.effects import CONSTANTS, is_same
 from stochastic_depth.retrofit.errors import StoredError, TraceError
 from stochastic_depth.retrofit.forms import items_of
 from stochastic_depth.retrofit.places import Place
-from stochastic_depth.retrofit.reads import Reads, places_of_children, written_parameters
+from stochastic_depth.retrofit.reads import Reads, places_of_children, reads_of, written_parameters
 from stochastic_depth.retrofit.stand_in import is_data
 from stochastic_depth.torch_private import TENSORS_AND_CHILDREN, buffer_dict, is_fake, tree_leaves
 
@@ -40,7 +40,7 @@ def unchanged_surroundings(
         StoredError: if something changes.
         TraceError: if it, or an attribute of the block, is an iterator: looking at it would change it.
     """
-    reads = Reads(block, inlined, arguments)
+    reads = reads_of(block, inlined, arguments)
     names, _ = code_of(block, inlined, arguments)
     values = [(place.description, place()) for place in reads.places]
     for name, value in [*values, *(item for item in block.__dict__.items() if item[0] in names)]:

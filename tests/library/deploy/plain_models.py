@@ -50,7 +50,9 @@ class DropPath(nn.Module):
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        return x
+        if not self.training:
+            return x
+        return x * x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(1 - self.p) / (1 - self.p)
 
 
 def awake(model: nn.Module, seed: int = 0) -> nn.Module:

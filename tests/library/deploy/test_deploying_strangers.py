@@ -722,3 +722,40 @@ def test_a_layer_that_is_never_open_is_not_taken_for_a_bypass() -> None:
     net, x = nn.Sequential(Hooked(), Hooked()).double(), vectors(4)
     sd.make_stochastic_(net, [0.001, 0.9], layers=["*"], rescale="none")
     assert sd.monte_carlo(net, x, 8, outputs="values").mean.shape == x.shape
+
+
+class Controlled(nn.Module):
+    """A branch that ends in what it may be given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, control: Tensor | None = None) -> Tensor:
+        y = self.f(x)
+        return x + (y if control is None else y + control)
+
+
+class ControlledNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Controlled()
+
+    def forward(self, x: Tensor, control: Tensor | None = None) -> Tensor:
+        return self.block(x, control)
+
+
+@pytest.mark.parametrize("called_with_it", [False, True])
+def test_what_a_branch_may_be_given_has_its_factor_too(*, called_with_it: bool) -> None:
+    net = ControlledNet().double()
+    sd.make_stochastic_(net, sd.uniform(0.5))
+    x, control = torch.randn(4, 6).double(), torch.randn(4, 6).double()
+    net(x)
+    if called_with_it:
+        net(x, control)
+    net.eval()
+    expected = net.block.f(x), net.block.f(x) + control
+    with pytest.warns(UserWarning, match="0.5 of block#1 cannot go into weights"):
+        sd.fold_(net)
+    for y, given in zip(expected, ((x,), (x, control)), strict=True):
+        torch.testing.assert_close(net(*given), x + 0.5 * y)

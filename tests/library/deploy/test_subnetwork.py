@@ -401,7 +401,7 @@ class Ignores(nn.Module):
 
 @pytest.mark.parametrize("kept", [0, 1], ids=["first", "second"])
 def test_what_changes_a_value_in_place_stays_and_goes_with_the_value(kept: int) -> None:
-    net = nn.Sequential(Ignores()).double()
+    net = nn.Sequential(Ignores()).double().eval()
     x, plain = torch.randn(5, 4, dtype=torch.float64), reference.copied(net)[0]
     first, second = (plain.a, plain.b) if kept == 0 else (plain.c, plain.d)
     expected = x + 0.5 * second(torch.relu(first(x)))
@@ -521,7 +521,7 @@ class ViewInPlace(nn.Module):
 
 @pytest.mark.parametrize("act", [None, nn.Sequential(nn.ReLU(inplace=True))], ids=["view", "child"])
 def test_dropping_does_not_let_views_and_children_write_into_the_input(act: nn.Module | None) -> None:
-    net = nn.Sequential(ViewInPlace(act)).double()
+    net = nn.Sequential(ViewInPlace(act)).double().eval()
     x, plain = torch.randn(5, 4, dtype=torch.float64), reference.copied(net)[0]
     h, before = torch.relu(x), x.clone()
     sd.make_stochastic_(net, sd.uniform(0.5))
@@ -565,7 +565,7 @@ class Iterates(nn.Module):
 @pytest.mark.parametrize("layers", [None, ["blocks.*"]], ids=["drop-paths", "layers"])
 @pytest.mark.parametrize("is_masked", [False, True], ids=["default", "example"])
 def test_what_stands_in_for_a_block_takes_its_arguments(is_masked: bool, layers: list[str] | None) -> None:
-    net = Iterates(Masked(), Masked(), Masked()).double()
+    net = Iterates(Masked(), Masked(), Masked()).double().eval()
     x = torch.randn(3, 4, dtype=torch.float64)
     inputs = (x, torch.rand(3, 4, dtype=torch.float64)) if is_masked else (x,)
     expected = x + 0.5 * net.blocks[1].a(x) * (inputs[1] if is_masked else 1)

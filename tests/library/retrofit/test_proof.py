@@ -7,6 +7,7 @@ import copy
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -704,3 +705,378 @@ def test_a_layer_that_mixes_samples_is_refused() -> None:
     with depth.gates([torch.arange(8) < 5]), pytest.raises(RuntimeError, match="mixes samples"):
         net(x)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class OfSamples(nn.Module):
+    """A branch whose output for one sample depends on what the others are given."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.f, self.kind = linear(), kind
+
+    def forward(self, x: Tensor, given: Tensor) -> Tensor:
+        if self.kind == "lengths":
+            scale = (torch.arange(x.shape[1]) / given.max())[None, :, None]
+        elif self.kind == "positions":
+            scale = given[0].double().cos()[None, :, None]
+        else:
+            scale = (given.any(0) if self.kind == "used" else given.all(0))[None, :, None]
+        return x + self.f(x * scale)
+
+
+class OfSamplesNet(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.block = OfSamples(kind)
+
+    def forward(self, x: Tensor, given: Tensor) -> Tensor:
+        return self.block(x, given)
+
+
+EQUAL = {
+    "lengths": torch.full((5,), 4),
+    "positions": torch.arange(4).expand(5, 4).clone(),
+    "used": (torch.arange(4) < 3).expand(5, 4).clone(),
+    "used by all": (torch.arange(4) < 3).expand(5, 4).clone(),
+}
+
+
+@pytest.mark.parametrize("kind", list(EQUAL))
+def test_equal_numbers_and_masks_do_not_hide_that_samples_are_mixed(kind: str) -> None:
+    net = OfSamplesNet(kind).double()
+    sd.make_stochastic_(net, sd.uniform(0.5), granularity="sample")
+    with pytest.raises(RuntimeError, match="its first dimension is not one of independent samples"):
+        net(data(5, 4), EQUAL[kind])
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+def test_a_batch_without_samples_passes(granularity: Any) -> None:
+    net = nn.Sequential(Block(), Block()).double()
+    plain = copy.deepcopy(net)
+    sd.make_stochastic_(net, sd.uniform(0.5), granularity=granularity)
+    for num in (5, 0, 3):
+        x = data(num).requires_grad_()
+        net(x).sum().backward()
+        assert net(x).shape == plain(x).shape
+    assert all(parameter.grad is not None for parameter in net.parameters())
+
+
+class Routed(nn.Module):
+    """Stores a loss for the model on itself, as mixtures of experts do."""
+
+    def __init__(self, *, normalized: bool) -> None:
+        super().__init__()
+        self.gate, self.f, self.loss = nn.Linear(D, 2), linear(), torch.zeros(())
+        if normalized:
+            nn.utils.weight_norm(self.f)
+        self.stores = not normalized
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.gate(x).softmax(-1)
+        if self.stores:
+            self.loss = (weights.mean(0) ** 2).sum()
+        return self.f(x) * weights[..., :1]
+
+
+class RoutedBlock(nn.Module):
+    def __init__(self, *, normalized: bool) -> None:
+        super().__init__()
+        self.experts = Routed(normalized=normalized)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.experts(x)
+
+
+def test_a_loss_that_a_child_stores_is_always_computed() -> None:
+    net = nn.Sequential(RoutedBlock(normalized=False)).double()
+    plain = copy.deepcopy(net)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5))
+    for seed in range(3):
+        x = data(4, seed=seed)
+        with depth.gates([False]), pytest.warns(sd.MaskedBranchWarning) if seed == 0 else nullcontext():
+            assert_same(net(x), x)
+        plain(x)
+        assert_same(net[0].experts.loss, plain[0].experts.loss)
+        net[0].experts.loss.backward()
+    assert "experts.loss" in str(depth)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_weight_that_is_computed_anew_is_no_loss() -> None:
+    net = nn.Sequential(RoutedBlock(normalized=True)).double()
+    depth = sd.make_stochastic_(net, sd.uniform(0.5))
+    calls = count_calls(net[0].experts)
+    with depth.gates([False]):
+        net(data(4))
+    calls.clear()
+    with depth.gates([False]):
+        net(data(4))
+    assert calls == []
+
+
+def count_calls(module: nn.Module) -> list[nn.Module]:
+    calls: list[nn.Module] = []
+    module.register_forward_hook(lambda module, *_: calls.append(module))
+    return calls
+
+
+def pair_layer(name: str) -> type[nn.Module]:
+    """A layer whose first part, of a class of this name, also gives something for the next layer."""
+
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.bias = linear(), nn.Parameter(torch.randn(1))
+
+        def forward(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+            bias = self.bias if bias is None else bias
+            return self.f(x) + bias, bias * 2
+
+    Part.__name__ = name
+
+    class PairLayer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part, self.g = Part(), linear()
+
+        def forward(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            y = self.part(x, bias)
+            x = x + y[0]
+            return x + self.g(x), y[1]
+
+    return PairLayer
+
+
+class PairNet(nn.Module):
+    def __init__(self, layer: type[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([layer(), layer()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None
+        for layer in self.layers:
+            x, bias = layer(x, bias)
+        return x
+
+
+@pytest.mark.filterwarnings("ignore::stochastic_depth.MaskedBranchWarning")
+@pytest.mark.parametrize("name", ["SelfAttention", "TimeMix"])
+def test_a_branch_that_gives_more_is_found_whatever_its_class_is_called(name: str) -> None:
+    net = PairNet(pair_layer(name)).double()
+    depth = sd.make_stochastic_(net, sd.uniform(0.5))
+    assert len(depth) == 4
+    x = data(3)
+    with depth.gates([False, True, True, False]):
+        y = net(x)
+    first, second = net.layers
+    hidden = x + first.g(x)
+    bias = first.part(x, None)[1]
+    assert_same(y, hidden + second.part(hidden, bias)[0])
+
+
+class PairBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixer = linear()
+
+    def forward(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        residual = hidden if residual is None else hidden + residual
+        return self.mixer(residual), residual
+
+
+class PairModel(nn.Module):
+    """Each layer gets what the one before has computed and has not added, as in Mamba."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([PairBlock() for _ in range(4)])
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        residual = None
+        for layer in self.layers:
+            hidden, residual = layer(hidden, residual)
+        return hidden + residual
+
+
+def test_the_last_sum_of_a_model_is_its_last_branch() -> None:
+    net = PairModel().double()
+    depth = sd.make_stochastic_(net, sd.linear_decay(0.6), inputs=[data(3)])
+    assert len(depth) == 4
+    for index, layer in enumerate(net.layers):
+        calls = count_calls(layer.mixer)
+        for _ in range(2):  # The first call of a form proves.
+            calls.clear()
+            with depth.gates([other != index for other in range(4)]):
+                net(data(3))
+        assert calls == []
+
+
+class InTime(nn.Module):
+    """Mixes the frames, which are samples here, in the layer with number 1 only."""
+
+    def __init__(self, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx, self.f = layer_idx, linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(x - x.mean(0) if self.layer_idx == 1 else x)
+
+
+class OfFrames(nn.Module):
+    def __init__(self, layer_idx: int) -> None:
+        super().__init__()
+        self.attention = InTime(layer_idx)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attention(x)
+
+
+def test_layers_whose_code_reads_their_number_are_proven_one_by_one() -> None:
+    net = nn.Sequential(OfFrames(0), OfFrames(2), OfFrames(1)).double()
+    sd.make_stochastic_(net, sd.uniform(0.5), granularity="sample")
+    with pytest.raises(RuntimeError, match=r"The block 2 .* its first dimension is not one of independent samples"):
+        net(data(8))
+
+
+class LaterMixing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(x - x.mean(0) if getattr(self.f, "mixes", False) else x)
+
+
+class LaterMixingBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.g = LaterMixing()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.g(x)
+
+
+def test_equal_blocks_are_looked_at_again_in_turn() -> None:
+    net = nn.Sequential(LaterMixingBlock(), LaterMixingBlock(), LaterMixingBlock()).double()
+    sd.make_stochastic_(net, sd.uniform(0.5), granularity="sample")
+    net(data(8))
+    net[2].g.f.mixes = True
+    for _ in range(2):  # In the second call it is the turn of block 1, in the fourth of block 2.
+        net(data(8))
+    with pytest.raises(RuntimeError, match="its first dimension is not one of independent samples"):
+        net(data(8))
+
+
+class AddingTo(nn.Module):
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+def test_a_branch_that_changes_the_shortcut_in_place_is_named() -> None:
+    branch = nn.Sequential(nn.ReLU(inplace=True), linear())
+    net = nn.Sequential(AddingTo(branch)).double()
+    sd.make_stochastic_(net, sd.uniform(0.5))
+    with pytest.raises(RuntimeError, match="branch changes what it is given in place"):
+        net(data(4).requires_grad_() * 1)
+
+
+class Chunking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.cat([self.f(part) for part in x.chunk(4)])
+
+
+def test_a_branch_that_splits_the_batch_is_refused() -> None:
+    net = nn.Sequential(Chunking()).double()
+    sd.make_stochastic_(net, sd.uniform(0.5), granularity="sample", inputs=[data(8)])
+    with pytest.raises(RuntimeError, match="its code changes with the number of samples"):
+        net(data(8))
+
+
+class Shared(nn.Module):
+    """The first argument is one that all samples share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = linear()
+
+    def forward(self, positions: Tensor, x: Tensor) -> Tensor:
+        return x + self.f(x + positions)
+
+
+class SharedNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Shared()
+
+    def forward(self, positions: Tensor, x: Tensor) -> Tensor:
+        return self.block(positions, x)
+
+
+def test_the_first_argument_may_be_one_that_all_samples_share() -> None:
+    net = SharedNet().double()
+    plain = copy.deepcopy(net)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), granularity="sample")
+    positions, x = data(3), data(8, 3, seed=1)
+    gate = torch.arange(8) % 3 == 0
+    with depth.gates([gate]):
+        assert_same(net(positions, x), x + gate.double().view(-1, 1, 1) * (plain(positions, x) - x))
+
+
+class Capacity(nn.Module):
+    """Leaves out what does not fit, which depends on the other samples once one kind is frequent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.router = linear(), nn.Linear(D, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.router(x)[..., 0] > 40
+        return self.f(x) * (chosen.cumsum(0) <= len(x) * 3 // 4)[..., None]
+
+
+def test_mixing_that_training_leads_to_is_seen() -> None:
+    net = nn.Sequential(AddingTo(Capacity())).double()
+    sd.make_stochastic_(net, sd.uniform(0.5), granularity="sample")
+    net(data(8))
+    with torch.no_grad():
+        net[0].branch.router.bias += 100
+    with pytest.raises(RuntimeError, match="its first dimension is not one of independent samples"):
+        net(data(8))
+
+
+class BranchFirst(nn.Module):
+    """A sum that has the memory layout of its branch."""
+
+    def __init__(self, *, in_place: bool = False, drop_path: bool = False) -> None:
+        super().__init__()
+        self.f, self.in_place, self.drop_path = linear(), in_place, DropPath() if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.drop_path(self.f(x))
+        if self.in_place:
+            y += x
+            return y
+        return y + x
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("drop_path", [False, True])
+def test_a_sum_lies_in_memory_as_the_blocks_own_does(granularity: Any, *, in_place: bool, drop_path: bool) -> None:
+    net = nn.Sequential(BranchFirst(in_place=in_place, drop_path=drop_path)).double()
+    depth = sd.make_stochastic_(net, None if drop_path else sd.uniform(0.5), granularity=granularity)
+    x = torch.randn(4, D, 3).double().transpose(1, 2)
+    for gate in (True, False) if granularity == "batch" else (torch.tensor([True, False, True, False]),):
+        with depth.gates([gate]):
+            y = net(x)
+        assert y.is_contiguous()
+        factor = torch.as_tensor(gate).double().view(-1, 1, 1) * (2 if drop_path else 1)
+        assert_same(y, x + factor * net[0].f(x))

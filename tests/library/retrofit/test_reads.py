@@ -726,3 +726,204 @@ def test_the_first_call_may_be_inside_of_a_transform(transform: str) -> None:
 
     with depth.gates([True, True]):
         assert_same(transformed(net), transformed(plain))
+
+
+class Switched(nn.Module):
+    """Adds its adapter only while that is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.a = linear(), nn.Parameter(torch.randn(D, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.f(x)
+        return x + (y + x @ self.a if self.a.requires_grad else y)
+
+
+class AnySwitched(Switched):
+    """Asks all parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.f(x)
+        return x + (2 * y if all(parameter.requires_grad for parameter in self.parameters()) else y)
+
+
+class WithTable(nn.Module):
+    """Uses as many positions as its table has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = linear()
+        self.register_buffer("positions", torch.randn(2, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        num = min(len(x), self.positions.shape[0])
+        return x + self.f(torch.cat([x[:num] * self.positions[:num], x[num:]]))
+
+
+class Typed(nn.Module):
+    """Asks for the type of its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(D, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = 2.0 if self.w.dtype == torch.float32 else 1.0
+        return x + (x.to(self.w.dtype) @ self.w).to(x.dtype) * scale
+
+
+def replace_table(block: Any) -> None:
+    block.positions = torch.ones(4, D).double() / 10
+
+
+def make_single(block: Any) -> None:
+    block.w.data = block.w.data.float()
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        (Switched, lambda block: block.a.requires_grad_(False)),
+        (AnySwitched, lambda block: block.f.bias.requires_grad_(False)),
+        (WithTable, replace_table),
+        (Typed, make_single),
+    ],
+)
+def test_own_parameters_and_buffers_are_read_anew(kind: type[nn.Module], change: Callable[[Any], None]) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(kind()).double()
+    plain, x = copy.deepcopy(net), data(4)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), inputs=[x])
+    with depth.gates([True] * len(depth)):
+        for _ in range(2):
+            assert_same(net(x), plain(x))
+        change(net[0])
+        change(plain[0])
+        for _ in range(2):
+            assert_same(net(x), plain(x))
+
+
+class ByHelpers(nn.Module):
+    """Reads a number two methods away, as property of an object and as attribute of a child."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.f, self.how, self.annealed, self.child = linear(), how, Annealed(), ScalingChild()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self._inner(x)
+
+    def _inner(self, x: Tensor) -> Tensor:
+        return self.f(x) * self._scale()
+
+    def _scale(self) -> Any:
+        if self.how == "object":
+            return self.annealed.value()
+        return self.child.temperature if self.how == "child" else self.child.outer()
+
+
+class ScalingChild(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = 1.0
+
+    def outer(self) -> float:
+        return self.inner()
+
+    def inner(self) -> float:
+        return self.temperature
+
+
+@pytest.mark.parametrize("how", ["object", "child", "method"])
+def test_helpers_of_helpers_are_followed(how: str) -> None:
+    net = nn.Sequential(ByHelpers(how)).double()
+    plain, x = copy.deepcopy(net), data(4)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5))
+    with depth.gates([True]):
+        for number in (1.0, 1.0, 3.0, 3.0):
+            for each in (net[0], plain[0]):
+                each.annealed.step = each.child.temperature = number
+            assert_same(net(x), plain(x))
+
+
+class AttributeDict(dict[str, Any]):
+    """A dictionary with attributes, which raises a KeyError for those that it has not."""
+
+    __getattr__ = dict.__getitem__  # type: ignore[assignment]
+
+
+class Configured(nn.Module):
+    defaults = AttributeDict(scale=1.0)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.config = linear(), AttributeDict(scale=1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x) * self.config.scale * self.defaults.scale
+
+
+@pytest.mark.parametrize("by_example", [False, True])
+def test_dictionaries_with_attributes(*, by_example: bool) -> None:
+    net = nn.Sequential(Configured()).double()
+    x = data(4)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), inputs=[x] if by_example else None)
+    for scale in (1.0, 2.0):
+        net[0].config["scale"] = scale
+        with depth.gates([True]):
+            assert_same(net(x), x + net[0].f(x) * scale)
+
+
+class FunctionalNorm(nn.Module):
+    """Normalizes by a function, in the mode of its BatchNorm."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.f, self.bn, self.how = linear(), nn.BatchNorm1d(D), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        bn, y = self.bn, self.f(x)
+        if self.how == "asks":
+            return x + (bn(y) if bn.training else bn(y) + 1)
+        mean, var = bn.running_mean, bn.running_var
+        return x + nn.functional.batch_norm(y, mean, var, bn.weight * 2, bn.bias, bn.training)
+
+
+@pytest.mark.parametrize("how", ["asks", "function"])
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+def test_code_that_asks_for_the_mode_of_a_batch_norm_sees_it(how: str, granularity: Any) -> None:
+    net = nn.Sequential(FunctionalNorm(how)).double()
+    plain = copy.deepcopy(net)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), granularity=granularity, inputs=[data(8)])
+    gate = torch.ones(8, dtype=torch.bool) if granularity == "sample" else True
+    for frozen in (False, False, True):
+        for each in (net, plain):
+            each[0].bn.train(not frozen)
+        for seed in range(2):
+            x = data(8, seed=seed)
+            with depth.gates([gate]):
+                assert_same(net(x), plain(x))
+    for buffer, own in zip(net.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(buffer, own)
+
+
+class EqualRate:
+    """Computes a layer's weight before each call, as StyleGAN does."""
+
+    name = "weight"
+
+    def __call__(self, module: nn.Module, _args: Any) -> None:
+        module.weight = module.weight_orig * 0.5
+
+
+def test_a_hook_that_makes_a_weight_is_part_of_its_layer() -> None:
+    block = ByHelpers("child").double()
+    weight = block.f.weight
+    del block.f._parameters["weight"]
+    block.f.register_parameter("weight_orig", nn.Parameter(weight.data))
+    block.f.register_forward_pre_hook(EqualRate())
+    net, x = nn.Sequential(block), data(4)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5))
+    with depth.gates([True]):
+        assert_same(net(x), x + x @ (weight.T * 0.5) + block.f.bias)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import re
+import types
+from typing import Any
 
 import pytest
 import torch
@@ -65,13 +68,82 @@ class Block(nn.Module):
         return x + self.drop_path(self.f(x))
 
 
+class MultiplyingDropPath(DropPath):
+    """Divides what it keeps only if it is told to."""
+
+    scale_by_keep: bool
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale_by_keep = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if self.scale_by_keep or not self.training else y * (1 - self.drop_prob)
+
+
+class ScheduledDropPath(DropPath):
+    """Its rate rises over training."""
+
+    def __init__(self, progress: float = 0.0, *, divides: bool = True, schedule: Any = None) -> None:
+        super().__init__()
+        self.progress, self.divides, self.schedule = progress, divides, schedule
+
+    def forward(self, x: Tensor) -> Tensor:
+        rate = self.drop_prob * (self.progress if self.schedule is None else self.schedule.progress)
+        if rate == 0 or not self.training:
+            return x
+        kept = x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(1 - rate)
+        return x * kept / (1 - rate if self.divides else 1)
+
+
+class SeldomDropPath(ScheduledDropPath):
+    """Drops half as often as its rate says."""
+
+    def __init__(self) -> None:
+        super().__init__(0.5, divides=False)
+        self.scale_by_keep = False
+
+
 OTHERWISE = {
     GainedDropPath: "it has modules or parameters of its own",
     UndividedDropPath: "what it keeps is not multiplied by 2",
     TokenDropPath: "it drops single values of a sample",
     BatchDropPath: "it drops whole mini-batches",
     DroppingDropPath: "it changes what it is given in evaluation",
+    ScheduledDropPath: "it drops nothing, where its rate is 0.5",
 }
+
+
+def test_a_drop_path_that_drops_less_often_than_its_rate_stays_as_it_is() -> None:
+    depth = sd.make_stochastic_(nn.Sequential(Block(DropPath()), Block(SeldomDropPath())))
+    assert list(depth.names) == ["0.drop_path"]
+    assert re.search(r"it stays as it is, it drops 0\.[123]\d of the samples, where its rate is 0\.5", str(depth))
+
+
+def test_a_drop_path_whose_rate_depends_on_more_than_its_rate_is_not_ignored() -> None:
+    net = nn.Sequential(Block(ScheduledDropPath(1.0)))
+    sd.make_stochastic_(net)
+    net(torch.randn(4, D))
+    with pytest.raises(RuntimeError, match=r"0\.drop_path was changed, and its gates cannot follow: what it keeps"):
+        net[0].drop_path.progress = 0.9
+
+
+def test_a_schedule_that_drop_paths_share_is_noticed() -> None:
+    schedule = types.SimpleNamespace(progress=1.0)
+    net = nn.Sequential(Block(ScheduledDropPath(schedule=schedule)))
+    sd.make_stochastic_(net)
+    net(torch.randn(4, D))
+    schedule.progress = 0.5  # Noticed by the second, fourth, eighth, … call.
+    with pytest.raises(RuntimeError, match="its gates cannot follow"):
+        net(torch.randn(4, D))
+
+
+def test_what_a_drop_path_keeps_may_not_change_later() -> None:
+    net = nn.Sequential(Block(MultiplyingDropPath()))
+    sd.make_stochastic_(net)
+    with pytest.raises(RuntimeError, match="which its gates cannot follow: change it before make_stochastic_"):
+        net[0].drop_path.scale_by_keep = False
 
 
 @pytest.mark.parametrize("kind", OTHERWISE, ids=lambda kind: kind.__name__)
