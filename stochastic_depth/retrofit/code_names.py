@@ -20,6 +20,8 @@ from stochastic_depth.retrofit.forms import PLAIN, items_of
 from stochastic_depth.retrofit.places import attribute_of, content_of
 
 _MAX_DEPTH = 4
+# How far calls are followed: a number that is set far away is noticed as the code is recorded again.
+_MAX_CALLS = 6
 _MAX_FUNCTIONS = 256
 # Methods that code calls on an object without naming them.
 _PROTOCOLS = {
@@ -121,20 +123,20 @@ def _names_in_code(
     made: dict[type, None] = {}
     functions: dict[FunctionType, None] = {}
     names: set[str] = set()
-    while pending and len(functions) < _MAX_FUNCTIONS:
-        function = pending.pop()
-        if function not in functions:
-            functions[function] = None
+    for _ in range(_MAX_CALLS):
+        new = [function for function in dict.fromkeys(pending) if function not in functions]
+        if not new or len(functions) + len(new) > _MAX_FUNCTIONS:
+            break
+        functions.update(dict.fromkeys(new))
+        pending = []
+        for function in new:
             names |= _follow(function, kinds, made, pending, followed)
-        if not pending:
-            # `super().forward` names the block's own.
-            of_children = names - _PROTOCOLS - ({"forward"} if "super" in names else set[str]())
-            found = [
-                *_methods_of(kinds, names | _PROTOCOLS),
-                *_methods_of(made, _MAKING),
-                *_methods_of((*given, *children), of_children),
-            ]
-            pending += [each for each in found if each not in functions]
+        # `super().forward` names the block's own.
+        is_called = "super" not in names and any(_calls_forward(function.__code__) for function in functions)
+        of_children = names - _PROTOCOLS - (set[str]() if is_called else {"forward"})
+        pending += _methods_of(kinds, names | _PROTOCOLS)
+        pending += _methods_of(made, _MAKING)
+        pending += _methods_of((*given, *children), of_children)
     return frozenset(names), tuple(functions)
 
 
@@ -157,7 +159,7 @@ def _follow(
             pending.append(code)
         elif not issubclass(code, nn.Module):
             kinds[code] = None
-    made.update((value, None) for value in values if isinstance(value, type) and value in kinds)
+    made.update((v, None) for v in values if isinstance(v, type) and v in kinds and not issubclass(v, nn.Module))
     return own
 
 
@@ -257,6 +259,21 @@ def _computes_names(code: CodeType) -> bool:
                 return True
             is_asked = False
     return False
+
+
+@functools.cache
+def _calls_forward(code: CodeType) -> bool:
+    """Whether code calls the forward of an object: not that it has a variable of this name, or looks at one."""
+    is_method = any(
+        each.argval == "forward"
+        and (each.opname == "LOAD_METHOD" or (each.opname == "LOAD_ATTR" and (each.arg or 0) & _METHOD_BIT))
+        for each in dis.get_instructions(code)
+    )
+    return is_method or any(_calls_forward(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+
+
+# Since Python 3.12, a bit of the argument says that an attribute is loaded to be called.
+_METHOD_BIT = 1 if sys.version_info >= (3, 12) else 0
 
 
 @functools.cache
