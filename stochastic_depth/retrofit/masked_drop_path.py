@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stochastic_depth.copies import plain_class
 from stochastic_depth.residual import GatedBranch, masked
-from stochastic_depth.retrofit.rules import DropPathRule, does_otherwise, drop_path_rule
+from stochastic_depth.retrofit.rules import RATES, DropPathRule, does_otherwise, drop_path_rule
 
 # Number of calls of each drop path of the block whose own code is running.
 _running: ContextVar[tuple[nn.Module, dict[int, int]] | None] = ContextVar("_running", default=None)
@@ -97,18 +97,22 @@ class StochasticDropPath(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name not in ("training", "_stochastic_depth_branch") and "_stochastic_depth_branch" in self.__dict__:
-            follow_rule(self)
+            follow_rule(self, try_again=name not in RATES)
 
 
-def follow_rule(drop_path: nn.Module) -> None:
+def follow_rule(drop_path: nn.Module, *, try_again: bool = True) -> None:
     """Let the gates of a drop path follow its rate, because recipes change it in training.
+
+    Args:
+        drop_path: the drop path.
+        try_again: whether something besides its rate may have changed.
 
     Raises:
         RuntimeError: if anything else about it has changed, or if the survival probabilities come from a schedule.
         ValueError: if the rate is not in [0, 1).
     """
     own = cast(DropPathUses, drop_path.__dict__["_stochastic_depth_branch"])
-    reason = does_otherwise(drop_path, again=True)
+    reason = does_otherwise(drop_path, again=try_again)
     rule = drop_path_rule(drop_path)
     branches = [branch for _, branch in own.gated]
     draws = branches[0].passes

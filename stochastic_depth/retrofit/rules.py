@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -22,7 +22,8 @@ from stochastic_depth.random_states import same_random_states
 from stochastic_depth.torch_private import without_torch_function
 
 _CLASS_NAMES = ("DropPath", "StochasticDepth")
-_RATES = ("drop_prob", "p", "drop_rate", "drop_path_rate", "prob")
+# Attributes that hold the rate.
+RATES = ("drop_prob", "p", "drop_rate", "drop_path_rate", "prob")
 
 
 @dataclass(frozen=True)
@@ -80,18 +81,21 @@ def drop_path_rule(module: nn.Module) -> DropPathRule | None:
     if not name.endswith(_CLASS_NAMES):
         return None
     attributes = vars(module)
-    rates = [attributes[attribute] for attribute in _RATES if attribute in attributes]
+    rates = [attributes[attribute] for attribute in RATES if attribute in attributes]
     if not rates:
         if any(module.children()):
             return None  # A wrapper of a whole branch, or a network that bears the name.
         raise ValueError(
-            f"{name} looks like a drop path, but has none of the attributes {', '.join(_RATES)} for its rate. "
+            f"{name} looks like a drop path, but has none of the attributes {', '.join(RATES)} for its rate. "
             "Register it with stochastic_depth.register_drop_path."
         )
     granularity: Granularity = "batch" if attributes.get("mode") == "batch" else "sample"
     rescale: Literal["train", "none"] = "train" if attributes.get("scale_by_keep", True) else "none"
     rule = DropPathRule(float(rates[0] or 0.0), rescale, granularity)
-    if module not in _seen or _seen[module][0] != rule:
+    known = _seen.get(module)
+    if known is not None and 0 < known[0].drop_rate < 1 and known[0] == replace(rule, drop_rate=known[0].drop_rate):
+        _seen[module] = rule, known[1]  # Recipes change the rate in every step.
+    elif known is None or known[0] != rule:
         _seen[module] = rule, _otherwise(module, rule)
     return None if _seen[module][1] else rule
 
