@@ -28,14 +28,15 @@ from stochastic_depth.retrofit.gated_calls import in_training
 from stochastic_depth.retrofit.known_forms import MAX_FORMS, Form, KnownForms, Prepared
 from stochastic_depth.retrofit.masked_drop_path import follow_rule, own_code, passing_drop_paths
 from stochastic_depth.retrofit.num_samples import generalize, skeleton
+from stochastic_depth.retrofit.own_forward import own_forward
 from stochastic_depth.retrofit.proof import MAX_SAMPLES, FixedGates, arguments_anew, behind_nodes, private, prove
 from stochastic_depth.retrofit.quiet import drawn_for_samples
 from stochastic_depth.retrofit.reads import Reads, StateOfChildren
 from stochastic_depth.retrofit.recorder import Run, run_block, run_with_edits
 from stochastic_depth.retrofit.rewrite import GatedUse, edits_of, rewrite
+from stochastic_depth.retrofit.signatures import flatten, unflatten
 from stochastic_depth.retrofit.stand_in import stand_in
 from stochastic_depth.retrofit.sums import BranchParts, DropPaths, Identity, Key, Paths, find_sums
-from stochastic_depth.retrofit.trace import flatten, own_forward, unflatten
 
 __all__ = ["BlockBranches", "BranchParts", "Key", "StochasticBlock", "Treatment", "find_sums"]
 

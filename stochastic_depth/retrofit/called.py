@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
 from stochastic_depth.retrofit.errors import TraceError
-from stochastic_depth.retrofit.trace import PLAIN_TYPES
+from stochastic_depth.retrofit.signatures import PLAIN_TYPES
 
 
 class Watcher(Protocol):

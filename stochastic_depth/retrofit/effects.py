@@ -19,7 +19,7 @@ from stochastic_depth.retrofit.code_names import code_of
 from stochastic_depth.retrofit.errors import StoredError
 from stochastic_depth.retrofit.forms import items_of
 from stochastic_depth.retrofit.reads import Reads
-from stochastic_depth.retrofit.stand_in import is_data, snapshot
+from stochastic_depth.retrofit.user_data import is_data, snapshot
 from stochastic_depth.torch_private import BatchNorm
 
 CONSTANTS = (

@@ -14,7 +14,9 @@ from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.errors import CutError, StoredError, TraceError
 from stochastic_depth.retrofit.example import Example, Reading
 from stochastic_depth.retrofit.functional import FUNCTIONAL, put_functional
+from stochastic_depth.retrofit.own_forward import own_forward
 from stochastic_depth.retrofit.rules import DropPathRule
+from stochastic_depth.retrofit.signatures import OPAQUE, flatten
 from stochastic_depth.retrofit.sizes import is_size, may_be_size
 from stochastic_depth.retrofit.sums import (
     BranchParts,
@@ -28,7 +30,7 @@ from stochastic_depth.retrofit.sums import (
     paths_of,
 )
 from stochastic_depth.retrofit.surroundings import unchanged_surroundings
-from stochastic_depth.retrofit.trace import OPAQUE, Recording, flatten, own_forward, record
+from stochastic_depth.retrofit.trace import Recording, record
 
 _MAX_WAYS = 16
 

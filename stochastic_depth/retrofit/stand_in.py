@@ -8,14 +8,11 @@ that contributes nothing at initialization (a LayerScale of zero) would hide dif
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
 
-import copy
-import enum
 import functools
 import math
-import random
 import types
-from collections import OrderedDict, defaultdict, deque
-from collections.abc import Generator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -23,13 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.copies import own_class
-from stochastic_depth.retrofit.called import Called
 from stochastic_depth.retrofit.classes import Unannounced
-from stochastic_depth.retrofit.forms import items_of
+from stochastic_depth.retrofit.own_forward import bound_anew, own_forward
 from stochastic_depth.retrofit.places import attribute_of
 from stochastic_depth.retrofit.reads import written_parameters
 from stochastic_depth.retrofit.rules import is_drop_path
-from stochastic_depth.retrofit.trace import bound_anew, own_forward
+from stochastic_depth.retrofit.user_data import copied, has_no_data, private_copy
 from stochastic_depth.torch_private import (
     HOOKS,
     TENSORS_AND_CHILDREN,
@@ -38,8 +34,6 @@ from stochastic_depth.torch_private import (
     call_instead,
     call_with_own_hooks,
     child_dict,
-    is_fake,
-    is_transformed,
     parameter_dict,
     pre_hook_dict,
     without_torch_function,
@@ -80,7 +74,7 @@ def stand_in(block: nn.Module, *, own_parameters: bool = False, own_values: bool
 
     def buffer_of(buffer: Tensor) -> Tensor:
         if id(buffer) not in tensors:
-            data = torch.zeros(buffer.shape, dtype=buffer.dtype) if _has_no_data(buffer) else buffer.detach().clone()
+            data = torch.zeros(buffer.shape, dtype=buffer.dtype) if has_no_data(buffer) else buffer.detach().clone()
             if not (own_parameters or own_values) and data.is_floating_point() and not data.any():
                 data = uniform(data.shape, generator).to(data.device, data.dtype)
             tensors[id(buffer)] = data
@@ -154,7 +148,7 @@ def untouched(model: nn.Module) -> Generator[None]:
     memo: dict[int, Any] = {}
     before = [(module, dict(module.__dict__), dict(buffer_dict(module))) for module in model.modules()]
     for module, own, _ in before:
-        module.__dict__.update({n: _private_copy(v, memo) for n, v in own.items() if n not in _NOT_COPIED})
+        module.__dict__.update({n: private_copy(v, memo) for n, v in own.items() if n not in _NOT_COPIED})
     try:
         yield
     finally:
@@ -168,74 +162,6 @@ def untouched(model: nn.Module) -> Generator[None]:
 _NOT_COPIED = {*TENSORS_AND_CHILDREN, "_non_persistent_buffers_set", "training", *HOOKS}
 
 
-def copied(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Attributes of a module with copied structures and plain objects, which code may change."""
-    memo: dict[int, Any] = {}
-    return {name: _private_copy(value, memo) for name, value in attributes.items()}
-
-
-def _private_copy(value: Any, memo: dict[int, Any], depth: int = 4) -> Any:
-    if id(value) in memo:
-        return memo[id(value)]
-    kind = type(value)
-    made = value
-    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-        # Code may change it in place, or hold it for its gradient.
-        if not value.requires_grad and not _has_no_data(value):
-            made = memo[id(value)] = value.clone()
-    elif isinstance(value, torch.Generator):
-        made = memo[id(value)] = value.clone_state()
-    elif isinstance(value, random.Random) or kind.__module__.partition(".")[0] == "numpy":
-        made = memo[id(value)] = copy.deepcopy(value)
-    elif depth and kind in (list, set, dict, deque, OrderedDict, defaultdict):
-        made = memo[id(value)] = copy.copy(value)
-        if isinstance(made, dict):
-            items = cast("dict[Any, Any]", made)
-            items.update({key: _private_copy(item, memo, depth - 1) for key, item in items.items()})
-        elif isinstance(made, list):
-            made[:] = [_private_copy(item, memo, depth - 1) for item in cast("list[Any]", made)]
-    elif depth and is_data(value):
-        try:
-            made = memo[id(value)] = copy.copy(value)
-        except Exception:  # A socket or a process cannot be copied and is used as it is.
-            return value
-        for name, item in vars(value).items():
-            object.__setattr__(made, name, _private_copy(item, memo, depth - 1))
-    return made
-
-
-# Their objects are no data of a model. A logger leads to all others, with thousands of objects.
-_NO_DATA = {"torch", "numpy", "random", "logging", "stochastic_depth"}
-
-
-def is_data(value: Any) -> bool:
-    """Whether a user's object holds data, such as a config or a counter."""
-    kind = cast("type[Any]", type(value))
-    return (
-        hasattr(value, "__dict__")
-        and not isinstance(value, (Tensor, nn.Module, type, types.ModuleType, enum.Enum, Called))
-        and not callable(value)
-        and not hasattr(kind, "__copy__")
-        and kind.__module__.partition(".")[0] not in _NO_DATA
-    )
-
-
-def snapshot(value: Any, depth: int = 4) -> Any:
-    """The current content of a structure or a plain object, to compare with its later content."""
-    kind = type(value)
-    if depth and kind in (list, tuple, deque):
-        return kind, [snapshot(item, depth - 1) for item in value]
-    if depth and isinstance(value, dict):
-        return kind, {key: snapshot(item, depth - 1) for key, item in items_of(cast("dict[Any, Any]", value))}
-    if depth and kind is set:
-        return kind, set(cast("set[Any]", value))
-    if kind.__module__ == "numpy" and hasattr(value, "tobytes"):
-        return kind, value.tobytes()
-    if depth and is_data(value):
-        return kind, id(value), {name: snapshot(item, depth - 1) for name, item in vars(value).items()}
-    return value
-
-
 @functools.cache
 def _passing(plain: type[nn.Module]) -> type[nn.Module]:
     def forward(_self: nn.Module, x: Any, *_args: Any, **_kwargs: Any) -> Any:
@@ -244,22 +170,18 @@ def _passing(plain: type[nn.Module]) -> type[nn.Module]:
     return cast("type[nn.Module]", type(plain.__name__, (Unannounced, plain), {"forward": forward}))
 
 
-def _has_no_data(tensor: Tensor) -> bool:
-    return tensor.is_meta or is_fake(tensor) or is_transformed(tensor)
-
-
 def _data_of(parameter: nn.Parameter, *, clone: bool) -> Tensor:
-    if _has_no_data(parameter):
+    if has_no_data(parameter):
         return parameter
     return parameter.detach().clone() if clone else parameter.detach()
 
 
 def _awake(tensor: Tensor, generator: torch.Generator) -> Tensor:
     """Random values with a parameter's form; the parameter's own values if it is large and not zero."""
-    plain = type(tensor) is Tensor and not _has_no_data(tensor)
+    plain = type(tensor) is Tensor and not has_no_data(tensor)
     if plain and (not tensor.is_floating_point() or (tensor.numel() > _MAX_RANDOM and bool(tensor.any()))):
         return tensor
-    device = tensor.device if not _has_no_data(tensor) else torch.device("cpu")
+    device = tensor.device if not has_no_data(tensor) else torch.device("cpu")
     values = uniform(tensor.shape, generator)
     if tensor.numel() == max(tensor.shape, default=1):
         values = values + 0.5  # gains, biases, scales
@@ -283,7 +205,7 @@ def sample_leaf(value: Any, rows: Tensor | None) -> Any:
     """
     if not isinstance(value, Tensor):
         return value
-    if _has_no_data(value):
+    if has_no_data(value):
         shape = value.shape if rows is None else (len(rows), *value.shape[1:])
         data = uniform([int(size) for size in shape], torch.Generator().manual_seed(2))
         value_like = data.to(value.dtype)

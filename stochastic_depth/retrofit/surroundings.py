@@ -19,7 +19,7 @@ from stochastic_depth.retrofit.errors import StoredError, TraceError
 from stochastic_depth.retrofit.forms import items_of
 from stochastic_depth.retrofit.places import Place
 from stochastic_depth.retrofit.reads import Reads, places_of_children, reads_of, written_parameters
-from stochastic_depth.retrofit.stand_in import is_data
+from stochastic_depth.retrofit.user_data import is_data
 from stochastic_depth.torch_private import TENSORS_AND_CHILDREN, buffer_dict, is_fake, tree_leaves
 
 _MAX_DEPTH = 5

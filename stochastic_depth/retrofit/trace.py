@@ -13,11 +13,10 @@ from __future__ import annotations
 import functools
 import operator
 import random
-import types
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,8 +24,11 @@ from torch import Tensor, fx, nn
 from stochastic_depth.copies import own_class
 from stochastic_depth.retrofit.classes import Unannounced
 from stochastic_depth.retrofit.errors import StoredError, TraceError
+from stochastic_depth.retrofit.own_forward import own_forward
+from stochastic_depth.retrofit.signatures import PLAIN_TYPES, unflatten
 from stochastic_depth.retrofit.sizes import may_be_size, size_value
 from stochastic_depth.retrofit.symbols import BlockTracer, Decide, SymbolsForNoise, context
+from stochastic_depth.retrofit.user_data import copied
 from stochastic_depth.torch_private import (
     TENSORS_AND_CHILDREN,
     TorchDispatchMode,
@@ -37,19 +39,6 @@ from stochastic_depth.torch_private import (
     storage_number,
     tree_leaves,
 )
-
-PLAIN_TYPES = (type(None), bool, int, float, str, torch.dtype, torch.device)
-_MAX_FORMS = 64
-
-_Known = TypeVar("_Known")
-
-
-@dataclass(frozen=True)
-class Opaque:
-    """Stands for an argument that the recording treats as a symbol: a tensor, or an object of another class."""
-
-
-OPAQUE = Opaque()
 
 
 @dataclass
@@ -76,49 +65,6 @@ class Recording:
         """The opaque arguments by their nodes."""
         placeholders = (node for node in self.graph.nodes if node.op == "placeholder")
         return dict(zip(placeholders, leaves, strict=True))
-
-
-def flatten(value: Any, leaves: list[Any]) -> Any:
-    """The part of an argument that decides the path of a forward: the argument with `OPAQUE` for tensors and objects.
-
-    Args:
-        value: the argument, or a structure of tuples, lists and dicts.
-        leaves: opaque values are appended to it.
-
-    Returns:
-        The signature, hashable.
-    """
-    if isinstance(value, Tensor):
-        leaves.append(value)
-        return OPAQUE
-    if isinstance(value, PLAIN_TYPES):
-        return type(value), value
-    if type(value) in (tuple, list, torch.Size):
-        return (list if type(value) is list else tuple, tuple(flatten(item, leaves) for item in value))
-    if type(value) is dict:
-        return (dict, tuple((key, flatten(item, leaves)) for key, item in cast("dict[Any, Any]", value).items()))
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return (type(value), tuple(flatten(item, leaves) for item in cast("tuple[Any, ...]", value)))
-    leaves.append(value)
-    return OPAQUE
-
-
-def unflatten(signature: Any, leaves: Sequence[Any]) -> Any:
-    """The argument of a signature, with these values instead of the opaque parts."""
-    return _unflatten(signature, iter(leaves))
-
-
-def _unflatten(signature: Any, leaves: Any) -> Any:
-    if isinstance(signature, Opaque):
-        return next(leaves)
-    kind, value = signature
-    if kind is dict:
-        return {key: _unflatten(item, leaves) for key, item in value}
-    if kind in (tuple, list):
-        return kind([_unflatten(item, leaves) for item in value])
-    if hasattr(kind, "_fields"):
-        return kind(*[_unflatten(item, leaves) for item in value])
-    return value
 
 
 def record(
@@ -223,7 +169,7 @@ def _put_symbols(
         plain = nn.Module if isinstance(child, torch.jit.ScriptModule) else own_class(child)
         kind = _inlined_class(plain) if f"{path}{name}" in inlined else _called_class(plain)
         stand_in = tracer.stand_ins[child] = object.__new__(kind)
-        stand_in.__dict__.update(_private(child.__dict__))
+        stand_in.__dict__.update(copied(child.__dict__))
         stand_in.__dict__.pop("forward", None)
         stand_in.__dict__["_symbolic_call"] = (tracer, f"{path}{name}")
         for group in TENSORS_AND_CHILDREN:
@@ -255,27 +201,6 @@ def _inlined_class(plain: type[nn.Module]) -> type[nn.Module]:
     return type(plain.__name__, (Unannounced, plain), {"__call__": call})
 
 
-def own_forward(block: nn.Module, stand_in: nn.Module) -> Callable[..., Any]:
-    """A block's own code, from its class or set on the instance, bound to a stand-in."""
-    gates = block.__dict__.get("_stochastic_depth_branch")
-    # A forward set on a stochastic block calls its gated forward, see `block.refuse_bypass`.
-    forward = cast(Any, gates).own_forward if hasattr(gates, "own_forward") else block.__dict__.get("forward")
-    if forward is None:
-        return types.MethodType(own_class(block).forward, stand_in)
-    return bound_anew(forward, block, stand_in)
-
-
-def bound_anew(forward: Any, module: nn.Module, new: nn.Module) -> Any:
-    """A method that was set on a module, such as a forward, bound to its stand-in."""
-    if isinstance(forward, types.MethodType) and forward.__self__ is module:
-        return types.MethodType(forward.__func__, new)
-    if isinstance(forward, functools.partial):
-        part = cast("functools.partial[Any]", forward)
-        args = [new if argument is module else argument for argument in part.args]
-        return functools.partial(part.func, *args, **part.keywords)
-    return forward
-
-
 class _Call:
     def __init__(
         self,
@@ -289,7 +214,7 @@ class _Call:
         plain: type[nn.Module] = own_class(block)
         # A shallow copy: assignments of the forward to `self`, or to its own cache, are discarded.
         shadow = object.__new__(plain)
-        shadow.__dict__.update(_private(block.__dict__))
+        shadow.__dict__.update(copied(block.__dict__))
         for name in TENSORS_AND_CHILDREN:
             shadow.__dict__[name] = dict(block.__dict__[name])
         # Layers of transformers checkpoint their own forward; the checkpointed code is recorded.
@@ -355,12 +280,6 @@ def _copied(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value.copy() if type(value) in (dict, list) else value for name, value in attributes.items()}
 
 
-def _private(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    from stochastic_depth.retrofit.stand_in import copied  # It needs what is here.
-
-    return copied(attributes)
-
-
 def _attributes(module: nn.Module) -> dict[str, Any]:
     """All attributes of a module with their current values."""
     found = _copied(module.__dict__)
@@ -404,13 +323,3 @@ def _storage(tensor: Tensor) -> int:
         return storage_number(tensor)
     except NotImplementedError:  # a sparse tensor, or one of torch.func
         return id(tensor)
-
-
-def remember(known: dict[Any, list[_Known]], form: Any, entries: list[_Known]) -> None:
-    """Keep what is known of a form of call, on each way through the code, and forget the oldest of too many.
-
-    A number that changes with every step makes every call one of a new form.
-    """
-    known[form] = entries[-_MAX_FORMS:]
-    while len(known) > _MAX_FORMS:
-        del known[next(iter(known))]
