@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from wild_models import ENTRIES, Entry, matching
 
 import stochastic_depth as sd
-from stochastic_depth.retrofit.maps import NotComputed
+from stochastic_depth.retrofit.recording.maps import NotComputed
 
 TOLERANCE = 1e-9
 ABSENT = torch.zeros(0)

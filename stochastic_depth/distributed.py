@@ -13,8 +13,8 @@ from stochastic_depth.compiling import eager
 from stochastic_depth.gate_draws import GateDraws
 from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit import Controller, controller
-from stochastic_depth.retrofit.block import BranchParts
-from stochastic_depth.retrofit.find import Branch
+from stochastic_depth.retrofit.finding.find import Branch
+from stochastic_depth.retrofit.running.block import BranchParts
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -21,13 +21,13 @@ from stochastic_depth.copies import plain_class
 from stochastic_depth.deploy.batches import Call
 from stochastic_depth.deploy.branches import BranchWithGate
 from stochastic_depth.residual import Residual
-from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.errors import CutError, TraceError
-from stochastic_depth.retrofit.find import find_branches
-from stochastic_depth.retrofit.readings import optional_arguments, recordings
+from stochastic_depth.retrofit.finding.find import find_branches
+from stochastic_depth.retrofit.finding.readings import optional_arguments, recordings
+from stochastic_depth.retrofit.recording.sizes import is_size
+from stochastic_depth.retrofit.rewriting import cuts
+from stochastic_depth.retrofit.rewriting.sums import Key, inlined_of, known_sums
 from stochastic_depth.retrofit.rules import drop_path_rule
-from stochastic_depth.retrofit.sizes import is_size
-from stochastic_depth.retrofit.sums import Key, inlined_of, known_sums
 from stochastic_depth.torch_private import BatchNorm, InstanceNorm, RunningNorm, has_forward_hooks
 
 

@@ -21,13 +21,13 @@ from torch import fx, nn
 from stochastic_depth.copies import plain_class
 from stochastic_depth.deploy.affine import drop_path_call
 from stochastic_depth.deploy.batches import Call
-from stochastic_depth.retrofit import cuts
+from stochastic_depth.retrofit.code.signatures import OPAQUE, PLAIN_TYPES, Opaque, flatten
 from stochastic_depth.retrofit.errors import CutError, TraceError
-from stochastic_depth.retrofit.readings import recordings
-from stochastic_depth.retrofit.signatures import OPAQUE, PLAIN_TYPES, Opaque, flatten
-from stochastic_depth.retrofit.sizes import decide_by, is_size
-from stochastic_depth.retrofit.sums import Key, inlined_of, known_sums
-from stochastic_depth.retrofit.trace import Recording, record
+from stochastic_depth.retrofit.finding.readings import recordings
+from stochastic_depth.retrofit.recording.sizes import decide_by, is_size
+from stochastic_depth.retrofit.recording.trace import Recording, record
+from stochastic_depth.retrofit.rewriting import cuts
+from stochastic_depth.retrofit.rewriting.sums import Key, inlined_of, known_sums
 from stochastic_depth.torch_private import assert_in_graph, child_dict, tree_map
 
 _Recorded = TypeVar("_Recorded")

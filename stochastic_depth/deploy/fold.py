@@ -46,9 +46,9 @@ from stochastic_depth.deploy.scalars import (
 from stochastic_depth.deploy.undo import Snapshot
 from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit import controller, restore_
-from stochastic_depth.retrofit.block import Key
 from stochastic_depth.retrofit.classes import swap_class_
 from stochastic_depth.retrofit.remembered import Call
+from stochastic_depth.retrofit.running.block import Key
 
 
 def fold_(model: nn.Module, *, inputs: Inputs | None = None) -> None:

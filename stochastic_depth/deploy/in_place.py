@@ -13,9 +13,9 @@ from torch import fx, nn
 from stochastic_depth.copies import plain_class
 from stochastic_depth.deploy.blocks import holders, unchanged_outputs
 from stochastic_depth.residual import Residual
-from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.errors import TraceError
-from stochastic_depth.retrofit.readings import recordings
+from stochastic_depth.retrofit.finding.readings import recordings
+from stochastic_depth.retrofit.rewriting import cuts
 from stochastic_depth.torch_private import child_dict
 
 

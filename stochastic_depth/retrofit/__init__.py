@@ -1,7 +1,6 @@
 """Makes existing models stochastic in place: finds branches, swaps classes, and restores the original."""
 
 from stochastic_depth.retrofit.apply import controller, make_stochastic_, restore_
-from stochastic_depth.retrofit.block import MaskedBranchWarning
 from stochastic_depth.retrofit.controller import Controller, Verification
 from stochastic_depth.retrofit.early_exit import (
     early_exit_loss,
@@ -10,6 +9,7 @@ from stochastic_depth.retrofit.early_exit import (
     rotating_exits,
 )
 from stochastic_depth.retrofit.rules import DropPathRule, register_drop_path
+from stochastic_depth.retrofit.running.block import MaskedBranchWarning
 
 __all__ = [
     "Controller",

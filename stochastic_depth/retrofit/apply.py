@@ -11,15 +11,15 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from stochastic_depth.gate_draws import GateDraws, Granularity, Ranks
 from stochastic_depth.gates import Draw
 from stochastic_depth.residual import GatedBranch, Rescale, SkippedGrad, StochasticResidual
-from stochastic_depth.retrofit.block import BlockBranches, StochasticBlock
 from stochastic_depth.retrofit.classes import restore_class_, swap_class_
 from stochastic_depth.retrofit.controller import Controller
-from stochastic_depth.retrofit.find import Branch, Found, Where, find_branches
-from stochastic_depth.retrofit.functional import FUNCTIONAL
-from stochastic_depth.retrofit.known_forms import KnownForms
+from stochastic_depth.retrofit.finding.find import Branch, Found, Where, find_branches
 from stochastic_depth.retrofit.layers import GatedLayer, LayerDropPath, StochasticLayer, refuse_own_layerdrop
-from stochastic_depth.retrofit.masked_drop_path import DropPathUses, StochasticDropPath
+from stochastic_depth.retrofit.rewriting.functional import FUNCTIONAL
 from stochastic_depth.retrofit.root import StochasticRoot
+from stochastic_depth.retrofit.running.block import BlockBranches, StochasticBlock
+from stochastic_depth.retrofit.running.known_forms import KnownForms
+from stochastic_depth.retrofit.running.masked_drop_path import DropPathUses, StochasticDropPath
 from stochastic_depth.schedules import SCHEDULES, LayerSchedule, Schedule, Values, to_survival_probs
 from stochastic_depth.torch_private import is_compiled
 

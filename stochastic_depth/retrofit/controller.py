@@ -18,11 +18,11 @@ from stochastic_depth.cuda_graphs import BranchGraphs, refuse_unrecordable
 from stochastic_depth.display import GateInfo, Overview, as_html, as_text, plot
 from stochastic_depth.gate_draws import GateDraws, has_several_ranks
 from stochastic_depth.residual import SkippedGrad
-from stochastic_depth.retrofit.block import BlockBranches
 from stochastic_depth.retrofit.ddp import refuse_unsound
-from stochastic_depth.retrofit.find import Branch
-from stochastic_depth.retrofit.proof import copy_of_object
+from stochastic_depth.retrofit.finding.find import Branch
 from stochastic_depth.retrofit.remembered import RememberedCalls
+from stochastic_depth.retrofit.running.block import BlockBranches
+from stochastic_depth.retrofit.running.proof import copy_of_object
 from stochastic_depth.retrofit.verify import Verification, verify
 from stochastic_depth.schedules import Values, at_progress, expected_depth, to_survival_probs
 from stochastic_depth.tally import metrics

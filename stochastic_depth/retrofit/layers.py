@@ -15,12 +15,12 @@ from stochastic_depth.compiling import eager
 from stochastic_depth.copies import evaluating_, plain_class, plain_copy, tensor_without_data
 from stochastic_depth.gate_draws import CLOSED, Gate
 from stochastic_depth.residual import GatedBranch, masks_only, outside_graph
+from stochastic_depth.retrofit.code.signatures import flatten, remember, unflatten
 from stochastic_depth.retrofit.errors import TraceError
-from stochastic_depth.retrofit.proof import MAX_SAMPLES, deviation, private, tolerance
+from stochastic_depth.retrofit.recording.sizes import decide_by
+from stochastic_depth.retrofit.recording.trace import Recording, record
+from stochastic_depth.retrofit.running.proof import MAX_SAMPLES, deviation, private, tolerance
 from stochastic_depth.retrofit.shapes import samples_among
-from stochastic_depth.retrofit.signatures import flatten, remember, unflatten
-from stochastic_depth.retrofit.sizes import decide_by
-from stochastic_depth.retrofit.trace import Recording, record
 from stochastic_depth.torch_private import tree_map_only
 
 # What layers call their hidden states, also where these are not their first argument.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.compiling import eager, is_capturing
-from stochastic_depth.retrofit.signatures import PLAIN_TYPES
+from stochastic_depth.retrofit.code.signatures import PLAIN_TYPES
 from stochastic_depth.torch_private import disable_current_modes, is_transformed, tree_flatten, tree_unflatten
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from stochastic_depth.cost import Meter, observed, undisturbed
 from stochastic_depth.gate_draws import GateDraws
 from stochastic_depth.residual import SkippedGrad, masks_only
-from stochastic_depth.retrofit.find import Branch
-from stochastic_depth.retrofit.maps import NotComputed
-from stochastic_depth.retrofit.proof import deviation, tolerance
-from stochastic_depth.retrofit.quiet import without_noise
-from stochastic_depth.retrofit.stand_in import uniform, untouched
-from stochastic_depth.retrofit.sums import BranchParts
-from stochastic_depth.retrofit.surroundings import kept_surroundings
+from stochastic_depth.retrofit.code.surroundings import kept_surroundings
+from stochastic_depth.retrofit.finding.find import Branch
+from stochastic_depth.retrofit.recording.maps import NotComputed
+from stochastic_depth.retrofit.recording.quiet import without_noise
+from stochastic_depth.retrofit.recording.stand_in import uniform, untouched
+from stochastic_depth.retrofit.rewriting.sums import BranchParts
+from stochastic_depth.retrofit.running.proof import deviation, tolerance
 from stochastic_depth.tally import Tally
 from stochastic_depth.torch_private import BatchNorm, tree_leaves
 

@@ -23,12 +23,12 @@ from torch import Tensor, fx, nn
 
 from stochastic_depth.copies import own_class
 from stochastic_depth.retrofit.classes import Unannounced
+from stochastic_depth.retrofit.code.own_forward import own_forward
+from stochastic_depth.retrofit.code.signatures import PLAIN_TYPES, unflatten
+from stochastic_depth.retrofit.code.user_data import copied
 from stochastic_depth.retrofit.errors import StoredError, TraceError
-from stochastic_depth.retrofit.own_forward import own_forward
-from stochastic_depth.retrofit.signatures import PLAIN_TYPES, unflatten
-from stochastic_depth.retrofit.sizes import may_be_size, size_value
-from stochastic_depth.retrofit.symbols import BlockTracer, Decide, SymbolsForNoise, context
-from stochastic_depth.retrofit.user_data import copied
+from stochastic_depth.retrofit.recording.sizes import may_be_size, size_value
+from stochastic_depth.retrofit.recording.symbols import BlockTracer, Decide, SymbolsForNoise, context
 from stochastic_depth.torch_private import (
     TENSORS_AND_CHILDREN,
     TorchDispatchMode,

@@ -9,8 +9,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from stochastic_depth.copies import plain_class
-from stochastic_depth.retrofit.code_names import names_in_code
-from stochastic_depth.retrofit.forms import NOT_CONFIGURATION, is_plain
+from stochastic_depth.retrofit.code.code_names import names_in_code
+from stochastic_depth.retrofit.code.forms import NOT_CONFIGURATION, is_plain
 from stochastic_depth.retrofit.rules import is_drop_path
 from stochastic_depth.torch_private import buffer_dict, parameter_dict
 

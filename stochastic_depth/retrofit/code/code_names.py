@@ -15,9 +15,9 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from stochastic_depth.copies import plain_class
-from stochastic_depth.retrofit.for_now import remembered
-from stochastic_depth.retrofit.forms import PLAIN, items_of
-from stochastic_depth.retrofit.places import attribute_of, content_of
+from stochastic_depth.retrofit.code.for_now import remembered
+from stochastic_depth.retrofit.code.forms import PLAIN, items_of
+from stochastic_depth.retrofit.code.places import attribute_of, content_of
 
 _MAX_DEPTH = 4
 # How far calls are followed: a number that is set far away is noticed as the code is recorded again.

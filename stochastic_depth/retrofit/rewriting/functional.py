@@ -15,10 +15,10 @@ from typing import Any, cast
 
 from torch import fx, nn
 
-from stochastic_depth.retrofit import cuts
 from stochastic_depth.retrofit.errors import TraceError
+from stochastic_depth.retrofit.recording.sizes import is_size
+from stochastic_depth.retrofit.rewriting import cuts
 from stochastic_depth.retrofit.rules import DropPathRule
-from stochastic_depth.retrofit.sizes import is_size
 
 FUNCTIONAL = "()"
 """Path of a functional drop path."""

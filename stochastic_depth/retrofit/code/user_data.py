@@ -13,8 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.retrofit.called import Called
-from stochastic_depth.retrofit.forms import items_of
+from stochastic_depth.retrofit.code.called import Called
+from stochastic_depth.retrofit.code.forms import items_of
 from stochastic_depth.torch_private import is_fake, is_transformed
 
 

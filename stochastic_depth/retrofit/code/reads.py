@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.copies import plain_class
-from stochastic_depth.retrofit.code_names import (
+from stochastic_depth.retrofit.code.code_names import (
     COMPUTED,
     code_of,
     contents_of_value,
@@ -34,9 +34,9 @@ from stochastic_depth.retrofit.code_names import (
     names_in_code,
     with_inlined,
 )
-from stochastic_depth.retrofit.for_now import remembered
-from stochastic_depth.retrofit.forms import NOT_CONFIGURATION, PLAIN, Same, form_of, is_plain
-from stochastic_depth.retrofit.places import (
+from stochastic_depth.retrofit.code.for_now import remembered
+from stochastic_depth.retrofit.code.forms import NOT_CONFIGURATION, PLAIN, Same, form_of, is_plain
+from stochastic_depth.retrofit.code.places import (
     Place,
     attribute_of,
     content_of,

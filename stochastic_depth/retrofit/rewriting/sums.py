@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, cast
 
 from torch import fx, nn
 
-from stochastic_depth.retrofit import cuts
-from stochastic_depth.retrofit.cuts import Sum
 from stochastic_depth.retrofit.errors import CutError
-from stochastic_depth.retrofit.functional import FUNCTIONAL, functional_drop_path
+from stochastic_depth.retrofit.rewriting import cuts
+from stochastic_depth.retrofit.rewriting.cuts import Sum
+from stochastic_depth.retrofit.rewriting.functional import FUNCTIONAL, functional_drop_path
 from stochastic_depth.torch_private import child_dict, parameter_dict
 
 Key = tuple[str, int]

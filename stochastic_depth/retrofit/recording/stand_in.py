@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from stochastic_depth.copies import own_class
 from stochastic_depth.retrofit.classes import Unannounced
-from stochastic_depth.retrofit.own_forward import bound_anew, own_forward
-from stochastic_depth.retrofit.places import attribute_of
-from stochastic_depth.retrofit.reads import written_parameters
+from stochastic_depth.retrofit.code.own_forward import bound_anew, own_forward
+from stochastic_depth.retrofit.code.places import attribute_of
+from stochastic_depth.retrofit.code.reads import written_parameters
+from stochastic_depth.retrofit.code.user_data import copied, has_no_data, private_copy
 from stochastic_depth.retrofit.rules import is_drop_path
-from stochastic_depth.retrofit.user_data import copied, has_no_data, private_copy
 from stochastic_depth.torch_private import (
     HOOKS,
     TENSORS_AND_CHILDREN,

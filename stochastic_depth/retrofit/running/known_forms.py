@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from stochastic_depth.retrofit.generated_code import Code
-from stochastic_depth.retrofit.rewrite import GatedUse
-from stochastic_depth.retrofit.sums import Key
+from stochastic_depth.retrofit.rewriting.generated_code import Code
+from stochastic_depth.retrofit.rewriting.rewrite import GatedUse
+from stochastic_depth.retrofit.rewriting.sums import Key
 
 # Number of forms of a call that are kept.
 MAX_FORMS = 128

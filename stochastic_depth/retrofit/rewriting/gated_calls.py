@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.residual import GatedBranch, masked, outside_graph
-from stochastic_depth.retrofit.functional import FUNCTIONAL
-from stochastic_depth.retrofit.generated_code import Code
-from stochastic_depth.retrofit.maps import NotComputed
-from stochastic_depth.retrofit.sums import DropPaths, Identity, Key, Paths
+from stochastic_depth.retrofit.recording.maps import NotComputed
+from stochastic_depth.retrofit.rewriting.functional import FUNCTIONAL
+from stochastic_depth.retrofit.rewriting.generated_code import Code
+from stochastic_depth.retrofit.rewriting.sums import DropPaths, Identity, Key, Paths
 from stochastic_depth.torch_private import child_dict
 
 

@@ -17,26 +17,33 @@ from torch import Tensor, nn
 from stochastic_depth.compiling import eager, is_capturing
 from stochastic_depth.copies import plain_class, way_around
 from stochastic_depth.residual import GatedBranch, masks_only, outside_graph
-from stochastic_depth.retrofit.called import called
-from stochastic_depth.retrofit.effects import ChangedObjectError
+from stochastic_depth.retrofit.code.called import called
+from stochastic_depth.retrofit.code.effects import ChangedObjectError
+from stochastic_depth.retrofit.code.fingerprints import fingerprint
+from stochastic_depth.retrofit.code.for_now import remembering
+from stochastic_depth.retrofit.code.forms import form_of_leaves, identities, settings
+from stochastic_depth.retrofit.code.own_forward import own_forward
+from stochastic_depth.retrofit.code.reads import Reads, StateOfChildren
+from stochastic_depth.retrofit.code.signatures import flatten, unflatten
 from stochastic_depth.retrofit.errors import CutError, ProofError, StoredError, TraceError
-from stochastic_depth.retrofit.fingerprints import fingerprint
-from stochastic_depth.retrofit.for_now import remembering
-from stochastic_depth.retrofit.forms import form_of_leaves, identities, settings
-from stochastic_depth.retrofit.functional import FUNCTIONAL
-from stochastic_depth.retrofit.gated_calls import in_training
-from stochastic_depth.retrofit.known_forms import MAX_FORMS, Form, KnownForms, Prepared
-from stochastic_depth.retrofit.masked_drop_path import follow_rule, own_code, passing_drop_paths
-from stochastic_depth.retrofit.num_samples import generalize, skeleton
-from stochastic_depth.retrofit.own_forward import own_forward
-from stochastic_depth.retrofit.proof import MAX_SAMPLES, FixedGates, arguments_anew, behind_nodes, private, prove
-from stochastic_depth.retrofit.quiet import drawn_for_samples
-from stochastic_depth.retrofit.reads import Reads, StateOfChildren
-from stochastic_depth.retrofit.recorder import Run, run_block, run_with_edits
-from stochastic_depth.retrofit.rewrite import GatedUse, edits_of, rewrite
-from stochastic_depth.retrofit.signatures import flatten, unflatten
-from stochastic_depth.retrofit.stand_in import stand_in
-from stochastic_depth.retrofit.sums import BranchParts, DropPaths, Identity, Key, Paths, find_sums
+from stochastic_depth.retrofit.recording.quiet import drawn_for_samples
+from stochastic_depth.retrofit.recording.recorder import Run, run_block, run_with_edits
+from stochastic_depth.retrofit.recording.stand_in import stand_in
+from stochastic_depth.retrofit.rewriting.functional import FUNCTIONAL
+from stochastic_depth.retrofit.rewriting.gated_calls import in_training
+from stochastic_depth.retrofit.rewriting.num_samples import generalize, skeleton
+from stochastic_depth.retrofit.rewriting.rewrite import GatedUse, edits_of, rewrite
+from stochastic_depth.retrofit.rewriting.sums import BranchParts, DropPaths, Identity, Key, Paths, find_sums
+from stochastic_depth.retrofit.running.known_forms import MAX_FORMS, Form, KnownForms, Prepared
+from stochastic_depth.retrofit.running.masked_drop_path import follow_rule, own_code, passing_drop_paths
+from stochastic_depth.retrofit.running.proof import (
+    MAX_SAMPLES,
+    FixedGates,
+    arguments_anew,
+    behind_nodes,
+    private,
+    prove,
+)
 
 __all__ = ["BlockBranches", "BranchParts", "Key", "StochasticBlock", "Treatment", "find_sums"]
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.retrofit.signatures import PLAIN_TYPES
+from stochastic_depth.retrofit.code.signatures import PLAIN_TYPES
 from stochastic_depth.torch_private import MODULE_ATTRIBUTES
 
 PLAIN = (*PLAIN_TYPES, bytes, complex, enum.Enum, torch.memory_format, torch.layout)

@@ -10,14 +10,14 @@ import torch
 from torch import fx, nn
 
 from stochastic_depth.cost import undisturbed
-from stochastic_depth.retrofit.effects import ChangedObjectError
+from stochastic_depth.retrofit.code.effects import ChangedObjectError
+from stochastic_depth.retrofit.code.signatures import flatten, unflatten
+from stochastic_depth.retrofit.code.surroundings import kept_surroundings
 from stochastic_depth.retrofit.errors import TraceError
-from stochastic_depth.retrofit.proof import arguments_anew, behind_nodes, copy_of_object, private
-from stochastic_depth.retrofit.quiet import without_noise
-from stochastic_depth.retrofit.recorder import run_block
-from stochastic_depth.retrofit.signatures import flatten, unflatten
-from stochastic_depth.retrofit.stand_in import stand_in, untouched
-from stochastic_depth.retrofit.surroundings import kept_surroundings
+from stochastic_depth.retrofit.recording.quiet import without_noise
+from stochastic_depth.retrofit.recording.recorder import run_block
+from stochastic_depth.retrofit.recording.stand_in import stand_in, untouched
+from stochastic_depth.retrofit.running.proof import arguments_anew, behind_nodes, copy_of_object, private
 from stochastic_depth.torch_private import tree_map
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, fx, nn
 
-from stochastic_depth.retrofit.code_names import code_of
-from stochastic_depth.retrofit.effects import CONSTANTS, is_same
+from stochastic_depth.retrofit.code.code_names import code_of
+from stochastic_depth.retrofit.code.effects import CONSTANTS, is_same
+from stochastic_depth.retrofit.code.forms import items_of
+from stochastic_depth.retrofit.code.places import Place
+from stochastic_depth.retrofit.code.reads import Reads, places_of_children, reads_of, written_parameters
+from stochastic_depth.retrofit.code.user_data import is_data
 from stochastic_depth.retrofit.errors import StoredError, TraceError
-from stochastic_depth.retrofit.forms import items_of
-from stochastic_depth.retrofit.places import Place
-from stochastic_depth.retrofit.reads import Reads, places_of_children, reads_of, written_parameters
-from stochastic_depth.retrofit.user_data import is_data
 from stochastic_depth.torch_private import TENSORS_AND_CHILDREN, buffer_dict, is_fake, tree_leaves
 
 _MAX_DEPTH = 5

@@ -14,12 +14,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.retrofit.called import Called
-from stochastic_depth.retrofit.code_names import code_of
+from stochastic_depth.retrofit.code.called import Called
+from stochastic_depth.retrofit.code.code_names import code_of
+from stochastic_depth.retrofit.code.forms import items_of
+from stochastic_depth.retrofit.code.reads import Reads
+from stochastic_depth.retrofit.code.user_data import is_data, snapshot
 from stochastic_depth.retrofit.errors import StoredError
-from stochastic_depth.retrofit.forms import items_of
-from stochastic_depth.retrofit.reads import Reads
-from stochastic_depth.retrofit.user_data import is_data, snapshot
 from stochastic_depth.torch_private import BatchNorm
 
 CONSTANTS = (

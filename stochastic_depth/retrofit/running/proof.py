@@ -16,18 +16,18 @@ from torch import Tensor, nn
 
 from stochastic_depth.gate_draws import CLOSED, Gate
 from stochastic_depth.residual import GatedBranch
-from stochastic_depth.retrofit.called import as_called
+from stochastic_depth.retrofit.code.called import as_called
+from stochastic_depth.retrofit.code.reads import written_parameters
+from stochastic_depth.retrofit.code.surroundings import unchanged_surroundings
 from stochastic_depth.retrofit.errors import ProofError, TraceError
-from stochastic_depth.retrofit.generated_code import Code
-from stochastic_depth.retrofit.layouts import order_of
-from stochastic_depth.retrofit.maps import NotComputed
-from stochastic_depth.retrofit.quiet import quiet
-from stochastic_depth.retrofit.reads import written_parameters
-from stochastic_depth.retrofit.recorder import Edits, run_block
-from stochastic_depth.retrofit.rewrite import GatedUse, edits_of
-from stochastic_depth.retrofit.stand_in import sample_leaf, uniform
-from stochastic_depth.retrofit.sums import Key
-from stochastic_depth.retrofit.surroundings import unchanged_surroundings
+from stochastic_depth.retrofit.recording.layouts import order_of
+from stochastic_depth.retrofit.recording.maps import NotComputed
+from stochastic_depth.retrofit.recording.quiet import quiet
+from stochastic_depth.retrofit.recording.recorder import Edits, run_block
+from stochastic_depth.retrofit.recording.stand_in import sample_leaf, uniform
+from stochastic_depth.retrofit.rewriting.generated_code import Code
+from stochastic_depth.retrofit.rewriting.rewrite import GatedUse, edits_of
+from stochastic_depth.retrofit.rewriting.sums import Key
 from stochastic_depth.torch_private import (
     buffer_dict,
     disable_current_modes,

@@ -17,7 +17,7 @@ from torch.fx.proxy import GraphAppendingTracer
 from torch.overrides import TorchFunctionMode
 
 from stochastic_depth.retrofit.errors import TraceError
-from stochastic_depth.retrofit.sizes import is_size
+from stochastic_depth.retrofit.recording.sizes import is_size
 
 Decide = Callable[[fx.Node], Any]
 """Returns the value of a node that the control flow depends on."""

@@ -13,8 +13,8 @@ from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
+from stochastic_depth.retrofit.code.signatures import PLAIN_TYPES
 from stochastic_depth.retrofit.errors import TraceError
-from stochastic_depth.retrofit.signatures import PLAIN_TYPES
 
 
 class Watcher(Protocol):

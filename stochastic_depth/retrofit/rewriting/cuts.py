@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from stochastic_depth.copies import has_hooks, plain_class
 from stochastic_depth.retrofit.errors import CutError, UnusedError
-from stochastic_depth.retrofit.sizes import is_size
+from stochastic_depth.retrofit.recording.sizes import is_size
 
 _ADDITIONS = {operator.add, operator.iadd, torch.add}
 _ADDITION_METHODS = {"add", "add_", "__add__", "__iadd__", "__radd__"}

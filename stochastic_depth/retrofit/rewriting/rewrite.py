@@ -9,12 +9,15 @@ from typing import Any, NamedTuple, cast
 
 from torch import fx, nn
 
-from stochastic_depth.retrofit import cuts
-from stochastic_depth.retrofit.checkpoints import put_in_checkpoints
-from stochastic_depth.retrofit.cuts import Sum
 from stochastic_depth.retrofit.errors import CutError, SidesError
-from stochastic_depth.retrofit.functional import FUNCTIONAL, FunctionalDropPath, put_functional
-from stochastic_depth.retrofit.gated_calls import (
+from stochastic_depth.retrofit.recording.checkpoints import put_in_checkpoints
+from stochastic_depth.retrofit.recording.layouts import in_order
+from stochastic_depth.retrofit.recording.recorder import Edit, Edits
+from stochastic_depth.retrofit.recording.sizes import is_size
+from stochastic_depth.retrofit.rewriting import cuts
+from stochastic_depth.retrofit.rewriting.cuts import Sum
+from stochastic_depth.retrofit.rewriting.functional import FUNCTIONAL, FunctionalDropPath, put_functional
+from stochastic_depth.retrofit.rewriting.gated_calls import (
     BlockGates,
     BranchInput,
     make_gated_sum,
@@ -22,11 +25,8 @@ from stochastic_depth.retrofit.gated_calls import (
     make_gated_value,
     make_mask,
 )
-from stochastic_depth.retrofit.generated_code import Code, compiled
-from stochastic_depth.retrofit.layouts import in_order
-from stochastic_depth.retrofit.recorder import Edit, Edits
-from stochastic_depth.retrofit.sizes import is_size
-from stochastic_depth.retrofit.sums import (
+from stochastic_depth.retrofit.rewriting.generated_code import Code, compiled
+from stochastic_depth.retrofit.rewriting.sums import (
     Key,
     Paths,
     additions_of,

@@ -11,19 +11,19 @@ from torch import nn
 
 from stochastic_depth.copies import plain_class
 from stochastic_depth.residual import Residual
-from stochastic_depth.retrofit.code_names import names_in_code
+from stochastic_depth.retrofit.code.code_names import names_in_code
+from stochastic_depth.retrofit.code.for_now import remembering
 from stochastic_depth.retrofit.errors import CutError, TraceError, UnusedError
-from stochastic_depth.retrofit.example import Example
-from stochastic_depth.retrofit.for_now import remembering
-from stochastic_depth.retrofit.functional import FUNCTIONAL
-from stochastic_depth.retrofit.readings import BranchReading, inlined_in, read
-from stochastic_depth.retrofit.rules import DropPathRule, does_otherwise, drop_path_rule, is_drop_path
-from stochastic_depth.retrofit.sums import (
+from stochastic_depth.retrofit.finding.example import Example
+from stochastic_depth.retrofit.finding.readings import BranchReading, inlined_in, read
+from stochastic_depth.retrofit.rewriting.functional import FUNCTIONAL
+from stochastic_depth.retrofit.rewriting.sums import (
     BranchParts,
     DropPaths,
     Identity,
     Key,
 )
+from stochastic_depth.retrofit.rules import DropPathRule, does_otherwise, drop_path_rule, is_drop_path
 
 Where = Callable[[str, nn.Module], bool] | str | Sequence[str]
 

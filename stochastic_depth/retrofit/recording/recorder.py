@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from stochastic_depth.retrofit.called import Called, method_of, watched
-from stochastic_depth.retrofit.checkpoints import Regions, kept
-from stochastic_depth.retrofit.effects import (
+from stochastic_depth.retrofit.code.called import Called, method_of, watched
+from stochastic_depth.retrofit.code.effects import (
     CONSTANTS,
     check_arguments,
     containers_in,
@@ -34,15 +33,15 @@ from stochastic_depth.retrofit.effects import (
     parts_of,
     stores_of,
 )
+from stochastic_depth.retrofit.code.forms import is_plain
+from stochastic_depth.retrofit.code.held import Cached, Outside, held_tensors, name_of, tensors_in
+from stochastic_depth.retrofit.code.reads import reads_of
+from stochastic_depth.retrofit.code.surroundings import unchanged_surroundings
 from stochastic_depth.retrofit.errors import StoredError, TraceError
-from stochastic_depth.retrofit.forms import is_plain
-from stochastic_depth.retrofit.held import Cached, Outside, held_tensors, name_of, tensors_in
-from stochastic_depth.retrofit.layouts import order_of
-from stochastic_depth.retrofit.maps import is_attention_map
-from stochastic_depth.retrofit.reads import reads_of
-from stochastic_depth.retrofit.rules import is_drop_path
-from stochastic_depth.retrofit.surroundings import unchanged_surroundings
-from stochastic_depth.retrofit.torch_calls import (
+from stochastic_depth.retrofit.recording.checkpoints import Regions, kept
+from stochastic_depth.retrofit.recording.layouts import order_of
+from stochastic_depth.retrofit.recording.maps import is_attention_map
+from stochastic_depth.retrofit.recording.torch_calls import (
     ORIGIN,
     UNDONE_SETTINGS,
     as_method,
@@ -54,6 +53,7 @@ from stochastic_depth.retrofit.torch_calls import (
     named_call,
     set_item,
 )
+from stochastic_depth.retrofit.rules import is_drop_path
 from stochastic_depth.torch_private import (
     EndOfRecomputation,
     parameter_dict,

@@ -10,15 +10,16 @@ from typing import Any, NamedTuple, cast
 from torch import fx, nn
 
 from stochastic_depth.copies import plain_class, way_around
-from stochastic_depth.retrofit import cuts
+from stochastic_depth.retrofit.code.own_forward import own_forward
+from stochastic_depth.retrofit.code.signatures import OPAQUE, flatten
+from stochastic_depth.retrofit.code.surroundings import unchanged_surroundings
 from stochastic_depth.retrofit.errors import CutError, StoredError, TraceError
-from stochastic_depth.retrofit.example import Example, Reading
-from stochastic_depth.retrofit.functional import FUNCTIONAL, put_functional
-from stochastic_depth.retrofit.own_forward import own_forward
-from stochastic_depth.retrofit.rules import DropPathRule
-from stochastic_depth.retrofit.signatures import OPAQUE, flatten
-from stochastic_depth.retrofit.sizes import is_size, may_be_size
-from stochastic_depth.retrofit.sums import (
+from stochastic_depth.retrofit.finding.example import Example, Reading
+from stochastic_depth.retrofit.recording.sizes import is_size, may_be_size
+from stochastic_depth.retrofit.recording.trace import Recording, record
+from stochastic_depth.retrofit.rewriting import cuts
+from stochastic_depth.retrofit.rewriting.functional import FUNCTIONAL, put_functional
+from stochastic_depth.retrofit.rewriting.sums import (
     BranchParts,
     DropPaths,
     Identity,
@@ -29,8 +30,7 @@ from stochastic_depth.retrofit.sums import (
     match,
     paths_of,
 )
-from stochastic_depth.retrofit.surroundings import unchanged_surroundings
-from stochastic_depth.retrofit.trace import Recording, record
+from stochastic_depth.retrofit.rules import DropPathRule
 
 _MAX_WAYS = 16
 

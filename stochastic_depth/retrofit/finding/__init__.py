@@ -1,0 +1,1 @@
+"""Finds the branches of a model before it runs."""

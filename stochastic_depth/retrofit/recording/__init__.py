@@ -1,0 +1,1 @@
+"""Records what a block's code does in a call, on a stand-in and without noise."""

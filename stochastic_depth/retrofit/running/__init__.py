@@ -1,0 +1,1 @@
+"""Proves rewritten code, and runs it in place of the block's own."""
