@@ -241,23 +241,24 @@ def _deviations(expected: _Outcome, actual: _Outcome, where: str) -> tuple[float
         outputs = [next(outputs)]
     of_outputs = 0.0
     for index, (a, b) in enumerate(outputs):
-        of_outputs = max(of_outputs, deviation(a, b) if a.dtype == b.dtype else float("inf"))
-        if of_outputs > 10 * tolerance(a):
+        difference = deviation(a, b) if a.dtype == b.dtype else float("inf")
+        if difference > 10 * tolerance(a):
             raise RuntimeError(
                 f"The stochastic model differs from its own code under masks {where}: output {index} by "
-                f"{of_outputs:.2g} of its largest value."
+                f"{difference:.2g} of its largest value."
             )
+        of_outputs = max(of_outputs, difference)
     scale = max((float(each.abs().max()) for each in expected.gradients.values() if each.numel()), default=0.0) or 1.0
     of_gradients = 0.0
     for name, a in expected.gradients.items():
         b = actual.gradients.get(name)
-        if a.numel():
-            of_gradients = max(of_gradients, float((a if b is None else a - b).abs().max()) / scale)
-        if of_gradients > 10 * tolerance(a):
+        difference = float((a if b is None else a - b).abs().max()) / scale if a.numel() else 0.0
+        if difference > 10 * tolerance(a):
             raise RuntimeError(
                 f"The stochastic model differs from its own code under masks {where}: the gradient of {name} by "
-                f"{of_gradients:.2g} of the largest gradient."
+                f"{difference:.2g} of the largest gradient."
             )
+        of_gradients = max(of_gradients, difference)
     return of_outputs, of_gradients
 
 

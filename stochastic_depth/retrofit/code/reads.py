@@ -256,7 +256,9 @@ class _Walk:
     def enter(self, value: Any, depth: int = _MAX_DEPTH) -> None:
         """Look at what can be reached from a value."""
         is_plain = isinstance(value, (Tensor, *PLAIN)) and not isinstance(value, enum.Enum)
-        if depth == 0 or is_plain or id(value) in self._seen:
+        # A logger leads to all others, and to the files that they write.
+        is_log = type(value).__module__ == "logging"
+        if depth == 0 or is_plain or is_log or id(value) in self._seen:
             return
         self._seen[id(value)] = value
         if isinstance(value, FunctionType):

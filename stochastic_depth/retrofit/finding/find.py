@@ -363,7 +363,11 @@ def _find_additions(model: nn.Module, found: Found) -> None:
             continue
         try:
             inlined = inlined_in(block, found.example, name, found.notes)
-            readings, _ = read(block, DropPaths(inlined=inlined), None, found.example)
+            left: dict[str, None] = {}
+            readings, _ = read(block, DropPaths(inlined=inlined), None, found.example, left)
+            found.notes += [
+                f"{name or 'the model'} ({type(block).__name__}): an addition has no gate, {r}" for r in left
+            ]
         except TraceError as error:
             found.notes.append(f"{name or 'the model'} ({type(block).__name__}): not looked into, {error}")
             continue

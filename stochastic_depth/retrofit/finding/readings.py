@@ -142,6 +142,7 @@ def read(
     drop_paths: Sequence[str],
     functional: dict[Key, DropPathRule] | None = None,
     example: Example | None = None,
+    left: dict[str, None] | None = None,
 ) -> tuple[dict[Key, BranchReading], dict[str, None]]:
     """The branches of a block on all paths through its code, and the children that it calls.
 
@@ -150,6 +151,7 @@ def read(
         drop_paths: paths of its drop paths; empty where additions are branches, which may end in inlined children.
         functional: gets the rules of its functional drop paths.
         example: what the code is read by, where there is one.
+        left: gets why residual additions cannot be branches.
 
     Raises:
         TraceError: if the code cannot be read, or leaves something on the block in one of its modes.
@@ -168,6 +170,8 @@ def read(
         matched = match(identities, {key: reading.identity for key, reading in readings.items()})
         for key, residual in sums.items():
             if isinstance(residual, CutError) and not drop_paths:
+                if left is not None:
+                    left[str(residual)] = None
                 continue
             known = matched.get(key) or _free_key(key, readings)
             if isinstance(residual, CutError):

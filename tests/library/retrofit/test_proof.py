@@ -1080,3 +1080,40 @@ def test_a_sum_lies_in_memory_as_the_blocks_own_does(granularity: Any, *, in_pla
         assert y.is_contiguous()
         factor = torch.as_tensor(gate).double().view(-1, 1, 1) * (2 if drop_path else 1)
         assert_same(y, x + factor * net[0].f(x))
+
+
+class WithLengths(nn.Module):
+    """Also returns whole numbers, which have no rounding error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(BranchFirst(), BranchFirst())
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.block(x) / 3, torch.arange(len(x))
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+def test_verify_compares_each_output_by_its_own_rounding(granularity: Any) -> None:
+    net = WithLengths()
+    depth = sd.make_stochastic_(net, sd.uniform(0.3), granularity=granularity)
+    assert depth.verify(data(8).float())
+
+
+class LayerResult(nn.Module):
+    """Returns the branch's output beside the sum, as fairseq's layers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = linear(), linear()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + self.f(x)
+        result = self.g(x)
+        return x + result, result
+
+
+def test_an_addition_without_a_gate_is_told() -> None:
+    depth = sd.make_stochastic_(LayerResult(), sd.uniform(0.5))
+    assert len(depth) == 1
+    assert "(LayerResult): an addition has no gate, the branch's output is used outside the sum" in str(depth)
