@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,10 +45,12 @@ class Example:
     def __init__(self, model: nn.Module, inputs: Sequence[Any] | Mapping[str, Any]) -> None:
         args, named = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
         self._calls: dict[tuple[nn.Module, bool], Arguments] = {}
+        self._num_calls: Counter[nn.Module] = Counter()
         modes = {module: module.training for module in model.modules()}
         training = False
 
         def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._num_calls[module] += training
             if (module, training) not in self._calls:
                 self._calls[module, training] = tree_map(copy_of_object, (args, kwargs))
 
@@ -66,6 +69,10 @@ class Example:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def num_uses(self, block: nn.Module, drop_path: nn.Module) -> int:
+        """How often a call of a block in training calls a drop path; at least once."""
+        return max(1, self._num_calls[drop_path] // max(1, self._num_calls[block]))
 
     def recordings(self, block: nn.Module, inlined: Collection[str] = ()) -> Iterator[Reading]:
         """Recordings of a block in its calls on the example.
@@ -98,7 +105,7 @@ def _recorded(block: nn.Module, arguments: Arguments, inlined: Collection[str], 
     signature = flatten(arguments, leaves)
     trial = stand_in(block)
     for module in trial.modules():
-        module.training = training and not isinstance(module, nn.modules.batchnorm._BatchNorm)  # pyright: ignore
+        module.training = training
 
     def run(called: set[type]) -> fx.Graph:
         args, kwargs, own = behind_nodes(arguments_anew(signature, leaves, {}, called, unflatten))

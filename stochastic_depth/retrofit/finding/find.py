@@ -299,8 +299,13 @@ def _find_in_block(block: nn.Module, name: str, rules: dict[str, DropPathRule], 
     try:
         readings, called = read(block, paths, functional, found.example)
     except TraceError as error:
-        # How often the code uses each drop path shows when it runs. Until then, assume once.
-        readings = {(path, 0): BranchReading(frozenset(), CutError(str(error))) for path in rules}
+        # How often the code uses each drop path shows when it runs. Without an example, assume once.
+        uses = {
+            path: 1 if found.example is None else found.example.num_uses(block, block.get_submodule(path))
+            for path in rules
+        }
+        unread = BranchReading(frozenset(), CutError(str(error)))
+        readings = {(path, index): unread for path in rules for index in range(uses[path])}
         called = {}
         if not rules:
             found.notes.append(f"{name or 'the model'} ({type(block).__name__}): not looked into, {error}")

@@ -124,3 +124,27 @@ def test_bad_examples_are_one_line_and_change_nothing() -> None:
     assert type(net) is nn.Sequential
     assert type(net[0]) is ByRank
     assert not net[0]._forward_pre_hooks
+
+
+class TwiceUnread(nn.Module):
+    """Uses its drop path twice, in code that cannot be recorded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g, self.drop_path, self.scale = linear(), linear(), DropPath(), torch.ones(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale = self.scale.to(x)
+        x = x + self.drop_path(self.f(x) * self.scale)
+        return x + self.drop_path(self.g(x) * self.scale)
+
+
+@pytest.mark.filterwarnings("ignore::stochastic_depth.MaskedBranchWarning")
+def test_uses_of_a_drop_path_are_counted_where_code_cannot_be_recorded() -> None:
+    net, x = nn.Sequential(TwiceUnread()).double(), data(4)
+    depth = sd.make_stochastic_(net, granularity="batch", inputs=[x])
+    assert [branch.treatment for branch in depth.branches] == ["mask", "mask"]
+    with depth.gates([False, True]):
+        assert_same(net(x), x + 2 * net[0].g(x))
+    with depth.gates([True, False]):
+        assert_same(net(x), x + 2 * net[0].f(x))
