@@ -11,6 +11,17 @@ from typing import Any
 import torch
 
 
+def seed_everything(seed: int) -> None:
+    """Seed all global random states, on CPU and on the GPUs in use."""
+    random.seed(seed)
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+
+
 @contextmanager
 def same_random_states() -> Generator[None]:
     """Context after which the global random states are what they were, on CPU and on the GPUs in use."""

@@ -271,7 +271,7 @@ def call_instead(module: nn.Module, call: Callable[..., Any]) -> None:
     module.__dict__["_compiled_call_impl"] = call
 
 
-def call_with_own_hooks(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def call_with_own_hooks(module: nn.Module, before_forward: Callable[[], None], *args: Any, **kwargs: Any) -> Any:
     """Call a module with its own hooks and without global module hooks."""
     for number, hook in list(module._forward_pre_hooks.items()):
         if number in module._forward_pre_hooks_with_kwargs:
@@ -279,6 +279,7 @@ def call_with_own_hooks(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         else:
             changed = hook(module, args)
             args = args if changed is None else changed if isinstance(changed, tuple) else (changed,)
+    before_forward()
     output = module.forward(*args, **kwargs)
     for number, hook in list(module._forward_hooks.items()):
         given = (args, kwargs) if number in module._forward_hooks_with_kwargs else (args,)

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -112,6 +113,7 @@ def process_group() -> Iterator[None]:
     with tempfile.TemporaryDirectory() as folder:
         torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
         yield
+        time.sleep(0.2)  # See `process_group.group_of_one`.
         torch.distributed.destroy_process_group()
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Generator
-
 import pytest
 import reference
 import torch
-import torch.distributed as dist
+from process_group import group_of_one
 from reference import assert_close, buffers, conv_net, copied, gradients, images, loss_of, mlp, vectors
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -108,15 +105,6 @@ def test_compiled_branches_give_what_plain_ones_give(device: str, granularity: s
     for _ in range(4):
         assert_close(step(net, x), step(twin, x), atol=1e-9)
     torch._dynamo.reset()
-
-
-@contextlib.contextmanager
-def group_of_one(device: str) -> Generator[None]:
-    dist.init_process_group("gloo" if device == "cpu" else "nccl", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 @on_both

@@ -354,11 +354,11 @@ def test_a_call_with_own_hooks_equals_a_plain_call() -> None:
     module.register_forward_hook(lambda _, _args, output: output * 2)
     module.register_forward_hook(lambda _, _args, kwargs, output: output + len(kwargs), with_kwargs=True)
     x = torch.randn(3, 2)
-    assert torch.equal(private.call_with_own_hooks(module, x), module(x))
+    assert torch.equal(private.call_with_own_hooks(module, lambda: None, x), module(x))
     of_process: list[object] = []
     handle = nn.modules.module.register_module_forward_hook(lambda *_: of_process.append(1))
     try:
-        private.call_with_own_hooks(module, x)
+        private.call_with_own_hooks(module, lambda: None, x)
         assert not of_process
     finally:
         handle.remove()

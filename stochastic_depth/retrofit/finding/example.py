@@ -103,7 +103,7 @@ class Example:
 def _recorded(block: nn.Module, arguments: Arguments, inlined: Collection[str], *, training: bool) -> fx.Graph:
     leaves: list[Any] = []
     signature = flatten(arguments, leaves)
-    trial = stand_in(block)
+    trial = stand_in(block, inlined)
     for module in trial.modules():
         module.training = training
 

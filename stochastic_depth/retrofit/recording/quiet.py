@@ -83,6 +83,8 @@ class _Quiet(TorchFunctionMode):
             drawn = make(*args, **kwargs).fill_(_ALMOST_ONE)
             # One number for each sample may be drawn to sort them by.
             return drawn.copy_(torch.linspace(1 - 2**-14, _ALMOST_ONE, len(drawn))) if drawn.dim() == 1 else drawn
+        elif name in _WITHOUT_DRAWS:
+            return _WITHOUT_DRAWS[name](*args, **kwargs)
         elif name == "batch_norm":
             args, kwargs = _with_running_statistics(args, kwargs)
         output = func(*args, **kwargs)
@@ -90,6 +92,28 @@ class _Quiet(TorchFunctionMode):
             # Still drawn, so that it is noticed, but the same for all samples.
             return _STILL[name](output, *args, **kwargs)
         return output
+
+
+def _still_gumbel_softmax(logits: Tensor, tau: float = 1, hard: bool = False, **given: Any) -> Tensor:
+    dim = given.get("dim", -1)
+    soft = (logits / tau).softmax(dim)
+    if not hard:
+        return soft
+    largest = torch.zeros_like(soft).scatter_(dim, soft.argmax(dim, keepdim=True), 1.0)
+    return largest - soft.detach() + soft
+
+
+def _still_multinomial(weights: Tensor, num_samples: int, replacement: bool = False, **_: Any) -> Tensor:
+    if replacement:
+        return weights.argmax(-1, keepdim=True).expand(*weights.shape[:-1], num_samples).clone()
+    return weights.topk(num_samples, -1).indices
+
+
+# Functions that draw where a mode does not see it.
+_WITHOUT_DRAWS: dict[str, Callable[..., Tensor]] = {
+    "gumbel_softmax": _still_gumbel_softmax,
+    "multinomial": _still_multinomial,
+}
 
 
 def _still_normal(output: Tensor, _input: Any, mean: float = 0.0, std: float = 1.0, **_: Any) -> Tensor:

@@ -12,7 +12,7 @@ import functools
 import math
 import types
 from collections import OrderedDict
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.copies import own_class
+from stochastic_depth.random_states import seed_everything
 from stochastic_depth.retrofit.classes import Unannounced
+from stochastic_depth.retrofit.code.code_names import with_inlined
 from stochastic_depth.retrofit.code.own_forward import bound_anew, own_forward
 from stochastic_depth.retrofit.code.places import attribute_of
 from stochastic_depth.retrofit.code.reads import written_parameters
@@ -43,13 +45,16 @@ from stochastic_depth.torch_private import (
 _MAX_RANDOM = 2**16
 
 
-def stand_in(block: nn.Module, *, own_parameters: bool = False, own_values: bool = False) -> nn.Module:
+def stand_in(
+    block: nn.Module, inlined: Collection[str] = (), *, own_parameters: bool = False, own_values: bool = False
+) -> nn.Module:
     """A module that runs the block's code on private state.
 
     Drop paths inside return their input, and BatchNorm uses its running statistics.
 
     Args:
         block: the block, plain or stochastic.
+        inlined: paths of the children whose code counts as the block's.
         own_parameters: whether the block's parameters are used, which then receive gradients.
         own_values: whether other parameters with the same values are used, instead of random ones.
     """
@@ -57,6 +62,7 @@ def stand_in(block: nn.Module, *, own_parameters: bool = False, own_values: bool
     made: dict[int, nn.Module] = {}
     tensors: dict[int, Tensor | None] = {}
     written = {id(parameter) for parameter in written_parameters(block)}
+    own_code = with_inlined(block, inlined)
 
     def parameter_of(parameter: nn.Parameter) -> Tensor:
         if id(parameter) not in tensors:
@@ -106,7 +112,10 @@ def stand_in(block: nn.Module, *, own_parameters: bool = False, own_values: bool
             if _makes_weight(hook, module):
                 pre_hook_dict(new)[number] = hook
         is_norm = isinstance(module, BatchNorm) and module.track_running_stats
-        call_instead(new, functools.partial(_call_in_evaluation if is_norm else call_with_own_hooks, new))
+        # Noise that `quiet` does not know, such as that of Python's generator, is the same in all runs of a child.
+        call = _call_in_evaluation if is_norm else call_with_own_hooks
+        seed = _nothing if module in own_code else functools.partial(seed_everything, 0)
+        call_instead(new, functools.partial(call, new, seed))
         new.__dict__["_parameters"] = {
             name: None if value is None else parameter_of(value) for name, value in parameter_dict(module).items()
         }
@@ -133,11 +142,15 @@ def _makes_weight(hook: Any, module: nn.Module) -> bool:
     return is_named or type(hook).__module__.startswith("torch.nn.utils")
 
 
-def _call_in_evaluation(norm: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _nothing() -> None:
+    pass
+
+
+def _call_in_evaluation(norm: nn.Module, before_forward: Callable[[], None], *args: Any, **kwargs: Any) -> Any:
     """Call a BatchNorm with its running statistics, whatever mode the block's code sees."""
     training, norm.__dict__["training"] = norm.training, False
     try:
-        return call_with_own_hooks(norm, *args, **kwargs)
+        return call_with_own_hooks(norm, before_forward, *args, **kwargs)
     finally:
         norm.__dict__["training"] = training
 

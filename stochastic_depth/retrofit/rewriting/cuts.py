@@ -18,6 +18,7 @@ from torch import fx, nn
 from stochastic_depth.copies import has_hooks, plain_class
 from stochastic_depth.retrofit.errors import CutError, UnusedError
 from stochastic_depth.retrofit.recording.sizes import is_size
+from stochastic_depth.torch_private import parameter_dict
 
 _ADDITIONS = {operator.add, operator.iadd, torch.add}
 _ADDITION_METHODS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
@@ -432,7 +433,11 @@ def _is_shortcut(shortcut: fx.Node, output: fx.Node, block: nn.Module) -> bool:
     projection = of_shortcut - of_output
     if any(node.op == "call_function" and not _is_cheap(node) for node in projection):
         return False
-    return 2 * _num_computing(projection, block) <= _num_computing(of_output - of_shortcut, block)
+    branch = of_output - of_shortcut
+    # Layers, or the children that contain them: a branch may be one child, and so may a projection.
+    return 2 * _num_computing(projection, block) <= _num_computing(branch, block) or 2 * _num_layers(
+        projection, block
+    ) <= _num_layers(branch, block)
 
 
 # Where sums of experts begin.
@@ -511,6 +516,18 @@ _CHEAP = {
 
 def _num_computing(nodes: Collection[fx.Node], block: nn.Module) -> int:
     return sum(_computes(node, block) for node in nodes)
+
+
+def _num_layers(nodes: Collection[fx.Node], block: nn.Module) -> int:
+    """Number of modules with parameters of their own that are called; a function that computes counts as one."""
+    called = {node for node in nodes if node.op == "call_module"}
+    inside = [
+        module
+        for node in called
+        for module in block.get_submodule(cast(str, node.target)).modules()
+        if any(value is not None for value in parameter_dict(module).values())
+    ]
+    return len(inside) + _num_computing([node for node in nodes if node not in called], block)
 
 
 def batch_kinds(branch: Branch, residual: Sum) -> Mapping[fx.Node, bool | None]:

@@ -323,7 +323,7 @@ class BlockBranches:
         def now(rows: Mapping[int, Tensor] = rows) -> Any:
             try:
                 with private(), remembering():
-                    run = self._recorded(stand_in(block), signature, leaves, rows)
+                    run = self._recorded(stand_in(block, self.inlined), signature, leaves, rows)
             except TraceError:
                 return None
             return skeleton(run.graph, with_numbers=True)
@@ -352,7 +352,7 @@ class BlockBranches:
         if prepared.code is None or prepared.of_subset is None or not prepared.uses:
             return None
         num, rows = prepared.of_subset
-        trial = stand_in(block, own_values=True)  # Those that training has led to.
+        trial = stand_in(block, self.inlined, own_values=True)  # Those that training has led to.
         own, fixed = self._with_fixed_gates(trial)
         call = self._call(signature, leaves, rows)
         try:
@@ -423,7 +423,7 @@ class BlockBranches:
 
     def _proven(self, block: nn.Module, signature: Any, leaves: list[Any]) -> Prepared:
         """Rewritten code for a call, after it was proven equal to the block's own."""
-        trial = stand_in(block)
+        trial = stand_in(block, self.inlined)
         with drawn_for_samples() as functions:
             whole = self._recorded(trial, signature, leaves, {})
         if functions and not self.drop_paths:
@@ -526,18 +526,20 @@ class BlockBranches:
             of_samples = [index for index, length in lengths.items() if length % num_samples == 0]
             unsure = [index for index in of_samples if index != first][:_MAX_UNSURE]
             num = _NUM_SAMPLES if num_samples != _NUM_SAMPLES else _NUM_SAMPLES + 1
-            for num_whole in range(len(unsure) + 1):
-                for kept_whole in combinations(reversed(unsure), num_whole):
-                    having_rows = {i: lengths[i] // num_samples for i in (first, *unsure) if i not in kept_whole}
-                    rows = _some_rows(having_rows, num, num_samples)
-                    try:
-                        few = self._recorded(trial, signature, leaves, rows)
-                    except TraceError:
-                        continue
-                    if generalize(whole.graph, few.graph):
-                        num_many = max(_NUM_SAMPLES, min(num_samples, MAX_SAMPLES))
-                        many = _some_rows(having_rows, num_many, num_samples)
-                        return _Few(rows, skeleton(few.graph, with_numbers=True), num_many, many)
+            choices = [kept for size in range(len(unsure) + 1) for kept in combinations(reversed(unsure), size)]
+            # A mask or a table may have a multiple of the samples by chance.
+            several = {index for index in unsure if lengths[index] != num_samples}
+            for kept_whole in sorted(choices, key=lambda kept, several=several: len(several.difference(kept))):
+                having_rows = {i: lengths[i] // num_samples for i in (first, *unsure) if i not in kept_whole}
+                rows = _some_rows(having_rows, num, num_samples)
+                try:
+                    few = self._recorded(trial, signature, leaves, rows)
+                except TraceError:
+                    continue
+                if generalize(whole.graph, few.graph):
+                    num_many = max(_NUM_SAMPLES, min(num_samples, MAX_SAMPLES))
+                    many = _some_rows(having_rows, num_many, num_samples)
+                    return _Few(rows, skeleton(few.graph, with_numbers=True), num_many, many)
         return None
 
 

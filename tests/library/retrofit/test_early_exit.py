@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from decoders import FAMILIES, NUM_LAYERS, VOCABULARY, decoder, layers_of, token_ids
+from process_group import group_of_one
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -140,13 +141,10 @@ def test_in_evaluation_and_in_a_wrapper() -> None:
         losses = sd.early_exit_losses(model, inputs, range(NUM_LAYERS))
     assert torch.equal(losses[LAST], model(**inputs).loss)
     assert len(losses) == NUM_LAYERS
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
+    with group_of_one():
         wrapped = DistributedDataParallel(model.train())
         for _ in range(3):
             sd.early_exit_loss(wrapped, inputs, [1]).backward()
-    finally:
-        torch.distributed.destroy_process_group()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
@@ -155,16 +153,13 @@ def test_in_shards() -> None:
     model, _ = stochastic(granularity="batch")
     plain = copy.deepcopy(model)
     inputs = {"input_ids": token_ids(), "labels": token_ids()}
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
+    with group_of_one():
         sd.shard_(model, torch.distributed.init_device_mesh("cpu", (1,)))
         for _ in range(3):
             for each in (model, plain):
                 sd.early_exit_loss(each, inputs, [1]).backward()
         for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
             assert torch.equal(ours.grad.full_tensor(), theirs.grad)
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")

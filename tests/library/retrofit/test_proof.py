@@ -5,11 +5,13 @@ The reference is each block's own formula with its gates written into it, in flo
 
 import copy
 import dataclasses
+import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from plain_blocks import D, DropPath, assert_same, data, linear
@@ -1117,3 +1119,108 @@ def test_an_addition_without_a_gate_is_told() -> None:
     depth = sd.make_stochastic_(LayerResult(), sd.uniform(0.5))
     assert len(depth) == 1
     assert "(LayerResult): an addition has no gate, the branch's output is used outside the sum" in str(depth)
+
+
+class Sparse(nn.Module):
+    """Experts that run only if a token is sent to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Linear(D, 8), nn.ModuleList([linear() for _ in range(8)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen, y = self.gate(x).argmax(-1), torch.zeros_like(x)
+        for index, expert in enumerate(self.experts):
+            (rows,) = torch.where(chosen == index)
+            if len(rows):
+                y = y.index_add(0, rows, expert(x[rows]))
+        return y
+
+
+def test_experts_that_no_sample_is_sent_to_are_no_failure() -> None:
+    for seed in range(4):
+        torch.manual_seed(seed)
+        net = nn.Sequential(AddingTo(Sparse()), AddingTo(Sparse())).double()
+        depth = sd.make_stochastic_(net, sd.uniform(0.5), granularity="sample")
+        for step in range(3):
+            net(data(5, seed=step)).sum().backward()
+        assert depth.verify(data(5))
+
+
+class Attending(nn.Module):
+    """Cuts a mask that all samples share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = linear()
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        num = x.shape[1]
+        return x + (self.f(x) @ x.transpose(1, 2) + mask[:num, :num]).softmax(-1) @ x
+
+
+class AttendingNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Attending()
+        self.register_buffer("mask", torch.full((8, 8), -10.0).triu(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x, self.mask)
+
+
+def test_a_mask_may_have_a_multiple_of_the_samples() -> None:
+    net = AttendingNet().double()
+    plain = copy.deepcopy(net)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), granularity="sample")
+    for num in (3, 4, 2, 8):
+        x, gate = data(num, 5), torch.arange(num) % 2 == 0
+        with depth.gates([gate]):
+            assert_same(net(x), x + gate.double().view(-1, 1, 1) * (plain(x) - x))
+
+
+class Drawing(nn.Module):
+    """Draws in a way that is seldom used."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.f, self.kind = linear(), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "python":
+            return self.f(x) * random.random()
+        if self.kind == "numpy":
+            return self.f(x) * float(np.random.rand())
+        if self.kind == "gumbel":
+            return nn.functional.gumbel_softmax(self.f(x), hard=True) @ self.f.weight
+        return self.f.weight[torch.multinomial(self.f(x).softmax(-1), 1)[:, 0]] * x
+
+
+@pytest.mark.parametrize("kind", ["python", "numpy", "gumbel", "multinomial"])
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+def test_noise_of_children_does_not_make_a_proof_fail(kind: str, granularity: Any) -> None:
+    net = nn.Sequential(AddingTo(Drawing(kind)), AddingTo(Drawing(kind))).double()
+    sd.make_stochastic_(net, sd.uniform(0.5), granularity=granularity)
+    before = random.getstate()
+    for seed in range(8):
+        net(data(6, seed=seed)).sum().backward()
+    assert kind == "python" or random.getstate() == before
+
+
+class Projected(nn.Module):
+    """Both operands of its sum are one child each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.function = nn.Sequential(linear(), nn.ReLU(), linear(), nn.ReLU(), linear())
+        self.shortcut = nn.Sequential(linear())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x) + self.shortcut(x)
+
+
+def test_layers_are_counted_inside_of_children() -> None:
+    net = nn.Sequential(Projected()).double()
+    depth, x = sd.make_stochastic_(net, sd.uniform(0.5)), data(4)
+    with depth.gates([False]):
+        assert_same(net(x), net[0].shortcut(x))
