@@ -198,7 +198,7 @@ def at_progress(
 def layerskip(
     max_drop_rate: float, *, over_time: Literal["constant", "linear", "exponential"] = "constant"
 ) -> LayerSchedule:
-    """LayerSkip: drop rates that double in their last part, for models that are to leave early.
+    """LayerSkip: drop rates that rise exponentially with depth, for models that are to exit early.
 
     Layer l of L is dropped with rate S(t) D(l) p_max, where D(l) = exp(l ln 2 / (L - 1)) - 1, l = 0..L-1
     (Elhoushi et al. 2024, "LayerSkip", section 4.1.1). The first layer is never dropped, the last with the rate p_max.
