@@ -1,4 +1,4 @@
-"""Runs a branch without data before its first real run, to get its shapes and the inputs that hold samples.
+"""Runs a branch without data before its first real run, to tell which of its inputs hold samples.
 
 Callers wrap it into `attribution.dry_run`.
 """
@@ -18,12 +18,6 @@ from stochastic_depth.copies import evaluating_, plain_copy, tensor_without_data
 _MAX_UNKNOWN = 4
 
 Function = Callable[..., Any]
-
-
-@eager
-def output_without_data(function: Function, block: nn.Module, inputs: Sequence[Any]) -> Any:
-    """The output of a branch for these inputs, with tensors on the meta device."""
-    return function(evaluating_(without_data(block)), *[tensor_without_data(value) for value in inputs])
 
 
 @eager

@@ -530,24 +530,6 @@ def _num_layers(nodes: Collection[fx.Node], block: nn.Module) -> int:
     return len(inside) + _num_computing([node for node in nodes if node not in called], block)
 
 
-def batch_kinds(branch: Branch, residual: Sum) -> Mapping[fx.Node, bool | None]:
-    """Whether each input of a branch has a first dimension of samples: True, False, or None if only a call shows it.
-
-    What is computed from the same arguments as the shortcut follows the samples; parameters do not; any other argument
-    of the block may or may not.
-    """
-    source = residual.output if residual.shortcut is None else residual.shortcut
-    origins = {node for node in ancestors(source) if node.op == "placeholder"}
-    kinds: dict[fx.Node, bool | None] = {}
-    for node in branch.inputs:
-        arguments = {ancestor for ancestor in ancestors(node) if ancestor.op == "placeholder"}
-        if arguments & origins:
-            kinds[node] = True
-        else:
-            kinds[node] = None if arguments else False
-    return kinds
-
-
 def move_behind_what_commutes(drop_path: fx.Node, block: nn.Module) -> None:
     """Move a drop path behind the linear maps that follow it, if nothing before it can be skipped.
 
