@@ -238,11 +238,7 @@ def _different(samples: Tensor) -> Tensor:
     """
     if samples.dtype is torch.bool and (samples.all() or not samples.any()):
         return samples ^ (uniform(samples.shape, torch.Generator().manual_seed(3)) < 0.25).to(samples.device)
-    if (
-        samples.layout is torch.strided
-        and samples.numel()
-        and not (samples.is_floating_point() or samples.is_complex())
-    ):
+    if samples.dtype in _WHOLE_NUMBERS and samples.layout is torch.strided and samples.numel():
         return _told_apart(samples) if (samples == samples[:1]).all() else samples
     if (
         samples.layout is not torch.strided
@@ -260,6 +256,9 @@ def _different(samples: Tensor) -> Tensor:
     noise = (2 * uniform(samples.shape, generator) - 1).to(samples.device, samples.dtype)
     scale = float(samples[ordinary].double().std()) if int(ordinary.sum()) > 1 else 0.0
     return torch.where(ordinary, samples + noise * (scale if scale > 0 else 1.0), samples)
+
+
+_WHOLE_NUMBERS = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
 def _told_apart(samples: Tensor) -> Tensor:
