@@ -278,7 +278,7 @@ def _may_drop(module: nn.Module) -> bool:
     if type(module) in _CONTAINERS or is_drop_path(module) or does_otherwise(module):
         return False
     names = names_in_code(plain_class(module))[0]
-    return any(part in name.lower() for name in names for part in _NAMES_OF_DROPPING)
+    return "rand" in names or any(part in name.lower() for name in names for part in _NAMES_OF_DROPPING)
 
 
 _NAMES_OF_DROPPING = ("drop_path", "droppath", "stochastic_depth", "drop_connect", "bernoulli")

@@ -59,6 +59,11 @@ def _note_draw(name: str, output: Any) -> None:
 
 
 class _Quiet(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        # One draw for each sample, as drop paths make; alive, so that no other tensor has the identity of one.
+        self._of_samples: dict[int, Tensor] = {}
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         output = self._drawn(func, name, args, kwargs or {})
@@ -81,8 +86,12 @@ class _Quiet(TorchFunctionMode):
             make = torch.empty if name == "rand" else torch.empty_like
             kwargs = {key: value for key, value in kwargs.items() if key != "generator"}
             drawn = make(*args, **kwargs).fill_(_ALMOST_ONE)
+            if drawn.dim() > 1 and drawn.numel() == len(drawn):
+                self._of_samples[id(drawn)] = drawn
             # One number for each sample may be drawn to sort them by.
             return drawn.copy_(torch.linspace(1 - 2**-14, _ALMOST_ONE, len(drawn))) if drawn.dim() == 1 else drawn
+        elif name in ("lt", "le", "__lt__", "__le__") and id(args[0]) in self._of_samples:
+            return torch.ones_like(args[0], dtype=torch.bool)  # Whichever way it is compared, it keeps everything.
         elif name in _WITHOUT_DRAWS:
             return _WITHOUT_DRAWS[name](*args, **kwargs)
         elif name == "batch_norm":

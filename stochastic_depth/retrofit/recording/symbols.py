@@ -37,7 +37,7 @@ class _Symbol(fx.Proxy):
     _is_param = False
 
     def __getattr__(self, name: str) -> Any:
-        if self.tracer.guess_sizes and name in _GUESSES and (name == "ndim" or not _takes_symbols()):  # pyright: ignore
+        if self.tracer.guess_sizes and name in _GUESSES and (name in ("ndim", "device") or not _takes_symbols()):  # pyright: ignore
             return _GUESSES[name]
         return super().__getattr__(name)
 
@@ -94,7 +94,7 @@ class SymbolsForNoise(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.empty, torch.rand) and self._tracer.guess_sizes and not _takes_symbols():
+        if func in (torch.empty, torch.rand) and self._tracer.guess_sizes:
             return self._tracer.create_proxy("call_function", func, args, kwargs)
         return func(*args, **kwargs)
 
@@ -113,7 +113,9 @@ _ASKS = {"isinstance", "is_tensor", "Tensor", "type"}
 
 
 def _is_plain_number(node: fx.Node) -> bool:
-    return not (node.target is getattr and node.args[1] in ("shape", "dtype", "device")) and node.target != "size"
+    if node.target == "size":
+        return len(node.args) > 1 or bool(node.kwargs)  # Without an argument it gives all sizes.
+    return not (node.target is getattr and node.args[1] in ("shape", "dtype", "device"))
 
 
 def _record_in_place(method: str) -> None:

@@ -1,8 +1,9 @@
 """Functional drop paths: a branch's output times noise of its samples, in the code of a block instead of a module.
 
 timm's `drop_path`, torchvision's `stochastic_depth`, `drop_connect` of EfficientNets and hand-written versions look
-the same in a recording: a value is multiplied by a tensor (N, 1, ..., 1) that is made of Bernoulli draws, or of the
-floor of a uniform draw plus the survival probability, and of nothing else.
+the same in a recording: a value is multiplied by a tensor (N, 1, ..., 1) that is made of Bernoulli draws, of the floor
+of a uniform draw plus the survival probability, or of a comparison of uniform draws with a probability, and of nothing
+else.
 """
 
 from __future__ import annotations
@@ -145,7 +146,14 @@ def _values(node: fx.Node) -> Iterator[fx.Node]:
         yield current
         if _name(current) in _MAKES or _name(current) in ("rand", "rand_like"):
             continue  # Its argument only provides form and device.
+        if _name(current) in _LIKE:
+            pending += [each for each in current.args[:1] if isinstance(each, fx.Node)]
+            continue
         pending += [each for each in current.all_input_nodes if not is_size(each)]
+
+
+# Functions whose second argument only provides form, type or device.
+_LIKE = {"to", "type_as", "expand_as", "view_as"}
 
 
 def _gives_form_only(node: fx.Node, draw: fx.Node) -> bool:
@@ -205,6 +213,13 @@ def _survival_prob(draw: fx.Node, nodes: list[fx.Node]) -> float | None:
                 if isinstance(each, float)
             ]
         return given[0] if len(given) == 1 else None
+    # uniform >= drop_rate, or uniform < survival_prob
+    compared = [node for node in nodes if _name(node) in ("ge", "gt", "lt", "le")]
+    if compared:
+        with_what = [each for each in compared[0].args[1:] if isinstance(each, float)]
+        if len(compared) > 1 or compared[0].args[0] is not draw or len(with_what) != 1:
+            return None
+        return with_what[0] if _name(compared[0]) in ("lt", "le") else 1 - with_what[0]
     # floor(survival_prob + uniform)
     if not any(_name(node) in ("floor", "floor_") for node in nodes):
         return None

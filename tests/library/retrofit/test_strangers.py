@@ -293,6 +293,51 @@ def test_functional_drop_paths_are_skipped(kind: str) -> None:
     assert_same(net.eval()(x), plain.eval()(x))
 
 
+class ByHand(nn.Module):
+    """Drops its branch by a tensor of noise, as many write it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.f, self.kind = linear(), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, keep = self.f(x), 0.75
+        if not self.training:
+            return x + y
+        if self.kind == "rand >=":
+            noise = torch.rand(x.shape[0], 1) >= 1 - keep
+        elif self.kind == "rand <":
+            noise = torch.rand(x.size(0), 1, device=x.device) < keep
+        elif self.kind == "floor":
+            noise = torch.floor(keep + torch.rand((x.shape[0],) + (1,) * (x.ndim - 1)))
+        elif self.kind == "bernoulli_":
+            noise = torch.empty(x.shape[0], 1).bernoulli_(keep)
+        else:
+            noise = torch.bernoulli(torch.full((x.shape[0], 1), keep))
+        return x + y * (noise.to(x) / keep)
+
+
+@pytest.mark.parametrize("kind", ["rand >=", "rand <", "floor", "bernoulli_", "bernoulli"])
+@pytest.mark.parametrize("by_example", [False, True])
+def test_drop_paths_by_hand_are_skipped(kind: str, *, by_example: bool) -> None:
+    net, x = Stack(lambda: ByHand(kind)).double(), data(4)
+    depth = sd.make_stochastic_(net, inputs=[x] if by_example else None)
+    assert depth.names == ["blocks.0.drop_path()", "blocks.1.drop_path()"]
+    assert depth.survival_probs == [0.75, 0.75]
+    gates = [torch.tensor([True, False, True, False]), torch.tensor([True, True, False, False])]
+    expected = x
+    for block, gate in zip(net.blocks, gates, strict=True):
+        expected = expected + block.f(expected) * gate[:, None] / 0.75
+    calls: list[int] = []
+    net.blocks[0].f.register_forward_pre_hook(lambda _module, args: calls.append(len(args[0])))
+    for _ in range(2):  # The first call proves.
+        calls.clear()
+        with depth.gates(gates):
+            assert_same(net(x), expected)
+    assert calls == [2]
+    assert depth.verify(x)
+
+
 def test_a_changed_rate_of_a_functional_drop_path_raises() -> None:
     class Changing(nn.Module):
         def __init__(self) -> None:
