@@ -124,13 +124,13 @@ def _otherwise(module: nn.Module, rule: DropPathRule) -> str:
     kind = plain_class(module)
     trial: nn.Module = object.__new__(kind)
     trial.__dict__.update(module.__dict__)
-    x = torch.linspace(1, 2, 256).view(64, 2, 2)
+    x = torch.linspace(1, 2, 256, device="cpu").view(64, 2, 2)  # Also where models are made without data.
     try:
         with same_random_states(), without_torch_function(), torch.no_grad():
             trial.training = False
             evaluated = kind.forward(trial, x)
             trial.training = True
-            trained = [kind.forward(trial, x) for _ in range(4 if rule.granularity == "sample" else _NUM_TRIED)]
+            trained = [kind.forward(trial, x) for _ in range(_NUM_TRIED[rule.granularity])]
     except Exception:  # It takes something else than such samples; the proof will tell.
         return ""
     if not all(isinstance(y, torch.Tensor) and y.shape == x.shape for y in (evaluated, *trained)):
@@ -145,7 +145,7 @@ def _otherwise(module: nn.Module, rule: DropPathRule) -> str:
         factors = (y / x).flatten(1)
         if not torch.allclose(factors, factors[:, :1].expand_as(factors)):
             return "it drops single values of a sample"
-        is_kept = torch.isclose(factors[:, 0], torch.tensor(kept), rtol=1e-4)
+        is_kept = torch.isclose(factors[:, 0], torch.tensor(kept, device="cpu"), rtol=1e-4)
         if not (is_kept | (factors[:, 0] == 0)).all():
             return f"what it keeps is not multiplied by {kept:g}"
         if rule.granularity == "batch" and bool(is_kept.any()) and not is_kept.all():
@@ -154,10 +154,12 @@ def _otherwise(module: nn.Module, rule: DropPathRule) -> str:
     if rule.granularity == "sample" and 0.1 <= rule.drop_rate <= 0.9 and together:
         return "it drops whole mini-batches"
     drawn = [y.flatten(1)[:, 0].eq(0) for y in trained]
-    dropped = torch.cat(drawn if rule.granularity == "sample" else [each[:1] for each in drawn]).double().mean().item()
-    if abs(dropped - rule.drop_rate) > 6 * (rule.drop_rate * (1 - rule.drop_rate) / _NUM_TRIED) ** 0.5:
+    of_draws = torch.cat(drawn if rule.granularity == "sample" else [each[:1] for each in drawn]).double()
+    dropped = of_draws.mean().item()
+    if abs(dropped - rule.drop_rate) > 6 * (rule.drop_rate * (1 - rule.drop_rate) / len(of_draws)) ** 0.5:
         return f"it drops {dropped:.2f} of the samples, where its rate is {rule.drop_rate:g}"
     return ""
 
 
-_NUM_TRIED = 256
+# Calls with 64 samples each.
+_NUM_TRIED = {"sample": 16, "batch": 256}

@@ -181,3 +181,9 @@ def test_a_registered_drop_path_is_not_tried_on_numbers() -> None:
     depth, x = sd.make_stochastic_(net), torch.randn(8, 3, D)
     with depth.gates([torch.ones(8, dtype=torch.bool)]):
         torch.testing.assert_close(net(x), x + net[0].f(x))
+
+
+def test_a_model_without_data_has_drop_paths_too() -> None:
+    with torch.device("meta"):
+        depth = sd.make_stochastic_(nn.Sequential(Block(DropPath()), Block(BatchDropPath())))
+    assert list(depth.names) == ["0.drop_path"]
