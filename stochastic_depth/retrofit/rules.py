@@ -137,9 +137,11 @@ def _otherwise(module: nn.Module, rule: DropPathRule) -> str:
         return "it gives something of another shape"
     if not torch.equal(evaluated, x):
         return "it changes what it is given in evaluation"
+    num_drawn = len(trained) * (len(x) if rule.granularity == "sample" else 1)
     if all(torch.equal(y, x) for y in trained):
         takes_more = len(inspect.signature(kind.forward).parameters) > 2  # and acts where it is given more
-        return "" if takes_more else f"it drops nothing, where its rate is {rule.drop_rate:g}"
+        may_be_luck = num_drawn * rule.drop_rate < 25
+        return "" if takes_more or may_be_luck else f"it drops nothing, where its rate is {rule.drop_rate:g}"
     kept = 1 / (1 - rule.drop_rate) if rule.rescale == "train" else 1.0
     for y in trained:
         factors = (y / x).flatten(1)
@@ -156,7 +158,8 @@ def _otherwise(module: nn.Module, rule: DropPathRule) -> str:
     drawn = [y.flatten(1)[:, 0].eq(0) for y in trained]
     of_draws = torch.cat(drawn if rule.granularity == "sample" else [each[:1] for each in drawn]).double()
     dropped = of_draws.mean().item()
-    if abs(dropped - rule.drop_rate) > 6 * (rule.drop_rate * (1 - rule.drop_rate) / len(of_draws)) ** 0.5:
+    deviation = (rule.drop_rate * (1 - rule.drop_rate) / num_drawn) ** 0.5
+    if abs(dropped - rule.drop_rate) > 6 * deviation + 10 / num_drawn:
         return f"it drops {dropped:.2f} of the samples, where its rate is {rule.drop_rate:g}"
     return ""
 

@@ -187,3 +187,10 @@ def test_a_model_without_data_has_drop_paths_too() -> None:
     with torch.device("meta"):
         depth = sd.make_stochastic_(nn.Sequential(Block(DropPath()), Block(BatchDropPath())))
     assert list(depth.names) == ["0.drop_path"]
+
+
+@pytest.mark.parametrize("rate", [0.0005, 0.002, 0.01, 0.3, 0.99])
+def test_a_drop_path_of_any_rate_is_one(rate: float) -> None:
+    for seed in range(40):
+        torch.manual_seed(seed)
+        assert sd.make_stochastic_(nn.Sequential(Block(DropPath(rate)))).survival_probs == [1 - rate]
