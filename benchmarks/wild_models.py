@@ -865,7 +865,7 @@ def enformer(_rate: float) -> Made:
     return model, [torch.rand(4, 64, 4)]
 
 
-@code_base("local-attention LocalTransformer", additions=4, ends=["layers.*.*"])
+@code_base("local-attention LocalTransformer", additions=4, ends=["layers.*.*.branch"])
 def local_transformer(_rate: float) -> Made:
     from local_attention import LocalTransformer
 

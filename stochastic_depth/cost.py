@@ -236,7 +236,9 @@ class Meter(TorchDispatchMode):
         # From which autograd node on the nodes belong to which branch.
         self._first_nodes: list[int] = [0]
         self._owners: list[int] = [_REST]
-        self._seen = {storage_number(tensor) for tensor in [*root.parameters(), *root.buffers()]}
+        self._seen = {
+            storage_number(tensor) for tensor in (*root.parameters(), *root.buffers()) if tensor.layout is torch.strided
+        }
 
     def run_branch(self, index: int, branch: Callable[[Any], Any], x: Any) -> Any:
         """Run a branch, as an observer of the draws."""

@@ -1224,3 +1224,22 @@ def test_layers_are_counted_inside_of_children() -> None:
     depth, x = sd.make_stochastic_(net, sd.uniform(0.5)), data(4)
     with depth.gates([False]):
         assert_same(net(x), net[0].shortcut(x))
+
+
+class WithSparse(nn.Module):
+    """Holds a sparse buffer, as Whisper's alignment heads are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = linear()
+        self.register_buffer("heads", torch.eye(3).to_sparse(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+
+def test_sparse_buffers_are_no_obstacle() -> None:
+    net = nn.Sequential(WithSparse()).double()
+    depth = sd.make_stochastic_(net, sd.uniform(0.5))
+    assert depth.verify(data(4))
+    assert depth.cost(data(4)).flops_share < 1
