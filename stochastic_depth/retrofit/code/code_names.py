@@ -125,7 +125,8 @@ def _names_in_code(
     names: set[str] = set()
     for _ in range(_MAX_CALLS):
         new = [function for function in dict.fromkeys(pending) if function not in functions]
-        if not new or len(functions) + len(new) > _MAX_FUNCTIONS:
+        new = new[: _MAX_FUNCTIONS - len(functions)]
+        if not new:
             break
         functions.update(dict.fromkeys(new))
         pending = []

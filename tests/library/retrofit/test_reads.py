@@ -20,6 +20,7 @@ from plain_blocks import D, DropPath, assert_same, data, linear
 from torch import Tensor, nn
 
 import stochastic_depth as sd
+from stochastic_depth.retrofit.code import code_names
 
 
 class Settings:
@@ -926,3 +927,23 @@ def test_a_hook_that_makes_a_weight_is_part_of_its_layer() -> None:
     depth = sd.make_stochastic_(net, sd.uniform(0.5))
     with depth.gates([True]):
         assert_same(net(x), x + x @ (weight.T * 0.5) + block.f.bias)
+
+
+def test_the_nearest_functions_count_if_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(code_names, "_MAX_FUNCTIONS", 3)
+    _, functions = code_names.names_in_code(FarAway)
+    assert [function.__name__ for function in functions] == ["forward", "near", "far"]
+
+
+class FarAway(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.near(x)
+
+    def near(self, x: Tensor) -> Tensor:
+        return self.far(x) + self.other(x)
+
+    def far(self, x: Tensor) -> Tensor:
+        return x
+
+    def other(self, x: Tensor) -> Tensor:
+        return x
