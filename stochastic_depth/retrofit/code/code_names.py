@@ -149,9 +149,11 @@ def _follow(
     followed: list[tuple[dict[str, Any], str, Any]],
 ) -> frozenset[str]:
     """The names in a function; what it may call by them goes to the other arguments."""
-    own = names_of(function.__code__)
+    # Sorted, for every process, and so every rank, is to follow the same functions where there are too many.
+    names = names_of(function.__code__)
+    own = sorted(names)
     values = [function.__globals__.get(name) for name in own]
-    values += [sys.modules.get(name) for name in imports_of(function.__code__)]
+    values += [sys.modules.get(name) for name in sorted(imports_of(function.__code__))]
     followed += [(function.__globals__, name, function.__globals__.get(name)) for name in own]
     values += [value.__dict__.get(name) for value in values if is_users_module(value) for name in (*own, "__getattr__")]
     values += [content_of(cell, "") for cell in function.__closure__ or ()]
@@ -161,7 +163,7 @@ def _follow(
         elif not issubclass(code, nn.Module):
             kinds[code] = None
     made.update((v, None) for v in values if isinstance(v, type) and v in kinds and not issubclass(v, nn.Module))
-    return own
+    return names
 
 
 def _code_in(value: Any, depth: int = 2) -> Iterator[FunctionType | type]:
@@ -192,8 +194,9 @@ def _methods_of(kinds: Collection[type], names: Collection[str]) -> list[Functio
         for kind in kinds
         for part in (*kind.__mro__, *inspect.getmro(type(kind)))
         if is_users(part) or (issubclass(part, nn.Module) and part is not nn.Module)
-        for name in vars(part).keys() & names
-        for function in _functions_of(vars(part)[name])
+        for name, value in tuple(vars(part).items())
+        if name in names
+        for function in _functions_of(value)
     ]
 
 
