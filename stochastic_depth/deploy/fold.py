@@ -48,7 +48,7 @@ from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit import controller, restore_
 from stochastic_depth.retrofit.classes import swap_class_
 from stochastic_depth.retrofit.remembered import Call
-from stochastic_depth.retrofit.running.block import Key
+from stochastic_depth.retrofit.rewriting.sums import Key
 
 
 def fold_(model: nn.Module, *, inputs: Inputs | None = None) -> None:

@@ -18,7 +18,7 @@ from stochastic_depth.deploy.batches import Inputs, call_of
 from stochastic_depth.deploy.branches import BranchWithGate, branches_with_gates
 from stochastic_depth.gates import draw_counts
 from stochastic_depth.retrofit import controller
-from stochastic_depth.retrofit.running.block import BranchParts
+from stochastic_depth.retrofit.rewriting.sums import BranchParts
 
 Outputs = Literal["logits", "probabilities", "values"]
 

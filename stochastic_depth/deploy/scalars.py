@@ -18,7 +18,7 @@ from stochastic_depth.deploy.undo import without_traces
 from stochastic_depth.residual import Residual, outside_graph
 from stochastic_depth.retrofit.code.signatures import PLAIN_TYPES, flatten, remember
 from stochastic_depth.retrofit.errors import CutError, TraceError
-from stochastic_depth.retrofit.running.block import Key
+from stochastic_depth.retrofit.rewriting.sums import Key
 from stochastic_depth.torch_private import tree_leaves
 
 

@@ -9,7 +9,7 @@ from stochastic_depth.retrofit.early_exit import (
     rotating_exits,
 )
 from stochastic_depth.retrofit.rules import DropPathRule, register_drop_path
-from stochastic_depth.retrofit.running.block import MaskedBranchWarning
+from stochastic_depth.retrofit.running.block_branches import MaskedBranchWarning
 
 __all__ = [
     "Controller",

@@ -17,7 +17,8 @@ from stochastic_depth.retrofit.finding.find import Branch, Found, Where, find_br
 from stochastic_depth.retrofit.layers import GatedLayer, LayerDropPath, StochasticLayer, refuse_own_layerdrop
 from stochastic_depth.retrofit.rewriting.functional import FUNCTIONAL
 from stochastic_depth.retrofit.root import StochasticRoot
-from stochastic_depth.retrofit.running.block import BlockBranches, StochasticBlock
+from stochastic_depth.retrofit.running.block import StochasticBlock
+from stochastic_depth.retrofit.running.block_branches import BlockBranches
 from stochastic_depth.retrofit.running.known_forms import KnownForms
 from stochastic_depth.retrofit.running.masked_drop_path import DropPathUses, StochasticDropPath
 from stochastic_depth.schedules import SCHEDULES, LayerSchedule, Schedule, Values, to_survival_probs

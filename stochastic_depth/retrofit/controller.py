@@ -21,8 +21,8 @@ from stochastic_depth.residual import SkippedGrad
 from stochastic_depth.retrofit.ddp import refuse_unsound
 from stochastic_depth.retrofit.finding.find import Branch
 from stochastic_depth.retrofit.remembered import RememberedCalls
-from stochastic_depth.retrofit.running.block import BlockBranches
-from stochastic_depth.retrofit.running.proof import copy_of_object
+from stochastic_depth.retrofit.running.arguments import copy_of_object
+from stochastic_depth.retrofit.running.block_branches import BlockBranches
 from stochastic_depth.retrofit.verify import Verification, verify
 from stochastic_depth.schedules import Values, at_progress, expected_depth, to_survival_probs
 from stochastic_depth.tally import metrics

@@ -20,7 +20,7 @@ from stochastic_depth.retrofit.recording.maps import NotComputed
 from stochastic_depth.retrofit.recording.quiet import without_noise
 from stochastic_depth.retrofit.recording.stand_in import uniform, untouched
 from stochastic_depth.retrofit.rewriting.sums import BranchParts
-from stochastic_depth.retrofit.running.proof import deviation, tolerance
+from stochastic_depth.retrofit.running.comparison import deviation, tolerance
 from stochastic_depth.tally import Tally
 from stochastic_depth.torch_private import BatchNorm, tree_leaves
 

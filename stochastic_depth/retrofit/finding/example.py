@@ -12,13 +12,14 @@ from torch import fx, nn
 
 from stochastic_depth.cost import undisturbed
 from stochastic_depth.retrofit.code.effects import ChangedObjectError
-from stochastic_depth.retrofit.code.signatures import flatten, unflatten
+from stochastic_depth.retrofit.code.signatures import flatten
 from stochastic_depth.retrofit.code.surroundings import kept_surroundings
 from stochastic_depth.retrofit.errors import TraceError
 from stochastic_depth.retrofit.recording.quiet import without_noise
 from stochastic_depth.retrofit.recording.recorder import run_block
 from stochastic_depth.retrofit.recording.stand_in import stand_in, untouched
-from stochastic_depth.retrofit.running.proof import arguments_anew, behind_nodes, copy_of_object, private
+from stochastic_depth.retrofit.running.arguments import arguments_anew, behind_nodes, copy_of_object
+from stochastic_depth.retrofit.running.private_runs import private
 from stochastic_depth.torch_private import tree_map
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -108,7 +109,7 @@ def _recorded(block: nn.Module, arguments: Arguments, inlined: Collection[str], 
         module.training = training
 
     def run(called: set[type]) -> fx.Graph:
-        args, kwargs, own = behind_nodes(arguments_anew(signature, leaves, {}, called, unflatten))
+        args, kwargs, own = behind_nodes(arguments_anew(signature, leaves, {}, called))
         return run_block(trial, args, kwargs, own, inlined=inlined).graph
 
     with private():

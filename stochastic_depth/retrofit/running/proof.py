@@ -6,36 +6,26 @@ its gate. Both run on a stand-in of the block, without noise and without traces.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, cast
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stochastic_depth.gate_draws import CLOSED, Gate
 from stochastic_depth.residual import GatedBranch
-from stochastic_depth.retrofit.code.called import as_called
 from stochastic_depth.retrofit.code.reads import written_parameters
 from stochastic_depth.retrofit.code.surroundings import unchanged_surroundings
-from stochastic_depth.retrofit.errors import ProofError, TraceError
-from stochastic_depth.retrofit.recording.layouts import order_of
+from stochastic_depth.retrofit.errors import ProofError
 from stochastic_depth.retrofit.recording.maps import NotComputed
-from stochastic_depth.retrofit.recording.quiet import quiet
 from stochastic_depth.retrofit.recording.recorder import Edits, run_block
-from stochastic_depth.retrofit.recording.stand_in import sample_leaf, uniform
+from stochastic_depth.retrofit.recording.stand_in import uniform
 from stochastic_depth.retrofit.rewriting.generated_code import Code
 from stochastic_depth.retrofit.rewriting.rewrite import GatedUse, edits_of
 from stochastic_depth.retrofit.rewriting.sums import Key
-from stochastic_depth.torch_private import (
-    buffer_dict,
-    disable_current_modes,
-    outside_transforms,
-    tree_leaves,
-    version_of,
-    without_torch_function,
-)
+from stochastic_depth.retrofit.running.arguments import MakesArguments, anew_of, replaced
+from stochastic_depth.retrofit.running.comparison import Outcome, compare
+from stochastic_depth.torch_private import buffer_dict, tree_leaves
 
 Pattern = Mapping[Key, "bool | Tensor | None"]
 """A gate for each branch: open or closed, (n,) one per sample, or None for evaluation."""
@@ -43,10 +33,6 @@ Pattern = Mapping[Key, "bool | Tensor | None"]
 
 MAX_SAMPLES = 64
 """With how many samples, at most, it is proven what runs on some of them: what mixes samples may need many."""
-
-_Call = Callable[[], "tuple[Sequence[Any], Mapping[str, Any], list[Any]]"]
-_Outcome = tuple[list[Any], "list[Tensor | None] | None"]
-"""Outcome of a run: outputs, and gradients, or None if its backward fails."""
 
 
 class FixedGates:
@@ -88,52 +74,14 @@ class FixedGates:
         return Gate(num_open, order.to(device), survival_prob)
 
 
-@contextmanager
-def private() -> Generator[None]:
-    """Context without lasting effects on random states or on other code's autograd graphs."""
-    grad = torch.is_grad_enabled()
-    with (
-        outside_transforms(),
-        torch.inference_mode(False),
-        torch.set_grad_enabled(grad),
-        disable_current_modes(),
-        torch.autograd.graph.saved_tensors_hooks(_pack, _unpack),
-        _without_autocast_cache(),
-        quiet(),
-    ):
-        yield
-
-
-def _pack(tensor: Tensor) -> tuple[Tensor, int]:
-    with without_torch_function():  # It is no call of the block's code.
-        return tensor.detach(), version_of(tensor)
-
-
-def _unpack(packed: tuple[Tensor, int]) -> Tensor:
-    tensor, version = packed
-    if version_of(tensor) != version:
-        raise RuntimeError("a value that its backward needs was changed in place")
-    return tensor
-
-
-@contextmanager
-def _without_autocast_cache() -> Generator[None]:
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
-
-
 def prove(
     block: nn.Module,
     code: Code,
     uses: Sequence[GatedUse],
     gated: Mapping[Key, GatedBranch],
     fixed: FixedGates,
-    call: _Call,
-    many: tuple[int, _Call] | None,
+    call: MakesArguments,
+    many: tuple[int, MakesArguments] | None,
     *,
     training: bool,
     inlined: Collection[str] = (),
@@ -183,7 +131,7 @@ def prove(
         expected = _own_outcome(block, call, edits, inlined, absent)
         zero = all(branch.skipped_grad == "zero" for branch in gated.values())
         try:
-            _compare(expected, actual, name, zero_gradients=zero)
+            compare(expected, actual, name, zero_gradients=zero and name != _SOME)
         except ProofError as error:
             raise ProofError(f"{error}{mixes}") from None
     return 2 * len(patterns)
@@ -213,12 +161,12 @@ def _buffers_of(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _own_outcome(
-    block: nn.Module, call: _Call, edits: Edits, inlined: Collection[str], absent: Collection[int]
-) -> _Outcome:
+    block: nn.Module, call: MakesArguments, edits: Edits, inlined: Collection[str], absent: Collection[int]
+) -> Outcome:
     args, kwargs, leaves = call()
 
     def run(given: list[Any]) -> Any:
-        return run_block(block, *_replaced(args, kwargs, leaves, given), given, edits, inlined).output
+        return run_block(block, *replaced(args, kwargs, leaves, given), given, edits, inlined).output
 
     return _with_gradients(block, leaves, run, absent)
 
@@ -253,30 +201,12 @@ def _weights(gate: bool | Tensor | None, branch: GatedBranch, scale: float) -> f
     return gate.double() * factor
 
 
-def _replaced(args: Any, kwargs: Any, leaves: Sequence[Any], given: Sequence[Any]) -> tuple[Any, Any]:
-    """The arguments with the opaque ones replaced by other tensors."""
-    new = {id(leaf): value for leaf, value in zip(leaves, given, strict=True)}
-
-    def put(value: Any) -> Any:
-        if id(value) in new:
-            return new[id(value)]
-        if type(value) in (tuple, list):
-            return type(value)(put(item) for item in value)
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return cast(Any, type(value))(*[put(item) for item in cast("tuple[Any, ...]", value)])
-        if type(value) is dict:
-            return {key: put(item) for key, item in cast("dict[Any, Any]", value).items()}
-        return value
-
-    return put(tuple(args)), put(dict(kwargs))
-
-
 def _with_gradients(
     block: nn.Module, leaves: Sequence[Any], run: Callable[[list[Any]], Any], absent: Collection[int] = ()
-) -> _Outcome:
+) -> Outcome:
     """Outputs of a run, and gradients of its inputs and of the block's parameters, of all outputs but `absent`."""
     # Not the leaves themselves, which in-place code could not change.
-    anew = {id(leaf): _anew(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad}
+    anew = {id(leaf): anew_of(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad}
     given = [anew.get(id(leaf), leaf) for leaf in leaves]
     outputs = tree_leaves(run(given))
     if not any(isinstance(output, Tensor) for output in outputs):
@@ -299,158 +229,3 @@ def _with_gradients(
         return outputs, list(torch.autograd.grad(ends, sources, weights, allow_unused=True))
     except RuntimeError:
         return outputs, None
-
-
-def behind_nodes(call: _Call) -> tuple[Any, Any, list[Any]]:
-    """The arguments of a call, whose tensors are no leaves of autograd: code in place could not change those."""
-    args, kwargs, leaves = call()
-    given = [_anew(leaf) if isinstance(leaf, Tensor) and leaf.requires_grad else leaf for leaf in leaves]
-    anew = {id(leaf): new for leaf, new in zip(leaves, given, strict=True)}
-    given = [anew[id(leaf)] for leaf in leaves]
-    return *_replaced(args, kwargs, leaves, given), given
-
-
-def _anew(leaf: Tensor) -> Tensor:
-    """The same tensor behind a node of autograd, with the attributes that somebody has set on it."""
-    new = leaf.clone()
-    vars(new).update(vars(leaf))
-    return new
-
-
-_TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 2e-2}
-
-
-def _compare(expected: _Outcome, actual: _Outcome, name: str, *, zero_gradients: bool) -> None:
-    """Compare two outcomes.
-
-    A parameter that only the samples of closed gates use, such as that of an expert that none of the others is sent to,
-    has no gradient where its branch runs on some of the samples, and a mask gives zeros.
-
-    Raises:
-        ProofError: if they differ.
-    """
-    outputs, others = expected[0], actual[0]
-    if len(outputs) != len(others):
-        raise ProofError(f"{name} it returns {len(others)} values, not {len(outputs)}")
-    for index, (a, b) in enumerate(zip(outputs, others, strict=True)):
-        if isinstance(b, NotComputed):
-            continue
-        if isinstance(a, Tensor) and isinstance(b, Tensor):
-            difference = deviation(a, b)
-            if a.dtype != b.dtype:
-                raise ProofError(f"{name} output {index} is of {b.dtype}, not of {a.dtype}")
-            if difference > tolerance(a):
-                raise ProofError(f"{name} output {index} differs by {difference:.2g} of its largest value")
-            if order_of(a) != order_of(b):
-                raise ProofError(f"{name} the dimensions of output {index} lie in another order in memory")
-        elif isinstance(a, Tensor) or isinstance(b, Tensor) or (type(a) is not type(b)):
-            raise ProofError(f"{name} output {index} is a {type(b).__name__}, not a {type(a).__name__}")
-    if expected[1] is None:
-        return  # The block's own code has no backward.
-    if actual[1] is None:
-        raise ProofError(f"{name} its backward fails")
-    largest = max((float(a.abs().max()) for a in expected[1] if a is not None and a.numel()), default=0.0)
-    for a, b in zip(expected[1], actual[1], strict=True):
-        if a is None or (b is None and not (zero_gradients and name != _SOME) and not a.any()):
-            continue
-        if b is None:
-            raise ProofError(f"{name} a gradient is missing")
-        # A gradient that is tiny compared with the others is rounding.
-        difference = deviation(a, b, at_least=1e-3 * largest)
-        if difference > 10 * tolerance(a):
-            raise ProofError(f"{name} a gradient differs by {difference:.2g} of its largest value")
-
-
-def deviation(expected: Tensor, actual: Tensor, *, at_least: float = 0.0) -> float:
-    """Largest difference of two tensors, relative to the largest value; infinite if their shapes differ.
-
-    Args:
-        expected: the tensor whose largest value is the reference.
-        actual: the other tensor.
-        at_least: lower bound for the largest value.
-    """
-    if expected.shape != actual.shape:
-        return float("inf")
-    if not expected.numel():
-        return 0.0
-    kind = torch.float64 if not expected.is_complex() else torch.complex128
-    if expected.is_sparse:
-        expected, actual = expected.to_dense(), actual.to_dense()
-    a, b = expected.to(kind), actual.to(kind)
-    same = (a == b) | (a.isnan() & b.isnan())
-    difference = torch.where(same, torch.zeros_like(a), a - b).abs().nan_to_num(nan=float("inf")).max()
-    scale = max(float(a.abs().nan_to_num(nan=0.0, posinf=0.0).max()), at_least)
-    return float(difference) / scale if scale > 0 else float(difference)
-
-
-def tolerance(tensor: Tensor) -> float:
-    """Tolerance for rounding errors in this dtype, relative to the largest value."""
-    if torch.is_autocast_enabled(tensor.device.type) if tensor.device.type != "meta" else False:
-        return _TOLERANCES[torch.bfloat16]
-    return _TOLERANCES.get(tensor.dtype, 0.0)
-
-
-def arguments_anew(
-    signature: Any,
-    leaves: Sequence[Any],
-    rows: Mapping[int, Tensor],
-    called: Collection[type],
-    unflatten: Callable[[Any, Sequence[Any]], Any],
-) -> _Call:
-    """Returns a function that makes private copies of the arguments of a call.
-
-    Args:
-        signature: signature of the arguments.
-        leaves: the opaque arguments.
-        rows: indices of the samples to take, by the position of the leaf.
-        called: classes of objects whose methods are single calls.
-        unflatten: puts the arguments together.
-    """
-
-    def call() -> tuple[Sequence[Any], Mapping[str, Any], list[Any]]:
-        made: dict[int, Any] = {}  # What is given twice is one object.
-        for index, leaf in enumerate(leaves):
-            if id(leaf) not in made:
-                is_tensor = isinstance(leaf, Tensor)
-                made[id(leaf)] = sample_leaf(leaf, rows.get(index)) if is_tensor else copy_of_object(leaf)
-        own = [made[id(leaf)] for leaf in leaves]
-        for value, leaf in zip(own, leaves, strict=True):
-            if type(leaf) in called:
-                as_called(value)
-        args, kwargs = unflatten(signature, own)
-        return args, kwargs, own
-
-    return call
-
-
-def copy_of_object(leaf: Any) -> Any:
-    """A copy of an object that code may change; tensors, modules and functions are not copied.
-
-    Raises:
-        TraceError: if it cannot be copied.
-    """
-    if isinstance(leaf, Iterator):
-        raise TraceError(f"it is given an iterator (a {type(leaf).__name__}), which a look at it would use up")
-    if isinstance(leaf, (Tensor, nn.Module)) or callable(leaf) or not hasattr(leaf, "__dict__"):
-        return leaf
-    tensors = [(tensor, tensor.detach().clone()) for tensor in _tensors_of(leaf, set())]
-    try:
-        return copy.deepcopy(leaf, {id(tensor): own for tensor, own in tensors})
-    except Exception as error:
-        raise TraceError(f"its {type(leaf).__name__} argument cannot be copied ({error})") from error
-
-
-def _tensors_of(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif id(value) not in seen and not isinstance(value, (nn.Module, type)):
-        seen.add(id(value))
-        items: Any = ()
-        if isinstance(value, (list, tuple)):
-            items = cast("list[Any]", value)
-        elif isinstance(value, dict):
-            items = cast("dict[Any, Any]", value).values()
-        elif hasattr(value, "__dict__") and not callable(value):
-            items = vars(value).values()
-        for item in items:
-            yield from _tensors_of(item, seen)

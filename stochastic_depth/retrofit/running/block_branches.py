@@ -1,0 +1,197 @@
+"""The gated branches of a block of another library, and the forms of its calls that are known."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from stochastic_depth.copies import plain_class
+from stochastic_depth.residual import GatedBranch
+from stochastic_depth.retrofit.code.fingerprints import fingerprint
+from stochastic_depth.retrofit.code.reads import Reads, StateOfChildren
+from stochastic_depth.retrofit.rewriting.functional import FUNCTIONAL
+from stochastic_depth.retrofit.rewriting.gated_calls import in_training
+from stochastic_depth.retrofit.rewriting.sums import BranchParts, DropPaths, Identity, Key, Paths
+from stochastic_depth.retrofit.running.known_forms import Form, KnownForms
+
+
+class MaskedBranchWarning(UserWarning):
+    """A branch is computed and masked because it cannot be skipped: correct, but nothing is saved."""
+
+
+@dataclass
+class BlockBranches:
+    """The branches of a stochastic block.
+
+    Attributes:
+        name: the block's name, for messages.
+        drop_paths: paths of its drop paths whose calls are branches; empty where additions are.
+        known: all branches that were found, including filtered ones, with their identities.
+        gated: the branches that passed the filter.
+        parts: the holder of each branch's parameters.
+        forms: the known forms of calls.
+        rates: rates of its functional drop paths, if the branches have these rates.
+        own_forward: a forward that was set on the block instead of its class's.
+        own_forms: the forms in which this block was called.
+        reads: what the block's code may read besides its arguments; None before the first call.
+        fingerprint: equal for blocks that share prepared code; None if it must be computed anew.
+    """
+
+    name: str
+    drop_paths: DropPaths
+    known: dict[Key, Identity]
+    forms: KnownForms = field(default_factory=KnownForms)
+    rates: dict[Key, float] = field(default_factory=dict[Key, float])
+    own_forward: Callable[..., Any] | None = None
+    gated: dict[Key, GatedBranch] = field(default_factory=dict[Key, GatedBranch])
+    parts: dict[Key, nn.Module] = field(default_factory=dict[Key, nn.Module])
+    own_forms: dict[Any, Form] = field(default_factory=dict[Any, Form], repr=False)
+    reads: Reads | None = field(default=None, repr=False)
+    fingerprint: Any = field(default=None, repr=False)
+    _parts_on_paths: dict[Any, BranchParts] = field(default_factory=dict[Any, BranchParts], repr=False)
+    _state_of_children: StateOfChildren | None = field(default=None, repr=False)
+
+    def add_branch(self, key: Key, gated: GatedBranch, parts: nn.Module) -> None:
+        """Gate one of the known branches."""
+        self.gated[key], self.parts[key] = gated, parts
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy finds its own objects again.
+        return {
+            **self.__dict__,
+            "own_forms": {},
+            "_parts_on_paths": {},
+            "reads": None,
+            "fingerprint": None,
+            "_state_of_children": None,
+        }
+
+    def parts_at(self, block: nn.Module, key: Key, paths: Paths) -> nn.Module:
+        """The holder of a branch's parameters on one path through the code."""
+        parts = self._parts_on_paths.get((key, paths))
+        if parts is None:
+            known = self.parts.get(key)
+            is_same = isinstance(known, BranchParts) and known.paths == paths
+            parts = cast(BranchParts, known) if is_same else BranchParts(block, *paths)
+            self._parts_on_paths[key, paths] = parts
+        return parts
+
+    @property
+    def inlined(self) -> tuple[str, ...]:
+        """Paths of the children whose own code is read as part of the block's code."""
+        return self.drop_paths.inlined
+
+    @property
+    def was_called(self) -> bool:
+        """Whether any call has shown how the branches are treated."""
+        return bool(self.own_forms)
+
+    def cause_of_mask(self, key: Key) -> str:
+        """Why a branch is masked in the calls so far; empty if it is skipped in all of them."""
+        return next((own.prepared.masked[key] for own in self.own_forms.values() if key in own.prepared.masked), "")
+
+    @property
+    def can_mask(self) -> bool:
+        """Whether the gates have an effect in the block's own code: where modules are its drop paths."""
+        return bool(self.drop_paths) and not any(key[0] == FUNCTIONAL for key in self.gated)
+
+    @property
+    def granularity(self) -> str:
+        """Whether there is one gate per batch or per sample."""
+        return next(iter(self.gated.values())).passes.granularity
+
+    @property
+    def ungated(self) -> list[str]:
+        """For each addition without a gate that calls have shown, what it uses."""
+        return list(dict.fromkeys(used for own in self.own_forms.values() for used in own.prepared.ungated))
+
+    def is_plain(self, block: nn.Module) -> bool:
+        """Whether the block's own code is correct as it is: in evaluation without forced gates and without a factor."""
+        if block.training:
+            return False
+        return all(
+            branch.rescale != "eval"
+            and branch.passes.observer is None
+            and not branch.passes.forced
+            and not in_training(block, key)
+            for key, branch in self.gated.items()
+        )
+
+    def reads_with(self, block: nn.Module, leaves: Sequence[Any]) -> Reads:
+        """The values that the block's code may read in a call with these arguments."""
+        skipped = (Tensor, *self.forms.called)
+        return Reads(block, self.inlined, [leaf for leaf in leaves if not isinstance(leaf, skipped)])
+
+    def of_children(self) -> tuple[Any, ...]:
+        """What of the children decides how they treat samples; empty with one gate per batch."""
+        return () if self._state_of_children is None else self._state_of_children.now()
+
+    def look_again(self, block: nn.Module, leaves: Sequence[Any]) -> Reads:
+        """Read the block again after its children changed: adapters, conversions, a copy."""
+        self.reads, self.fingerprint = self.reads_with(block, leaves), None
+        if self.granularity == "sample":
+            self._state_of_children = StateOfChildren(block)
+        self.own_forms, self._parts_on_paths = {}, {}
+        for parts in self.parts.values():
+            if isinstance(parts, BranchParts):
+                parts.refresh()
+        return self.reads
+
+    def make_fingerprint(self, block: nn.Module) -> Any:
+        """What blocks that share prepared code have in common."""
+        rules = tuple((key, branch.rescale, branch.skipped_grad) for key, branch in self.gated.items())
+        forward = getattr(self.own_forward, "__func__", self.own_forward)
+        return (
+            *fingerprint(block, of_samples=self.granularity == "sample"),
+            forward,
+            tuple(self.known.items()),
+            rules,
+            self.granularity,
+            self.drop_paths,
+            self.inlined,
+        )
+
+    def described(self, block: nn.Module) -> str:
+        """The block in a message."""
+        return f"The block {self.name or 'the model'} ({plain_class(block).__name__})"
+
+    def refusal(self, block: nn.Module, error: Exception) -> str:
+        """The message of the error if the block's additions cannot be gated."""
+        names = ", ".join(branch.passes.names[branch.index] for branch in self.gated.values())
+        other = "granularity='batch', " if self.granularity == "sample" else ""
+        return (
+            f"{self.described(block)} cannot be gated here ({names}): {error}. "
+            f"Use {other}inputs=[...] to find its branches on an example, layers=[{self.name!r}] for the "
+            "whole layer, where= to leave it out, or write the sum as stochastic_depth.Residual."
+        )
+
+    def warn_of_mask(self, block: nn.Module, key: Key, cause: str) -> None:
+        """Warn, once per class, that a branch is masked."""
+        branch = self.gated[key]
+        kind = (plain_class(block), key, re.sub(r"\d", "", cause))  # How much it differs by differs.
+        if kind in self.forms.warned:
+            return
+        self.forms.warned.add(kind)
+        warnings.warn(
+            f"The branch {branch.passes.names[branch.index]} is computed and masked, which saves nothing. "
+            f"{self.described(block)}: {cause}. Other blocks of this class may be affected "
+            f"too. layers=[{self.name!r}] runs it as a whole, if it does not mix samples.",
+            MaskedBranchWarning,
+            stacklevel=2,
+        )
+
+    def warn_of_own_drop(self, block: nn.Module, function: str) -> None:
+        """Warn, once per class, that a block seems to drop its branches itself."""
+        kind = plain_class(block), function
+        if kind not in self.forms.warned:
+            self.forms.warned.add(kind)
+            warnings.warn(
+                f"{self.described(block)} draws one number for each sample ({function}): it may drop its branches "
+                "itself, and then they are dropped twice. Set its own rate to 0.",
+                stacklevel=2,
+            )

@@ -1,0 +1,91 @@
+"""How far the outcomes of two runs of a block are apart, and how far they may be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stochastic_depth.retrofit.errors import ProofError
+from stochastic_depth.retrofit.recording.layouts import order_of
+from stochastic_depth.retrofit.recording.maps import NotComputed
+
+Outcome = tuple[list[Any], "list[Tensor | None] | None"]
+"""Outcome of a run: outputs, and gradients, or None if its backward fails."""
+
+_TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 2e-2}
+
+
+def compare(expected: Outcome, actual: Outcome, name: str, *, zero_gradients: bool) -> None:
+    """Compare two outcomes.
+
+    Args:
+        expected: the outcome of the block's own code.
+        actual: the outcome of the rewritten code.
+        name: which gates were open, for the message.
+        zero_gradients: whether a gradient of zeros may not be missing. It may where a branch runs on some of the
+            samples: a parameter that only the others use, such as that of an expert, gets none, and a mask gives zeros.
+
+    Raises:
+        ProofError: if they differ.
+    """
+    outputs, others = expected[0], actual[0]
+    if len(outputs) != len(others):
+        raise ProofError(f"{name} it returns {len(others)} values, not {len(outputs)}")
+    for index, (a, b) in enumerate(zip(outputs, others, strict=True)):
+        if isinstance(b, NotComputed):
+            continue
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            difference = deviation(a, b)
+            if a.dtype != b.dtype:
+                raise ProofError(f"{name} output {index} is of {b.dtype}, not of {a.dtype}")
+            if difference > tolerance(a):
+                raise ProofError(f"{name} output {index} differs by {difference:.2g} of its largest value")
+            if order_of(a) != order_of(b):
+                raise ProofError(f"{name} the dimensions of output {index} lie in another order in memory")
+        elif isinstance(a, Tensor) or isinstance(b, Tensor) or (type(a) is not type(b)):
+            raise ProofError(f"{name} output {index} is a {type(b).__name__}, not a {type(a).__name__}")
+    if expected[1] is None:
+        return  # The block's own code has no backward.
+    if actual[1] is None:
+        raise ProofError(f"{name} its backward fails")
+    largest = max((float(a.abs().max()) for a in expected[1] if a is not None and a.numel()), default=0.0)
+    for a, b in zip(expected[1], actual[1], strict=True):
+        if a is None or (b is None and not zero_gradients and not a.any()):
+            continue
+        if b is None:
+            raise ProofError(f"{name} a gradient is missing")
+        # A gradient that is tiny compared with the others is rounding.
+        difference = deviation(a, b, at_least=1e-3 * largest)
+        if difference > 10 * tolerance(a):
+            raise ProofError(f"{name} a gradient differs by {difference:.2g} of its largest value")
+
+
+def deviation(expected: Tensor, actual: Tensor, *, at_least: float = 0.0) -> float:
+    """Largest difference of two tensors, relative to the largest value; infinite if their shapes differ.
+
+    Args:
+        expected: the tensor whose largest value is the reference.
+        actual: the other tensor.
+        at_least: lower bound for the largest value.
+    """
+    if expected.shape != actual.shape:
+        return float("inf")
+    if not expected.numel():
+        return 0.0
+    kind = torch.float64 if not expected.is_complex() else torch.complex128
+    if expected.is_sparse:
+        expected, actual = expected.to_dense(), actual.to_dense()
+    a, b = expected.to(kind), actual.to(kind)
+    same = (a == b) | (a.isnan() & b.isnan())
+    difference = torch.where(same, torch.zeros_like(a), a - b).abs().nan_to_num(nan=float("inf")).max()
+    scale = max(float(a.abs().nan_to_num(nan=0.0, posinf=0.0).max()), at_least)
+    return float(difference) / scale if scale > 0 else float(difference)
+
+
+def tolerance(tensor: Tensor) -> float:
+    """Tolerance for rounding errors in this dtype, relative to the largest value."""
+    if torch.is_autocast_enabled(tensor.device.type) if tensor.device.type != "meta" else False:
+        return _TOLERANCES[torch.bfloat16]
+    return _TOLERANCES.get(tensor.dtype, 0.0)

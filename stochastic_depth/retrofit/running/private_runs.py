@@ -1,0 +1,50 @@
+"""Runs of a block that leave no trace on the caller's autograd graph, autocast cache or random states."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from stochastic_depth.retrofit.recording.quiet import quiet
+from stochastic_depth.torch_private import disable_current_modes, outside_transforms, version_of, without_torch_function
+
+
+@contextmanager
+def private() -> Generator[None]:
+    """Context without lasting effects on random states or on other code's autograd graphs."""
+    grad = torch.is_grad_enabled()
+    with (
+        outside_transforms(),
+        torch.inference_mode(False),
+        torch.set_grad_enabled(grad),
+        disable_current_modes(),
+        torch.autograd.graph.saved_tensors_hooks(_pack, _unpack),
+        _without_autocast_cache(),
+        quiet(),
+    ):
+        yield
+
+
+def _pack(tensor: Tensor) -> tuple[Tensor, int]:
+    with without_torch_function():  # It is no call of the block's code.
+        return tensor.detach(), version_of(tensor)
+
+
+def _unpack(packed: tuple[Tensor, int]) -> Tensor:
+    tensor, version = packed
+    if version_of(tensor) != version:
+        raise RuntimeError("a value that its backward needs was changed in place")
+    return tensor
+
+
+@contextmanager
+def _without_autocast_cache() -> Generator[None]:
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
