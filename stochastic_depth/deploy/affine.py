@@ -25,7 +25,7 @@ from stochastic_depth.retrofit.errors import CutError, TraceError
 from stochastic_depth.retrofit.finding.find import find_branches
 from stochastic_depth.retrofit.finding.readings import optional_arguments, recordings
 from stochastic_depth.retrofit.recording.sizes import is_size
-from stochastic_depth.retrofit.rewriting import cuts
+from stochastic_depth.retrofit.rewriting.plain_forms import name_values_changed_in_place
 from stochastic_depth.retrofit.rewriting.sums import Key, inlined_of, known_sums
 from stochastic_depth.retrofit.rules import drop_path_rule
 from stochastic_depth.torch_private import BatchNorm, InstanceNorm, RunningNorm, has_forward_hooks
@@ -371,7 +371,7 @@ def _graphs(child: nn.Module, arguments: Any) -> list[fx.Graph]:
     except TraceError as error:
         raise NotAffineError(f"the forward of {type(child).__name__} cannot be recorded: {error}") from None
     for way in ways:
-        cuts.name_values_changed_in_place(way.graph, child)
+        name_values_changed_in_place(way.graph, child)
     return [way.graph for way in ways]
 
 

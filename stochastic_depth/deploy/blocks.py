@@ -26,7 +26,8 @@ from stochastic_depth.retrofit.errors import CutError, TraceError
 from stochastic_depth.retrofit.finding.readings import recordings
 from stochastic_depth.retrofit.recording.sizes import decide_by, is_size
 from stochastic_depth.retrofit.recording.trace import Recording, record
-from stochastic_depth.retrofit.rewriting import cuts
+from stochastic_depth.retrofit.rewriting.cuts import Sum, cut
+from stochastic_depth.retrofit.rewriting.operations import added, writes_in_place
 from stochastic_depth.retrofit.rewriting.sums import Key, inlined_of, known_sums
 from stochastic_depth.torch_private import assert_in_graph, child_dict, tree_map
 
@@ -138,11 +139,11 @@ def _in_either_mode(recorded: Callable[[bool], _Recorded]) -> _Recorded:
         raise
 
 
-def _drop(residual: cuts.Sum, block: nn.Module, replaced: dict[fx.Node, fx.Node]) -> Sequence[fx.Node]:
+def _drop(residual: Sum, block: nn.Module, replaced: dict[fx.Node, fx.Node]) -> Sequence[fx.Node]:
     """Remove a branch from its sum, and return the nodes that only the branch needed, including the sum."""
     if residual.shortcut is None:
         raise CutError("the branch is added to nothing, so nothing would be left without it")
-    branch = cuts.cut(residual, block)
+    branch = cut(residual, block)
     add, instead = residual.add, residual.shortcut
     if _may_be_changed(add, block):
         # Code that changes the sum in place would now change the shortcut, which other code uses.
@@ -161,13 +162,13 @@ def _may_be_changed(value: fx.Node, block: nn.Module) -> bool:
     for user in value.users:
         if user.op == "output" or is_size(user) or user.all_input_nodes[0] is not value:
             continue
-        is_own = cuts.added(user) is not None  # returns a new tensor
+        is_own = added(user) is not None  # returns a new tensor
         if user.op == "call_module":
             child = block.get_submodule(cast(str, user.target))
             if any(getattr(module, "inplace", False) for module in child.modules()):
                 return True
             is_own = next(child.parameters(), None) is not None
-        if cuts.writes_in_place(user, block) or (not is_own and _may_be_changed(user, block)):
+        if writes_in_place(user, block) or (not is_own and _may_be_changed(user, block)):
             return True
     return False
 
@@ -177,7 +178,7 @@ def _writes(node: fx.Node, block: nn.Module) -> bool:
     if node.op == "call_module" and not node.users:
         child = block.get_submodule(cast(str, node.target))
         return any(getattr(module, "inplace", False) for module in child.modules())
-    return cuts.writes_in_place(node, block)
+    return writes_in_place(node, block)
 
 
 def _erase_idle(recording: Recording, writes: Collection[fx.Node], block: nn.Module) -> None:
@@ -252,7 +253,7 @@ def scaled_forward(
 
 
 def _scale(
-    key: Key, residual: cuts.Sum | CutError, replaced: Mapping[fx.Node, fx.Node], factor: float, graph: fx.Graph
+    key: Key, residual: Sum | CutError, replaced: Mapping[fx.Node, fx.Node], factor: float, graph: fx.Graph
 ) -> None:
     value = drop_path_call(graph, key) if isinstance(residual, CutError) else residual.after(replaced).output
     consumer = None if isinstance(residual, CutError) or residual.add is value else residual.add

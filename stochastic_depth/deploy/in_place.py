@@ -15,7 +15,7 @@ from stochastic_depth.deploy.blocks import holders, unchanged_outputs
 from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit.errors import TraceError
 from stochastic_depth.retrofit.finding.readings import recordings
-from stochastic_depth.retrofit.rewriting import cuts
+from stochastic_depth.retrofit.rewriting.operations import writes_in_place
 from stochastic_depth.torch_private import child_dict
 
 
@@ -65,7 +65,7 @@ def _writes_in_place(module: nn.Module) -> bool:
         graphs = [way.graph for way in recordings(module)]
     except (TraceError, TypeError, ValueError):  # ValueError: a forward without a signature
         return True
-    return any(cuts.writes_in_place(node, module) for graph in graphs for node in graph.nodes)
+    return any(writes_in_place(node, module) for graph in graphs for node in graph.nodes)
 
 
 def _may_be_written_after(model: nn.Module, module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> bool:

@@ -17,8 +17,10 @@ from stochastic_depth.retrofit.errors import CutError, StoredError, TraceError
 from stochastic_depth.retrofit.finding.example import Example, Reading
 from stochastic_depth.retrofit.recording.sizes import is_size, may_be_size
 from stochastic_depth.retrofit.recording.trace import Recording, record
-from stochastic_depth.retrofit.rewriting import cuts
+from stochastic_depth.retrofit.rewriting.cuts import cut
 from stochastic_depth.retrofit.rewriting.functional import FUNCTIONAL, put_functional
+from stochastic_depth.retrofit.rewriting.operations import added, ancestors, is_plain
+from stochastic_depth.retrofit.rewriting.plain_forms import name_values_changed_in_place, spell_out_additions
 from stochastic_depth.retrofit.rewriting.sums import (
     BranchParts,
     DropPaths,
@@ -66,7 +68,7 @@ def inlined_in(
         for residual in find_sums(graph, block, ()).values():
             if isinstance(residual, CutError) or not (inside := residual.add.meta.get("inlined", ())):
                 continue
-            if any(node.meta.get("inlined", ())[: len(inside)] != inside for node in cuts.cut(residual, block).nodes):
+            if any(node.meta.get("inlined", ())[: len(inside)] != inside for node in cut(residual, block).nodes):
                 used.update(dict.fromkeys(inside))
     for path in used:
         if what := way_around(block.get_submodule(path)):
@@ -87,7 +89,7 @@ def _given_two(graph: fx.Graph, block: nn.Module, but: Collection[str]) -> Itera
         given = [each for each in node.all_input_nodes if each.op != "get_attr" and not is_size(each)]
         if len(given) < 2 or kind.__module__.startswith("torch.nn."):
             continue
-        before = [{each for each in cuts.ancestors(value) if each.op != "get_attr"} for value in given]
+        before = [{each for each in ancestors(value) if each.op != "get_attr"} for value in given]
         if any(before[i] & before[j] for i in range(len(given)) for j in range(i)):
             yield node.target
 
@@ -105,12 +107,12 @@ def _joins(child: nn.Module, example: Example | None) -> bool:
     except TraceError:
         return False
     for graph in graphs:
-        cuts.name_values_changed_in_place(graph, child)
-        cuts.spell_out_additions(graph, child)
+        name_values_changed_in_place(graph, child)
+        spell_out_additions(graph, child)
         for node in graph.nodes:
-            operands = cuts.added(node)
+            operands = added(node)
             if operands is not None:
-                if any(_come_apart(a, b) and cuts.is_plain(a, child) for a, b in (operands, operands[::-1])):
+                if any(_come_apart(a, b) and is_plain(a, child) for a, b in (operands, operands[::-1])):
                     return True
             elif node.op == "call_module" and any(
                 _come_apart(a, b) for a in node.all_input_nodes for b in node.all_input_nodes
@@ -123,7 +125,7 @@ def _joins(child: nn.Module, example: Example | None) -> bool:
 
 def _come_apart(a: fx.Node, b: fx.Node) -> bool:
     """Whether two values depend on different arguments."""
-    of_a, of_b = ({each for each in cuts.ancestors(node) if each.op == "placeholder"} for node in (a, b))
+    of_a, of_b = ({each for each in ancestors(node) if each.op == "placeholder"} for node in (a, b))
     return bool(of_a - of_b) and bool(of_b - of_a)
 
 
@@ -165,7 +167,7 @@ def read(
         called.update(dict.fromkeys(node.target for node in recording.graph.nodes if node.op == "call_module"))
         sums = find_sums(recording.graph, block, drop_paths)
         identities = {key: identity(residual, block) for key, residual in sums.items()}
-        branches = {key: cuts.cut(each, block) for key, each in sums.items() if not isinstance(each, CutError)}
+        branches = {key: cut(each, block) for key, each in sums.items() if not isinstance(each, CutError)}
         paths = paths_of(branches)
         matched = match(identities, {key: reading.identity for key, reading in readings.items()})
         for key, residual in sums.items():
@@ -180,7 +182,7 @@ def read(
                 )
             elif known not in readings:
                 ends_in = ".".join(residual.add.meta.get("inlined", ())[-1:])
-                is_around = residual.shortcut is None or cuts.is_plain(residual.shortcut, block)
+                is_around = residual.shortcut is None or is_plain(residual.shortcut, block)
                 readings[known] = BranchReading(identities[key], BranchParts(block, *paths[key]), ends_in, is_around)
             elif isinstance(parts := readings[known].parts, BranchParts):
                 joined = [tuple(dict.fromkeys([*a, *b])) for a, b in zip(parts.paths, paths[key], strict=True)]

@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from stochastic_depth.retrofit.errors import TraceError
 from stochastic_depth.retrofit.recording.sizes import is_size
-from stochastic_depth.retrofit.rewriting import cuts
+from stochastic_depth.retrofit.rewriting.plain_forms import name_values_changed_in_place
 from stochastic_depth.retrofit.rules import DropPathRule
 
 FUNCTIONAL = "()"
@@ -77,7 +77,7 @@ def put_functional(graph: fx.Graph, block: nn.Module) -> list[FunctionalDropPath
     Raises:
         TraceError: if the code draws other random numbers.
     """
-    cuts.name_values_changed_in_place(graph, block)
+    name_values_changed_in_place(graph, block)
     found = find_functional(graph)
     for each in found:
         node, keep = each.product, 1 - each.rule.drop_rate

@@ -14,8 +14,7 @@ from stochastic_depth.retrofit.recording.checkpoints import put_in_checkpoints
 from stochastic_depth.retrofit.recording.layouts import in_order
 from stochastic_depth.retrofit.recording.recorder import Edit, Edits
 from stochastic_depth.retrofit.recording.sizes import is_size
-from stochastic_depth.retrofit.rewriting import cuts
-from stochastic_depth.retrofit.rewriting.cuts import Sum
+from stochastic_depth.retrofit.rewriting.cuts import Branch, Sum, cut
 from stochastic_depth.retrofit.rewriting.functional import FUNCTIONAL, FunctionalDropPath, put_functional
 from stochastic_depth.retrofit.rewriting.gated_calls import (
     BlockGates,
@@ -26,6 +25,7 @@ from stochastic_depth.retrofit.rewriting.gated_calls import (
     make_mask,
 )
 from stochastic_depth.retrofit.rewriting.generated_code import Code, compiled
+from stochastic_depth.retrofit.rewriting.operations import ancestors
 from stochastic_depth.retrofit.rewriting.sums import (
     Key,
     Paths,
@@ -124,7 +124,7 @@ def rewrite(graph: fx.Graph, block: nn.Module, gates: BlockGates, granularity: s
     ungated = tuple(", ".join(sorted(identities[key])) or "its parameters" for key in unknown)
     if unknown and not any(key in gates.gated for key in matched.values()):
         raise CutError(f"it adds a branch that was not found in its code ({ungated[0]})")
-    paths = paths_of({key: cuts.cut(each, block) for key, each in sums.items() if not isinstance(each, CutError)})
+    paths = paths_of({key: cut(each, block) for key, each in sums.items() if not isinstance(each, CutError)})
     uses: list[GatedUse] = []
     replaced: dict[fx.Node, fx.Node] = {}
     for here, residual in sums.items():
@@ -198,7 +198,7 @@ def _reference(residual: Sum | None, call: fx.Node | None) -> tuple[int, int | N
 
 
 def _gate(residual: Sum, key: Key, block: nn.Module, gates: BlockGates, granularity: str, paths: Paths) -> fx.Node:
-    branch = cuts.cut(residual, block)
+    branch = cut(residual, block)
     graph = residual.add.graph
     inner = _branch_graph(branch, residual)
     function = _written(inner, f"{gates.name}: branch {key[0]}#{key[1] + 1}")
@@ -213,7 +213,7 @@ def _gate(residual: Sum, key: Key, block: nn.Module, gates: BlockGates, granular
     if granularity == "sample":
         _check_samples(branch, source)
     # Where the branch does not run, the shortcut carries no gradient to these inputs.
-    carried: set[fx.Node] = set() if residual.shortcut is None else cuts.ancestors(residual.shortcut)
+    carried: set[fx.Node] = set() if residual.shortcut is None else ancestors(residual.shortcut)
     inputs = [BranchInput(bool(node.meta.get("samples")), node in carried) for node in branch.inputs]
     dtype, order = residual.add.meta.get("dtype"), residual.add.meta.get("order")
     if residual.shortcut is None:
@@ -254,7 +254,7 @@ def _gate(residual: Sum, key: Key, block: nn.Module, gates: BlockGates, granular
     return result
 
 
-def _check_samples(branch: cuts.Branch, shortcut: fx.Node) -> None:
+def _check_samples(branch: Branch, shortcut: fx.Node) -> None:
     """Refuse a branch that cannot run on some of the samples.
 
     Raises:
@@ -277,7 +277,7 @@ def _check_samples(branch: cuts.Branch, shortcut: fx.Node) -> None:
             )
 
 
-def _branch_graph(branch: cuts.Branch, residual: Sum) -> fx.Graph:
+def _branch_graph(branch: Branch, residual: Sum) -> fx.Graph:
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for index, node in enumerate(branch.inputs):

@@ -10,9 +10,15 @@ from typing import Any, NamedTuple, cast
 from torch import fx, nn
 
 from stochastic_depth.retrofit.errors import CutError
-from stochastic_depth.retrofit.rewriting import cuts
-from stochastic_depth.retrofit.rewriting.cuts import Sum
+from stochastic_depth.retrofit.rewriting.cuts import Branch, Sum, cut, drop_path_sum
 from stochastic_depth.retrofit.rewriting.functional import FUNCTIONAL, functional_drop_path
+from stochastic_depth.retrofit.rewriting.plain_forms import (
+    move_behind_what_commutes,
+    name_values_changed_in_place,
+    put_in_a_row,
+    spell_out_additions,
+)
+from stochastic_depth.retrofit.rewriting.residual_sums import residual_sums
 from stochastic_depth.torch_private import child_dict, parameter_dict
 
 Key = tuple[str, int]
@@ -96,18 +102,18 @@ def find_sums(graph: fx.Graph, block: nn.Module, drop_paths: Sequence[str]) -> d
 
     A branch that cannot be separated has the reason instead of its sum.
     """
-    cuts.name_values_changed_in_place(graph, block)
-    cuts.spell_out_additions(graph, block)
+    name_values_changed_in_place(graph, block)
+    spell_out_additions(graph, block)
     if not drop_paths:
-        cuts.put_in_a_row(graph, block)
-        additions = [residual for residual in cuts.residual_sums(graph, block) if not _broadcasts(residual)]
+        put_in_a_row(graph, block)
+        additions = [residual for residual in residual_sums(graph, block) if not _broadcasts(residual)]
         return {("", index): _separable(residual, block) for index, residual in enumerate(additions)}
     found: dict[Key, Sum | CutError] = {}
     for call in calls_of(graph, drop_paths).values():
-        cuts.move_behind_what_commutes(call, block)
+        move_behind_what_commutes(call, block)
     for key, call in calls_of(graph, drop_paths).items():
         try:
-            found[key] = _separable(cuts.drop_path_sum(call, block), block)
+            found[key] = _separable(drop_path_sum(call, block), block)
         except CutError as error:
             found[key] = error
     return found
@@ -138,7 +144,7 @@ def additions_of(
     graph: fx.Graph, block: nn.Module, missing: Mapping[Key, Identity]
 ) -> dict[Key, tuple[Key, Sum | CutError]]:
     """The residual additions that are known branches whose drop paths are not called, and how each is matched."""
-    additions = {("", index): _separable(each, block) for index, each in enumerate(cuts.residual_sums(graph, block))}
+    additions = {("", index): _separable(each, block) for index, each in enumerate(residual_sums(graph, block))}
     identities = {key: identity(each, block) for key, each in additions.items()}
     found = match(identities, {("", index): paths for index, paths in enumerate(missing.values())})
     keys = list(missing)
@@ -147,7 +153,7 @@ def additions_of(
 
 def _separable(residual: Sum, block: nn.Module) -> Sum | CutError:
     try:
-        cuts.cut(residual, block)
+        cut(residual, block)
     except CutError as error:
         return error
     return residual
@@ -168,7 +174,7 @@ def identity(residual: Sum | CutError, block: nn.Module) -> Identity:
     """The identity of a branch; empty if it cannot be separated."""
     if isinstance(residual, CutError):
         return frozenset()
-    nodes = cuts.cut(residual, block).nodes
+    nodes = cut(residual, block).nodes
     return frozenset(
         cast(str, node.target)
         for node in nodes
@@ -212,7 +218,7 @@ class Paths(NamedTuple):
     direct: tuple[str, ...]
 
 
-def paths_of(branches: Mapping[Key, cuts.Branch]) -> dict[Key, Paths]:
+def paths_of(branches: Mapping[Key, Branch]) -> dict[Key, Paths]:
     """Paths of the parameters of each branch of a recording. A child that several branches call is part of each."""
     if not branches:
         return {}
@@ -222,7 +228,7 @@ def paths_of(branches: Mapping[Key, cuts.Branch]) -> dict[Key, Paths]:
     return {key: _paths(branch, outside) for key, branch in branches.items()}
 
 
-def _paths(branch: cuts.Branch, outside: Collection[Any]) -> Paths:
+def _paths(branch: Branch, outside: Collection[Any]) -> Paths:
     members = [cast(str, n.target) for n in branch.nodes if n.op == "call_module" and n.target not in outside]
     direct = [cast(str, node.target) for node in branch.nodes if node.op == "get_attr"]
     return Paths(tuple(dict.fromkeys(members)), tuple(dict.fromkeys(direct)))

@@ -1,0 +1,160 @@
+"""Brings a recording into the form in which its branches can be found: plain additions, one for each branch."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, cast
+
+import torch
+from torch import fx, nn
+
+from stochastic_depth.copies import has_hooks, plain_class
+from stochastic_depth.retrofit.recording.sizes import is_size
+from stochastic_depth.retrofit.rewriting.operations import added, computes, name_of, writes_in_place
+from stochastic_depth.retrofit.rewriting.residual_sums import are_parallel
+
+
+def spell_out_additions(graph: fx.Graph, block: nn.Module) -> None:
+    """Replace other forms of an addition by a plain one: `alpha=`, `addcmul`, a module that adds."""
+    for node in list(graph.nodes):
+        name = name_of(node)
+        alpha = node.kwargs.get("alpha")
+        if name in ("add", "add_") and alpha is not None and alpha != 1 and len(node.args) == 2:
+            _add(node, (node.args[1], alpha), node.args[0])
+        elif name in ("addcmul", "addcmul_") and len(node.args) == 3 and not node.kwargs:
+            _add(node, (node.args[1], node.args[2]), node.args[0])
+        elif node.op == "call_module" and len(node.args) == 2 and not node.kwargs and _adds(node, block):
+            node.op, node.target = "call_function", operator.add
+
+
+def _add(node: fx.Node, factors: tuple[Any, Any], shortcut: Any) -> None:
+    with node.graph.inserting_before(node):
+        product = node.graph.call_function(operator.mul, factors)
+    product.meta.update({key: node.meta[key] for key in ("shape", "dtype", "samples") if key in node.meta})
+    node.op, node.target, node.args, node.kwargs = "call_function", operator.add, (shortcut, product), {}
+
+
+def _adds(node: fx.Node, block: nn.Module) -> bool:
+    """Whether a child without parameters adds its two arguments: tried on numbers."""
+    if not all(isinstance(argument, fx.Node) for argument in node.args):
+        return False
+    module = block.get_submodule(cast(str, node.target))
+    if any(True for _ in module.parameters()) or any(True for _ in module.buffers()) or has_hooks(module):
+        return False
+    a, b = torch.tensor([[1.0, -2.0, 3.0]]), torch.tensor([[5.0, 7.0, -11.0]])
+    try:
+        with torch.no_grad():
+            result = plain_class(module).forward(module, a, b)
+            again = plain_class(module).forward(module, 2 * a, b)
+    except Exception:  # It takes other arguments.
+        return False
+    return (
+        isinstance(result, torch.Tensor)
+        and result.shape == a.shape
+        and torch.equal(result, a + b)
+        and torch.equal(again, 2 * a + b)
+    )
+
+
+def put_in_a_row(graph: fx.Graph, block: nn.Module) -> None:
+    """Replace `x + (a + b)` by `(x + a) + b` if a and b are parallel branches, so that each has its own sum.
+
+    The metadata of the new sums says which operand of which call in the block's own code their branch is (`operand`,
+    `call`).
+    """
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    for outer in list(graph.nodes):
+        operands = added(outer) or ()
+        for shortcut, inner in (operands, operands[::-1]) if operands else ():
+            parts = added(inner)
+            if parts is None or list(inner.users) != [outer] or not are_parallel(shortcut, *parts, block):
+                continue
+            if any(writes_in_place(node, block) for node in (inner, outer)):
+                continue
+            sums = [outer]
+            with graph.inserting_before(outer):
+                sums.insert(0, graph.call_function(operator.add))
+            for node, part in zip(sums, sorted(parts, key=position.__getitem__), strict=True):
+                meta = {**outer.meta, "operand": inner.args.index(part), "call": inner.meta.get("call")}
+                node.op, node.target, node.args, node.kwargs = "call_function", operator.add, (shortcut, part), {}
+                node.meta = meta
+                shortcut = node
+            graph.erase_node(inner)
+            break
+
+
+def move_behind_what_commutes(drop_path: fx.Node, block: nn.Module) -> None:
+    """Move a drop path behind the linear maps that follow it, if nothing before it can be skipped.
+
+    timm's ResNeSt drops the input of a block's projection shortcut, which the branch needs too. Dropping before and
+    after a linear map of each sample is the same, and after it the map itself can be skipped.
+    """
+    if drop_path.op != "call_module":
+        return
+    source = drop_path.args[0]
+    calls = [node for node in drop_path.graph.nodes if node.op == "call_module" and node.target == drop_path.target]
+    if not isinstance(source, fx.Node) or len(calls) > 1:
+        return
+    if source.op != "placeholder" and all(user is drop_path or is_size(user) for user in source.users):
+        return
+    linear: list[fx.Node] = []
+    while (user := _only_user(linear[-1] if linear else drop_path)) is not None:
+        module = block.get_submodule(user.target) if user.op == "call_module" else None  # pyright: ignore
+        if type(module) is nn.Sequential and not has_hooks(module):
+            _call_children(user, module)
+        elif type(module) in _LINEAR and getattr(module, "bias", None) is None:
+            linear.append(user)
+        else:
+            break
+    if any(computes(node, block) for node in linear):
+        last = linear[-1]
+        with drop_path.graph.inserting_after(last):
+            moved = drop_path.graph.call_module(cast(str, drop_path.target), (last,))
+        moved.meta.update({**last.meta, "call": drop_path.meta.get("call")})
+        last.replace_all_uses_with(moved, delete_user_cb=lambda user: user is not moved)
+        drop_path.replace_all_uses_with(source)
+        drop_path.graph.erase_node(drop_path)
+
+
+_LINEAR = (
+    nn.Identity, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d,
+    nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
+)  # fmt: skip
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    users = [user for user in node.users if not is_size(user)]
+    return users[0] if len(users) == 1 else None
+
+
+def _call_children(call: fx.Node, sequential: nn.Sequential) -> None:
+    value = cast(fx.Node, call.args[0])
+    with call.graph.inserting_before(call):
+        for name, _ in sequential.named_children():
+            value = call.graph.call_module(f"{call.target}.{name}", (value,))
+            # Of the shape only the number of samples is asked for.
+            value.meta.update({key: call.meta[key] for key in ("shape", "dtype", "samples") if key in call.meta})
+    call.replace_all_uses_with(value)
+    call.graph.erase_node(call)
+
+
+def name_values_changed_in_place(graph: fx.Graph, block: nn.Module) -> None:
+    """Let all later users of a value that was changed in place use the result of the change, the same tensor."""
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if _gives_what_it_changes(node, block) and isinstance(node.args[0], fx.Node):
+            after = position[node]
+            node.args[0].replace_all_uses_with(node, delete_user_cb=lambda user: position[user] > after)  # noqa: B023  # pyright: ignore
+
+
+def _gives_what_it_changes(node: fx.Node, block: nn.Module) -> bool:
+    """Whether a node changes its first argument and returns it.
+
+    For a module of another library with an attribute `inplace`, it is unknown whether this refers to its input or to a
+    step inside.
+    """
+    if node.op == "call_module" and not type(block.get_submodule(cast(str, node.target))).__module__.startswith(
+        "torch.nn."
+    ):
+        return False
+    return bool(node.args) and writes_in_place(node, block)
