@@ -111,6 +111,30 @@ def form_of_leaves(leaves: Sequence[Any], called: Collection[type] = ()) -> tupl
     )
 
 
+def form_of_any_size(leaves: Sequence[Any], form: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The form of a call's leaves for code that does not ask for sizes.
+
+    What is left of the sizes is which are 0 and 1, as values are broadcast from these, and how many rows an argument
+    has for each row of another one.
+
+    Args:
+        leaves: the tensors and objects.
+        form: from `form_of_leaves`.
+    """
+    alike: list[Any] = []
+    lengths: list[int] = []
+    for leaf, exact in zip(leaves, form, strict=True):
+        if type(leaf) is Tensor and not leaf.__dict__:
+            # As text, which no shape is equal to.
+            few = str([size if size < 2 else "many" for size in leaf.shape])
+            alike.append((few, *exact[1:-1], leaf.is_contiguous() or tuple(sorted(range(leaf.dim()), key=leaf.stride))))
+            lengths += leaf.shape[:1]
+        else:
+            alike.append(exact)
+    rows = [(a // b if b and a % b == 0 else None) for a in lengths for b in lengths]
+    return (*alike, tuple(rows))
+
+
 def identities(leaves: Sequence[Any]) -> tuple[int, ...]:
     """Which of the tensors and objects that a call is given are the same; empty where none are."""
     ids = [id(leaf) for leaf in leaves]

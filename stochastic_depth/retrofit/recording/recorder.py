@@ -52,6 +52,7 @@ from stochastic_depth.retrofit.recording.torch_calls import (
     name_of_function,
     named_call,
     set_item,
+    tells_sizes,
 )
 from stochastic_depth.retrofit.rules import is_drop_path
 from stochastic_depth.torch_private import (
@@ -105,6 +106,7 @@ class Run:
         called: paths of the children, parameters and buffers that were used.
         stores: plain numbers that the code set on the block.
         constants: tensors that existed before and that other objects hold.
+        asks_for_sizes: whether the code asked for the size of a value, so that it may do something else for another.
     """
 
     output: Any
@@ -112,6 +114,7 @@ class Run:
     called: set[str]
     stores: dict[str, Any]
     constants: list[Tensor]
+    asks_for_sizes: bool
 
 
 def run_block(
@@ -150,7 +153,7 @@ def run_block(
     after = contents_of(block, (args, kwargs))
     check_arguments(before, after, list(containers_in((args, kwargs))))
     stores = stores_of(before, after, recorder.changed_by_children)
-    return Run(output, recorder.graph, recorder.called, stores, recorder.constants)
+    return Run(output, recorder.graph, recorder.called, stores, recorder.constants, recorder.asks_for_sizes)
 
 
 def run_with_edits(
@@ -262,6 +265,7 @@ class _Recorder(TorchFunctionMode):
         }
         self._valued: set[int] = set()
         self.constants: list[Tensor] = []
+        self.asks_for_sizes = False
         self._generators = generators_of(block, inlined, self._reads)
         self._held_objects = {
             id(value): (*path, name)
@@ -510,6 +514,8 @@ class _Recorder(TorchFunctionMode):
             raise TraceError(f"the forward reads where a tensor is stored ({name_of_function(func)})")
         if name_of_function(func).startswith("_record_function"):
             return func(*args, **kwargs)  # a mark for a profiler
+        if tells_sizes(func) and not (args and id(args[0]) in self._held):
+            self.asks_for_sizes = True
         if is_structure(func):
             if args and id(args[0]) in self._valued and is_size(func):
                 raise TraceError("the forward's control flow depends on a size that depends on the values of a tensor")

@@ -59,6 +59,18 @@ def is_size(func: Any) -> bool:
     return name in ("size", "numel", "nelement", "__len__", "stride", "broadcast_shapes")
 
 
+_SIZES = {
+    "size", "shape", "numel", "nelement", "nbytes", "__len__", "stride", "is_contiguous", "is_same_size", "dim_order",
+    "broadcast_shapes", "__repr__", "__format__", "__iter__", "unbind", "chunk", "unsafe_chunk", "split",
+    "unsafe_split", "split_with_sizes", "tensor_split", "hsplit", "vsplit", "dsplit",
+}  # fmt: skip
+
+
+def tells_sizes(func: Any) -> bool:
+    """Whether code may do something else after this function because of the sizes of its argument."""
+    return name_of_function(func) in _SIZES
+
+
 def gives_sizes_of_values(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether the sizes of a function's result depend on values."""
     name = getattr(func, "__name__", "")

@@ -71,11 +71,13 @@ class Rewritten(NamedTuple):
         code: its forward, which takes the block and its opaque arguments, with every gated branch behind its gate.
         uses: places of the gated branches.
         ungated: for each addition that was not found before the call, and always runs, what it uses.
+        is_of_one_size: whether it holds for inputs of the same sizes only.
     """
 
     code: Code
     uses: list[GatedUse]
     ungated: tuple[str, ...]
+    is_of_one_size: bool
 
 
 def rewrite(graph: fx.Graph, block: nn.Module, gates: BlockGates, granularity: str) -> Rewritten:
@@ -148,7 +150,10 @@ def rewrite(graph: fx.Graph, block: nn.Module, gates: BlockGates, granularity: s
                 raise
             uses.append(GatedUse(key, call, operand, scale, str(error)))
     graph.lint()
-    return Rewritten(_written(graph, f"{gates.name}: the forward that runs open branches only"), uses, ungated)
+    code = _written(graph, f"{gates.name}: the forward that runs open branches only")
+    # A branch that is added to nothing gives zeros of the sizes that were seen.
+    is_of_one_size = any(isinstance(residual, Sum) and residual.shortcut is None for residual in sums.values())
+    return Rewritten(code, uses, ungated, is_of_one_size)
 
 
 def _written(graph: fx.Graph, description: str) -> Code:

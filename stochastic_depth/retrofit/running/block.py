@@ -21,7 +21,7 @@ from stochastic_depth.retrofit.rewriting.gated_calls import in_training
 from stochastic_depth.retrofit.rewriting.rewrite import GatedUse, edits_of
 from stochastic_depth.retrofit.running.block_branches import BlockBranches
 from stochastic_depth.retrofit.running.block_call import BlockCall
-from stochastic_depth.retrofit.running.known_forms import MAX_FORMS, Form, Prepared
+from stochastic_depth.retrofit.running.known_forms import Prepared
 from stochastic_depth.retrofit.running.masked_drop_path import own_code, passing_drop_paths
 from stochastic_depth.retrofit.running.preparation import check_again, prepare
 
@@ -74,24 +74,17 @@ def _prepared_for(
     of_leaves = form_of_leaves(leaves, branches.forms.called)
     set_to = settings(leaves), identities(leaves), branches.of_children()
     form = (signature, of_leaves, set_to, reads.now(block))
-    own = branches.own_forms.get(form)
+    own = branches.known_form(form, leaves)
     if own is None and reads != (now := branches.reads_with(block, leaves)):
         # What is there now leads to more that is read.
         branches.reads = now
         form = (signature, of_leaves, set_to, now.now(block))
-        own = branches.own_forms.get(form)
+        own = branches.known_form(form, leaves)
     if own is None:
-        if branches.fingerprint is None:
-            branches.fingerprint = branches.make_fingerprint(block)
-        key = (branches.fingerprint, form)
-        prepared = branches.forms.prepared.get(key)
+        prepared = branches.shared_code(block, form, leaves)
         if prepared is None:
             prepared = prepare(BlockCall(branches, block, signature, leaves))
-            branches.forms.remember(key, prepared)
-        if len(branches.own_forms) >= MAX_FORMS:
-            del branches.own_forms[next(iter(branches.own_forms))]
-        own = branches.own_forms[form] = Form(prepared, prepared.num_blocks)
-        prepared.num_blocks += 1
+        own = branches.add_form(form, leaves, prepared)
     own.num_calls += 1
     if own.is_its_turn():
         check_again(BlockCall(branches, block, signature, leaves), own.prepared)

@@ -13,11 +13,15 @@ from torch import Tensor, nn
 from stochastic_depth.copies import plain_class
 from stochastic_depth.residual import GatedBranch
 from stochastic_depth.retrofit.code.fingerprints import fingerprint
+from stochastic_depth.retrofit.code.forms import form_of_any_size
 from stochastic_depth.retrofit.code.reads import Reads, StateOfChildren
 from stochastic_depth.retrofit.rewriting.functional import FUNCTIONAL
 from stochastic_depth.retrofit.rewriting.gated_calls import in_training
 from stochastic_depth.retrofit.rewriting.sums import BranchParts, DropPaths, Identity, Key, Paths
-from stochastic_depth.retrofit.running.known_forms import Form, KnownForms
+from stochastic_depth.retrofit.running.known_forms import MAX_FORMS, Form, KnownForms, Prepared
+
+CallForm = tuple[Any, ...]
+"""The form of a call: structure, leaves, settings, and what the code reads elsewhere."""
 
 
 class MaskedBranchWarning(UserWarning):
@@ -50,9 +54,10 @@ class BlockBranches:
     own_forward: Callable[..., Any] | None = None
     gated: dict[Key, GatedBranch] = field(default_factory=dict[Key, GatedBranch])
     parts: dict[Key, nn.Module] = field(default_factory=dict[Key, nn.Module])
-    own_forms: dict[Any, Form] = field(default_factory=dict[Any, Form], repr=False)
+    own_forms: dict[CallForm, Form] = field(default_factory=dict[Any, Form], repr=False)
     reads: Reads | None = field(default=None, repr=False)
     fingerprint: Any = field(default=None, repr=False)
+    _own_forms_of_any_size: dict[CallForm, Form] = field(default_factory=dict[Any, Form], repr=False)
     _parts_on_paths: dict[Any, BranchParts] = field(default_factory=dict[Any, BranchParts], repr=False)
     _state_of_children: StateOfChildren | None = field(default=None, repr=False)
 
@@ -65,6 +70,7 @@ class BlockBranches:
         return {
             **self.__dict__,
             "own_forms": {},
+            "_own_forms_of_any_size": {},
             "_parts_on_paths": {},
             "reads": None,
             "fingerprint": None,
@@ -110,6 +116,33 @@ class BlockBranches:
         """For each addition without a gate that calls have shown, what it uses."""
         return list(dict.fromkeys(used for own in self.own_forms.values() for used in own.prepared.ungated))
 
+    def known_form(self, form: CallForm, leaves: Sequence[Any]) -> Form | None:
+        """A form in which this block was called, if only with arguments of other sizes and if these do not matter."""
+        own = self.own_forms.get(form)
+        if own is None and self._own_forms_of_any_size:
+            own = self._own_forms_of_any_size.get(_of_any_size(form, leaves))
+            if own is not None:
+                _remember(self.own_forms, form, own)
+        return own
+
+    def shared_code(self, block: nn.Module, form: CallForm, leaves: Sequence[Any]) -> Prepared | None:
+        """Code that an equal block has prepared for this form of a call."""
+        if self.fingerprint is None:
+            self.fingerprint = self.make_fingerprint(block)
+        of_any_size = self.forms.prepared.get((self.fingerprint, _of_any_size(form, leaves)))
+        return of_any_size or self.forms.prepared.get((self.fingerprint, form))
+
+    def add_form(self, form: CallForm, leaves: Sequence[Any], prepared: Prepared) -> Form:
+        """Remember the code for a form of this block's calls."""
+        own = Form(prepared, prepared.num_blocks)
+        prepared.num_blocks += 1
+        _remember(self.own_forms, form, own)
+        if prepared.is_of_any_size:
+            form = _of_any_size(form, leaves)
+            _remember(self._own_forms_of_any_size, form, own)
+        self.forms.remember((self.fingerprint, form), prepared)
+        return own
+
     def is_plain(self, block: nn.Module) -> bool:
         """Whether the block's own code is correct as it is: in evaluation without forced gates and without a factor."""
         if block.training:
@@ -136,7 +169,7 @@ class BlockBranches:
         self.reads, self.fingerprint = self.reads_with(block, leaves), None
         if self.granularity == "sample":
             self._state_of_children = StateOfChildren(block)
-        self.own_forms, self._parts_on_paths = {}, {}
+        self.own_forms, self._own_forms_of_any_size, self._parts_on_paths = {}, {}, {}
         for parts in self.parts.values():
             if isinstance(parts, BranchParts):
                 parts.refresh()
@@ -195,3 +228,15 @@ class BlockBranches:
                 "itself, and then they are dropped twice. Set its own rate to 0.",
                 stacklevel=2,
             )
+
+
+def _of_any_size(form: CallForm, leaves: Sequence[Any]) -> CallForm:
+    signature, of_leaves, *others = form
+    return signature, form_of_any_size(leaves, of_leaves), *others
+
+
+def _remember(forms: dict[CallForm, Form], form: CallForm, own: Form) -> None:
+    """Add a form, instead of the oldest if there are too many."""
+    if len(forms) >= MAX_FORMS:
+        del forms[next(iter(forms))]
+    forms[form] = own

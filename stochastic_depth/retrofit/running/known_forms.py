@@ -28,6 +28,7 @@ class Prepared:
         ungated: for each addition that was not found before the call, what it uses.
         recorded: recording of the block's own code on a few samples, and the rows of the arguments that these are.
         of_subset: the number of samples that it was proven with for some of them, and their rows of the arguments.
+        is_of_any_size: whether it holds for arguments of other sizes too, as the code asks for none.
         num_blocks: number of blocks that share it; they take turns in recording their code again.
         refusal: why the form is refused, if the code has changed since.
     """
@@ -39,6 +40,7 @@ class Prepared:
     ungated: tuple[str, ...] = ()
     recorded: tuple[Any, Mapping[int, Tensor]] | None = None
     of_subset: tuple[int, Mapping[int, Tensor]] | None = None
+    is_of_any_size: bool = False
     num_blocks: int = 0
     refusal: str = ""
 

@@ -89,7 +89,7 @@ def _proven(call: BlockCall) -> Prepared:
     num_proven = few.num_many if few and of_samples else 0
     settings = torch.is_grad_enabled(), block.training, tuple(of_inputs), branches.of_children()
     of = (branches.fingerprint, settings, skeleton(whole.graph))
-    code, uses, ungated = rewrite(whole.graph, trial, own, branches.granularity)
+    code, uses, ungated, is_of_one_size = rewrite(whole.graph, trial, own, branches.granularity)
     if forms.proven.get(of, -1) < num_proven:
         copied = call.copied(few.rows if few else {}, with_gradients=not asks)
         many = (few.num_many, call.copied(few.many, with_gradients=not asks)) if few and of_samples else None
@@ -100,7 +100,8 @@ def _proven(call: BlockCall) -> Prepared:
     masked = {use.key: use.cause for use in uses if use.cause}
     recorded = (few.recorded, few.rows) if few else (exact, {})
     of_subset = (few.num_many, few.many) if few and of_samples else None
-    return Prepared(code, masked, whole.stores, tuple(uses), ungated, recorded, of_subset)
+    is_of_any_size = few is not None and not whole.asks_for_sizes and not is_of_one_size
+    return Prepared(code, masked, whole.stores, tuple(uses), ungated, recorded, of_subset, is_of_any_size)
 
 
 def _with_fixed_gates(branches: BlockBranches, trial: nn.Module) -> tuple[BlockBranches, FixedGates]:
@@ -125,6 +126,7 @@ def check_again(call: BlockCall, prepared: Prepared) -> None:
     if prepared.recorded is None:
         return
     before, rows = prepared.recorded
+    rows = call.rows_now(rows)
 
     def now(rows: Mapping[int, Tensor] = rows) -> Any:
         try:
@@ -159,6 +161,7 @@ def _mixing_now(call: BlockCall, prepared: Prepared) -> ProofError | None:
         return None
     branches, block = call.branches, call.block
     num, rows = prepared.of_subset
+    rows = call.rows_now(rows)
     trial = stand_in(block, branches.inlined, own_values=True)  # Those that training has led to.
     own, fixed = _with_fixed_gates(branches, trial)
     copied = call.copied(rows)
