@@ -316,7 +316,11 @@ class _Watch:
         self._owner = {module: next(iter(indices)) for module, indices in owners.items() if len(indices) == 1}
 
     def __enter__(self) -> _Watch:
-        self._hooks = [module.register_forward_pre_hook(self._called) for module in self._owner]
+        self._hooks = [
+            module.register_forward_pre_hook(self._called)
+            for module in self._owner
+            if not isinstance(module, torch.jit.ScriptModule)  # which takes no hooks
+        ]
         self._observed = observed(self._passes, self._run_branch)
         self._observed.__enter__()
         return self

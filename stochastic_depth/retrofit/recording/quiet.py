@@ -88,8 +88,7 @@ class _Quiet(TorchFunctionMode):
             drawn = make(*args, **kwargs).fill_(_ALMOST_ONE)
             if drawn.dim() > 1 and drawn.numel() == len(drawn):
                 self._of_samples[id(drawn)] = drawn
-            # One number for each sample may be drawn to sort them by.
-            return drawn.copy_(torch.linspace(1 - 2**-14, _ALMOST_ONE, len(drawn))) if drawn.dim() == 1 else drawn
+            return drawn.add_(_to_sort_by(drawn), alpha=2**-11) if drawn.dim() == 1 else drawn
         elif name in ("lt", "le", "__lt__", "__le__") and id(args[0]) in self._of_samples:
             return torch.ones_like(args[0], dtype=torch.bool)  # Whichever way it is compared, it keeps everything.
         elif name in _WITHOUT_DRAWS:
@@ -118,6 +117,11 @@ def _still_multinomial(weights: Tensor, num_samples: int, replacement: bool = Fa
     return weights.topk(num_samples, -1).indices
 
 
+def _to_sort_by(drawn: Tensor) -> Tensor:
+    """Numbers from 0 to 1 in no order: one number for each sample may be drawn to sort the samples by."""
+    return (0.618 * torch.arange(1, len(drawn) + 1) % 1).to(drawn.device, drawn.dtype)
+
+
 # Functions that draw where a mode does not see it.
 _WITHOUT_DRAWS: dict[str, Callable[..., Tensor]] = {
     "gumbel_softmax": _still_gumbel_softmax,
@@ -141,6 +145,11 @@ def _filled(value: float) -> Callable[..., Tensor]:
     return fill
 
 
+def _still_randn(output: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+    output.fill_(0.5)
+    return output.add_(_to_sort_by(output)) if output.dim() == 1 else output
+
+
 def _still_integer(output: Tensor, *args: Any, **given: Any) -> Tensor:
     bounds = [value for value in args if type(value) is int]
     return output.fill_(given.get("high", given.get("to", bounds[-1] if bounds else 2)) - 1)
@@ -153,8 +162,8 @@ def _still_order(output: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
 
 # Replacements for noise are not zero, which would hide the values that they multiply.
 _STILL: dict[str, Callable[..., Tensor]] = {
-    "randn": _filled(0.5),
-    "randn_like": _filled(0.5),
+    "randn": _still_randn,
+    "randn_like": _still_randn,
     "normal_": _still_normal,
     "uniform_": _still_uniform,
     "exponential_": _filled(1.0),

@@ -40,7 +40,9 @@ from stochastic_depth.retrofit.code.surroundings import unchanged_surroundings
 from stochastic_depth.retrofit.errors import StoredError, TraceError
 from stochastic_depth.retrofit.recording.checkpoints import Regions, kept
 from stochastic_depth.retrofit.recording.layouts import order_of
+from stochastic_depth.retrofit.recording.left_behind import Intermediates
 from stochastic_depth.retrofit.recording.maps import is_attention_map
+from stochastic_depth.retrofit.recording.scripted import scripted_children_called
 from stochastic_depth.retrofit.recording.torch_calls import (
     ORIGIN,
     UNDONE_SETTINGS,
@@ -176,9 +178,10 @@ def run_with_edits(
         edits: calls to change, by their numbers.
         inlined: see `run_block`.
     """
-    recorder = _Recorder(block, leaves, edits, inlined)
-    with recorder.watching(block), watched(recorder.called_objects, recorder):
-        return forward(*args, **kwargs)
+    with scripted_children_called(block):
+        recorder = _Recorder(block, leaves, edits, inlined)
+        with recorder.watching(block), watched(recorder.called_objects, recorder):
+            return forward(*args, **kwargs)
 
 
 def _changed_in_children(before: dict[str, Any], now: dict[str, Any], by_children: set[str]) -> str | None:
@@ -244,6 +247,7 @@ class _Recorder(TorchFunctionMode):
         self._num_calls = 0
         self._inside = 0
         self._entered: list[Any] = []
+        self._intermediates = Intermediates()
         self._first_contents: dict[str, Any] = {}
         self._regions = Regions()
         self._kept = ExitStack()
@@ -404,7 +408,7 @@ class _Recorder(TorchFunctionMode):
             if path in self._inlined:
                 handles.append(module.register_forward_pre_hook(self._opening(path)))
                 handles.append(module.register_forward_hook(self._close))
-            elif path and not isinstance(module, torch.jit.ScriptModule):
+            elif path:
                 handles.append(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
                 handles.append(module.register_forward_hook(self._leaving(path), with_kwargs=True))
         self._first_contents = contents_of(block, ())
@@ -433,6 +437,7 @@ class _Recorder(TorchFunctionMode):
         self._inside += 1  # Code that runs here is not part of the block's code either.
         if self._inside > 1:
             return None
+        self._intermediates = Intermediates()
         self.check_outside()
         keep = self._keep()
         if is_drop_path(module) and any(isinstance(value, float) for value in (*args, *kwargs.values())):
@@ -465,6 +470,8 @@ class _Recorder(TorchFunctionMode):
             self.changed_by_children.update(changed)
             if computed := [name for name in sorted(changed) if _is_computed(self._block, name, after[name])]:
                 node.meta["stores"] = computed[0]
+            elif self._intermediates.are_left(output, self._block, self.called_objects):
+                node.meta["stores"] = "a value that it computes"
             self._kept.close()
             output = self._result(node, output)
             self._state = outside(self._generators)
@@ -509,7 +516,9 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self._inside:
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            self._intermediates.note(result)
+            return result
         if name_of_function(func) in ORIGIN:
             raise TraceError(f"the forward reads where a tensor is stored ({name_of_function(func)})")
         if name_of_function(func).startswith("_record_function"):

@@ -8,6 +8,7 @@ that contributes nothing at initialization (a LayerScale of zero) would hide dif
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import types
@@ -27,6 +28,7 @@ from stochastic_depth.retrofit.code.own_forward import bound_anew, own_forward
 from stochastic_depth.retrofit.code.places import attribute_of
 from stochastic_depth.retrofit.code.reads import written_parameters
 from stochastic_depth.retrofit.code.user_data import copied, has_no_data, private_copy
+from stochastic_depth.retrofit.recording.scripted import Scripted
 from stochastic_depth.retrofit.rules import is_drop_path
 from stochastic_depth.torch_private import (
     HOOKS,
@@ -90,7 +92,8 @@ def stand_in(
         if id(module) in made:
             return made[id(module)]
         if isinstance(module, torch.jit.ScriptModule):
-            return module
+            made[id(module)] = Scripted(module if own_parameters else copy.deepcopy(module), quiet=True)
+            return made[id(module)]
         inner = child_dict(module).get("_orig_mod")
         if inner is not None and type(module).__name__ == "OptimizedModule":
             return module_of(inner)
@@ -159,7 +162,9 @@ def _call_in_evaluation(norm: nn.Module, before_forward: Callable[[], None], *ar
 def untouched(model: nn.Module) -> Generator[None]:
     """Context in which the modules of a model have copies of their attributes, which code may change."""
     memo: dict[int, Any] = {}
-    before = [(module, dict(module.__dict__), dict(buffer_dict(module))) for module in model.modules()]
+    # The attributes of scripted modules are fixed.
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    before = [(module, dict(module.__dict__), dict(buffer_dict(module))) for module in modules]
     for module, own, _ in before:
         module.__dict__.update({n: private_copy(v, memo) for n, v in own.items() if n not in _NOT_COPIED})
     try:

@@ -1,0 +1,93 @@
+"""Values that a child computes and leaves behind for code that may be anywhere, such as a loss in a global list.
+
+A branch that does not run leaves no such value, and code that needs it computes something else than under a mask.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections import deque
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from stochastic_depth.retrofit.code.held import tensors_in
+from stochastic_depth.torch_private import tree_leaves
+
+# How deep a child's output and the objects it is given are searched.
+_MAX_DEPTH = 5
+
+
+class Intermediates:
+    """The intermediate values of a call, as long as anything holds them. Only values that have a gradient count."""
+
+    def __init__(self) -> None:
+        self._values: list[weakref.ref[Tensor]] = []
+
+    def note(self, result: Any) -> None:
+        """Note the result of a function that the call has run."""
+        for value in (result,) if isinstance(result, Tensor) else tree_leaves(result):
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                self._values.append(weakref.ref(value))
+
+    def are_left(self, output: Any, block: nn.Module, objects: Iterable[Any]) -> bool:
+        """Whether anything but the output holds one of them after the call.
+
+        What is stored on the block's own modules is noticed elsewhere.
+
+        Args:
+            output: what the call has returned.
+            block: the block that made the call.
+            objects: arguments whose methods are called, such as a cache, which may hold more than single numbers.
+        """
+        if not self._values:
+            return False
+        outputs = [tensor for _, tensor in tensors_in(output, _MAX_DEPTH)]
+        outputs += [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        known = {id(tensor) for tensor in outputs}
+        known |= {id(tensor._base) for tensor in outputs}  # pyright: ignore[reportPrivateUsage]
+        known |= {id(value) for module in block.modules() for value in module.__dict__.values()}
+        cached = {id(tensor) for each in objects for _, tensor in tensors_in(each, _MAX_DEPTH) if tensor.dim()}
+        if not self._held(known | cached):
+            return False
+        gc.collect()  # What only a cycle held.
+        held = self._held(known | cached)
+        needed = _ancestors(outputs) if held else set[Any]()
+        # What the output is computed from may be held by autograd too.
+        return any(value.grad_fn not in needed or _is_in_container(value) for value in held)
+
+    def _held(self, known: set[int]) -> list[Tensor]:
+        values = [reference() for reference in self._values]
+        return [value for value in values if value is not None and id(value) not in known]
+
+
+def _ancestors(outputs: Iterable[Tensor]) -> set[Any]:
+    """The nodes of autograd that outputs are computed by."""
+    found: set[Any] = set()
+    pending: list[Any] = [output.grad_fn for output in outputs]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            pending += [each for each, _ in node.next_functions]
+    return found
+
+
+def _is_in_container(value: Tensor) -> bool:
+    """Whether a list, set or dictionary holds a value, other than the attributes of an autograd.Function."""
+    for holder in gc.get_referrers(value):
+        if isinstance(holder, (list, set, deque)) and holder is not value:
+            if not _is_of_autograd(holder):
+                return True
+        elif isinstance(holder, dict) and not _is_of_autograd(cast("dict[Any, Any]", holder)):
+            return True
+    return False
+
+
+def _is_of_autograd(holder: Any) -> bool:
+    function = torch.autograd.function.FunctionCtx
+    holders = gc.get_referrers(holder)
+    return any(isinstance(each, function) or type(each).__name__.endswith("Backward") for each in holders)
