@@ -378,13 +378,15 @@ def _find_additions(model: nn.Module, found: Found) -> None:
             continue
         if readings:
             blocks[name] = block, inlined, readings
-    inside = {
-        f"{name}.{path}".strip(".")
-        for name, (_, _, readings) in blocks.items()
-        for reading in readings.values()
-        if isinstance(reading.parts, BranchParts)
-        for path in reading.parts.paths.members
-    }
+    around = [name for name, (_, _, readings) in blocks.items() if any(each.is_around for each in readings.values())]
+    inside: set[str] = set()
+    for name, (_, _, readings) in blocks.items():
+        for reading in readings.values():
+            assert isinstance(reading.parts, BranchParts)
+            members = {f"{name}.{path}".strip(".") for path in reading.parts.paths.members}
+            # A sum around a whole network, as of a denoiser, says nothing of the blocks of the network.
+            if not any(_lies_in(other, members) for other in around):
+                inside |= members
     for name, (block, inlined, readings) in blocks.items():
         if _lies_in(name, inside) and not any(reading.is_around for reading in readings.values()):
             # LoRA's product beside the base layer, the scan of a state space model: sums without a shortcut.

@@ -104,7 +104,7 @@ class Run:
         output: its return value.
         graph: its operations. Targets are relative to the block; placeholders are the opaque arguments in order. The
             metadata of a node has the number of its `call`, the `shape` of a tensor, the `order` of its dimensions in
-            memory, the nodes that it `writes`, and what a child `stores` on itself.
+            memory, these of the `items` of a tuple or list, the nodes that it `writes`, and what a child `stores`.
         called: paths of the children, parameters and buffers that were used.
         stores: plain numbers that the code set on the block.
         constants: tensors that existed before and that other objects hold.
@@ -203,6 +203,10 @@ def _is_computed(block: nn.Module, path: str, value: Any) -> bool:
     return any(isinstance(leaf, Tensor) and leaf.grad_fn is not None for leaf in tree_leaves(value))
 
 
+def _meta_of(tensor: Tensor) -> dict[str, Any]:
+    return {"shape": tuple(tensor.shape), "dtype": tensor.dtype, "order": order_of(tensor)}
+
+
 def _after(value: Any, _change: Any) -> Any:
     """A value after an in-place change."""
     return value
@@ -293,11 +297,7 @@ class _Recorder(TorchFunctionMode):
         if isinstance(value, Tensor):
             self._alive.append(value)
             self._nodes[id(value)] = node
-            node.meta["shape"], node.meta["dtype"], node.meta["order"] = (
-                tuple(value.shape),
-                value.dtype,
-                order_of(value),
-            )
+            node.meta.update(_meta_of(value))
             if node.target is operator.getitem and cast(fx.Node, node.args[0]).op == "call_module":
                 node.meta["attention_map"] = is_attention_map(value)
             if not value.is_inference():
@@ -305,6 +305,8 @@ class _Recorder(TorchFunctionMode):
         elif not isinstance(value, CONSTANTS):
             self._alive.append(value)
             self._objects[id(value)] = node
+            if type(value) in (tuple, list) and all(isinstance(item, Tensor) for item in value):
+                node.meta["items"] = type(value)(_meta_of(item) for item in value)
             for (kind, key), part in parts_of(value) if depth else ():
                 known = id(part) in self._nodes or id(part) in self._objects
                 if not known and not isinstance(part, (*CONSTANTS, nn.Module)):

@@ -189,10 +189,21 @@ class BlockTracer(GraphAppendingTracer):
         try:
             return super().iter(obj)
         except fx.proxy.TraceError:  # pyright: ignore
-            return builtins.iter([obj[index] for index in range(self._value(obj, len))])  # pyright: ignore
+            num = _num_chunks(obj.node)
+            num = self._value(obj, len) if num is None else num
+            return builtins.iter([obj[index] for index in range(num)])  # pyright: ignore
 
     def _value(self, obj: fx.Proxy, of: Callable[[Any], Any]) -> Any:
         node = self.create_node("call_function", of, (obj.node,), {})
         value = self._decide(node)
         self._conditions.append((node, value))
         return value
+
+
+def _num_chunks(node: fx.Node) -> int | None:
+    """The number of items that code takes from `chunk`, as a call of the block will show; None for other values."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if name not in ("chunk", "unsafe_chunk"):
+        return None
+    num = node.args[1] if len(node.args) > 1 else node.kwargs.get("chunks")
+    return num if type(num) is int else None

@@ -43,6 +43,8 @@ def generalize(graph: fx.Graph, other: fx.Graph) -> bool:
         shape, its_shape = node.meta.get("shape"), its.meta.get("shape")
         if shape is not None and its_shape is not None:
             node.meta["samples"] = shape[:1] != its_shape[:1]
+        for item, its_item in zip(node.meta.get("items", ()), its.meta.get("items", ()), strict=False):
+            item["samples"] = item["shape"][:1] != its_item["shape"][:1]
     for node, its, (source, here, there) in changes:
         with graph.inserting_before(node):
             rows = graph.call_function(operator.getitem, (graph.call_function(getattr, (source, "shape")), 0))

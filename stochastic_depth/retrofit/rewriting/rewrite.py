@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 from torch import fx, nn
@@ -205,7 +206,8 @@ def _reference(residual: Sum | None, call: fx.Node | None) -> tuple[int, int | N
 def _gate(residual: Sum, key: Key, block: nn.Module, gates: BlockGates, granularity: str, paths: Paths) -> fx.Node:
     branch = cut(residual, block)
     graph = residual.add.graph
-    inner = _branch_graph(branch, residual)
+    branch, containers = _with_items(branch)
+    inner = _branch_graph(branch, residual, containers)
     function = _written(inner, f"{gates.name}: branch {key[0]}#{key[1] + 1}")
     others = [side for side in branch.sides if not side.meta.get("attention_map")]
     if others or (branch.sides and residual.shortcut is None):
@@ -282,13 +284,34 @@ def _check_samples(branch: Branch, shortcut: fx.Node) -> None:
             )
 
 
-def _branch_graph(branch: Branch, residual: Sum) -> fx.Graph:
+def _with_items(branch: Branch) -> tuple[Branch, dict[fx.Node, Any]]:
+    """The branch with the items of tuples and lists as inputs of their own, and the items of each of these."""
+    inputs: list[fx.Node] = []
+    containers: dict[fx.Node, Any] = {}
+    for node in branch.inputs:
+        kinds = node.meta.get("items")
+        if kinds is None:
+            inputs.append(node)
+            continue
+        items: list[fx.Node] = []
+        for index, meta in reversed(list(enumerate(kinds))):
+            with node.graph.inserting_after(node):
+                items.insert(0, node.graph.call_function(operator.getitem, (node, index)))
+            items[0].meta.update(meta)
+        containers[node] = type(kinds)(items)
+        inputs += items
+    return replace(branch, inputs=tuple(inputs)), containers
+
+
+def _branch_graph(branch: Branch, residual: Sum, containers: Mapping[fx.Node, Any]) -> fx.Graph:
     graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
+    copies: dict[fx.Node, Any] = {}
     for index, node in enumerate(branch.inputs):
         copies[node] = graph.placeholder(f"input_{index}")
+    for container, items in containers.items():
+        copies[container] = type(items)(copies[item] for item in items)
 
-    def copied(node: fx.Node) -> fx.Node:
+    def copied(node: fx.Node) -> Any:
         if node not in copies:  # A size, which is read again from the branch's own samples.
             copies[node] = graph.node_copy(node, copied)
         return copies[node]

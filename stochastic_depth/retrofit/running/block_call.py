@@ -49,12 +49,14 @@ class BlockCall:
         block: the block.
         signature: the structure of the arguments.
         leaves: the arguments that are tensors or objects.
+        keeps_whole: whether arguments with as many rows as samples are taken for tables that all samples share.
     """
 
     branches: BlockBranches
     block: nn.Module
     signature: Any
     leaves: list[Any]
+    keeps_whole: bool = False
 
     def copied(self, rows: Mapping[int, Tensor], *, with_gradients: bool = False) -> MakesArguments:
         """A function that makes private copies of the arguments, or of some of their rows.
@@ -116,7 +118,8 @@ class BlockCall:
             choices = [kept for size in range(len(unsure) + 1) for kept in combinations(reversed(unsure), size)]
             # A mask or a table may have a multiple of the samples by chance.
             several = {index for index in unsure if lengths[index] != num_samples}
-            for kept_whole in sorted(choices, key=lambda kept, several=several: len(several.difference(kept))):
+            choices.sort(key=lambda kept, several=several: len(several.difference(kept)))
+            for kept_whole in reversed(choices) if self.keeps_whole else choices:
                 having_rows = {i: lengths[i] // num_samples for i in (first, *unsure) if i not in kept_whole}
                 rows = _some_rows(having_rows, num, num_samples)
                 try:

@@ -43,7 +43,7 @@ def prepare(call: BlockCall) -> Prepared:
         in_training(block, key)  # raises if its drop path was replaced
     try:
         with private(), remembering():
-            prepared = _proven_with_objects(call)
+            prepared = _proven_with_tables(call)
     except (TraceError, CutError, ProofError) as error:
         if not branches.can_mask:
             raise RuntimeError(branches.refusal(block, error)) from error
@@ -51,6 +51,20 @@ def prepare(call: BlockCall) -> Prepared:
     for key, cause in prepared.masked.items():
         branches.warn_of_mask(block, key, cause)
     return prepared
+
+
+def _proven_with_tables(call: BlockCall) -> Prepared:
+    """`_proven_with_objects`, tried again with arguments that have as many rows as samples, but only by chance."""
+    try:
+        return _proven_with_objects(call)
+    except ProofError as error:
+        num_tensors = sum(isinstance(leaf, Tensor) for leaf in call.leaves)
+        if call.branches.granularity != "sample" or num_tensors < 2:
+            raise
+        try:
+            return _proven_with_objects(replace(call, keeps_whole=True))
+        except (TraceError, CutError, ProofError):
+            raise error from None
 
 
 def _proven_with_objects(call: BlockCall) -> Prepared:
