@@ -86,6 +86,8 @@ _HOMOGENEOUS_NAMES = {
     "max_pool3d", "interpolate", "pixel_shuffle", "pixel_unshuffle", "fold", "unfold", "truediv", "itruediv",
     "div", "div_",
 }  # fmt: skip
+# Those of them that return several values.
+_PARTS = {"chunk", "split", "unbind"}
 # Methods that use only the size or type of their second argument.
 _LIKE = {"expand_as", "view_as", "reshape_as", "type_as"}
 _SUMS = {"add", "add_", "iadd", "sub", "sub_", "isub", "__add__", "__radd__", "__iadd__", "__sub__"}
@@ -423,6 +425,8 @@ def _of_function(node: fx.Node, block: nn.Module, path: tuple[int, ...]) -> _End
         return [part for each in entries for part in _follow(each, node, block)]
     if name in _PRODUCTS:
         return _of_product([each for each in args[:2] if isinstance(each, fx.Node)], node, block)
+    if name in _PARTS and path:
+        raise NotAffineError(f"it ends in one of several parts of {args[0]}")  # The others are used elsewhere.
     if name in _HOMOGENEOUS_NAMES and args and isinstance(args[0], fx.Node):
         return _follow(args[0], node, block)
     raise NotAffineError(f"it ends in a call of {name}")

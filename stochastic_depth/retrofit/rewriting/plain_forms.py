@@ -15,7 +15,7 @@ from stochastic_depth.retrofit.rewriting.residual_sums import are_parallel
 
 
 def spell_out_additions(graph: fx.Graph, block: nn.Module) -> None:
-    """Replace other forms of an addition by a plain one: `alpha=`, `addcmul`, a module that adds."""
+    """Replace other forms of an addition by a plain one: `alpha=`, `addcmul`, `lerp`, a minus, a module that adds."""
     for node in list(graph.nodes):
         name = name_of(node)
         alpha = node.kwargs.get("alpha")
@@ -23,6 +23,17 @@ def spell_out_additions(graph: fx.Graph, block: nn.Module) -> None:
             _add(node, (node.args[1], alpha), node.args[0])
         elif name in ("addcmul", "addcmul_") and len(node.args) == 3 and not node.kwargs:
             _add(node, (node.args[1], node.args[2]), node.args[0])
+        elif name in ("sub", "sub_", "subtract", "isub", "__sub__", "__isub__") and len(node.args) == 2 and set(node.kwargs) <= {"alpha"}:
+            if all(isinstance(argument, fx.Node) and not is_size(argument) for argument in node.args):
+                _add(node, (node.args[1], -1 if alpha is None else -alpha), node.args[0])
+                cast(fx.Node, node.args[1]).meta["is_subtracted"] = True
+        elif name == "lerp" and len(node.args) == 3 and not node.kwargs:
+            start, end, weight = node.args
+            with node.graph.inserting_before(node):
+                rest = node.graph.call_function(operator.sub, (1, weight))
+                kept = node.graph.call_function(operator.mul, (start, rest))
+            kept.meta.update(_of_value(node))
+            _add(node, (end, weight), kept)
         elif node.op == "call_module" and len(node.args) == 2 and not node.kwargs and _adds(node, block):
             node.op, node.target = "call_function", operator.add
 
@@ -30,8 +41,13 @@ def spell_out_additions(graph: fx.Graph, block: nn.Module) -> None:
 def _add(node: fx.Node, factors: tuple[Any, Any], shortcut: Any) -> None:
     with node.graph.inserting_before(node):
         product = node.graph.call_function(operator.mul, factors)
-    product.meta.update({key: node.meta[key] for key in ("shape", "dtype", "samples") if key in node.meta})
+    product.meta.update(_of_value(node))
     node.op, node.target, node.args, node.kwargs = "call_function", operator.add, (shortcut, product), {}
+
+
+def _of_value(node: fx.Node) -> dict[str, Any]:
+    """What is known of the value of a node."""
+    return {key: node.meta[key] for key in ("shape", "dtype", "samples") if key in node.meta}
 
 
 def _adds(node: fx.Node, block: nn.Module) -> bool:
@@ -133,7 +149,7 @@ def _call_children(call: fx.Node, sequential: nn.Sequential) -> None:
         for name, _ in sequential.named_children():
             value = call.graph.call_module(f"{call.target}.{name}", (value,))
             # Of the shape only the number of samples is asked for.
-            value.meta.update({key: call.meta[key] for key in ("shape", "dtype", "samples") if key in call.meta})
+            value.meta.update(_of_value(call))
     call.replace_all_uses_with(value)
     call.graph.erase_node(call)
 

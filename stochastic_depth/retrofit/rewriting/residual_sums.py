@@ -38,7 +38,7 @@ def residual_sums(graph: fx.Graph, block: nn.Module) -> list[Sum]:
 
 
 def _is_shortcut(shortcut: fx.Node, output: fx.Node, block: nn.Module) -> bool:
-    if _is_modulation(shortcut, output, block):
+    if shortcut.meta.get("is_subtracted") or _is_modulation(shortcut, output, block):
         return False
     of_shortcut, of_output = ancestors(shortcut), ancestors(output)
     if not any(computes(node, block) for node in of_output - of_shortcut):
@@ -51,7 +51,7 @@ def _is_shortcut(shortcut: fx.Node, output: fx.Node, block: nn.Module) -> bool:
     if not any(node.op != "get_attr" for node in common):
         return False
     projection = of_shortcut - of_output
-    if any(node.op == "call_function" and not _is_cheap(node) for node in projection):
+    if any(node.op == "call_function" and not _is_cheap(node) and _is_computed(node) for node in projection):
         return False
     branch = of_output - of_shortcut
     # Layers, or the children that contain them: a branch may be one child, and so may a projection.
@@ -127,11 +127,16 @@ _CHEAP = {
 }  # fmt: skip
 
 
+def _is_computed(node: fx.Node) -> bool:
+    """Whether a value is computed from inputs, not from parameters alone."""
+    return any(each.op in ("placeholder", "call_module") for each in ancestors(node))
+
+
 def _is_cheap(node: fx.Node) -> bool:
     """Whether a value is still a shortcut after this function: scaling by a number, padding, pooling, a view."""
     name = getattr(node.target, "__name__", "")
     if name in ("mul", "truediv", "div", "multiply", "add", "imul"):
-        values = [each for each in node.all_input_nodes if each.op != "get_attr" and not is_size(each)]
+        values = [each for each in node.all_input_nodes if not is_size(each) and _is_computed(each)]
         return len(values) <= 1
     if name in ("cat", "concat"):
         # Zeros appended to the shortcut, as in the authors' networks.

@@ -62,6 +62,12 @@ def compare(expected: Outcome, actual: Outcome, name: str, *, zero_gradients: bo
             raise ProofError(f"{name} a gradient differs by {difference:.2g} of its largest value")
 
 
+def differ(expected: Any, actual: Any) -> bool:
+    """Whether two values are tensors with a larger difference than that of rounding."""
+    both = isinstance(expected, Tensor) and isinstance(actual, Tensor)
+    return both and deviation(expected, actual) > tolerance(expected)
+
+
 def deviation(expected: Tensor, actual: Tensor, *, at_least: float = 0.0) -> float:
     """Largest difference of two tensors, relative to the largest value; infinite if their shapes differ.
 
