@@ -17,12 +17,12 @@ from stochastic_depth.residual import SkippedGrad, masks_only
 from stochastic_depth.retrofit.code.surroundings import kept_surroundings
 from stochastic_depth.retrofit.finding.find import Branch
 from stochastic_depth.retrofit.recording.maps import NotComputed
-from stochastic_depth.retrofit.recording.quiet import without_noise
+from stochastic_depth.retrofit.recording.quiet import NOISY, without_noise
 from stochastic_depth.retrofit.recording.stand_in import uniform, untouched
 from stochastic_depth.retrofit.rewriting.sums import BranchParts
 from stochastic_depth.retrofit.running.comparison import deviation, tolerance
 from stochastic_depth.tally import Tally
-from stochastic_depth.torch_private import BatchNorm, tree_leaves
+from stochastic_depth.torch_private import tree_leaves
 
 CauseOf = Callable[[Branch], str]
 """Returns why a branch is masked; empty if it is skipped."""
@@ -190,10 +190,10 @@ def _is_nested(passes: GateDraws, call: Call) -> bool:
 
 
 def _set_mode(root: nn.Module, *, training: bool) -> None:
-    """Set training or evaluation mode, with BatchNorm using its running statistics."""
+    """Set training or evaluation mode, in which modules whose noise is not that of functions run as in evaluation."""
     root.train(training)
     for module in root.modules():
-        if isinstance(module, BatchNorm):
+        if isinstance(module, NOISY):
             module.training = False
 
 

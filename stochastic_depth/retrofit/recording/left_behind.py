@@ -9,7 +9,7 @@ import gc
 import weakref
 from collections import deque
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,9 +59,9 @@ class Intermediates:
         # What the output is computed from may be held by autograd too.
         return any(value.grad_fn not in needed or _is_in_container(value) for value in held)
 
-    def _held(self, known: set[int]) -> list[Tensor]:
+    def _held(self, known: set[int]) -> tuple[Tensor, ...]:
         values = [reference() for reference in self._values]
-        return [value for value in values if value is not None and id(value) not in known]
+        return tuple(value for value in values if value is not None and id(value) not in known)
 
 
 def _ancestors(outputs: Iterable[Tensor]) -> set[Any]:
@@ -78,16 +78,6 @@ def _ancestors(outputs: Iterable[Tensor]) -> set[Any]:
 
 def _is_in_container(value: Tensor) -> bool:
     """Whether a list, set or dictionary holds a value, other than the attributes of an autograd.Function."""
-    for holder in gc.get_referrers(value):
-        if isinstance(holder, (list, set, deque)) and holder is not value:
-            if not _is_of_autograd(holder):
-                return True
-        elif isinstance(holder, dict) and not _is_of_autograd(cast("dict[Any, Any]", holder)):
-            return True
-    return False
-
-
-def _is_of_autograd(holder: Any) -> bool:
-    function = torch.autograd.function.FunctionCtx
-    holders = gc.get_referrers(holder)
-    return any(isinstance(each, function) or type(each).__name__.endswith("Backward") for each in holders)
+    holders = [holder for holder in gc.get_referrers(value) if isinstance(holder, (list, set, deque, dict))]
+    of_autograd = torch.autograd.function.FunctionCtx
+    return any(not any(isinstance(each, of_autograd) for each in gc.get_referrers(holder)) for holder in holders)

@@ -204,16 +204,20 @@ def quiet() -> Generator[None]:
         yield
 
 
+NOISY = (nn.modules.batchnorm._BatchNorm, torch.jit.ScriptModule)
+"""Modules whose noise is not that of functions: statistics of the batch, and whatever scripted code does in C++."""
+
+
 @contextmanager
 def without_noise(model: nn.Module) -> Generator[None]:
-    """Context in which a model runs without noise: `quiet`, and BatchNorm layers use their running statistics."""
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    modes = [norm.training for norm in norms]
+    """Context in which a model runs without noise: `quiet`, and modules of the kinds `NOISY` run as in evaluation."""
+    noisy = [module for module in model.modules() if isinstance(module, NOISY)]
+    modes = [module.training for module in noisy]
     try:
-        for norm in norms:
-            norm.training = False
+        for module in noisy:
+            module.training = False
         with quiet():
             yield
     finally:
-        for norm, training in zip(norms, modes, strict=True):
-            norm.training = training
+        for module, training in zip(noisy, modes, strict=True):
+            module.training = training

@@ -23,7 +23,11 @@ def spell_out_additions(graph: fx.Graph, block: nn.Module) -> None:
             _add(node, (node.args[1], alpha), node.args[0])
         elif name in ("addcmul", "addcmul_") and len(node.args) == 3 and not node.kwargs:
             _add(node, (node.args[1], node.args[2]), node.args[0])
-        elif name in ("sub", "sub_", "subtract", "isub", "__sub__", "__isub__") and len(node.args) == 2 and set(node.kwargs) <= {"alpha"}:
+        elif (
+            name in ("sub", "sub_", "subtract", "isub", "__sub__", "__isub__")
+            and len(node.args) == 2
+            and set(node.kwargs) <= {"alpha"}
+        ):
             if all(isinstance(argument, fx.Node) and not is_size(argument) for argument in node.args):
                 _add(node, (node.args[1], -1 if alpha is None else -alpha), node.args[0])
                 cast(fx.Node, node.args[1]).meta["is_subtracted"] = True

@@ -1,0 +1,133 @@
+"""Sums in other words: each is a residual branch, and equals its own formula with a gate written into it."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from plain_blocks import D, assert_same, data, linear
+from torch import Tensor, nn
+
+import stochastic_depth as sd
+
+
+class Adding(nn.Module):
+    """Adds its branch as `formula(block, x, branch)` says."""
+
+    def __init__(self, formula: Callable[["Adding", Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.norm, self.f, self.a = (
+            nn.LayerNorm(D),
+            nn.Sequential(linear(), nn.Tanh(), linear()),
+            nn.Parameter(torch.tensor(0.3)),
+        )
+        self.formula = formula
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.formula(self, x, self.f(self.norm(x)))
+
+
+def minus(_block: Adding, x: Tensor, f: Tensor) -> Tensor:
+    return x - f
+
+
+def minus_in_place(_block: Adding, x: Tensor, f: Tensor) -> Tensor:
+    x = x.clone()
+    x -= f
+    return x
+
+
+def sub_with_alpha(_block: Adding, x: Tensor, f: Tensor) -> Tensor:
+    return torch.sub(x, f, alpha=0.25)
+
+
+def magnitude_preserving(_block: Adding, x: Tensor, f: Tensor) -> Tensor:
+    return x.lerp(f, 0.3) / (0.7**2 + 0.3**2) ** 0.5
+
+
+def learned_lerp(block: Adding, x: Tensor, f: Tensor) -> Tensor:
+    return torch.lerp(x, f, block.a)
+
+
+def learned_shares(block: Adding, x: Tensor, f: Tensor) -> Tensor:
+    share = torch.sigmoid(block.a)
+    return torch.sqrt(1 - share) * x + torch.sqrt(share) * f
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+@pytest.mark.parametrize(
+    "formula", [minus, minus_in_place, sub_with_alpha, magnitude_preserving, learned_lerp, learned_shares]
+)
+def test_a_sum_in_other_words_is_a_branch(formula: Callable[..., Tensor], granularity: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(Adding(formula), Adding(formula)).double()
+    plain = copy.deepcopy(net)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), granularity=granularity, rescale="none")
+    assert depth.names == ["0#1", "1#1"]
+    gates = torch.tensor([[1.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.0]], dtype=torch.float64)
+    if granularity == "batch":
+        gates = torch.tensor([[0.0] * 4, [1.0] * 4], dtype=torch.float64)
+    x = data(4)
+    with depth.gates([gate.bool() if granularity == "sample" else bool(gate[0]) for gate in gates]):
+        actual = net(x)
+    expected = x
+    for block, gate in zip(plain, gates, strict=True):
+        assert isinstance(block, Adding)
+        expected = formula(block, expected, gate[:, None] * block.f(block.norm(expected)))
+    assert_same(actual, expected)
+    actual.square().sum().backward()
+    expected.square().sum().backward()
+    for mine, its in zip(net.parameters(), plain.parameters(), strict=True):
+        assert (mine.grad is None) <= (its.grad is None)
+        zeros = torch.zeros_like(mine)
+        assert_same(zeros if mine.grad is None else mine.grad, zeros if its.grad is None else its.grad)
+
+
+def reversed_minus(_block: Adding, x: Tensor, f: Tensor) -> Tensor:
+    return f - x
+
+
+def test_what_is_subtracted_is_no_shortcut() -> None:
+    net = nn.Sequential(Adding(reversed_minus), Adding(minus))
+    assert sd.make_stochastic_(net, sd.uniform(0.5)).names == ["1#1"]
+
+
+class Widening(nn.Module):
+    """A residual block with a projection as its shortcut."""
+
+    def __init__(self, num_in: int, num_out: int) -> None:
+        super().__init__()
+        self.project, self.f = (
+            nn.Linear(num_in, num_out),
+            nn.Sequential(nn.Linear(num_in, num_out), nn.Tanh(), nn.Linear(num_out, num_out)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(x) + self.f(x)
+
+
+class Same(nn.Module):
+    def __init__(self, num: int) -> None:
+        super().__init__()
+        self.f = nn.Linear(num, num)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+
+class Denoiser(nn.Module):
+    """A network with a shortcut around all of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.middle, self.up = Widening(D, 2 * D), Same(2 * D), Widening(2 * D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.up(self.middle(self.down(x)))
+
+
+def test_a_shortcut_around_a_network_leaves_the_blocks_of_the_network() -> None:
+    net = Denoiser().double()
+    depth = sd.make_stochastic_(net, sd.uniform(0.5))
+    assert depth.names == ["1", "down#1", "middle#1", "up#1"]
+    depth.verify(data(3))
