@@ -192,7 +192,7 @@ def report() -> None:
     """Draw every study of the plan that has a finished run into `results`, and write `docs/results/few-images.md`."""
     from stochastic_depth_lab.after.baselines import baselines
     from stochastic_depth_lab.report import write_study  # every run imports this file: matplotlib takes seconds
-    from stochastic_depth_lab.report.verdicts import RULE
+    from stochastic_depth_lab.report.study.verdicts import RULE
 
     restore()
     sections: list[str] = []

@@ -14,9 +14,9 @@ from stochastic_depth_lab.experiments import find
 from stochastic_depth_lab.experiments.config import Claim, Comparison, Data, Depth, Experiment, Model, Published, Study
 from stochastic_depth_lab.report import ReportError, write_study
 from stochastic_depth_lab.report.figures import rendered
-from stochastic_depth_lab.report.study_figures import heat_map, survival_curve
+from stochastic_depth_lab.report.study.figures import heat_map, survival_curve
+from stochastic_depth_lab.report.study.verdicts import RULE
 from stochastic_depth_lab.report.theme import figure_style
-from stochastic_depth_lab.report.verdicts import RULE
 
 DIGITS = replace(find("digits-constant"), data=Data("digits"), model=Model(110))
 CONSTANT = replace(DIGITS, name="constant", title="Constant", published=Published(6.41, "x", 20.7))

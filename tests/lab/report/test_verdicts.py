@@ -4,7 +4,7 @@ import pytest
 from scipy import stats
 
 from stochastic_depth_lab.experiments.config import Claim, Comparison
-from stochastic_depth_lab.report.verdicts import Paired, judge
+from stochastic_depth_lab.report.study.verdicts import Paired, judge
 
 COMPARISON = Comparison("less", "more")
 CLAIM = Claim("Less.", (COMPARISON,))

@@ -1,0 +1,1 @@
+"""The report of a study: a table or figure of the paper beside ours."""

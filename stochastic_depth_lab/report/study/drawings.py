@@ -1,0 +1,181 @@
+"""Which figures a study draws of its rows, and what it reads off them."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from stochastic_depth_lab.experiments.config import Study
+from stochastic_depth_lab.report.figures import Drawing, curves, gradient
+from stochastic_depth_lab.report.runs import Run
+from stochastic_depth_lab.report.study.figures import (
+    Cell,
+    Line,
+    crossing,
+    depth_curve,
+    gap,
+    heat_map,
+    rates,
+    split_by_loss,
+    survival_curve,
+    threshold,
+)
+from stochastic_depth_lab.report.study.rows import Seeds
+
+
+def _gap(rows: Sequence[Seeds]) -> list[Drawing]:
+    lines = [
+        Line(
+            "stochastic depth" if row.experiment.depth else "constant depth",
+            {int(str(run.config["seed"])): _over_steps(run) for run in row.runs},
+            stochastic=row.experiment.depth is not None,
+        )
+        for row in rows
+    ]
+    return [gap(lines)]
+
+
+def _over_steps(run: Run) -> tuple[list[int], list[float]]:
+    steps: list[int] = []
+    for epoch in run.epochs:
+        steps.append(epoch.num_steps + (steps[-1] if steps else 0))
+    return steps, [epoch.test_error for epoch in run.epochs]
+
+
+def _curves(rows: Sequence[Seeds]) -> list[Drawing]:
+    return _for_each_network(curves, rows)
+
+
+def _gradient(rows: Sequence[Seeds]) -> list[Drawing]:
+    return _for_each_network(gradient, rows)
+
+
+def _for_each_network(draw: Callable[[Sequence[Run], Sequence[str]], Drawing], rows: Sequence[Seeds]) -> list[Drawing]:
+    """A figure for each network and data set, whose rows can be compared."""
+    groups: dict[tuple[str, int], list[Seeds]] = {}
+    for row in rows:
+        groups.setdefault((row.experiment.data.dataset, row.experiment.model.num_layers), []).append(row)
+    drawings: list[Drawing] = []
+    for (dataset, num_layers), group in groups.items():
+        names = [row.experiment.name for row in group for _ in row.runs]
+        drawing = draw([run for row in group for run in row.runs], names)
+        if len(groups) > 1:
+            drawing = replace(
+                drawing,
+                name=f"{drawing.name}-{dataset}-{num_layers}",
+                title=f"{drawing.title}: {dataset}, {num_layers} layers",
+            )
+        drawings.append(drawing)
+    return drawings
+
+
+def _survival_curve(rows: Sequence[Seeds]) -> list[Drawing]:
+    errors: dict[str, dict[float, Sequence[float]]] = {}
+    for row in rows:
+        if depth := row.experiment.depth:
+            errors.setdefault(depth.schedule, {})[depth.final_survival_prob] = row.test_errors
+    constant_depth = [error for row in rows if row.experiment.depth is None for error in row.test_errors]
+    return [survival_curve(errors, constant_depth)]
+
+
+def _heat_map(rows: Sequence[Seeds]) -> list[Drawing]:
+    return [
+        heat_map(
+            {
+                (
+                    row.experiment.model.num_layers,
+                    row.experiment.depth.final_survival_prob if row.experiment.depth else 1.0,
+                ): row.test_errors
+                for row in rows
+            }
+        )
+    ]
+
+
+def _depth_curve(rows: Sequence[Seeds]) -> list[Drawing]:
+    errors: dict[bool, dict[int, Sequence[float]]] = {}
+    for row in rows:
+        errors.setdefault(row.experiment.depth is not None, {})[row.experiment.model.num_layers] = row.test_errors
+    return [depth_curve(errors)]
+
+
+def _rates(rows: Sequence[Seeds]) -> list[Drawing]:
+    errors: dict[bool, dict[float, Sequence[float]]] = {}
+    for row in rows:
+        by_rate = errors.setdefault(row.experiment.depth is not None, {})
+        by_rate[row.experiment.recipe.learning_rate] = [run.epochs[-1].validation_error for run in row.runs]
+    return [rates(errors)]
+
+
+def _crossing(rows: Sequence[Seeds]) -> list[Drawing]:
+    return [
+        draw(dataset, cells) for dataset, cells in _cells_by_dataset(rows).items() for draw in (crossing, threshold)
+    ]
+
+
+DRAWINGS: dict[str, Callable[[Sequence[Seeds]], list[Drawing]]] = {
+    "gap": _gap,
+    "curves": _curves,
+    "gradient": _gradient,
+    "survival_curve": _survival_curve,
+    "heat_map": _heat_map,
+    "depth_curve": _depth_curve,
+    "rates": _rates,
+    "crossing": _crossing,
+}
+
+
+def _cells_by_dataset(rows: Sequence[Seeds]) -> dict[str, list[Cell]]:
+    """By data set, the pairs at every length of training and number of images."""
+    groups: dict[tuple[str, int, int], dict[bool, Seeds]] = {}
+    for row in rows:
+        data = row.experiment.data
+        key = data.dataset, 10 * (data.images_per_class or 0), row.runs[0].num_steps
+        groups.setdefault(key, {})[row.experiment.depth is not None] = row
+    cells: dict[str, list[Cell]] = {}
+    for (dataset, num_images, num_steps), pair in groups.items():
+        if len(pair) == 2:
+            constant, stochastic = (
+                {run.config["seed"]: pair[kind].measured(run, "test_error") for run in pair[kind].runs}
+                for kind in (False, True)
+            )
+            if differences := [stochastic[seed] - constant[seed] for seed in constant if seed in stochastic]:
+                losses = [run.epochs[-1].train_loss for run in pair[False].runs]
+                cells.setdefault(dataset, []).append(
+                    Cell(num_images, num_steps, tuple(differences), statistics.mean(losses))
+                )
+    return cells
+
+
+def chosen_rates(study: Study, rows: Sequence[Seeds]) -> list[str]:
+    """The learning rates that tuning chooses."""
+    if "rates" not in study.figures:
+        return []
+    best: list[str] = []
+    for stochastic, name in ((False, "constant depth"), (True, "stochastic depth")):
+        own = [row for row in rows if (row.experiment.depth is not None) == stochastic]
+        common = set[object].intersection(*({run.config["seed"] for run in row.runs} for row in own)) if own else set()
+        if common:
+            means = {
+                row.experiment.recipe.learning_rate: statistics.mean(
+                    run.epochs[-1].validation_error for run in row.runs if run.config["seed"] in common
+                )
+                for row in own
+            }
+            best.append(f"{name} {min(means, key=means.__getitem__)} (n = {len(common)})")
+    return [f"Chosen by the mean validation error: {', '.join(best)}."]
+
+
+def threshold_of_loss(study: Study, rows: Sequence[Seeds]) -> list[str]:
+    """The rule of thumb: the training loss of constant depth below which stochastic depth is better."""
+    if "crossing" not in study.figures:
+        return []
+    sentences: list[str] = []
+    for dataset, cells in _cells_by_dataset(rows).items():
+        loss = split_by_loss(cells)
+        below, above = ([c for c in cells if (c.train_loss < loss) == side] for side in (True, False))
+        sentences.append(
+            f"{dataset}: stochastic depth has the lower mean error in {sum(c.mean < 0 for c in below)} of "
+            f"{len(below)} settings in which the training loss of constant depth ends below {loss:.2g}, and in "
+            f"{sum(c.mean < 0 for c in above)} of {len(above)} others."
+        )
+    return sentences
