@@ -16,7 +16,7 @@ from stochastic_depth.retrofit.code.signatures import flatten
 from stochastic_depth.retrofit.code.surroundings import kept_surroundings
 from stochastic_depth.retrofit.errors import TraceError
 from stochastic_depth.retrofit.recording.quiet import without_noise
-from stochastic_depth.retrofit.recording.recorder import run_block
+from stochastic_depth.retrofit.recording.run import run_block
 from stochastic_depth.retrofit.recording.stand_in import stand_in, untouched
 from stochastic_depth.retrofit.running.arguments import arguments_anew, behind_nodes, copy_of_object
 from stochastic_depth.retrofit.running.private_runs import private

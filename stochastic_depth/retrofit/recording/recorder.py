@@ -1,10 +1,4 @@
-"""Records a call of a block while its own code runs, as a graph of calls to its children and to PyTorch.
-
-The code sees real tensors, so `isinstance`, sizes of intermediate values, the gradient mode, autocast and all decisions
-that depend on them are those of the call. A recording is valid only for calls of the same form. Children are single
-calls. Code that a recording could not repeat is refused: decisions that depend on the values of tensors, random
-numbers, side effects, tensors of unknown origin.
-"""
+"""What notes the calls of a block's own code as it runs, and to which values they belong."""
 
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
@@ -13,36 +7,31 @@ import dataclasses
 import operator
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from stochastic_depth.retrofit.code.called import Called, method_of, watched
+from stochastic_depth.retrofit.code.called import Called, method_of
 from stochastic_depth.retrofit.code.effects import (
     CONSTANTS,
-    check_arguments,
-    containers_in,
     contents_of,
     differ,
     generators_of,
     is_same,
     outside,
     parts_of,
-    stores_of,
 )
 from stochastic_depth.retrofit.code.forms import is_plain
 from stochastic_depth.retrofit.code.held import Cached, Outside, held_tensors, name_of, tensors_in
 from stochastic_depth.retrofit.code.reads import reads_of
-from stochastic_depth.retrofit.code.surroundings import unchanged_surroundings
 from stochastic_depth.retrofit.errors import StoredError, TraceError
 from stochastic_depth.retrofit.recording.checkpoints import Regions, kept
+from stochastic_depth.retrofit.recording.edits import Edits
 from stochastic_depth.retrofit.recording.layouts import order_of
 from stochastic_depth.retrofit.recording.left_behind import Intermediates
 from stochastic_depth.retrofit.recording.maps import is_attention_map
-from stochastic_depth.retrofit.recording.scripted import scripted_children_called
 from stochastic_depth.retrofit.recording.torch_calls import (
     ORIGIN,
     UNDONE_SETTINGS,
@@ -66,122 +55,6 @@ from stochastic_depth.torch_private import (
     tree_unflatten,
     version_of,
 )
-
-
-@dataclass(frozen=True)
-class Edit:
-    """A change of one call in a run, which turns a block's own code into the plain reference with gates.
-
-    Attributes:
-        operand: the argument of the call to multiply; None for its result.
-        weights: a number, or (N,) weights of the samples, or a function that returns them for a value.
-    """
-
-    operand: int | None
-    weights: float | Tensor | Callable[[Tensor], float | Tensor]
-
-    def of(self, value: Any) -> Any:
-        """A value (N, ...) times the weights."""
-        weights = self.weights if isinstance(self.weights, (float, int, Tensor)) else self.weights(value)
-        if not isinstance(weights, Tensor):
-            # Infinite values times zero are NaN, but a branch that does not run has no such values.
-            return value * weights if weights or value.isfinite().all() else torch.zeros_like(value)
-        weights = weights.to(value.device, value.dtype)
-        if value.shape[:1] != weights.shape:
-            weights = weights.repeat_interleave(value.shape[0] // weights.shape[0])
-        return value * weights.view(-1, *[1] * (value.dim() - 1))
-
-
-Edits = Mapping[int, Sequence[Edit]]
-"""Changes of calls, by the number of the call; parallel branches may be two operands of one call."""
-
-
-@dataclass
-class Run:
-    """A run of a block's code.
-
-    Attributes:
-        output: its return value.
-        graph: its operations. Targets are relative to the block; placeholders are the opaque arguments in order. The
-            metadata of a node has the number of its `call`, the `shape` of a tensor, the `order` of its dimensions in
-            memory, these of the `items` of a tuple or list, the nodes that it `writes`, and what a child `stores`.
-        called: paths of the children, parameters and buffers that were used.
-        stores: plain numbers that the code set on the block.
-        constants: tensors that existed before and that other objects hold.
-        asks_for_sizes: whether the code asked for the size of a value, so that it may do something else for another.
-    """
-
-    output: Any
-    graph: fx.Graph
-    called: set[str]
-    stores: dict[str, Any]
-    constants: list[Tensor]
-    asks_for_sizes: bool
-
-
-def run_block(
-    block: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    leaves: Sequence[Any],
-    edits: Edits | None = None,
-    inlined: Collection[str] = (),
-) -> Run:
-    """Run a stand-in's own code and record it.
-
-    Args:
-        block: from `stand_in`.
-        args: arguments of the call.
-        kwargs: arguments by name.
-        leaves: those of its tensors and objects that the recording treats as arguments, in order.
-        edits: calls to change, by their numbers.
-        inlined: paths of the children whose own code is recorded as a part of the block's.
-
-    Raises:
-        ChangedObjectError: if the code changes its arguments.
-        StoredError: if it stores anything else on the block or on its arguments.
-        TraceError: if it cannot be recorded for another reason.
-    """
-    recorder = _Recorder(block, leaves, edits or {}, inlined)
-    before = contents_of(block, (args, kwargs))
-    with (
-        unchanged_surroundings(block, inlined, recorder.arguments),
-        recorder.watching(block),
-        watched(recorder.called_objects, recorder),
-    ):
-        output = block.forward(*args, **kwargs)
-    recorder.check_outside()
-    recorder.end(output)
-    after = contents_of(block, (args, kwargs))
-    check_arguments(before, after, list(containers_in((args, kwargs))))
-    stores = stores_of(before, after, recorder.changed_by_children)
-    return Run(output, recorder.graph, recorder.called, stores, recorder.constants, recorder.asks_for_sizes)
-
-
-def run_with_edits(
-    block: nn.Module,
-    forward: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    leaves: Sequence[Any],
-    edits: Edits,
-    inlined: Collection[str] = (),
-) -> Any:
-    """The result of a block's own code, on the block itself, with some of its calls changed.
-
-    Args:
-        block: the block.
-        forward: its own code.
-        args: arguments of the call.
-        kwargs: arguments by name.
-        leaves: those of its tensors and objects that the recording treats as arguments, in order.
-        edits: calls to change, by their numbers.
-        inlined: see `run_block`.
-    """
-    with scripted_children_called(block):
-        recorder = _Recorder(block, leaves, edits, inlined)
-        with recorder.watching(block), watched(recorder.called_objects, recorder):
-            return forward(*args, **kwargs)
 
 
 def _changed_in_children(before: dict[str, Any], now: dict[str, Any], by_children: set[str]) -> str | None:
@@ -239,7 +112,25 @@ class _Graph(fx.Graph):
         return node
 
 
-class _Recorder(TorchFunctionMode):
+class Recorder(TorchFunctionMode):
+    """Records the calls of a block's own code as it runs.
+
+    Args:
+        block: the block, or a stand-in.
+        leaves: the tensors and objects among the arguments that the recording treats as arguments, in order.
+        edits: calls to change, by their numbers.
+        inlined: paths of the children whose own code is recorded as a part of the block's.
+
+    Attributes:
+        graph: see `Run.graph`.
+        called: paths of the children, parameters and buffers that were used.
+        changed_by_children: attributes of the block and its children that calls of children have changed.
+        constants: tensors that existed before and that other objects hold.
+        asks_for_sizes: whether the code asked for the size of a value.
+        arguments: the arguments that are structures or objects.
+        called_objects: the arguments whose methods are single calls.
+    """
+
     def __init__(self, block: nn.Module, leaves: Sequence[Any], edits: Edits, inlined: Collection[str]) -> None:
         super().__init__()
         self.graph = _Graph()

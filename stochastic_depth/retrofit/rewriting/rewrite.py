@@ -12,8 +12,8 @@ from torch import fx, nn
 
 from stochastic_depth.retrofit.errors import CutError, SidesError
 from stochastic_depth.retrofit.recording.checkpoints import put_in_checkpoints
+from stochastic_depth.retrofit.recording.edits import Edit, Edits
 from stochastic_depth.retrofit.recording.layouts import in_order
-from stochastic_depth.retrofit.recording.recorder import Edit, Edits
 from stochastic_depth.retrofit.recording.sizes import is_size
 from stochastic_depth.retrofit.rewriting.cuts import Branch, Sum, cut
 from stochastic_depth.retrofit.rewriting.functional import FUNCTIONAL, FunctionalDropPath, put_functional

@@ -16,7 +16,7 @@ from stochastic_depth.retrofit.code.called import called
 from stochastic_depth.retrofit.code.forms import form_of_leaves, identities, settings
 from stochastic_depth.retrofit.code.own_forward import own_forward
 from stochastic_depth.retrofit.code.signatures import flatten
-from stochastic_depth.retrofit.recording.recorder import run_with_edits
+from stochastic_depth.retrofit.recording.run import run_with_edits
 from stochastic_depth.retrofit.rewriting.gated_calls import in_training
 from stochastic_depth.retrofit.rewriting.rewrite import GatedUse, edits_of
 from stochastic_depth.retrofit.running.block_branches import BlockBranches

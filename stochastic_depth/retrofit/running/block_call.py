@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stochastic_depth.retrofit.code.forms import identities
 from stochastic_depth.retrofit.errors import TraceError
-from stochastic_depth.retrofit.recording.recorder import Run, run_block
+from stochastic_depth.retrofit.recording.run import Run, run_block
 from stochastic_depth.retrofit.rewriting.num_samples import generalize, skeleton
 from stochastic_depth.retrofit.running.arguments import MakesArguments, arguments_anew, behind_nodes
 from stochastic_depth.retrofit.running.block_branches import BlockBranches

@@ -17,8 +17,9 @@ from stochastic_depth.residual import GatedBranch
 from stochastic_depth.retrofit.code.reads import written_parameters
 from stochastic_depth.retrofit.code.surroundings import unchanged_surroundings
 from stochastic_depth.retrofit.errors import ProofError
+from stochastic_depth.retrofit.recording.edits import Edits
 from stochastic_depth.retrofit.recording.maps import NotComputed
-from stochastic_depth.retrofit.recording.recorder import Edits, run_block
+from stochastic_depth.retrofit.recording.run import run_block
 from stochastic_depth.retrofit.recording.stand_in import uniform
 from stochastic_depth.retrofit.rewriting.generated_code import Code
 from stochastic_depth.retrofit.rewriting.rewrite import GatedUse, edits_of

@@ -1,0 +1,38 @@
+"""Changes of single calls in a run of a block's own code, which make it the plain reference with gates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A change of one call in a run, which turns a block's own code into the plain reference with gates.
+
+    Attributes:
+        operand: the argument of the call to multiply; None for its result.
+        weights: a number, or (N,) weights of the samples, or a function that returns them for a value.
+    """
+
+    operand: int | None
+    weights: float | Tensor | Callable[[Tensor], float | Tensor]
+
+    def of(self, value: Any) -> Any:
+        """A value (N, ...) times the weights."""
+        weights = self.weights if isinstance(self.weights, (float, int, Tensor)) else self.weights(value)
+        if not isinstance(weights, Tensor):
+            # Infinite values times zero are NaN, but a branch that does not run has no such values.
+            return value * weights if weights or value.isfinite().all() else torch.zeros_like(value)
+        weights = weights.to(value.device, value.dtype)
+        if value.shape[:1] != weights.shape:
+            weights = weights.repeat_interleave(value.shape[0] // weights.shape[0])
+        return value * weights.view(-1, *[1] * (value.dim() - 1))
+
+
+Edits = Mapping[int, Sequence[Edit]]
+"""Changes of calls, by the number of the call; parallel branches may be two operands of one call."""
