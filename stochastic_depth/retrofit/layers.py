@@ -20,8 +20,8 @@ from stochastic_depth.retrofit.errors import TraceError
 from stochastic_depth.retrofit.recording.sizes import decide_by
 from stochastic_depth.retrofit.recording.trace import Recording, record
 from stochastic_depth.retrofit.running.comparison import deviation, tolerance
+from stochastic_depth.retrofit.running.known_forms import MAX_SAMPLES
 from stochastic_depth.retrofit.running.private_runs import private
-from stochastic_depth.retrofit.running.proof import MAX_SAMPLES
 from stochastic_depth.retrofit.shapes import samples_among
 from stochastic_depth.torch_private import tree_map_only
 

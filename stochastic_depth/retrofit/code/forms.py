@@ -111,7 +111,7 @@ def form_of_leaves(leaves: Sequence[Any], called: Collection[type] = ()) -> tupl
     )
 
 
-def form_of_any_size(leaves: Sequence[Any], form: tuple[Any, ...]) -> tuple[Any, ...]:
+def form_of_any_size(leaves: Sequence[Any], form: tuple[Any, ...], num_rows: int) -> tuple[Any, ...]:
     """The form of a call's leaves for code that does not ask for sizes.
 
     What is left of the sizes is which are 0 and 1, as values are broadcast from these, and how many rows an argument
@@ -120,6 +120,7 @@ def form_of_any_size(leaves: Sequence[Any], form: tuple[Any, ...]) -> tuple[Any,
     Args:
         leaves: the tensors and objects.
         form: from `form_of_leaves`.
+        num_rows: up to how many rows their number counts.
     """
     alike: list[Any] = []
     lengths: list[int] = []
@@ -132,7 +133,7 @@ def form_of_any_size(leaves: Sequence[Any], form: tuple[Any, ...]) -> tuple[Any,
         else:
             alike.append(exact)
     rows = [(a // b if b and a % b == 0 else None) for a in lengths for b in lengths]
-    return (*alike, tuple(rows))
+    return (*alike, tuple(rows), tuple([min(length, num_rows) for length in lengths]))
 
 
 def identities(leaves: Sequence[Any]) -> tuple[int, ...]:

@@ -3,9 +3,7 @@
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
 
-import dataclasses
-import operator
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
@@ -15,23 +13,18 @@ from torch.overrides import TorchFunctionMode
 
 from stochastic_depth.retrofit.code.called import Called, method_of
 from stochastic_depth.retrofit.code.effects import (
-    CONSTANTS,
     contents_of,
     differ,
     generators_of,
     is_same,
     outside,
-    parts_of,
 )
 from stochastic_depth.retrofit.code.forms import is_plain
-from stochastic_depth.retrofit.code.held import Cached, Outside, held_tensors, name_of, tensors_in
 from stochastic_depth.retrofit.code.reads import reads_of
 from stochastic_depth.retrofit.errors import StoredError, TraceError
 from stochastic_depth.retrofit.recording.checkpoints import Regions, kept
 from stochastic_depth.retrofit.recording.edits import Edits
-from stochastic_depth.retrofit.recording.layouts import order_of
 from stochastic_depth.retrofit.recording.left_behind import Intermediates
-from stochastic_depth.retrofit.recording.maps import is_attention_map
 from stochastic_depth.retrofit.recording.torch_calls import (
     ORIGIN,
     UNDONE_SETTINGS,
@@ -45,15 +38,13 @@ from stochastic_depth.retrofit.recording.torch_calls import (
     set_item,
     tells_sizes,
 )
+from stochastic_depth.retrofit.recording.values import Values
 from stochastic_depth.retrofit.rules import is_drop_path
 from stochastic_depth.torch_private import (
     EndOfRecomputation,
     parameter_dict,
-    tree_flatten,
     tree_leaves,
     tree_map_only,
-    tree_unflatten,
-    version_of,
 )
 
 
@@ -76,10 +67,6 @@ def _is_computed(block: nn.Module, path: str, value: Any) -> bool:
     return any(isinstance(leaf, Tensor) and leaf.grad_fn is not None for leaf in tree_leaves(value))
 
 
-def _meta_of(tensor: Tensor) -> dict[str, Any]:
-    return {"shape": tuple(tensor.shape), "dtype": tensor.dtype, "order": order_of(tensor)}
-
-
 def _after(value: Any, _change: Any) -> Any:
     """A value after an in-place change."""
     return value
@@ -95,21 +82,6 @@ def _under(target: Callable[..., Any], context: tuple[Any, ...]) -> Callable[...
 
     under.__name__ = getattr(target, "__name__", "under")
     return under
-
-
-class _Graph(fx.Graph):
-    """A graph whose nodes record the inlined children and the checkpoint that they were created in."""
-
-    inside: tuple[str, ...] = ()
-    checkpoint: int | None = None
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        node = super().create_node(*args, **kwargs)
-        if self.inside:
-            node.meta["inlined"] = self.inside
-        if self.checkpoint is not None:
-            node.meta["checkpoint"] = self.checkpoint
-        return node
 
 
 class Recorder(TorchFunctionMode):
@@ -133,8 +105,6 @@ class Recorder(TorchFunctionMode):
 
     def __init__(self, block: nn.Module, leaves: Sequence[Any], edits: Edits, inlined: Collection[str]) -> None:
         super().__init__()
-        self.graph = _Graph()
-        self.called: set[str] = set()
         self.changed_by_children: set[str] = set()
         self._block = block
         self._edits = edits
@@ -146,130 +116,23 @@ class Recorder(TorchFunctionMode):
         self._first_contents: dict[str, Any] = {}
         self._regions = Regions()
         self._kept = ExitStack()
-        self._nodes: dict[int, fx.Node] = {}
-        self._objects: dict[int, fx.Node] = {}
-        # Tensors that are looked up by identity must stay alive; the version shows in-place changes.
-        self._alive: list[Any] = []
-        self._versions: dict[int, tuple[Tensor, int]] = {}
-        self._held: dict[int, tuple[Any, ...]] = {}
-        for path, value in held_tensors(block):
-            self._held.setdefault(id(value), path)  # One that has several names goes by its first.
-        # Those of other modules and of plain structures, by place. What the stand-in has copied goes by its path.
         self.arguments = [leaf for leaf in leaves if not isinstance(leaf, (Tensor, Called))]
         self._reads = reads_of(block, inlined, self.arguments)
-        self._outside = {
-            id(tensor): (place, inner)
-            for place in reversed(self._reads.places)
-            for inner, tensor in tensors_in(place(), 3)
-        }
+        self._values = Values(block, inlined, self._reads)
+        self.graph, self.called, self.constants = self._values.graph, self._values.called, self._values.constants
         self._valued: set[int] = set()
-        self.constants: list[Tensor] = []
         self.asks_for_sizes = False
         self._generators = generators_of(block, inlined, self._reads)
-        self._held_objects = {
-            id(value): (*path, name)
-            for path in ((), *(tuple(each.split(".")) for each in inlined))
-            for name, value in block.get_submodule(".".join(path)).__dict__.items()
-            if hasattr(value, "__dict__")
-        }
         self._device = "cpu"
         self.called_objects = [leaf for leaf in leaves if isinstance(leaf, Called)]
         for index, leaf in enumerate(leaves):
             node = self.graph.placeholder(f"argument_{index}")
             node.meta["called"] = isinstance(leaf, Called)
-            self._bind(leaf, node, 0 if isinstance(leaf, Called) else 3)
+            self._values.bind(leaf, node, 0 if isinstance(leaf, Called) else 3)
             if isinstance(leaf, Tensor):
                 self._device = leaf.device.type
         self._base = self._context()
         self._state = outside(self._generators)
-
-    # What is known of values.
-    def _bind(self, value: Any, node: fx.Node, depth: int = 3) -> None:
-        if isinstance(value, Tensor):
-            self._alive.append(value)
-            self._nodes[id(value)] = node
-            node.meta.update(_meta_of(value))
-            if node.target is operator.getitem and cast(fx.Node, node.args[0]).op == "call_module":
-                node.meta["attention_map"] = is_attention_map(value)
-            if not value.is_inference():
-                self._versions[id(value)] = (value, version_of(value))
-        elif not isinstance(value, CONSTANTS):
-            self._alive.append(value)
-            self._objects[id(value)] = node
-            if type(value) in (tuple, list) and all(isinstance(item, Tensor) for item in value):
-                node.meta["items"] = type(value)(_meta_of(item) for item in value)
-            for (kind, key), part in parts_of(value) if depth else ():
-                known = id(part) in self._nodes or id(part) in self._objects
-                if not known and not isinstance(part, (*CONSTANTS, nn.Module)):
-                    function = operator.getitem if kind == "item" else getattr
-                    self._bind(part, self.graph.call_function(function, (node, key)), depth - 1)
-
-    def _node(self, tensor: Tensor) -> fx.Node:
-        node = self._nodes.get(id(tensor))
-        if node is None:
-            path = self._held.get(id(tensor))
-            if path is None and (tensor.grad_fn is not None or tensor.requires_grad):
-                raise TraceError("the forward uses a tensor that is neither an argument nor held by the block")
-            if path is not None:
-                node = self._get_attribute(path)
-            elif id(tensor) in self._outside:
-                node = self.graph.call_function(Outside(*self._outside[id(tensor)]), ())
-            elif not self._reads.may_cache:
-                raise TraceError(
-                    "the forward takes a tensor from where it cannot be followed (autograd.Function, another library)"
-                )
-            else:
-                # One that is the same in the next run; `constants` tells.
-                self.constants.append(tensor)
-                node = self.graph.call_function(Cached(tensor), ())
-            self._bind(tensor, node)
-        return node
-
-    def _get_attribute(self, path: tuple[Any, ...]) -> fx.Node:
-        name = name_of(path)
-        self.called.add(name)
-        node = self.graph.create_node("get_attr", name)
-        node.meta["path"] = path
-        return node
-
-    def _argument(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return self._node(value)
-        if type(value) in (tuple, list, torch.Size):
-            kind = tuple if type(value) is torch.Size else type(value)
-            items = cast("list[Any]", value)
-            if id(value) in self._objects and any(isinstance(item, Tensor) for item in items):
-                return self._objects[id(value)]
-            return kind(self._argument(item) for item in items)
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return self._objects.get(id(value)) or type(value)(*[self._argument(i) for i in cast("tuple[Any]", value)])
-        if type(value) is dict:
-            return self._objects.get(id(value)) or {
-                key: self._argument(item) for key, item in cast("dict[Any, Any]", value).items()
-            }
-        if isinstance(value, slice):
-            part = cast("slice[Any, Any, Any]", value)
-            return slice(self._argument(part.start), self._argument(part.stop), self._argument(part.step))
-        if isinstance(value, torch.SymInt):
-            return int(value)
-        if isinstance(value, CONSTANTS):
-            return value
-        if id(value) in self._objects:
-            return self._objects[id(value)]
-        if id(value) in self._held_objects:
-            return self._get_attribute(self._held_objects[id(value)])
-        if isinstance(value, nn.Module):
-            raise TraceError("the block passes a module as an argument")
-        if tree_leaves(value) != [value]:
-            leaves, spec = tree_flatten(value)
-            built = self.graph.call_function(_unflatten, cast(Any, ([self._argument(leaf) for leaf in leaves], spec)))
-            return built
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            values = {f.name: self._argument(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
-            return self.graph.call_function(_replaced, cast(Any, (type(value), values)))
-        if callable(value) and not hasattr(value, "__self__"):
-            return value
-        raise TraceError(f"the forward passes on a {type(value).__name__} that is neither an argument nor the block's")
 
     # Settings and random states.
     def _context(self) -> tuple[Any, ...]:
@@ -340,7 +203,7 @@ class Recorder(TorchFunctionMode):
         now = contents_of(self._block, ())
         if changed := _changed_in_children(self._first_contents, now, self.changed_by_children):
             raise TraceError(f"it changes {changed} and then calls its children")
-        self._entered = [self._argument(args), self._argument(kwargs), now]
+        self._entered = [self._values.argument(args), self._values.argument(kwargs), now]
         return args, kwargs
 
     def _leaving(self, path: str) -> Callable[..., Any]:
@@ -383,13 +246,13 @@ class Recorder(TorchFunctionMode):
         self._inside += 1
         try:
             self.check_outside()
-            nodes, named = self._argument(tuple(args)), self._argument(dict(kwargs))
+            nodes, named = self._values.argument(tuple(args)), self._values.argument(dict(kwargs))
             output = method(*args, **kwargs)
             if is_value(output):
                 raise TraceError(
                     f"the forward's control flow depends on the content of a {type(value).__name__} ({name})"
                 )
-            node = self.graph.call_function(method_of, (self._objects[id(value)], name, *nodes), named)
+            node = self.graph.call_function(method_of, (self._values.object_of(value), name, *nodes), named)
             output = self._result(node, output)
             self._state = outside(self._generators)
             return output
@@ -401,8 +264,7 @@ class Recorder(TorchFunctionMode):
             if edit.operand is not None:
                 before = args[edit.operand]
                 after = edit.of(before)
-                self._nodes[id(after)] = self._node(before)
-                self._alive.append(after)
+                self._values.replace(before, after)
                 args = (*args[: edit.operand], after, *args[edit.operand + 1 :])
         return args, kwargs
 
@@ -416,7 +278,7 @@ class Recorder(TorchFunctionMode):
             raise TraceError(f"the forward reads where a tensor is stored ({name_of_function(func)})")
         if name_of_function(func).startswith("_record_function"):
             return func(*args, **kwargs)  # a mark for a profiler
-        if tells_sizes(func) and not (args and id(args[0]) in self._held):
+        if tells_sizes(func) and not (args and self._values.is_held(args[0])):
             self.asks_for_sizes = True
         if is_structure(func):
             if args and id(args[0]) in self._valued and is_size(func):
@@ -428,7 +290,7 @@ class Recorder(TorchFunctionMode):
             with self._keep():
                 args, kwargs = self._edited(self._num_calls, args, kwargs)
                 op, target, given = named_call(func, args)
-                nodes, named = self._argument(tuple(given)), self._argument(dict(kwargs))
+                nodes, named = self._values.argument(tuple(given)), self._values.argument(dict(kwargs))
                 context = self._context()
                 output = func(*args, **kwargs)
             if not any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs, output))):
@@ -463,11 +325,11 @@ class Recorder(TorchFunctionMode):
         number = self._num_calls
         self._num_calls += 1
         node.meta["call"] = number
-        changed = [tensor for tensor, version in self._versions.values() if version_of(tensor) != version]
-        node.meta["writes"] = [self._nodes[id(tensor)] for tensor in changed]
+        changed = self._values.changed()
+        node.meta["writes"] = [self._values.node(tensor) for tensor in changed]
         for tensor in changed:
-            if id(tensor) in self._held and node.op != "call_module":
-                raise StoredError(f"the forward changes its buffer {name_of(self._held[id(tensor)])} in place")
+            if self._values.is_held(tensor) and node.op != "call_module":
+                raise StoredError(f"the forward changes its buffer {self._values.name_of_held(tensor)} in place")
         if self._edits.get(number):
             with self._keep():
                 for edit in self._edits[number]:
@@ -476,8 +338,8 @@ class Recorder(TorchFunctionMode):
         output = self._fresh(output, {id(tensor) for tensor in changed})
         for tensor in changed:
             if tensor is not output:
-                self._bind(tensor, self.graph.call_function(_after, (self._nodes[id(tensor)], node)))
-        self._bind(output, node)
+                self._values.bind(tensor, self.graph.call_function(_after, (self._values.node(tensor), node)))
+        self._values.bind(output, node)
         return output
 
     def _fresh(self, output: Any, changed: set[int]) -> Any:
@@ -487,7 +349,7 @@ class Recorder(TorchFunctionMode):
         """
 
         def new(tensor: Tensor) -> Tensor:
-            known = id(tensor) in self._nodes or id(tensor) in self._held
+            known = self._values.is_known(tensor)
             return tensor.view_as(tensor) if known and id(tensor) not in changed else tensor
 
         if isinstance(output, Tensor):
@@ -501,17 +363,9 @@ class Recorder(TorchFunctionMode):
 
     def end(self, output: Any) -> None:
         """Record the return value of the forward."""
-        self.graph.output(self._argument(output))
+        self.graph.output(self._values.argument(output))
         for node in reversed(list(self.graph.nodes)):
             # A checkpoint detaches its inputs, which has no effect here.
             does_nothing = "call" not in node.meta or getattr(node.target, "__name__", node.target) == "detach"
             if not node.users and does_nothing and node.op not in ("placeholder", "output"):
                 self.graph.erase_node(node)
-
-
-def _unflatten(leaves: list[Any], spec: Any) -> Any:
-    return tree_unflatten(leaves, spec)
-
-
-def _replaced(kind: Any, values: Mapping[str, Any]) -> Any:
-    return kind(**values)

@@ -18,7 +18,7 @@ from stochastic_depth.retrofit.code.reads import Reads, StateOfChildren
 from stochastic_depth.retrofit.rewriting.functional import FUNCTIONAL
 from stochastic_depth.retrofit.rewriting.gated_calls import in_training
 from stochastic_depth.retrofit.rewriting.sums import BranchParts, DropPaths, Identity, Key, Paths
-from stochastic_depth.retrofit.running.known_forms import MAX_FORMS, Form, KnownForms, Prepared
+from stochastic_depth.retrofit.running.known_forms import MAX_FORMS, MAX_SAMPLES, Form, KnownForms, Prepared
 
 CallForm = tuple[Any, ...]
 """The form of a call: structure, leaves, settings, and what the code reads elsewhere."""
@@ -120,7 +120,7 @@ class BlockBranches:
         """A form in which this block was called, if only with arguments of other sizes and if these do not matter."""
         own = self.own_forms.get(form)
         if own is None and self._own_forms_of_any_size:
-            own = self._own_forms_of_any_size.get(_of_any_size(form, leaves))
+            own = self._own_forms_of_any_size.get(self._of_any_size(form, leaves))
             if own is not None:
                 _remember(self.own_forms, form, own)
         return own
@@ -129,7 +129,7 @@ class BlockBranches:
         """Code that an equal block has prepared for this form of a call."""
         if self.fingerprint is None:
             self.fingerprint = self.make_fingerprint(block)
-        of_any_size = self.forms.prepared.get((self.fingerprint, _of_any_size(form, leaves)))
+        of_any_size = self.forms.prepared.get((self.fingerprint, self._of_any_size(form, leaves)))
         return of_any_size or self.forms.prepared.get((self.fingerprint, form))
 
     def add_form(self, form: CallForm, leaves: Sequence[Any], prepared: Prepared) -> Form:
@@ -138,10 +138,16 @@ class BlockBranches:
         prepared.num_blocks += 1
         _remember(self.own_forms, form, own)
         if prepared.is_of_any_size:
-            form = _of_any_size(form, leaves)
+            form = self._of_any_size(form, leaves)
             _remember(self._own_forms_of_any_size, form, own)
         self.forms.remember((self.fingerprint, form), prepared)
         return own
+
+    def _of_any_size(self, form: CallForm, leaves: Sequence[Any]) -> CallForm:
+        signature, of_leaves, *others = form
+        # A child may mix samples from some number of them on: it is proven with this number.
+        num_rows = MAX_SAMPLES if self.granularity == "sample" else 0
+        return signature, form_of_any_size(leaves, of_leaves, num_rows), *others
 
     def is_plain(self, block: nn.Module) -> bool:
         """Whether the block's own code is correct as it is: in evaluation without forced gates and without a factor."""
@@ -228,11 +234,6 @@ class BlockBranches:
                 "itself, and then they are dropped twice. Set its own rate to 0.",
                 stacklevel=2,
             )
-
-
-def _of_any_size(form: CallForm, leaves: Sequence[Any]) -> CallForm:
-    signature, of_leaves, *others = form
-    return signature, form_of_any_size(leaves, of_leaves), *others
 
 
 def _remember(forms: dict[CallForm, Form], form: CallForm, own: Form) -> None:

@@ -16,7 +16,7 @@ from stochastic_depth.retrofit.recording.run import Run, run_block
 from stochastic_depth.retrofit.rewriting.num_samples import generalize, skeleton
 from stochastic_depth.retrofit.running.arguments import MakesArguments, arguments_anew, behind_nodes
 from stochastic_depth.retrofit.running.block_branches import BlockBranches
-from stochastic_depth.retrofit.running.proof import MAX_SAMPLES
+from stochastic_depth.retrofit.running.known_forms import MAX_SAMPLES
 
 # Number of samples of a call that the proof runs on.
 _NUM_SAMPLES = 4

@@ -14,6 +14,8 @@ from stochastic_depth.retrofit.rewriting.sums import Key
 
 # Number of forms of a call that are kept.
 MAX_FORMS = 128
+# With how many samples, at most, it is proven what runs on some of them: what mixes samples may need many.
+MAX_SAMPLES = 64
 
 
 @dataclass

@@ -32,10 +32,6 @@ Pattern = Mapping[Key, "bool | Tensor | None"]
 """A gate for each branch: open or closed, (n,) one per sample, or None for evaluation."""
 
 
-MAX_SAMPLES = 64
-"""With how many samples, at most, it is proven what runs on some of them: what mixes samples may need many."""
-
-
 class FixedGates:
     """Replaces the draws of a model while rewritten code is compared with a block's own code."""
 

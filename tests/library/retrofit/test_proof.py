@@ -746,9 +746,17 @@ EQUAL = {
 @pytest.mark.parametrize("kind", list(EQUAL))
 def test_equal_numbers_and_masks_do_not_hide_that_samples_are_mixed(kind: str) -> None:
     net = OfSamplesNet(kind).double()
-    sd.make_stochastic_(net, sd.uniform(0.5), granularity="sample")
-    with pytest.raises(RuntimeError, match="its first dimension is not one of independent samples"):
-        net(data(5, 4), EQUAL[kind])
+    f = copy.deepcopy(net.block.f)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), granularity="sample", rescale="none")
+    gate = torch.tensor([False, True, False, True, False])
+    x = data(5, 4)
+    # Numbers and masks of samples that do not run count too: the branch is given all of them.
+    others = {"lengths": torch.tensor([9, 4, 4, 4, 4]), "positions": EQUAL["positions"].flip(1)}
+    for given in (EQUAL[kind], others.get(kind, EQUAL[kind] & (torch.arange(5) > 0)[:, None])):
+        plain = OfSamples(kind)
+        plain.f = f
+        with depth.gates([gate]):
+            assert_same(net(x, given), x + gate[:, None, None] * (plain(x, given) - x))
 
 
 @pytest.mark.parametrize("granularity", ["batch", "sample"])
