@@ -92,6 +92,7 @@ class Recorder(TorchFunctionMode):
         leaves: the tensors and objects among the arguments that the recording treats as arguments, in order.
         edits: calls to change, by their numbers.
         inlined: paths of the children whose own code is recorded as a part of the block's.
+        is_recording: whether the recording is used, not only the edits.
 
     Attributes:
         graph: see `Run.graph`.
@@ -103,8 +104,17 @@ class Recorder(TorchFunctionMode):
         called_objects: the arguments whose methods are single calls.
     """
 
-    def __init__(self, block: nn.Module, leaves: Sequence[Any], edits: Edits, inlined: Collection[str]) -> None:
+    def __init__(
+        self,
+        block: nn.Module,
+        leaves: Sequence[Any],
+        edits: Edits,
+        inlined: Collection[str],
+        *,
+        is_recording: bool = True,
+    ) -> None:
         super().__init__()
+        self._is_recording = is_recording
         self.changed_by_children: set[str] = set()
         self._block = block
         self._edits = edits
@@ -272,7 +282,8 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._inside:
             result = func(*args, **kwargs)
-            self._intermediates.note(result)
+            if self._is_recording:
+                self._intermediates.note(result)
             return result
         if name_of_function(func) in ORIGIN:
             raise TraceError(f"the forward reads where a tensor is stored ({name_of_function(func)})")

@@ -105,6 +105,6 @@ def run_with_edits(
         inlined: see `run_block`.
     """
     with scripted_children_called(block):
-        recorder = Recorder(block, leaves, edits, inlined)
+        recorder = Recorder(block, leaves, edits, inlined, is_recording=False)
         with recorder.watching(block), watched(recorder.called_objects, recorder):
             return forward(*args, **kwargs)
