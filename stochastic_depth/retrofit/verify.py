@@ -20,7 +20,7 @@ from stochastic_depth.retrofit.recording.maps import NotComputed
 from stochastic_depth.retrofit.recording.quiet import NOISY, without_noise
 from stochastic_depth.retrofit.recording.stand_in import uniform, untouched
 from stochastic_depth.retrofit.rewriting.sums import BranchParts
-from stochastic_depth.retrofit.running.comparison import deviation, tolerance
+from stochastic_depth.retrofit.running.comparison import dense, deviation, size_of, tolerance
 from stochastic_depth.tally import Tally
 from stochastic_depth.torch_private import tree_leaves
 
@@ -248,11 +248,11 @@ def _deviations(expected: _Outcome, actual: _Outcome, where: str) -> tuple[float
                 f"{difference:.2g} of its largest value."
             )
         of_outputs = max(of_outputs, difference)
-    scale = max((float(each.abs().max()) for each in expected.gradients.values() if each.numel()), default=0.0) or 1.0
+    scale = max((size_of(each) for each in expected.gradients.values()), default=0.0) or 1.0
     of_gradients = 0.0
     for name, a in expected.gradients.items():
         b = actual.gradients.get(name)
-        difference = float((a if b is None else a - b).abs().max()) / scale if a.numel() else 0.0
+        difference = size_of(dense(a) if b is None else dense(a) - dense(b)) / scale
         if difference > 10 * tolerance(a):
             raise RuntimeError(
                 f"The stochastic model differs from its own code under masks {where}: the gradient of {name} by "

@@ -50,9 +50,9 @@ def compare(expected: Outcome, actual: Outcome, name: str, *, zero_gradients: bo
         return  # The block's own code has no backward.
     if actual[1] is None:
         raise ProofError(f"{name} its backward fails")
-    largest = max((float(a.abs().max()) for a in expected[1] if a is not None and a.numel()), default=0.0)
+    largest = max((size_of(a) for a in expected[1] if a is not None), default=0.0)
     for a, b in zip(expected[1], actual[1], strict=True):
-        if a is None or (b is None and not zero_gradients and not a.any()):
+        if a is None or (b is None and not zero_gradients and not size_of(a)):
             continue
         if b is None:
             raise ProofError(f"{name} a gradient is missing")
@@ -81,13 +81,21 @@ def deviation(expected: Tensor, actual: Tensor, *, at_least: float = 0.0) -> flo
     if not expected.numel():
         return 0.0
     kind = torch.float64 if not expected.is_complex() else torch.complex128
-    if expected.is_sparse:
-        expected, actual = expected.to_dense(), actual.to_dense()
-    a, b = expected.to(kind), actual.to(kind)
+    a, b = dense(expected).to(kind), dense(actual).to(kind)
     same = (a == b) | (a.isnan() & b.isnan())
     difference = torch.where(same, torch.zeros_like(a), a - b).abs().nan_to_num(nan=float("inf")).max()
     scale = max(float(a.abs().nan_to_num(nan=0.0, posinf=0.0).max()), at_least)
     return float(difference) / scale if scale > 0 else float(difference)
+
+
+def size_of(tensor: Tensor) -> float:
+    """Its largest absolute value."""
+    return float(dense(tensor).abs().max()) if tensor.numel() else 0.0
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """A tensor as it is or, if it is sparse, such as the gradient of a sparse embedding, a dense one."""
+    return tensor if tensor.layout is torch.strided else tensor.to_dense()
 
 
 def tolerance(tensor: Tensor) -> float:

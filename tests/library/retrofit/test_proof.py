@@ -1251,3 +1251,36 @@ def test_sparse_buffers_are_no_obstacle() -> None:
     depth = sd.make_stochastic_(net, sd.uniform(0.5))
     assert depth.verify(data(4))
     assert depth.cost(data(4)).flops_share < 1
+
+
+class SparseEmbedding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.f = nn.Embedding(10, D, sparse=True), linear()
+
+    def forward(self, x: Tensor, words: Tensor) -> Tensor:
+        return x + self.f(x) * self.embedding(words)
+
+
+class Embedded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = SparseEmbedding()
+
+    def forward(self, x: Tensor, words: Tensor) -> Tensor:
+        return self.block(x, words)
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+def test_sparse_gradients_are_compared(granularity: Any) -> None:
+    net = Embedded().double()
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), granularity=granularity, rescale="none")
+    x, words = data(4), torch.tensor([3, 1, 3, 7])
+    with depth.gates([True]):
+        net(x, words).sum().backward()
+    gradient = net.block.embedding.weight.grad
+    assert gradient is not None
+    assert gradient.is_sparse
+    expected = torch.zeros(10, D, dtype=torch.float64).index_add(0, words, net.block.f(x).detach())
+    assert_same(gradient.to_dense(), expected)
+    depth.verify(x, words)
