@@ -27,6 +27,8 @@ from stochastic_depth.torch_private import tree_map_only
 
 # What layers call their hidden states, also where these are not their first argument.
 _HIDDEN = ("hidden_states", "x")
+# Number of sizes of a form that are kept.
+_MAX_SIZES = 2**14
 
 
 @dataclass(eq=False)
@@ -42,11 +44,11 @@ class GatedLayer(GatedBranch):
         default_factory=dict[Any, "list[tuple[Recording | None, Any]]"], init=False, repr=False
     )
     _names: dict[Any, tuple[str, ...]] = field(default_factory=dict[Any, "tuple[str, ...]"], init=False, repr=False)
-    # The forms of calls in which the layer keeps samples apart.
-    _separate: set[Any] = field(default_factory=set[Any], init=False, repr=False)
+    # By form of call without sizes: the sizes with which the layer keeps samples apart, or with which it was not tried.
+    _separate: dict[Any, set[Any]] = field(default_factory=dict[Any, "set[Any]"], init=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_structures": {}, "_names": {}, "_separate": set()}
+        return {**self.__dict__, "_structures": {}, "_names": {}, "_separate": {}}
 
     @eager
     def hidden_of(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -68,6 +70,8 @@ class GatedLayer(GatedBranch):
     ) -> None:
         """Compare a run of the layer on some of its samples with one on all, once for each form of call.
 
+        Of other sizes than the number of samples, such as lengths of texts, it tries the first, second, fourth, ….
+
         Args:
             layer: the layer; a copy of it runs, without noise.
             plain: its forward, of the layer and its leaves.
@@ -79,8 +83,13 @@ class GatedLayer(GatedBranch):
         """
         num_samples = next(leaf.shape[0] for leaf, samples in zip(leaves, of_batch, strict=True) if samples)
         num = min(num_samples, MAX_SAMPLES)
-        form = (layer.training, num, *(leaf.shape[1:] if isinstance(leaf, Tensor) else None for leaf in leaves))
-        if form in self._separate or num < 2:
+        form = (layer.training, num, *(leaf.dim() if isinstance(leaf, Tensor) else None for leaf in leaves))
+        sizes = tuple(leaf.shape[1:] for leaf in leaves if isinstance(leaf, Tensor))
+        known = self._separate.setdefault(form, set())
+        if num < 2 or sizes in known or len(known) >= _MAX_SIZES:
+            return
+        if len(known) & (len(known) + 1):
+            known.add(sizes)
             return
         with private(), torch.no_grad(), self.passes.dry_run():
             copy = plain_copy(layer, Tensor.detach, Tensor.clone)
@@ -100,7 +109,7 @@ class GatedLayer(GatedBranch):
                 f"The layer {self.passes.names[self.index]} mixes samples: on some of them it differs by "
                 f"{difference:.2g} of its largest value. Use granularity='batch'."
             )
-        self._separate.add(form)
+        known.add(sizes)
 
     @eager
     def structure(self, layer: nn.Module, signature: Any, leaves: Sequence[Any]) -> Any:

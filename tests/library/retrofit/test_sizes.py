@@ -258,3 +258,28 @@ def test_a_scripted_child_is_skipped(granularity: str) -> None:
     assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
     assert all(each.grad is not None and not each.grad.any() for each in net[1].parameters())
     depth.verify(x)
+
+
+class Counting(nn.Module):
+    """A layer that counts its runs."""
+
+    runs = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        Counting.runs += 1
+        return x + self.f(x)
+
+
+def test_a_layer_is_not_tried_with_every_length() -> None:
+    net = nn.Sequential(Counting()).double()
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), layers=["0"], granularity="sample")
+    Counting.runs = 0
+    with depth.gates([torch.tensor([True, False, True])]):
+        for length in range(1, 33):
+            net(data(3, length))
+    # 32 calls, and two runs each with the lengths 1, 2, 4, 8, 16 and 32; one more finds what the layer returns.
+    assert Counting.runs - 32 <= 2 * 6 + 1
