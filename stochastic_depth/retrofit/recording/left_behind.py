@@ -33,12 +33,13 @@ class Intermediates:
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 self._values.append(weakref.ref(value))
 
-    def are_left(self, output: Any, block: nn.Module, objects: Iterable[Any]) -> bool:
+    def are_left(self, given: Any, output: Any, block: nn.Module, objects: Iterable[Any]) -> bool:
         """Whether anything but the output holds one of them after the call.
 
-        What is stored on the block's own modules is noticed elsewhere.
+        What is stored on the block's own modules, or in a list that the block is given, is noticed elsewhere.
 
         Args:
+            given: the arguments of the call; in their lists, the block itself finds values that it uses.
             output: what the call has returned.
             block: the block that made the call.
             objects: arguments whose methods are called, such as a cache, which may hold more than single numbers.
@@ -47,7 +48,7 @@ class Intermediates:
             return False
         outputs = [tensor for _, tensor in tensors_in(output, _MAX_DEPTH)]
         outputs += [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-        known = {id(tensor) for tensor in outputs}
+        known = {id(leaf) for leaf in (*outputs, *tree_leaves(given))}
         known |= {id(tensor._base) for tensor in outputs}  # pyright: ignore[reportPrivateUsage]
         known |= {id(value) for module in block.modules() for value in module.__dict__.values()}
         cached = {id(tensor) for each in objects for _, tensor in tensors_in(each, _MAX_DEPTH) if tensor.dim()}

@@ -217,7 +217,7 @@ class Recorder(TorchFunctionMode):
         return args, kwargs
 
     def _leaving(self, path: str) -> Callable[..., Any]:
-        def leave(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
+        def leave(_module: nn.Module, given: Any, named: Any, output: Any) -> Any:
             if self._inside > 1:
                 self._inside -= 1
                 return None
@@ -236,7 +236,7 @@ class Recorder(TorchFunctionMode):
             self.changed_by_children.update(changed)
             if computed := [name for name in sorted(changed) if _is_computed(self._block, name, after[name])]:
                 node.meta["stores"] = computed[0]
-            elif self._intermediates.are_left(output, self._block, self.called_objects):
+            elif self._intermediates.are_left((given, named), output, self._block, self.called_objects):
                 node.meta["stores"] = "a value that it computes"
             self._kept.close()
             output = self._result(node, output)

@@ -36,8 +36,10 @@ def arguments_anew(
         made: dict[int, Any] = {}  # What is given twice is one object.
         for index, leaf in enumerate(leaves):
             if id(leaf) not in made:
-                is_tensor = isinstance(leaf, Tensor)
-                made[id(leaf)] = sample_leaf(leaf, rows.get(index)) if is_tensor else copy_of_object(leaf)
+                some = rows.get(index)
+                if some is not None:
+                    some = some % len(leaf)  # They may be of an earlier call that had more.
+                made[id(leaf)] = sample_leaf(leaf, some) if isinstance(leaf, Tensor) else copy_of_object(leaf)
         own = [made[id(leaf)] for leaf in leaves]
         for value, leaf in zip(own, leaves, strict=True):
             if type(leaf) in called:

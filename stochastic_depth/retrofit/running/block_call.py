@@ -76,10 +76,6 @@ class BlockCall:
 
         return call if with_gradients else anew
 
-    def rows_now(self, rows: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """Rows of the arguments of an earlier call that may have had more, as rows of these."""
-        return {index: each % len(self.leaves[index]) for index, each in rows.items()}
-
     def record(self, trial: nn.Module, rows: Mapping[int, Tensor]) -> Run:
         """Record the call on a stand-in of the block, with copies of the arguments or of some of their rows."""
         args, kwargs, own = behind_nodes(self.copied(rows))

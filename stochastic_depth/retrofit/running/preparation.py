@@ -140,7 +140,6 @@ def check_again(call: BlockCall, prepared: Prepared) -> None:
     if prepared.recorded is None:
         return
     before, rows = prepared.recorded
-    rows = call.rows_now(rows)
 
     def now(rows: Mapping[int, Tensor] = rows) -> Any:
         try:
@@ -175,7 +174,6 @@ def _mixing_now(call: BlockCall, prepared: Prepared) -> ProofError | None:
         return None
     branches, block = call.branches, call.block
     num, rows = prepared.of_subset
-    rows = call.rows_now(rows)
     trial = stand_in(block, branches.inlined, own_values=True)  # Those that training has led to.
     own, fixed = _with_fixed_gates(branches, trial)
     copied = call.copied(rows)

@@ -198,3 +198,32 @@ def test_a_child_that_keeps_a_state_is_refused_for_that() -> None:
     sd.make_stochastic_(net, sd.uniform(0.5))
     with pytest.raises(RuntimeError, match="its own code gives something else in each run, so it keeps a state"):
         net(data(4))
+
+
+class Appending(nn.Module):
+    """Appends what it computes to a list that it is given, as timm's VoVNet does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = linear()
+
+    def forward(self, x: Tensor, seen: list[Tensor]) -> Tensor:
+        seen.append(self.f(x))
+        return torch.stack(seen).sum(0)
+
+
+class AroundAppending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Appending()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x, [x.tanh()])
+
+
+def test_a_list_that_the_block_makes_is_no_place_outside() -> None:
+    net = nn.Sequential(AroundAppending()).double()
+    depth = sd.make_stochastic_(net, sd.uniform(0.5))
+    net(data(4))
+    assert depth.masked == []
+    depth.verify(data(4))
