@@ -81,6 +81,14 @@ def version_of(tensor: Tensor) -> int:
     return tensor._version
 
 
+def base_of(tensor: Tensor) -> Tensor | None:
+    """The tensor that a view is of; None for other tensors.
+
+    Without it, the base of a view that a child returns would look like a value that the child leaves behind.
+    """
+    return tensor._base
+
+
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """`function.apply` without binding the arguments to their names.
 

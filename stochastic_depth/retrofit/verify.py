@@ -1,6 +1,5 @@
 """Proves that a model's branches are gated correctly: runs an example and compares with the model's own code."""
 
-# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence

@@ -78,7 +78,7 @@ class _Config:
 
 
 @dataclass(frozen=True)
-class _Branches:
+class _BranchesFile:
     names: Annotated[tuple[str, ...], Field(min_length=1)]
     survival_probs: tuple[Annotated[float, Field(ge=0, le=1)], ...]
     expected_depth: Number
@@ -211,7 +211,7 @@ def read_run(folder: Path) -> Run:
     if not (folder / "config.json").is_file():
         raise ReportError(f"{folder} is not a run folder: it has no config.json.")
     config = read_file(_Config, folder / "config.json")
-    branches = read_file(_Branches, folder / "branches.json")
+    branches = read_file(_BranchesFile, folder / "branches.json")
     num_branches = len(branches.names)
     if len(branches.survival_probs) != num_branches:
         count = len(branches.survival_probs)

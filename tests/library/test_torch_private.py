@@ -116,6 +116,12 @@ def test_version_of() -> None:
     assert private.version_of(x) == 1, "a change through a view counts"
 
 
+def test_base_of() -> None:
+    x = torch.zeros(3)
+    assert private.base_of(x) is None
+    assert private.base_of(x[:2].view(2, 1)) is x
+
+
 class Double(torch.autograd.Function):
     generate_vmap_rule = True
 

@@ -1,6 +1,5 @@
 """Side effects of a block's code: on attributes, arguments, globals and random states."""
 
-# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import enum

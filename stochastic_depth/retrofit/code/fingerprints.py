@@ -1,6 +1,5 @@
 """Fingerprints of blocks: those with the same code and configuration share what was recorded and proven."""
 
-# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 from collections.abc import Collection

@@ -1,6 +1,5 @@
 """The form of a block's call: everything that may decide which path its code takes. Calls of one form do the same."""
 
-# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import enum

@@ -1,6 +1,5 @@
 """A block's own code, from its class or set on the block, bound to what stands in for it."""
 
-# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import functools

@@ -4,7 +4,6 @@ Values are found by name: everything reachable whose name appears in the code of
 methods that this code calls.
 """
 
-# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import builtins

@@ -139,14 +139,14 @@ def _place_in(model: nn.Module, branches: Sequence[Branch]) -> Callable[[Branch]
     around = {branch.block_name for branch in branches if branch.ends_in is not None}
     around |= {name for name in names if any(other.startswith(f"{name}." if name else "") for other in names - {name})}
 
-    def place(branch: Branch) -> int:
+    def place_of(branch: Branch) -> int:
         is_sum = branch.ends_in is None and branch.named is branch.module
         if is_sum and branch.block_name in around and isinstance(branch.parts, BranchParts):
             inside = [branch.named.get_submodule(path) for path in branch.parts.paths.members]
             return min([order[module] for module in inside], default=order[branch.named])
         return order[branch.ends_in or branch.named]
 
-    return place
+    return place_of
 
 
 def _nothing_found(model: nn.Module, found: Found, *, with_schedule: bool) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.retrofit.code.held import tensors_in
-from stochastic_depth.torch_private import tree_leaves
+from stochastic_depth.torch_private import base_of, tree_leaves
 
 # How deep a child's output and the objects it is given are searched.
 _MAX_DEPTH = 5
@@ -49,7 +49,7 @@ class Intermediates:
         outputs = [tensor for _, tensor in tensors_in(output, _MAX_DEPTH)]
         outputs += [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         known = {id(leaf) for leaf in (*outputs, *tree_leaves(given))}
-        known |= {id(tensor._base) for tensor in outputs}  # pyright: ignore[reportPrivateUsage]
+        known |= {id(base_of(tensor)) for tensor in outputs}
         known |= {id(value) for module in block.modules() for value in module.__dict__.values()}
         cached = {id(tensor) for each in objects for _, tensor in tensors_in(each, _MAX_DEPTH) if tensor.dim()}
         if not self._held(known | cached):

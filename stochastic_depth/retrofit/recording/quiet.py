@@ -1,6 +1,5 @@
 """Runs code without noise: dropout and drop paths keep everything, BatchNorm keeps its statistics."""
 
-# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import inspect
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from stochastic_depth.random_states import same_random_states
+from stochastic_depth.torch_private import BatchNorm
 
 # The argument of each function for its drop rate, or its switch.
 _OFF: dict[str, dict[str, Any]] = {
@@ -204,7 +204,7 @@ def quiet() -> Generator[None]:
         yield
 
 
-NOISY = (nn.modules.batchnorm._BatchNorm, torch.jit.ScriptModule)
+NOISY = (BatchNorm, torch.jit.ScriptModule)
 """Modules whose noise is not that of functions: statistics of the batch, and whatever scripted code does in C++."""
 
 

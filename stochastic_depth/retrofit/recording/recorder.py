@@ -1,6 +1,5 @@
 """What notes the calls of a block's own code as it runs, and to which values they belong."""
 
-# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Sequence

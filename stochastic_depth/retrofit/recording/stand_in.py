@@ -5,7 +5,6 @@ left out, and parameters are either the block's own or random. Random ones are b
 that contributes nothing at initialization (a LayerScale of zero) would hide differences.
 """
 
-# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import copy

@@ -1,6 +1,5 @@
 """Symbols that a block's code sees instead of tensors and sizes while it is traced."""
 
-# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import builtins

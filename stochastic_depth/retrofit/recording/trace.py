@@ -7,7 +7,6 @@ recording is valid for all batch sizes and resolutions, unless the control flow 
 becomes a condition for using the recording again.
 """
 
-# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import functools

@@ -51,7 +51,7 @@ class Sum:
 
 
 @dataclass(frozen=True)
-class Branch:
+class CutBranch:
     """The part of a recording that belongs only to a branch.
 
     Attributes:
@@ -103,7 +103,7 @@ def _addition(drop_path: fx.Node, block: nn.Module) -> Sum:
         output = user
 
 
-def cut(residual: Sum, block: nn.Module) -> Branch:
+def cut(residual: Sum, block: nn.Module) -> CutBranch:
     """The nodes that belong only to the branch of a residual addition.
 
     Raises:
@@ -118,7 +118,7 @@ def cut(residual: Sum, block: nn.Module) -> Branch:
         return _cut(residual, block, ("",))
 
 
-def _cut(residual: Sum, block: nn.Module, names: Sequence[str]) -> Branch:
+def _cut(residual: Sum, block: nn.Module, names: Sequence[str]) -> CutBranch:
     """The branch, where children of classes with these names may give more than its output."""
     kept: set[fx.Node] = set() if residual.shortcut is None else ancestors(residual.shortcut)
     nodes = ancestors(residual.output) - kept
@@ -154,7 +154,7 @@ def _cut(residual: Sum, block: nn.Module, names: Sequence[str]) -> Branch:
             raise CutError(f"{describe(node)} changes the input of the branch in place before the sum")
     if not any(computes(node, block) for node in ordered):
         raise CutError("everything that the branch computes is used outside it too")
-    return Branch(ordered, tuple(inputs), tuple(side for side in sides if side.args[0] in nodes))
+    return CutBranch(ordered, tuple(inputs), tuple(side for side in sides if side.args[0] in nodes))
 
 
 def _leave_containers(nodes: set[fx.Node]) -> None:

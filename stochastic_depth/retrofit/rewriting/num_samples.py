@@ -1,6 +1,5 @@
 """Generalizes a recording to any number of samples, by comparison with a recording of another number."""
 
-# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import operator

@@ -1,6 +1,5 @@
 """Rewrites the recording of a block: every gated branch goes behind its gate; the rest stays the same."""
 
-# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import operator
@@ -15,7 +14,7 @@ from stochastic_depth.retrofit.recording.checkpoints import put_in_checkpoints
 from stochastic_depth.retrofit.recording.edits import Edit, Edits
 from stochastic_depth.retrofit.recording.layouts import in_order
 from stochastic_depth.retrofit.recording.sizes import is_size
-from stochastic_depth.retrofit.rewriting.cuts import Branch, Sum, cut
+from stochastic_depth.retrofit.rewriting.cuts import CutBranch, Sum, cut
 from stochastic_depth.retrofit.rewriting.functional import FUNCTIONAL, FunctionalDropPath, put_functional
 from stochastic_depth.retrofit.rewriting.gated_calls import (
     BlockGates,
@@ -261,7 +260,7 @@ def _gate(residual: Sum, key: Key, block: nn.Module, gates: BlockGates, granular
     return result
 
 
-def _check_samples(branch: Branch, shortcut: fx.Node) -> None:
+def _check_samples(branch: CutBranch, shortcut: fx.Node) -> None:
     """Refuse a branch that cannot run on some of the samples.
 
     Raises:
@@ -284,7 +283,7 @@ def _check_samples(branch: Branch, shortcut: fx.Node) -> None:
             )
 
 
-def _with_items(branch: Branch) -> tuple[Branch, dict[fx.Node, Any]]:
+def _with_items(branch: CutBranch) -> tuple[CutBranch, dict[fx.Node, Any]]:
     """The branch with the items of tuples and lists as inputs of their own, and the items of each of these."""
     inputs: list[fx.Node] = []
     containers: dict[fx.Node, Any] = {}
@@ -303,7 +302,7 @@ def _with_items(branch: Branch) -> tuple[Branch, dict[fx.Node, Any]]:
     return replace(branch, inputs=tuple(inputs)), containers
 
 
-def _branch_graph(branch: Branch, residual: Sum, containers: Mapping[fx.Node, Any]) -> fx.Graph:
+def _branch_graph(branch: CutBranch, residual: Sum, containers: Mapping[fx.Node, Any]) -> fx.Graph:
     graph = fx.Graph()
     copies: dict[fx.Node, Any] = {}
     for index, node in enumerate(branch.inputs):

@@ -1,6 +1,5 @@
 """The branches in a recording of a block: their sums, identities and parameters."""
 
-# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import itertools
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple, cast
 from torch import fx, nn
 
 from stochastic_depth.retrofit.errors import CutError
-from stochastic_depth.retrofit.rewriting.cuts import Branch, Sum, cut, drop_path_sum
+from stochastic_depth.retrofit.rewriting.cuts import CutBranch, Sum, cut, drop_path_sum
 from stochastic_depth.retrofit.rewriting.functional import FUNCTIONAL, functional_drop_path
 from stochastic_depth.retrofit.rewriting.plain_forms import (
     move_behind_what_commutes,
@@ -218,7 +217,7 @@ class Paths(NamedTuple):
     direct: tuple[str, ...]
 
 
-def paths_of(branches: Mapping[Key, Branch]) -> dict[Key, Paths]:
+def paths_of(branches: Mapping[Key, CutBranch]) -> dict[Key, Paths]:
     """Paths of the parameters of each branch of a recording. A child that several branches call is part of each."""
     if not branches:
         return {}
@@ -228,7 +227,7 @@ def paths_of(branches: Mapping[Key, Branch]) -> dict[Key, Paths]:
     return {key: _paths(branch, outside) for key, branch in branches.items()}
 
 
-def _paths(branch: Branch, outside: Collection[Any]) -> Paths:
+def _paths(branch: CutBranch, outside: Collection[Any]) -> Paths:
     members = [cast(str, n.target) for n in branch.nodes if n.op == "call_module" and n.target not in outside]
     direct = [cast(str, node.target) for node in branch.nodes if node.op == "get_attr"]
     return Paths(tuple(dict.fromkeys(members)), tuple(dict.fromkeys(direct)))

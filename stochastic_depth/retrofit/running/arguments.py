@@ -70,18 +70,18 @@ def replaced(args: Any, kwargs: Any, leaves: Sequence[Any], given: Sequence[Any]
     """The arguments with the opaque ones replaced by other tensors."""
     new = {id(leaf): value for leaf, value in zip(leaves, given, strict=True)}
 
-    def put(value: Any) -> Any:
+    def with_new(value: Any) -> Any:
         if id(value) in new:
             return new[id(value)]
         if type(value) in (tuple, list):
-            return type(value)(put(item) for item in value)
+            return type(value)(with_new(item) for item in value)
         if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return cast(Any, type(value))(*[put(item) for item in cast("tuple[Any, ...]", value)])
+            return cast(Any, type(value))(*[with_new(item) for item in cast("tuple[Any, ...]", value)])
         if type(value) is dict:
-            return {key: put(item) for key, item in cast("dict[Any, Any]", value).items()}
+            return {key: with_new(item) for key, item in cast("dict[Any, Any]", value).items()}
         return value
 
-    return put(tuple(args)), put(dict(kwargs))
+    return with_new(tuple(args)), with_new(dict(kwargs))
 
 
 def copy_of_object(leaf: Any) -> Any:
