@@ -759,3 +759,49 @@ def test_what_a_branch_may_be_given_has_its_factor_too(*, called_with_it: bool) 
         sd.fold_(net)
     for y, given in zip(expected, ((x,), (x, control)), strict=True):
         torch.testing.assert_close(net(*given), x + 0.5 * y)
+
+
+class Modulation(nn.Module):
+    """Gives a shift, a scale and a gate: parts of one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(6, 18)
+
+    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
+        return self.f(condition.tanh()).chunk(3, -1)
+
+
+class Modulated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.modulation, self.norm, self.f = Modulation(), nn.LayerNorm(6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale, gate = self.modulation(condition)
+        return x + gate * self.f(self.norm(x) * (1 + scale) + shift)
+
+
+class ModulatedNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Modulated() for _ in range(2))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, condition)
+        return x
+
+
+def test_a_factor_does_not_go_into_one_of_several_parts() -> None:
+    torch.manual_seed(0)
+    net = ModulatedNet().double()
+    sd.make_stochastic_(net, sd.uniform(0.5))
+    x, condition = torch.randn(2, 3, 6, dtype=torch.float64)
+    net(x, condition)
+    net.eval()
+    expected = net(x, condition)
+    modulation = net.blocks[0].modulation.f.weight.clone()  # pyright: ignore
+    sd.fold_(net)
+    torch.testing.assert_close(net(x, condition), expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(net.blocks[0].modulation.f.weight, modulation)  # pyright: ignore
