@@ -1,8 +1,8 @@
-"""Training steps of models whose inputs have other sizes in each step: graphs, and texts without padding.
+"""Training steps of models whose inputs have new sizes in each step: graphs, and texts without padding.
 
     python benchmarks/new_sizes.py [--rounds 30]
 
-Code that asks for no size is recorded once for all sizes. The last row is of a block that asks for one, and is recorded
+Code that reads no sizes is recorded once for all sizes. The last row is of a block that reads one, and is recorded
 again in each step.
 """
 
@@ -126,7 +126,7 @@ def main() -> None:
             rows.append([name, granularity, *milliseconds, f"{of_means:.2f}", f"{median:.2f}"])
     write_table(
         "new_sizes",
-        "Training steps with other sizes in each step, survival probability 0.5",
+        "Training steps with new sizes in each step, survival probability 0.5",
         ["model", "granularity", "plain, ms", "stochastic, ms", "ratio of means", "median ratio"],
         rows,
         f"Process time; n = {args.rounds} interleaved rounds, each step with new sizes, the same for both.",
