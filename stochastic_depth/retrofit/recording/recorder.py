@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
@@ -12,11 +12,14 @@ from torch.overrides import TorchFunctionMode
 
 from stochastic_depth.retrofit.code.called import Called, method_of
 from stochastic_depth.retrofit.code.effects import (
+    CONSTANTS,
+    containers_in,
     contents_of,
     differ,
     generators_of,
     is_same,
     outside,
+    parts_of,
 )
 from stochastic_depth.retrofit.code.forms import is_plain
 from stochastic_depth.retrofit.code.reads import reads_of
@@ -66,6 +69,17 @@ def _is_computed(block: nn.Module, path: str, value: Any) -> bool:
     return any(isinstance(leaf, Tensor) and leaf.grad_fn is not None for leaf in tree_leaves(value))
 
 
+def _may_hold_numbers(value: Any, depth: int = 5) -> bool:
+    """Whether a value is or holds a number, as far as can be seen."""
+    if value is None or isinstance(value, Tensor):
+        return False
+    if isinstance(value, (*CONSTANTS, torch.Size)) or not depth:
+        return True
+    parts = [part for _, part in parts_of(value)]
+    is_transparent = bool(parts) or isinstance(value, (tuple, list, Mapping))
+    return not is_transparent or any(_may_hold_numbers(part, depth - 1) for part in parts)
+
+
 def _after(value: Any, _change: Any) -> Any:
     """A value after an in-place change."""
     return value
@@ -98,7 +112,7 @@ class Recorder(TorchFunctionMode):
         called: paths of the children, parameters and buffers that were used.
         changed_by_children: attributes of the block and its children that calls of children have changed.
         constants: tensors that existed before and that other objects hold.
-        asks_for_sizes: whether the code asked for the size of a value.
+        asks_for_sizes: whether the code asked for the size of a value, or a child may have told it one.
         arguments: the arguments that are structures or objects.
         called_objects: the arguments whose methods are single calls.
     """
@@ -233,6 +247,9 @@ class Recorder(TorchFunctionMode):
                 if is_plain(after.get(name)) and name.rpartition(".")[2] in self._reads.names:
                     raise TraceError(f"it reads {name}, which {path} sets")
             self.changed_by_children.update(changed)
+            # A child may tell the block a size, in its output or in a list that it is given.
+            is_told = _may_hold_numbers(output) or any(True for _ in containers_in((*given, *named.values())))
+            self.asks_for_sizes |= bool(changed) or is_told
             if computed := [name for name in sorted(changed) if _is_computed(self._block, name, after[name])]:
                 node.meta["stores"] = computed[0]
             elif self._intermediates.are_left((given, named), output, self._block, self.called_objects):

@@ -31,11 +31,16 @@ class Scripted(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the scripted module."""
-        scripted = self.__dict__["_scripted"].train(self.training and not self.__dict__["_quiet"])
+        scripted: torch.jit.ScriptModule = self.__dict__["_scripted"]
+        if not self.__dict__["_quiet"]:
+            return scripted(*args, **kwargs)
+        modes = [(module, module.training) for module in scripted.modules()]
+        scripted.eval()
         try:
             return scripted(*args, **kwargs)
         finally:
-            scripted.train(self.training)
+            for module, training in modes:  # A part of it may be frozen.
+                module.training = training
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_scripted"], name)

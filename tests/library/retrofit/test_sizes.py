@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -283,3 +284,72 @@ def test_a_layer_is_not_tried_with_every_length() -> None:
             net(data(3, length))
     # 32 calls, and two runs each with the lengths 1, 2, 4, 8, 16 and 32; one more finds what the layer returns.
     assert Counting.runs - 32 <= 2 * 6 + 1
+
+
+_told = {"tokens": 0}
+
+
+class Telling(nn.Module):
+    """A child that tells the block the number of tokens."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        self.f, self.place, self.told = linear(), place, SimpleNamespace(tokens=0)
+
+    def forward(self, x: Tensor, info: dict[str, int] | None = None) -> tuple[Tensor, int | None]:
+        tokens = x.shape[1]
+        if info is not None:
+            info["tokens"] = tokens
+        if self.place == "global":
+            _told["tokens"] = tokens
+        self.told.tokens = tokens if self.place == "object" else 0
+        return self.f(x), tokens if self.place == "output" else None
+
+
+class Told(nn.Module):
+    """A block that divides by the number of tokens, for which it does not ask itself."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        self.child, self.g, self.place, self.told = Telling(place), linear(), place, SimpleNamespace(tokens=0)
+        self.child.told = self.told
+
+    def forward(self, x: Tensor) -> Tensor:
+        info: dict[str, int] = {}
+        h, tokens = self.child(x, info) if self.place == "dict" else self.child(x)
+        if self.place == "dict":
+            tokens = info["tokens"]
+        elif self.place == "global":
+            tokens = _told["tokens"]
+        elif self.place == "object":
+            tokens = self.told.tokens
+        return x + self.g(h) / tokens
+
+
+@pytest.mark.parametrize("place", ["output", "dict"])
+def test_a_size_that_a_child_tells_is_that_of_the_call(place: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(Told(place)).double()
+    plain = copy.deepcopy(net)[0]
+    assert isinstance(plain, Told)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), rescale="none", inputs=[data(3, 4)])
+    for tokens in (4, 4, 7, 3, 9, 4, 6, 5, 8):
+        x = data(3, tokens)
+        with depth.gates([True]):
+            assert_same(net(x), x + plain.g(plain.child.f(x)) / tokens)
+
+
+@pytest.mark.parametrize("place", ["global", "object"])
+def test_a_size_that_a_child_tells_by_way_of_others_is_refused(place: str) -> None:
+    net = nn.Sequential(Told(place)).double()
+    with pytest.raises(ValueError, match="not looked into, the forward changes"):
+        sd.make_stochastic_(net, sd.uniform(0.5), inputs=[data(3, 4)])
+
+
+def test_modes_of_the_parts_of_a_scripted_child_stay() -> None:
+    net = nn.Sequential(AroundScripted()).double()
+    net[0].inner.norm.eval()
+    depth = sd.make_stochastic_(net, sd.uniform(0.5))
+    net(data(4))
+    depth.verify(data(4))
+    assert [module.training for module in net[0].inner.modules()] == [True, True, False, True]
