@@ -117,10 +117,13 @@ class Check:
             )
 
     def forget_blocks(self) -> None:
-        """From now on, compare only the outputs, not the blocks' outputs or lists with an entry per block."""
+        """From now on, compare only the outputs, without what has an entry or a term for each block.
+
+        These are lists, and the losses of routers.
+        """
         self._branch_of = {}
         self._examples = [
-            (call, {key: sample for key, sample in before.items() if not key[0] and key[1].count(".") < 2})
+            (call, {key: sample for key, sample in before.items() if not key[0] and not _is_of_blocks(key[1])})
             for call, before in self._examples
         ]
 
@@ -206,6 +209,10 @@ class Check:
 
 
 _WAY_OUT = "The model is as it was. Evaluate it as it is, or write the sum as Residual(branch, shortcut)."
+
+
+def _is_of_blocks(path: str) -> bool:
+    return path.count(".") > 1 or path.endswith("loss")
 
 
 def _is_inside_another(branch: BranchWithGate, branches: Sequence[BranchWithGate]) -> bool:

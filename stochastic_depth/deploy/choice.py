@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from stochastic_depth.cost import all_gates_open, observed, undisturbed
 from stochastic_depth.deploy.batches import arguments_of
 from stochastic_depth.deploy.branches import BranchWithGate
 from stochastic_depth.gate_draws import GateDraws, Observer
+from stochastic_depth.retrofit.layers import with_first
 from stochastic_depth.retrofit.remembered import Call
 from stochastic_depth.torch_private import tree_leaves
 
@@ -85,8 +86,8 @@ def dropping(branches: Sequence[BranchWithGate], dropped: Collection[int]) -> Ob
         if branches[index].found.kind != "layer":
             return torch.zeros_like(output)
         # A copy: later code may change it in place.
-        hidden = next(leaf for leaf in cast("list[Any]", x) if isinstance(leaf, Tensor)).clone()
-        return type(output)([hidden, *output[1:]]) if isinstance(output, (tuple, list)) else hidden
+        hidden = x[0].clone()
+        return with_first(output, hidden)
 
     return run
 

@@ -18,6 +18,7 @@ from stochastic_depth.deploy.undo import without_traces
 from stochastic_depth.residual import Residual, outside_graph
 from stochastic_depth.retrofit.code.signatures import PLAIN_TYPES, flatten, remember
 from stochastic_depth.retrofit.errors import CutError, TraceError
+from stochastic_depth.retrofit.layers import hidden_states_of, with_first
 from stochastic_depth.retrofit.rewriting.sums import Key
 from stochastic_depth.torch_private import tree_leaves
 
@@ -83,13 +84,14 @@ class ScaledLayer(nn.Module):
     branch_factor: float
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The layer's output, its first value scaled relative to the hidden states, the first tensor argument."""
-        # A copy, because the layer may add to its input in place.
-        hidden = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).clone()
+        """The layer's output, its first value scaled relative to the hidden states."""
+        hidden = hidden_states_of(self, args, kwargs)
+        assert hidden is not None
+        hidden = hidden.clone()  # The layer may add to its input in place.
         output = super().forward(*args, **kwargs)
         own = output[0] if isinstance(output, (tuple, list)) else output
         scaled = torch.add(hidden, own - hidden, alpha=self.branch_factor)
-        return type(output)([scaled, *output[1:]]) if isinstance(output, (tuple, list)) else scaled
+        return with_first(output, scaled)
 
 
 @dataclass

@@ -15,8 +15,8 @@ from stochastic_depth.deploy.batches import Inputs, call_of
 from stochastic_depth.deploy.branches import branches_with_gates
 from stochastic_depth.deploy.check import Check
 from stochastic_depth.deploy.choice import Order, dropping, forward_flops, num_parameters, removal_order
-from stochastic_depth.deploy.decoder import remove_layers_, stack_of
 from stochastic_depth.deploy.fold import is_stochastic, remove_gates_, warn_of_scalars
+from stochastic_depth.deploy.layer_stack import layer_stack_of, remove_layers_, warn_if_no_checkpoint
 from stochastic_depth.deploy.undo import Snapshot
 from stochastic_depth.retrofit import controller, make_stochastic_
 from stochastic_depth.retrofit.remembered import Call
@@ -41,9 +41,10 @@ def subnetwork(
     kept modules keep their names. Later BatchNorm layers still have the statistics of the whole network: see
     `recalibrate_batchnorm_`.
 
-    If the branches are the whole layers of a transformers decoder (`layers=`), removed layers leave the list and the
-    configuration, and the others are renumbered. The result has its original class, and `save_pretrained` writes a
-    plain checkpoint with fewer layers.
+    If the branches are the whole layers of a transformers model (`layers=`), or of its encoder or decoder, removed
+    layers leave the list and the configuration, and the others are renumbered. The result has its original class, and
+    `save_pretrained` writes a plain checkpoint with fewer layers. A warning says if it would be loaded as another
+    network, because the model's code depends on the number of a layer.
 
     A `Residual` becomes its shortcut. A block of another library becomes a `torch.fx.GraphModule` of the rest of its
     evaluation code, or an `nn.Identity` if nothing is left and it takes one argument. If later code may change the
@@ -107,19 +108,20 @@ def subnetwork(
     check.warn_if_impossible("subnetwork", stacklevel=2)
     # A guess is good enough for a comparison, but not to specialize the code of blocks.
     calls = {} if check.origin == "guessed" else check.calls
-    stack = stack_of(network, branches)
+    stack = layer_stack_of(network, branches, kept)
     if stack is None:
         scalars, network = remove_gates_(network, kept, calls, Snapshot(network))
         _drop_idle_relus_(network)
     else:
-        layers = {branches[index].found.module for index in dropped}
         names = {branches[index].found.name for index in kept}
         scalars, network = remove_gates_(network, range(len(branches)), calls, Snapshot(network))
         scalars = [scalar for scalar in scalars if scalar[0] in names]
-        remove_layers_(stack, layers)
+        remove_layers_(stack)
         check.forget_blocks()  # The layers have new names.
     check.refuse_difference(network, "subnetwork")
     warn_of_scalars(scalars, stacklevel=3)
+    if stack is not None and not scalars:
+        warn_if_no_checkpoint(stack, network, check, stacklevel=3)
     return network
 
 

@@ -8,10 +8,11 @@ from typing import Any, get_args
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from stochastic_depth.copies import plain_class
 from stochastic_depth.gate_draws import GateDraws, Granularity, Ranks
 from stochastic_depth.gates import Draw
 from stochastic_depth.residual import GatedBranch, Rescale, SkippedGrad, StochasticResidual
-from stochastic_depth.retrofit.classes import restore_class_, swap_class_
+from stochastic_depth.retrofit.classes import Unannounced, restore_class_, swap_class_
 from stochastic_depth.retrofit.controller import Controller
 from stochastic_depth.retrofit.finding.find import Branch, Found, Where, find_branches
 from stochastic_depth.retrofit.layers import GatedLayer, LayerDropPath, StochasticLayer, refuse_own_layerdrop
@@ -115,6 +116,13 @@ def make_stochastic_(
         refuse_own_layerdrop(model)
     found = find_branches(model, where, layers, inputs, with_schedule=schedule is not None)
     branches = found.branches
+    for branch in branches:
+        if isinstance(branch.module, Unannounced):
+            raise ValueError(
+                f"{branch.name}: fold_ has put a factor into the code of this {plain_class(branch.module).__name__}, "
+                "which no gate can be added to. Use a copy of the model from before fold_, or load the weights into a "
+                "new model."
+            )
     survival_probs = _survival_probs(schedule, branches)
     draws = GateDraws(
         [branch.name for branch in branches],

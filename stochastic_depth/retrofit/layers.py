@@ -2,33 +2,52 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
 from stochastic_depth.compiling import eager
-from stochastic_depth.copies import evaluating_, plain_class, plain_copy, tensor_without_data
+from stochastic_depth.copies import plain_class, plain_copy, tensor_without_data
 from stochastic_depth.gate_draws import CLOSED, Gate
 from stochastic_depth.residual import GatedBranch, masks_only, outside_graph
 from stochastic_depth.retrofit.code.signatures import flatten, remember, unflatten
 from stochastic_depth.retrofit.errors import TraceError
+from stochastic_depth.retrofit.recording.maps import NotComputed
 from stochastic_depth.retrofit.recording.sizes import decide_by
 from stochastic_depth.retrofit.recording.trace import Recording, record
-from stochastic_depth.retrofit.running.comparison import deviation, tolerance
+from stochastic_depth.retrofit.running.comparison import CoarsestType, deviation, tolerance
 from stochastic_depth.retrofit.running.known_forms import MAX_SAMPLES
 from stochastic_depth.retrofit.running.private_runs import private
 from stochastic_depth.retrofit.shapes import samples_among
 from stochastic_depth.torch_private import tree_map_only
 
 # What layers call their hidden states, also where these are not their first argument.
-_HIDDEN = ("hidden_states", "x")
+HIDDEN_NAMES = ("hidden_states", "x")
 # Number of sizes of a form that are kept.
 _MAX_SIZES = 2**14
+
+
+@eager
+def hidden_states_of(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The hidden states of a call: what the layer's code calls so, or else the first tensor by its own order."""
+    names = _parameter_names(plain_class(layer).forward)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    for name in (*HIDDEN_NAMES, *names):
+        if isinstance(given.get(name), Tensor):
+            return cast(Tensor, given[name])
+    leaves: list[Any] = []
+    flatten((args, kwargs), leaves)
+    return next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
+
+
+@functools.cache
+def _parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 @dataclass(eq=False)
@@ -43,30 +62,20 @@ class GatedLayer(GatedBranch):
     _structures: dict[Any, list[tuple[Recording | None, Any]]] = field(
         default_factory=dict[Any, "list[tuple[Recording | None, Any]]"], init=False, repr=False
     )
-    _names: dict[Any, tuple[str, ...]] = field(default_factory=dict[Any, "tuple[str, ...]"], init=False, repr=False)
     # By form of call without sizes: the sizes with which the layer keeps samples apart, or with which it was not tried.
     _separate: dict[Any, set[Any]] = field(default_factory=dict[Any, "set[Any]"], init=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_structures": {}, "_names": {}, "_separate": {}}
-
-    @eager
-    def hidden_of(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """The hidden states of a call: the first tensor by the layer's own order, or that which its code calls so."""
-        forward = plain_class(layer).forward
-        if forward not in self._names:
-            self._names[forward] = tuple(inspect.signature(forward).parameters)[1:]
-        given = {**dict(zip(self._names[forward], args, strict=False)), **kwargs}
-        for name in (*_HIDDEN, *self._names[forward]):
-            if isinstance(given.get(name), Tensor):
-                return cast(Tensor, given[name])
-        leaves: list[Any] = []
-        flatten((args, kwargs), leaves)
-        return next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
+        return {**self.__dict__, "_structures": {}, "_separate": {}}
 
     @eager
     def refuse_mixing(
-        self, layer: nn.Module, plain: Callable[..., Any], leaves: Sequence[Any], of_batch: Sequence[bool | None]
+        self,
+        layer: nn.Module,
+        hidden: Tensor,
+        plain: Callable[..., Any],
+        leaves: Sequence[Any],
+        of_batch: Sequence[bool | None],
     ) -> None:
         """Compare a run of the layer on some of its samples with one on all, once for each form of call.
 
@@ -74,15 +83,15 @@ class GatedLayer(GatedBranch):
 
         Args:
             layer: the layer; a copy of it runs, without noise.
-            plain: its forward, of the layer and its leaves.
+            hidden: its hidden states, (N, ...).
+            plain: the first output of its forward, of the layer and its leaves.
             leaves: the tensors and objects of the call.
             of_batch: whether each has a first dimension of samples.
 
         Raises:
             RuntimeError: if they differ.
         """
-        num_samples = next(leaf.shape[0] for leaf, samples in zip(leaves, of_batch, strict=True) if samples)
-        num = min(num_samples, MAX_SAMPLES)
+        num = min(hidden.shape[0], MAX_SAMPLES)
         form = (layer.training, num, *(leaf.dim() if isinstance(leaf, Tensor) else None for leaf in leaves))
         sizes = tuple(leaf.shape[1:] for leaf in leaves if isinstance(leaf, Tensor))
         known = self._separate.setdefault(form, set())
@@ -97,14 +106,16 @@ class GatedLayer(GatedBranch):
             all_rows = torch.arange(num)
             some = all_rows[(0.618 * all_rows) % 1 < 0.5]
             outputs: list[Tensor] = []
-            for rows in (all_rows, some):
-                given = [
-                    leaf.index_select(0, rows.to(leaf.device)) if s else leaf
-                    for leaf, s in zip(leaves, of_batch, strict=True)
-                ]
-                outputs.append(_first(plain(copy, *given)))
+            with CoarsestType() as coarsest:
+                for rows in (all_rows, some):
+                    given = [
+                        leaf.index_select(0, rows.to(leaf.device)) if s else leaf
+                        for leaf, s in zip(leaves, of_batch, strict=True)
+                    ]
+                    outputs.append(plain(copy, *given))
+            _check_shape(self.passes.names[self.index], outputs[0], hidden, num)
             whole, part = outputs[0].index_select(0, some.to(outputs[0].device)), outputs[1]
-        if (difference := deviation(whole, part)) > tolerance(whole):
+        if (difference := deviation(whole, part)) > tolerance(whole, coarsest.found):
             raise RuntimeError(
                 f"The layer {self.passes.names[self.index]} mixes samples: on some of them it differs by "
                 f"{difference:.2g} of its largest value. Use granularity='batch'."
@@ -113,24 +124,46 @@ class GatedLayer(GatedBranch):
 
     @eager
     def structure(self, layer: nn.Module, signature: Any, leaves: Sequence[Any]) -> Any:
-        """The structure that the layer returns for a call, with None for all tensors."""
-        form = (signature, *(leaf.dim() if isinstance(leaf, Tensor) else None for leaf in leaves))
+        """What the layer returns for a call, with placeholders for all tensors but those that it was given."""
+        form = (layer.training, signature, *(leaf.dim() if isinstance(leaf, Tensor) else None for leaf in leaves))
         known = self._structures.get(form, [])
-        for recording, structure in known:
-            if recording is None or recording.holds(leaves):
-                return structure
+        fits = (each for recording, each in known if recording is None or recording.holds(leaves))
+        if (structure := next(fits, None)) is None:
+            recording, structure = self._structure_of(layer, signature, leaves)
+            remember(self._structures, form, [*known, (recording, structure)])
+        missing = NotComputed(
+            f"This value was not computed, because stochastic depth dropped the layer {self.passes.names[self.index]} "
+            "in this step, for all samples or some. A layer whose further outputs are needed can be no branch: leave "
+            "it out of layers=, or leave out layers= and use a schedule for the branches inside the layers."
+        )
+        return tree_map_only(_Returned, lambda of: missing if of.leaf is None else leaves[of.leaf], structure)
+
+    def _structure_of(self, layer: nn.Module, signature: Any, leaves: Sequence[Any]) -> tuple[Recording | None, Any]:
         try:
-            recording = record(layer, signature, len(leaves), partial(decide_by, leaves))
-            returned = next(iter(reversed(recording.graph.nodes))).args[0]
-            structure = fx.map_arg(returned, lambda _: cast(fx.Node, None))
+            recording = record(layer, signature, len(leaves), functools.partial(decide_by, leaves))
+            *_, output = recording.graph.nodes
+            inputs = [node for node in recording.graph.nodes if node.op == "placeholder"]
+            number = {node: index for index, node in enumerate(inputs)}
+            return recording, fx.map_arg(
+                output.args[0], lambda node: cast(fx.Node, _Returned(number.get(cast(Any, node))))
+            )
         except TraceError:
-            # Only a run shows it, one for all sizes: in evaluation, without gradients, on a copy without hooks.
-            recording, (args, kwargs) = None, unflatten(signature, leaves)
-            with self.passes.dry_run():
-                output = evaluating_(plain_copy(layer, Tensor.detach, Tensor.clone))(*args, **kwargs)
-            structure = tree_map_only(Tensor, lambda _: None, output)
-        remember(self._structures, form, [*known, (recording, structure)])
-        return structure
+            # Only a run shows it, one for all sizes: without gradients, on a copy without hooks.
+            copies = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            args, kwargs = unflatten(signature, copies)
+            with private(), torch.no_grad(), self.passes.dry_run():
+                copy = plain_copy(layer, Tensor.detach, Tensor.clone)
+                copy.train(layer.training)
+                output = copy(*args, **kwargs)
+            number = {id(leaf): index for index, leaf in enumerate(copies)}
+            return None, tree_map_only(Tensor, lambda value: _Returned(number.get(id(value))), output)
+
+
+@dataclass(frozen=True)
+class _Returned:
+    """A tensor in what a layer returns: `leaf` is its number among the layer's inputs, None if it is none of them."""
+
+    leaf: int | None
 
 
 class StochasticLayer(nn.Module):
@@ -140,18 +173,18 @@ class StochasticLayer(nn.Module):
 
     @outside_graph
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The layer's output, with its first value gated. If the layer does not run, further tensors are None."""
+        """The layer's output, with its first value gated; further values are placeholders if it does not run."""
         gated = self._stochastic_depth_branch
         name = gated.passes.names[gated.index]
         leaves: list[Any] = []
         signature = flatten((args, kwargs), leaves)
-        hidden = gated.hidden_of(self, args, kwargs)
+        hidden = hidden_states_of(self, args, kwargs)
         if hidden is None:
             raise TypeError(f"The layer {name} is called without a tensor: it has no hidden states to return.")
         if self.training and gated.survival_prob < 1:
             _refuse_cache(name, (*args, *kwargs.values()))
         if masks_only.get():
-            output = self._run(leaves, signature)
+            output = self._run(hidden, leaves, signature)
             weights = gated.weights(hidden, training=self.training)
             if gated.drop_paths and isinstance(weights, Tensor):
                 weights = (weights > 0).to(weights.dtype)
@@ -159,29 +192,30 @@ class StochasticLayer(nn.Module):
                 weights = float(weights > 0)
             if isinstance(weights, Tensor):
                 weights = weights.view(-1, *[1] * (hidden.dim() - 1))
-            return _with_first(output, hidden + weights * (_first(output) - hidden))
-        gate = gated.passes.gate(gated.index, hidden.shape[0], hidden.device, self.training)
+            return with_first(output, hidden + weights * (_first(output) - hidden))
+        num_samples = hidden.size(0)  # A nested tensor has no shape.
+        gate = gated.passes.gate(gated.index, num_samples, hidden.device, self.training)
         factor = 1.0 if gated.drop_paths else gated.factor(gate and gate.survival_prob)
-        if gate is None or gate.num_open == hidden.shape[0]:
+        if gate is None or gate.num_open == num_samples:
             # A copy, which is cheap compared with a layer: the layer may add to its input in place.
             before = hidden if factor == 1.0 else hidden.clone()
-            output = self._run(leaves, signature)
-            _check_shape(name, _first(output), hidden, hidden.shape[0])
-            return output if factor == 1.0 else _with_first(output, _scaled(output, before, factor))
+            output = self._run(hidden, leaves, signature)
+            _check_shape(name, _first(output), hidden, num_samples)
+            return output if factor == 1.0 else with_first(output, _scaled(output, before, factor))
         if gate is CLOSED:
             others = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf is not hidden]
-            return _with_first(gated.structure(self, signature, leaves), gated.skip(hidden, self, others))
+            return with_first(gated.structure(self, signature, leaves), gated.skip(hidden, self, others))
         return self._run_subset(leaves, signature, hidden, gate, factor)
 
-    def _run(self, leaves: list[Any], signature: Any) -> Any:
+    def _run(self, hidden: Tensor, leaves: list[Any], signature: Any) -> Any:
         gated = self._stochastic_depth_branch
 
-        def run(values: Any) -> Any:
-            args, kwargs = unflatten(signature, values)
+        def run(given: Any) -> Any:
+            args, kwargs = unflatten(signature, given[1])
             return super(StochasticLayer, self).forward(*args, **kwargs)
 
         observer = gated.passes.observer
-        return run(leaves) if observer is None else observer(gated.index, run, leaves)
+        return run((hidden, leaves)) if observer is None else observer(gated.index, run, (hidden, leaves))
 
     def _run_subset(self, leaves: list[Any], signature: Any, hidden: Tensor, gate: Gate, factor: float) -> Any:
         gated = self._stochastic_depth_branch
@@ -191,7 +225,7 @@ class StochasticLayer(nn.Module):
 
         def plain(layer: nn.Module, *values: Any) -> Any:
             args, kwargs = unflatten(signature, values)
-            return plain_class(layer).forward(layer, *args, **kwargs)
+            return _first(plain_class(layer).forward(layer, *args, **kwargs))
 
         with gated.passes.dry_run():
             of_batch = samples_among(plain, self, leaves, kinds, hidden.shape[0])
@@ -203,18 +237,18 @@ class StochasticLayer(nn.Module):
                 *[next(given) if s else tensor_without_data(leaf) for leaf, s in zip(leaves, of_batch, strict=True)],
             )
 
-        gated.refuse_mixing(self, plain, leaves, of_batch)
+        gated.refuse_mixing(self, hidden, plain, leaves, of_batch)
         batches = tuple(leaf for leaf, samples in zip(leaves, of_batch, strict=True) if samples)
         run = gate.order[: gated.num_run(gate, self, self, dry, batches)]
         taken = [leaf.index_select(0, run) if samples else leaf for leaf, samples in zip(leaves, of_batch, strict=True)]
-        output = self._run(taken, signature)
+        output = self._run(taken[kinds.index(True)], taken, signature)
         own = _first(output)[: gate.num_open]
         _check_shape(gated.passes.names[gated.index], own, hidden, gate.num_open)
         if factor == 1.0:
             first = hidden.to(own.dtype).index_copy(0, order, own)
         else:
             first = hidden.index_add(0, order, (own - hidden.index_select(0, order)).to(hidden.dtype), alpha=factor)
-        return _with_first(gated.structure(self, signature, leaves), first)
+        return with_first(gated.structure(self, signature, leaves), first)
 
 
 class LayerDropPath(nn.Module):
@@ -230,13 +264,23 @@ class LayerDropPath(nn.Module):
 
 
 def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, (tuple, list)) else output
+    first = output[0] if isinstance(output, (tuple, list)) else output
+    if isinstance(first, Tensor):
+        return first
+    kind = type(output).__name__ + ("" if first is output else f" that begins with a {type(first).__name__}")
+    raise TypeError(
+        f"A layer of layers= returns a {kind}. It needs to return its hidden states, or a tuple or list that begins "
+        "with them."
+    )
 
 
-def _with_first(structure: Any, first: Tensor) -> Any:
-    if isinstance(structure, (tuple, list)):
-        return type(structure)([first, *structure[1:]])
-    return first
+def with_first(structure: Any, first: Tensor) -> Any:
+    """What a layer returns, with another first value."""
+    if not isinstance(structure, (tuple, list)):
+        return first
+    values: list[Any] = [first, *structure[1:]]
+    named = getattr(type(structure), "_make", None)
+    return type(structure)(values) if named is None else named(values)
 
 
 def _scaled(output: Any, hidden: Tensor, factor: float) -> Tensor:
@@ -244,7 +288,7 @@ def _scaled(output: Any, hidden: Tensor, factor: float) -> Tensor:
 
 
 def _check_shape(name: str, own: Tensor, hidden: Tensor, num_samples: int) -> None:
-    if own.shape != (num_samples, *hidden.shape[1:]):
+    if not hidden.is_nested and own.shape != (num_samples, *hidden.shape[1:]):
         raise RuntimeError(
             f"The layer {name} turns hidden states {(num_samples, *hidden.shape[1:])} into {tuple(own.shape)}: "
             "it cannot be a branch."

@@ -55,6 +55,7 @@ def samples_among(
     if not unknown:
         return is_batch
     possible: list[list[bool]] = []
+    reason = ""
     meta_block = evaluating_(without_data(block))
     for guess in itertools.product((False, True), repeat=len(unknown[:_MAX_UNKNOWN])):
         guessed = list(is_batch)
@@ -66,12 +67,18 @@ def samples_among(
         ]
         try:
             fits = _output(function, meta_block, tried).shape[:1] == (num_samples + 1,)
-        except (RuntimeError, ValueError, IndexError):
-            fits = False
+            reason = "its output does not begin with one entry per sample"
+        except Exception as error:  # whatever the code raises for shapes that do not fit, such as PyTorch's asserts
+            fits, reason = False, (str(error).splitlines() or [type(error).__name__])[0]
         if fits:
             possible.append(guessed)
     if len(possible) == 1:
         return possible[0]
+    if not possible:
+        raise RuntimeError(
+            f"It is unknown which of the branch's inputs have one entry per sample: with one more it fails ({reason}). "
+            "Use granularity='batch'."
+        )
     return _samples_by_influence(function, block, inputs, possible)
 
 
@@ -90,10 +97,8 @@ def _samples_by_influence(
         if isinstance(inputs[index], Tensor) and not inputs[index].is_floating_point() and inputs[index].dim() > 1
     }
     fitting = [inputs[index] for index in undecided if index not in others]
-    if (
-        not possible
-        or not all(isinstance(value, Tensor) and value.is_floating_point() for value in fitting)
-        or any(torch.equal(other, inputs[index][:1]) for index, other in others.items())
+    if not all(isinstance(value, Tensor) and value.is_floating_point() for value in fitting) or any(
+        torch.equal(other, inputs[index][:1]) for index, other in others.items()
     ):
         shapes = [tuple(value.shape) for value in inputs if isinstance(value, Tensor)]
         raise RuntimeError(

@@ -64,7 +64,7 @@ class Example:
                     given, given_named = tree_map(copy_of_object, (args, named))
                     with without_noise(model):
                         model(*given, **given_named)
-        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError) as error:
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError, AssertionError) as error:
             first = (str(error).splitlines() or [""])[0]
             raise ValueError(f"The model fails on inputs ({type(error).__name__}: {first}).") from error
         finally:

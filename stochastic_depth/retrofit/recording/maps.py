@@ -1,4 +1,4 @@
-"""Attention maps, and their placeholders if the attention did not run."""
+"""Attention maps, and placeholders for what did not run."""
 
 from __future__ import annotations
 
@@ -7,34 +7,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stochastic_depth.torch_private import tree_leaves
+
 
 class NotComputedError(AttributeError, RuntimeError):
-    """An attention map was used that was not computed."""
+    """A value was used that was not computed."""
 
 
 class NotComputed:
-    """Placeholder for the attention map of a branch that did not run on all samples.
+    """Placeholder for a value that stochastic depth did not compute for all samples.
 
-    Most callers ignore it. Using it raises.
+    Most callers ignore such values. Using one raises.
+
+    Args:
+        reason: what it is, and what to do.
     """
 
-    def __getattr__(self, name: str) -> Any:
-        raise _error()
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
 
-    def __getitem__(self, index: Any) -> Any:
-        raise _error()
+    def __getattr__(self, name: str) -> Any:
+        raise NotComputedError(self.__dict__.get("reason", name))
 
     @classmethod
-    def __torch_function__(cls, *_args: Any, **_kwargs: Any) -> Any:
+    def __torch_function__(cls, _func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """No function of PyTorch takes it."""
-        raise _error()
+        leaves = tree_leaves((args, kwargs))
+        raise NotComputedError(next(leaf.reason for leaf in leaves if isinstance(leaf, NotComputed)))
 
 
-def _error() -> NotComputedError:
-    return NotComputedError(
-        "This attention map was not computed, because stochastic depth dropped its branch in this step. Use maps in "
-        "evaluation, or exclude the branches whose maps you need with where=."
-    )
+def _used(value: NotComputed, *_: Any) -> Any:
+    raise NotComputedError(value.reason)
+
+
+# Python looks for these on the type.
+for _name in ("add", "sub", "mul", "truediv", "matmul", "pow"):
+    setattr(NotComputed, f"__{_name}__", _used)
+    setattr(NotComputed, f"__r{_name}__", _used)
+for _name in ("getitem", "iter", "len", "bool", "float", "int", "neg", "lt", "le", "gt", "ge"):
+    setattr(NotComputed, f"__{_name}__", _used)
+
+MAP_REASON = (
+    "This attention map was not computed, because stochastic depth dropped its branch in this step. Use maps in "
+    "evaluation, or exclude the branches whose maps you need with where=."
+)
 
 
 def is_attention_map(value: Tensor) -> bool:

@@ -93,7 +93,7 @@ class SymbolsForNoise(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.empty, torch.rand) and self._tracer.guess_sizes:
+        if func in (torch.empty, torch.full, torch.rand) and self._tracer.guess_sizes:
             return self._tracer.create_proxy("call_function", func, args, kwargs)
         return func(*args, **kwargs)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.residual import GatedBranch, masked, outside_graph
-from stochastic_depth.retrofit.recording.maps import NotComputed
+from stochastic_depth.retrofit.recording.maps import MAP_REASON, NotComputed
 from stochastic_depth.retrofit.rewriting.functional import FUNCTIONAL
 from stochastic_depth.retrofit.rewriting.generated_code import Code
 from stochastic_depth.retrofit.rewriting.sums import DropPaths, Identity, Key, Paths
@@ -131,7 +131,7 @@ def make_gated_sum_and_maps(
             return output
 
         summed = make_gated_sum(key, paths, first, inputs, capturable=False)(block, shortcut, *values)
-        return summed, *(seen[-1] if seen else [NotComputed()] * num_maps)
+        return summed, *(seen[-1] if seen else [NotComputed(MAP_REASON)] * num_maps)
 
     gated_sum_and_maps.__name__ = f"gated_sum_and_maps_{key[1]}"
     return gated_sum_and_maps

@@ -6,18 +6,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from stochastic_depth.retrofit.errors import ProofError
 from stochastic_depth.retrofit.recording.layouts import order_of
 from stochastic_depth.retrofit.recording.maps import NotComputed
+from stochastic_depth.torch_private import tree_leaves
 
 Outcome = tuple[list[Any], "list[Tensor | None] | None"]
 """Outcome of a run: outputs, and gradients, or None if its backward fails."""
 
-_TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 2e-2}
+_TOLERANCES = {
+    torch.float64: 1e-9,
+    torch.complex128: 1e-9,
+    torch.float32: 2e-4,
+    torch.complex64: 2e-4,
+    torch.float16: 2e-2,
+    torch.bfloat16: 6e-2,
+}
 
 
-def compare(expected: Outcome, actual: Outcome, name: str, *, zero_gradients: bool) -> None:
+def compare(
+    expected: Outcome, actual: Outcome, name: str, *, zero_gradients: bool, computed_in: torch.dtype = torch.float64
+) -> None:
     """Compare two outcomes.
 
     Args:
@@ -26,6 +37,7 @@ def compare(expected: Outcome, actual: Outcome, name: str, *, zero_gradients: bo
         name: which gates were open, for the message.
         zero_gradients: whether a gradient of zeros may not be missing. It may where a branch runs on some of the
             samples: a parameter that only the others use, such as that of an expert, gets none, and a mask gives zeros.
+        computed_in: the coarsest floating type in the runs, if known.
 
     Raises:
         ProofError: if they differ.
@@ -40,7 +52,7 @@ def compare(expected: Outcome, actual: Outcome, name: str, *, zero_gradients: bo
             difference = deviation(a, b)
             if a.dtype != b.dtype:
                 raise ProofError(f"{name} output {index} is of {b.dtype}, not of {a.dtype}")
-            if difference > tolerance(a):
+            if difference > tolerance(a, computed_in):
                 raise ProofError(f"{name} output {index} differs by {difference:.2g} of its largest value")
             if order_of(a) != order_of(b):
                 raise ProofError(f"{name} the dimensions of output {index} lie in another order in memory")
@@ -58,7 +70,7 @@ def compare(expected: Outcome, actual: Outcome, name: str, *, zero_gradients: bo
             raise ProofError(f"{name} a gradient is missing")
         # A gradient that is tiny compared with the others is rounding.
         difference = deviation(a, b, at_least=1e-3 * largest)
-        if difference > 10 * tolerance(a):
+        if difference > 10 * tolerance(a, computed_in):
             raise ProofError(f"{name} a gradient differs by {difference:.2g} of its largest value")
 
 
@@ -98,8 +110,22 @@ def dense(tensor: Tensor) -> Tensor:
     return tensor if tensor.layout is torch.strided else tensor.to_dense()
 
 
-def tolerance(tensor: Tensor) -> float:
-    """Tolerance for rounding errors in this dtype, relative to the largest value."""
+def tolerance(tensor: Tensor, computed_in: torch.dtype = torch.float64) -> float:
+    """Tolerance for rounding errors in the tensor's dtype or a coarser one, relative to the largest value."""
     if torch.is_autocast_enabled(tensor.device.type) if tensor.device.type != "meta" else False:
         return _TOLERANCES[torch.bfloat16]
-    return _TOLERANCES.get(tensor.dtype, 0.0)
+    own = _TOLERANCES.get(tensor.dtype, 0.0)
+    return max(own, _TOLERANCES[computed_in]) if own else own
+
+
+class CoarsestType(TorchFunctionMode):
+    """Notes the coarsest floating type that operations return: norms of a float64 model may compute in float32."""
+
+    found = torch.float64
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor) and _TOLERANCES.get(leaf.dtype, 0.0) > _TOLERANCES[self.found]:
+                self.found = leaf.dtype
+        return output

@@ -11,7 +11,7 @@ import random
 import types
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -805,3 +805,26 @@ def test_a_factor_does_not_go_into_one_of_several_parts() -> None:
     sd.fold_(net)
     torch.testing.assert_close(net(x, condition), expected, rtol=1e-12, atol=1e-12)
     assert torch.equal(net.blocks[0].modulation.f.weight, modulation)  # pyright: ignore
+
+
+class EndsInGelu(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + nn.functional.gelu(self.f(x))
+
+
+@pytest.mark.parametrize("layers", [None, ["*"]], ids=["blocks", "layers"])
+def test_a_folded_model_with_a_factor_in_its_code_is_refused_and_stays_as_it_is(layers: Any) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(EndsInGelu(), EndsInGelu()), torch.randn(3, 8)
+    sd.make_stochastic_(net, sd.uniform(0.5), layers=layers)
+    with pytest.warns(UserWarning, match="cannot go into weights"):
+        sd.fold_(net, inputs=x)
+    before = net(x)
+    for again in (lambda: sd.make_stochastic_(net, sd.uniform(0.5), layers=layers), lambda: sd.subnetwork(net, [0])):
+        with pytest.raises(ValueError, match="fold_ has put a factor into the code of this EndsInGelu"):
+            again()
+    assert torch.equal(net(x), before)

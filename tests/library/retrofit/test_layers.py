@@ -228,7 +228,7 @@ def test_layers_whose_drop_paths_disagree_need_a_schedule() -> None:
 def test_a_layer_that_changes_the_shape_cannot_be_a_branch() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 4))
     sd.make_stochastic_(model, sd.uniform(0.5), layers=["1"], granularity="sample")
-    with pytest.raises(RuntimeError, match=r"The layer 1 turns hidden states \(1, 3\) into \(1, 4\)"):
+    with pytest.raises(RuntimeError, match=r"The layer 1 turns hidden states \(2, 3\) into \(2, 4\)"):
         model(torch.ones(2, 3))
 
 

@@ -1284,3 +1284,57 @@ def test_sparse_gradients_are_compared(granularity: Any) -> None:
     expected = torch.zeros(10, D, dtype=torch.float64).index_add(0, words, net.block.f(x).detach())
     assert_same(gradient.to_dense(), expected)
     depth.verify(x, words)
+
+
+class NormInFloat32(nn.Module):
+    """Normalizes in float32, as Gemma does in models of any type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6)).to(x)
+        return x + self.g(torch.tanh(self.f(y)))
+
+
+def test_rounding_in_a_coarser_type_than_that_of_the_output() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(*(NormInFloat32() for _ in range(2))).double()
+    plain, x = copy.deepcopy(net), torch.randn(64, 8, dtype=torch.float64)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), granularity="sample", rescale="none")
+    some = torch.arange(64) % 3 > 0
+    expected = x
+    for block, gate in zip(plain, (some, ~some), strict=True):
+        expected = torch.where(gate[:, None], block(expected), expected)
+    with depth.gates([some, ~some]):
+        torch.testing.assert_close(net(x), expected, rtol=1e-5, atol=1e-5)
+    depth.verify(x)
+
+
+class ComplexBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(8, 8, dtype=torch.complex128)
+        self.decay = nn.Parameter(torch.rand(8, dtype=torch.complex128))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x * self.decay)
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+def test_complex_values_have_the_tolerance_of_their_parts(granularity: Any) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(*(ComplexBlock() for _ in range(3)))
+    plain, x = copy.deepcopy(net), torch.randn(33, 8, dtype=torch.complex128)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), granularity=granularity, rescale="none")
+    some = torch.arange(33) % 3 > 0
+    gates = [some, ~some, some] if granularity == "sample" else [True, False, True]
+    expected = x
+    for block, gate in zip(plain, gates, strict=True):
+        rows = gate[:, None] if isinstance(gate, Tensor) else torch.tensor(gate)
+        expected = torch.where(rows, block(expected), expected)
+    with depth.gates(gates):
+        torch.testing.assert_close(net(x), expected)
+    depth.verify(x)
