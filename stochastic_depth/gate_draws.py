@@ -7,6 +7,7 @@ Every forward of the root module in training mode is a pass with its own draw. I
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -108,6 +109,8 @@ class GateDraws:
         """Cost of one sample of each branch, for "equal_cost"; None: equal costs."""
         self.latest: Pass | None = None
         """The latest pass with a draw, in any thread."""
+        self.own_draws: frozenset[int] = frozenset()
+        """Branches whose own code would draw in each of several uses in a forward, of which a warning tells."""
         self._init_process_state()
 
     def _init_process_state(self) -> None:
@@ -307,6 +310,8 @@ class GateDraws:
             and top_saved_tensors_hooks(True) is None
         ):
             this = scope.gates
+            if index in self.own_draws and this.forced is None and training:
+                self._note_use(index, this)
         else:
             extent = self._extent_of_call(index, training=training)
             if extent is None or extent.gates is None:
@@ -326,6 +331,17 @@ class GateDraws:
             return CLOSED
         order = None if num_open == num_samples else self._order_of(this, num_samples, device)[index]
         return Gate(num_open, order, this.survival_probs[index])
+
+    def _note_use(self, index: int, this: Pass) -> None:
+        if index in this.branches_drawn:
+            self.own_draws = frozenset()  # once is enough
+            warnings.warn(
+                f"{self.names[index]} runs several times in one forward of the model, with the same gates, but its own "
+                "code draws anew each time. If the model calls a network once per view of its data, use "
+                "make_stochastic_ on that network: then each of its calls has a draw.",
+                stacklevel=2,
+            )
+        this.branches_drawn.add(index)
 
     @partial(eager, exported=lambda *_, **__: None)
     def survival_prob_of_call(self, index: int, *, training: bool) -> float | None:

@@ -8,7 +8,8 @@ here, so that you can repeat a recipe exactly.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -160,6 +161,20 @@ class LayerSchedule:
     over_depth: Schedule
     over_time: Callable[[float], float] | None = None
     rescale: Literal["eval", "train", "none"] = "none"
+
+    def __post_init__(self) -> None:
+        """Check the arguments.
+
+        Raises:
+            TypeError: if a function is none.
+            ValueError: if there is no such scaling.
+        """
+        if not callable(self.over_depth):
+            raise TypeError(f"over_depth must be a schedule, such as linear_decay(0.5), but is {self.over_depth!r}.")
+        if self.over_time is not None and not callable(self.over_time):
+            raise TypeError(f"over_time must be a function of the progress, or None, but is {self.over_time!r}.")
+        if self.rescale not in ("eval", "train", "none"):
+            raise ValueError(f"rescale must be one of 'eval', 'train', 'none', but is {self.rescale!r}.")
 
     def __call__(self, num_blocks: int) -> list[float]:
         """The survival probabilities at the start of the training."""
@@ -361,6 +376,8 @@ def to_survival_probs(values: Values) -> list[float]:
         TypeError: if an entry is not a number.
         ValueError: if an entry is outside (0, 1].
     """
+    if not hasattr(values, "__iter__") or isinstance(values, (str, bytes, AbstractSet, Mapping)):
+        raise TypeError(f"survival_probs must be a sequence of one number per block, but is {values!r}.")
     return [to_survival_prob(entry, f"survival_probs[{index}]") for index, entry in enumerate(values)]
 
 

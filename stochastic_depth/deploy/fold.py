@@ -46,6 +46,7 @@ from stochastic_depth.deploy.scalars import (
 from stochastic_depth.deploy.undo import Snapshot
 from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit import controller, restore_
+from stochastic_depth.retrofit.apply import refuse_other_than_module
 from stochastic_depth.retrofit.classes import swap_class_
 from stochastic_depth.retrofit.remembered import Call
 from stochastic_depth.retrofit.rewriting.sums import Key
@@ -91,6 +92,7 @@ def fold_(model: nn.Module, *, inputs: Inputs | None = None) -> None:
         >>> torch.allclose(net(x), before, atol=1e-5), type(net.groups[0][0].residual).__name__
         (True, 'Residual')
     """
+    refuse_other_than_module(model)
     if not is_stochastic(model):
         warnings.warn(
             f"{type(model).__name__} is not stochastic: there is nothing to fold. (fold_ comes after training, and "

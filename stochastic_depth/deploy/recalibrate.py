@@ -12,6 +12,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from stochastic_depth.copies import evaluating_
 from stochastic_depth.deploy.batches import arguments_of
+from stochastic_depth.retrofit.apply import refuse_other_than_module
 from stochastic_depth.torch_private import BatchNorm
 
 
@@ -46,6 +47,7 @@ def recalibrate_batchnorm_(model: nn.Module, batches: Iterable[Any]) -> None:
         >>> net.bn.num_batches_tracked
         tensor(2)
     """
+    refuse_other_than_module(model)
     if isinstance(batches, Tensor):
         raise TypeError(f"batches must be batches, not a tensor {tuple(batches.shape)}: put it into a list, [images].")
     while isinstance(model, (DataParallel, DistributedDataParallel)):  # their forwards communicate with other ranks

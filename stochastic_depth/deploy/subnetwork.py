@@ -19,6 +19,7 @@ from stochastic_depth.deploy.fold import is_stochastic, remove_gates_, warn_of_s
 from stochastic_depth.deploy.layer_stack import layer_stack_of, remove_layers_, warn_if_no_checkpoint
 from stochastic_depth.deploy.undo import Snapshot
 from stochastic_depth.retrofit import controller, make_stochastic_
+from stochastic_depth.retrofit.apply import refuse_other_than_module
 from stochastic_depth.retrofit.remembered import Call
 from stochastic_depth.torch_private import child_dict
 
@@ -82,6 +83,7 @@ def subnetwork(
         >>> sum(isinstance(module, sd.Residual) for module in small.modules())
         5
     """
+    refuse_other_than_module(model)
     given = {"keep": keep, "num_blocks": num_blocks, "cost": cost, "parameters": parameters}
     names = [name for name, value in given.items() if value is not None]
     if len(names) != 1:
@@ -149,6 +151,7 @@ def branches_to_keep(
     Raises:
         ValueError: if not exactly one budget is given, or it cannot be met.
     """
+    refuse_other_than_module(model)
     if (num_blocks is None) == (cost is None):
         raise ValueError("Give exactly one of num_blocks and cost.")
     network, example = _stochastic_copy(model), None if inputs is None else call_of(inputs)
@@ -163,6 +166,8 @@ def _stochastic_copy(model: nn.Module) -> nn.Module:
 
 
 def _checked(keep: Sequence[int], num_branches: int) -> list[int]:
+    if not isinstance(keep, Iterable):
+        raise TypeError(f"keep must be a list of indices of branches, but is {keep!r}.")
     kept = list(keep)
     if not kept:
         raise ValueError(

@@ -105,14 +105,17 @@ def make_stochastic_(
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, but is {value!r}.")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be a whole number, but is {seed!r}.")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, but is {model!r}.")
+    refuse_other_than_module(model)
     if isinstance(inputs, Tensor):
         raise TypeError("inputs must be the arguments of a forward, such as inputs=[images], but is a tensor.")
+    if inputs is not None and not isinstance(inputs, (tuple, list, Mapping)):
+        raise TypeError(f"inputs must be the arguments of a forward, such as inputs=[images], but is {inputs!r:.80}.")
     _refuse_wrapped(model)
     _refuse_stochastic(model)
     layers = [layers] if isinstance(layers, str) else layers
     if layers is not None:
+        if not isinstance(layers, (tuple, list)) or not layers or not all(isinstance(each, str) for each in layers):
+            raise TypeError(f"layers must be patterns of names, such as ['model.layers.*'], but is {layers!r:.80}.")
         refuse_own_layerdrop(model)
     found = find_branches(model, where, layers, inputs, with_schedule=schedule is not None)
     branches = found.branches
@@ -132,6 +135,8 @@ def make_stochastic_(
         draw=draw,
         ranks=ranks,
     )
+    if schedule is None:
+        draws.own_draws = frozenset(range(len(branches)))
     forms = KnownForms()
     for index, branch in enumerate(branches):
         own = (draws, index, rescale or _own_rescale(branch, schedule), skipped_grad)
@@ -216,8 +221,10 @@ def controller(model: nn.Module) -> Controller:
     """The controller of a stochastic model, also after deepcopy, `torch.load`, or inside a wrapper.
 
     Raises:
+        TypeError: if it is not a module.
         ValueError: if the model is not stochastic, or contains several stochastic models.
     """
+    refuse_other_than_module(model)
     found = [module.__dict__[_CONTROLLER] for module in model.modules() if _CONTROLLER in module.__dict__]
     if len(found) == 1:
         return found[0]
@@ -270,6 +277,17 @@ def _survival_probs(schedule: Schedule | Values | None, branches: Sequence[Branc
             f"but gives {len(survival_probs)}."
         )
     return survival_probs
+
+
+def refuse_other_than_module(model: Any) -> None:
+    """Raise if a model is none, such as the controller of one.
+
+    Raises:
+        TypeError: if it is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        hint = ": pass the model itself" if isinstance(model, Controller) else ""
+        raise TypeError(f"model must be a torch.nn.Module, but is a {type(model).__name__}{hint}.")
 
 
 def _refuse_wrapped(model: nn.Module) -> None:

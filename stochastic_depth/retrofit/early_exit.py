@@ -107,7 +107,7 @@ def early_exit_weights(num_layers: int, scale: float) -> list[float]:
     """LayerSkip's weights of the exits, before division by their sum.
 
     e(l) = e_scale * sum_{i=0..l} i for l < L-1, and e(L-1) = L - 1 + e_scale * sum_{i=0..L-2} i (Elhoushi et al. 2024,
-    section 4.1.2). Later exits count more; the first layer counts 0.
+    section 4.1.2). Later exits count more; the first layer counts 0, unless it is the only one.
 
     Args:
         num_layers: L.
@@ -125,7 +125,7 @@ def early_exit_weights(num_layers: int, scale: float) -> list[float]:
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale < float("inf"):
         raise ValueError(f"scale must be a number of at least 0, but is {scale!r}.")
     early = [scale * layer * (layer + 1) / 2 for layer in range(num_layers - 1)]
-    return [*early, num_layers - 1 + scale * (num_layers - 1) * (num_layers - 2) / 2]
+    return [*early, num_layers - 1 + scale * (num_layers - 1) * (num_layers - 2) / 2 or 1.0]
 
 
 def rotating_exits(num_layers: int, *, every: int, step: int) -> list[int]:
@@ -140,14 +140,15 @@ def rotating_exits(num_layers: int, *, every: int, step: int) -> list[int]:
         step: number of the training step.
 
     Raises:
-        ValueError: if `every` is below 1.
+        ValueError: if `num_layers` or `every` is below 1, or `step` below 0.
 
     Example:
         >>> [rotating_exits(6, every=3, step=step) for step in range(3)]
         [[0, 3, 5], [1, 4, 5], [2, 5]]
     """
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"every must be a whole number of at least 1, but is {every!r}.")
+    for name, value, least in (("num_layers", num_layers, 1), ("every", every, 1), ("step", step, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, but is {value!r}.")
     return [layer for layer in range(num_layers) if (layer - step) % every == 0 or layer == num_layers - 1]
 
 

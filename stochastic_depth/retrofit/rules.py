@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -40,6 +40,22 @@ class DropPathRule:
     rescale: Literal["train", "none"] = "train"
     granularity: Granularity = "sample"
 
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            TypeError: if the rate is not a number.
+            ValueError: if it is not in [0, 1], or there is no such scaling or granularity.
+        """
+        if isinstance(self.drop_rate, (bool, str)) or not hasattr(self.drop_rate, "__float__"):
+            raise TypeError(f"drop_rate must be a number in [0, 1], but is {self.drop_rate!r}.")
+        if not 0 <= self.drop_rate <= 1:
+            raise ValueError(f"drop_rate must be in [0, 1], but is {self.drop_rate:g}.")
+        if self.rescale not in ("train", "none"):
+            raise ValueError(f"rescale must be 'train' or 'none', but is {self.rescale!r}.")
+        if self.granularity not in get_args(Granularity):
+            raise ValueError(f"granularity must be 'batch' or 'sample', but is {self.granularity!r}.")
+
 
 _registered: dict[type[nn.Module], Callable[[Any], DropPathRule]] = {}
 
@@ -51,11 +67,18 @@ def register_drop_path(cls: type[nn.Module], rule: Callable[[Any], DropPathRule]
         cls: the class; its subclasses count too.
         rule: reads a module's rule from its attributes.
 
+    Raises:
+        TypeError: if `cls` is not a class of modules, or `rule` not a function.
+
     Example:
         >>> class RandomSkip(nn.Module):
         ...     rate = 0.3
         >>> register_drop_path(RandomSkip, lambda module: DropPathRule(drop_rate=module.rate))
     """
+    if not isinstance(cls, type) or not issubclass(cls, nn.Module):
+        raise TypeError(f"cls must be a class of modules, such as DropPath, but is {cls!r}.")
+    if not callable(rule):
+        raise TypeError(f"rule must be a function of a module that returns its DropPathRule, but is {rule!r}.")
     _registered[cls] = rule
 
 
@@ -147,7 +170,7 @@ def _otherwise(module: nn.Module, rule: DropPathRule) -> str:
         factors = (y / x).flatten(1)
         if not torch.allclose(factors, factors[:, :1].expand_as(factors)):
             return "it drops single values of a sample"
-        is_kept = torch.isclose(factors[:, 0], torch.tensor(kept, device="cpu"), rtol=1e-4)
+        is_kept = torch.isclose(factors[:, 0], torch.tensor(kept, device="cpu", dtype=y.dtype), rtol=1e-4)
         if not (is_kept | (factors[:, 0] == 0)).all():
             return f"what it keeps is not multiplied by {kept:g}"
         if rule.granularity == "batch" and bool(is_kept.any()) and not is_kept.all():

@@ -34,11 +34,33 @@ def residual_sums(graph: fx.Graph, block: nn.Module) -> list[Sum]:
                 sums.append(Sum(node, shortcut, output))
                 bases[node] = base
                 break
-    return sums
+    return [each for each in sums if not any(_is_side_input(each, outer, block) for outer in sums)]
+
+
+def _is_side_input(inner: Sum, outer: Sum, block: nn.Module) -> bool:
+    """Whether a sum in a branch adds something to the stream itself, such as the positions of DETR's queries.
+
+    The stream is the shortcut of the outer sum. It comes to the inner one, unchanged or normalized, as what looks like
+    its branch, and what looks like its shortcut comes from elsewhere.
+    """
+    stream = outer.shortcut
+    if inner.shortcut is None or stream is None or stream is inner.shortcut or inner.add is outer.add:
+        return False
+    of_output = ancestors(inner.output)
+    if stream not in of_output or stream in ancestors(inner.shortcut):
+        return False
+    if inner.add not in ancestors(outer.output) or inner.add in ancestors(stream):
+        return False
+    since = [node for node in of_output - ancestors(stream) if computes(node, block)]
+    return all(node.op == "call_module" and _is_norm(block.get_submodule(cast(str, node.target))) for node in since)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower() and next(module.children(), None) is None
 
 
 def _is_shortcut(shortcut: fx.Node, output: fx.Node, block: nn.Module) -> bool:
-    if shortcut.meta.get("is_subtracted") or _is_modulation(shortcut, output, block):
+    if _was_taken_out(shortcut) or _is_modulation(shortcut, output, block):
         return False
     of_shortcut, of_output = ancestors(shortcut), ancestors(output)
     if not any(computes(node, block) for node in of_output - of_shortcut):
@@ -58,6 +80,22 @@ def _is_shortcut(shortcut: fx.Node, output: fx.Node, block: nn.Module) -> bool:
     return 2 * _num_computing(projection, block) <= _num_computing(branch, block) or 2 * _num_layers(
         projection, block
     ) <= _num_layers(branch, block)
+
+
+def _was_taken_out(shortcut: fx.Node) -> bool:
+    """Whether a value was subtracted before, or takes no gradient, as the mean that models of time series add back."""
+    node = shortcut
+    while not node.meta.get("is_subtracted") and name_of(node) != "detach":
+        sources = [each for each in node.all_input_nodes if not is_size(each)]
+        if node.op not in ("call_function", "call_method") or len(sources) != 1:
+            return False
+        if name_of(node) not in SAME_MEMORY | _REPEATING:
+            return False
+        node = sources[0]
+    return True
+
+
+_REPEATING = {"repeat", "repeat_interleave", "tile", "clone", "to"}
 
 
 def are_parallel(shortcut: fx.Node, a: fx.Node, b: fx.Node, block: nn.Module) -> bool:

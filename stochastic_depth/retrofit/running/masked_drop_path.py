@@ -96,7 +96,9 @@ class StochasticDropPath(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name not in ("training", "_stochastic_depth_branch") and "_stochastic_depth_branch" in self.__dict__:
+        if name not in ("training", "__class__", "_stochastic_depth_branch") and (
+            "_stochastic_depth_branch" in self.__dict__
+        ):
             follow_rule(self, try_again=name not in RATES)
 
 
