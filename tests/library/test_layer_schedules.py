@@ -76,6 +76,12 @@ def test_other_bad_arguments() -> None:
         sd.layerskip(0.2).at("half", 4)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"over_time\(0\.5\) must be in \[0, 1\], but is 2"):
         sd.LayerSchedule(sd.uniform(0.5), lambda _: 2.0).at(0.5, 4)
+    with pytest.raises(ValueError, match="rescale must be one of 'eval', 'train', 'none', but is 'training'"):
+        sd.LayerSchedule(sd.uniform(0.5), rescale="training")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"over_depth must be a schedule, such as linear_decay\(0\.5\), but is 0\.5"):
+        sd.LayerSchedule(0.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"over_time must be a function of the progress, or None, but is 0\.5"):
+        sd.LayerSchedule(sd.uniform(0.5), over_time=0.5)  # type: ignore[arg-type]
 
 
 def layered() -> nn.Sequential:

@@ -96,6 +96,12 @@ def test_bad_number_of_blocks(name: str, num_blocks: object, error: type[Excepti
         sd.SCHEDULES[name](0.5)(num_blocks)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("values", [0.5, None, {0.5, 0.6}, {"a": 0.5}, "0.5"], ids=str)
+def test_survival_probs_need_an_order(values: object) -> None:
+    with pytest.raises(TypeError, match=r"^survival_probs must be a sequence of one number per block, but is [^\n]*$"):
+        sd.expected_depth(values)  # type: ignore[arg-type]
+
+
 def test_expected_depth_names_the_bad_entry() -> None:
     with pytest.raises(ValueError, match=r"^survival_probs\[1\] must be in \(0, 1\], but is 0\. It is the chance"):
         sd.expected_depth([0.5, 0.0])

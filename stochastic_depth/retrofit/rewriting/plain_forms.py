@@ -22,7 +22,10 @@ def spell_out_additions(graph: fx.Graph, block: nn.Module) -> None:
         if name in ("add", "add_") and alpha is not None and alpha != 1 and len(node.args) == 2:
             _add(node, (node.args[1], alpha), node.args[0])
         elif name in ("addcmul", "addcmul_") and len(node.args) == 3 and not node.kwargs:
-            _add(node, (node.args[1], node.args[2]), node.args[0])
+            factors = (cast(fx.Node, node.args[1]), cast(fx.Node, node.args[2]))
+            if [factor.meta.get("shape") == node.meta.get("shape") for factor in factors] == [False, True]:
+                node.meta["operand"] = 2  # The first factor is a gain, which has no samples.
+            _add(node, factors, node.args[0])
         elif (
             name in ("sub", "sub_", "subtract", "isub", "__sub__", "__isub__")
             and len(node.args) == 2

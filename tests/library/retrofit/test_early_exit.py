@@ -205,6 +205,10 @@ def test_rotation_reaches_each_layer_once_in_a_turn(every: int) -> None:
     assert max(map(len, turn)) <= -(-8 // every) + 1
 
 
+def test_the_only_layer_counts() -> None:
+    assert sd.early_exit_weights(1, 1.0) == [1.0]
+
+
 def test_bad_inputs() -> None:
     model, _ = stochastic()
     inputs = {"input_ids": token_ids(), "labels": token_ids()}
@@ -217,6 +221,10 @@ def test_bad_inputs() -> None:
         sd.early_exit_loss(decoder(), inputs, [0])
     with pytest.raises(ValueError, match="every must be a whole number of at least 1, but is 0"):
         sd.rotating_exits(4, every=0, step=0)
+    with pytest.raises(ValueError, match="num_layers must be a whole number of at least 1, but is 0"):
+        sd.rotating_exits(0, every=1, step=0)
+    with pytest.raises(ValueError, match=r"step must be a whole number of at least 0, but is 1\.5"):
+        sd.rotating_exits(4, every=1, step=1.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="scale must be a number of at least 0, but is -1"):
         sd.early_exit_loss(model, inputs, [0], scale=-1)
     some = decoder()

@@ -403,6 +403,11 @@ def test_a_closed_layer_whose_sizes_decide_what_it_returns() -> None:
 
 
 def test_bad_layers() -> None:
+    for layers in ([], 5, [5]):
+        with pytest.raises(
+            TypeError, match=r"^layers must be patterns of names, such as \['model\.layers\.\*'\], but is"
+        ):
+            sd.make_stochastic_(model_of("Bert"), sd.uniform(0.5), layers=layers)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="matches no module"):
         sd.make_stochastic_(model_of("Bert"), sd.uniform(0.5), layers=["decoder.*"])
     with pytest.raises(ValueError, match="no drop path with a rate above 0"):

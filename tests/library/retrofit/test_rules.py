@@ -194,3 +194,32 @@ def test_a_drop_path_of_any_rate_is_one(rate: float) -> None:
     for seed in range(40):
         torch.manual_seed(seed)
         assert sd.make_stochastic_(nn.Sequential(Block(DropPath(rate)))).survival_probs == [1 - rate]
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({"drop_rate": -0.1}, ValueError, r"drop_rate must be in \[0, 1\], but is -0\.1"),
+        ({"drop_rate": "a"}, TypeError, r"drop_rate must be a number in \[0, 1\], but is 'a'"),
+        ({"drop_rate": 0.1, "rescale": "eval"}, ValueError, "rescale must be 'train' or 'none', but is 'eval'"),
+        ({"drop_rate": 0.1, "granularity": "row"}, ValueError, "granularity must be 'batch' or 'sample', but is 'row'"),
+    ],
+)
+def test_bad_rules(values: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        sd.DropPathRule(**values)
+
+
+def test_bad_registrations() -> None:
+    with pytest.raises(TypeError, match="cls must be a class of modules, such as DropPath, but is Identity"):
+        sd.register_drop_path(nn.Identity(), lambda _: sd.DropPathRule(0.1))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"rule must be a function of a module that returns its DropPathRule"):
+        sd.register_drop_path(nn.Identity, 0.5)  # type: ignore[arg-type]
+
+
+def test_a_controller_is_no_model() -> None:
+    net = nn.Sequential(sd.Residual(nn.Linear(3, 3)))
+    depth: Any = sd.make_stochastic_(net, sd.uniform(0.5))
+    for function in (sd.fold_, sd.restore_, sd.controller, lambda model: sd.subnetwork(model, [0])):
+        with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, but is a Controller: pass the model"):
+            function(depth)
