@@ -40,6 +40,8 @@ def early_exit_loss(model: nn.Module, inputs: Mapping[str, Any], exits: Iterable
     # Those of weight 0 (layer 0 has it by the authors' formula) need not be computed.
     losses = early_exit_losses(model, inputs, [layer for layer in exits if layer != 0 and scale != 0])
     total = sum(weights[layer] for layer in losses)
+    if not total:  # a single layer
+        return losses[len(weights) - 1]
     return torch.stack([loss * (weights[layer] / total) for layer, loss in losses.items()]).sum()
 
 
@@ -107,7 +109,7 @@ def early_exit_weights(num_layers: int, scale: float) -> list[float]:
     """LayerSkip's weights of the exits, before division by their sum.
 
     e(l) = e_scale * sum_{i=0..l} i for l < L-1, and e(L-1) = L - 1 + e_scale * sum_{i=0..L-2} i (Elhoushi et al. 2024,
-    section 4.1.2). Later exits count more; the first layer counts 0, unless it is the only one.
+    section 4.1.2). Later exits count more; the first layer counts 0.
 
     Args:
         num_layers: L.
@@ -125,7 +127,7 @@ def early_exit_weights(num_layers: int, scale: float) -> list[float]:
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale < float("inf"):
         raise ValueError(f"scale must be a number of at least 0, but is {scale!r}.")
     early = [scale * layer * (layer + 1) / 2 for layer in range(num_layers - 1)]
-    return [*early, num_layers - 1 + scale * (num_layers - 1) * (num_layers - 2) / 2 or 1.0]
+    return [*early, num_layers - 1 + scale * (num_layers - 1) * (num_layers - 2) / 2]
 
 
 def rotating_exits(num_layers: int, *, every: int, step: int) -> list[int]:

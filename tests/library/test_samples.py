@@ -114,8 +114,6 @@ def test_a_branch_may_not_change_the_samples_in_place(frozen: bool) -> None:
     net.stem.requires_grad_(not frozen)
     with stochastic(net).gates(GATES), pytest.raises(RuntimeError, match="residual changes its input in place"):
         net(vectors(5))
-    with sd.controller(net).gates([True]):
-        net(vectors(5))  # all samples: as in the plain network
 
 
 def test_a_batch_that_is_changed_before_the_backward_is_an_error() -> None:

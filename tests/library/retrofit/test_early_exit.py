@@ -205,8 +205,13 @@ def test_rotation_reaches_each_layer_once_in_a_turn(every: int) -> None:
     assert max(map(len, turn)) <= -(-8 // every) + 1
 
 
-def test_the_only_layer_counts() -> None:
-    assert sd.early_exit_weights(1, 1.0) == [1.0]
+def test_the_loss_of_a_single_layer_is_that_of_the_model() -> None:
+    model = decoder()
+    del model.model.layers[1:]
+    model.config.num_hidden_layers = 1
+    sd.make_stochastic_(model, sd.uniform(1.0), layers=["model.layers.*"])
+    inputs = {"input_ids": token_ids(), "labels": token_ids()}
+    assert torch.equal(sd.early_exit_loss(model, inputs, [0]), model(**inputs).loss)
 
 
 def test_bad_inputs() -> None:
