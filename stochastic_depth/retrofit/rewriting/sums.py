@@ -11,6 +11,7 @@ from torch import fx, nn
 from stochastic_depth.retrofit.errors import CutError
 from stochastic_depth.retrofit.rewriting.cuts import CutBranch, Sum, cut, drop_path_sum
 from stochastic_depth.retrofit.rewriting.functional import FUNCTIONAL, functional_drop_path
+from stochastic_depth.retrofit.rewriting.operations import ancestors
 from stochastic_depth.retrofit.rewriting.plain_forms import (
     move_behind_what_commutes,
     name_values_changed_in_place,
@@ -173,12 +174,16 @@ def identity(residual: Sum | CutError, block: nn.Module) -> Identity:
     """The identity of a branch; empty if it cannot be separated."""
     if isinstance(residual, CutError):
         return frozenset()
-    nodes = cut(residual, block).nodes
-    return frozenset(
-        cast(str, node.target)
-        for node in nodes
-        if node.op in ("call_module", "get_attr") and node is not residual.drop_path
-    )
+    branch = cut(residual, block)
+    own = {node for node in branch.nodes if node.op in ("call_module", "get_attr") and node is not residual.drop_path}
+    if not own:  # All layers may be parts of one parameter, which none of the branches has for itself.
+        shared = [ancestors(node) for node in branch.inputs]
+        own = {node for nodes in shared if not any(map(_is_computed, nodes)) for node in nodes if node.op == "get_attr"}
+    return frozenset(cast(str, node.target) for node in own)
+
+
+def _is_computed(node: fx.Node) -> bool:
+    return node.op in ("placeholder", "call_module")
 
 
 def match(recorded: Mapping[Key, Identity], known: Mapping[Key, Identity]) -> dict[Key, Key]:

@@ -213,3 +213,42 @@ def test_a_network_that_a_forward_calls_twice_is_told() -> None:
             other.eval()(a, b)
             other.train()
     assert depth.passes.counter == 6
+
+
+class OneParameter(nn.Module):
+    """All layers in one parameter, as in DCN's cross network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels = nn.Parameter(torch.randn(3, D, D) * 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = x
+        for index in range(3):
+            x = first * (x @ self.kernels[index]) + x
+        return x
+
+
+class Unbound(OneParameter):
+    def forward(self, x: Tensor) -> Tensor:
+        first = x
+        for kernel in self.kernels:
+            x = first * (x @ kernel) + x
+        return x
+
+
+@pytest.mark.parametrize("kind", [OneParameter, Unbound])
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+def test_layers_that_are_one_parameter(granularity: Any, kind: type[OneParameter]) -> None:
+    net, x = nn.Sequential(kind()).double(), data(4)
+    inputs = None if kind is OneParameter else [x]  # how often a loop runs over a parameter is not read
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), granularity=granularity, rescale="none", inputs=inputs)
+    assert depth.names == ["0#1", "0#2", "0#3"]
+    some = torch.tensor([True, False, True, True])
+    gates: list[Any] = [False, True, False] if granularity == "batch" else [some, ~some, some]
+    expected = x
+    for kernel, gate in zip(net[0].kernels, gates, strict=True):
+        expected = expected + x * (expected @ kernel) * torch.as_tensor(gate).view(-1, 1)
+    with depth.gates(gates):
+        assert_same(net(x), expected)
+    depth.verify(x)
