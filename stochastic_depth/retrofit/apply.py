@@ -286,8 +286,8 @@ def refuse_other_than_module(model: Any) -> None:
         TypeError: if it is not a module.
     """
     if not isinstance(model, nn.Module):
-        hint = ": pass the model itself" if isinstance(model, Controller) else ""
-        raise TypeError(f"model must be a torch.nn.Module, but is a {type(model).__name__}{hint}.")
+        given = "a Controller: pass the model itself" if isinstance(model, Controller) else f"{model!r:.80}"
+        raise TypeError(f"model must be a torch.nn.Module, but is {given}.")
 
 
 def _refuse_wrapped(model: nn.Module) -> None:

@@ -576,7 +576,7 @@ BAD_CALLS = {
     "probs too few": (lambda d: d.set_survival_probs([0.5]), ValueError, "survival_probs", "4 in all", "1 survival"),
     "probs zero": (lambda d: d.set_survival_probs([0.5, 0.5, 0.5, 0]), ValueError, "survival_probs[3]", DROP_RATE),
     "probs number": (lambda d: d.set_survival_probs(0.5), TypeError, "survival_probs must", "0.5"),
-    "probs string": (lambda d: d.set_survival_probs("half"), TypeError, "survival_probs[0]", "'h'"),
+    "probs string": (lambda d: d.set_survival_probs("half"), TypeError, "survival_probs must be a sequence", "'half'"),
     "costs too few": (lambda d: d.set_costs([1.0, 2.0]), ValueError, "costs must have one entry per branch, 4", "2"),
     "costs zero": (lambda d: d.set_costs([1, 2, 0, 1]), ValueError, "costs must be positive", "blocks.2", "is 0"),
     "costs infinite": (lambda d: d.set_costs([1, 2, 3, float("inf")]), ValueError, "blocks.3", "inf"),
