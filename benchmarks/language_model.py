@@ -6,10 +6,11 @@
 A small Llama, from random weights, on the sources of Python's standard library (PSF License 2.0; a few files have
 licenses of their own, named in them). Four kinds: plain; layers dropped (LayerSkip's rates and curriculum); early exits
 supervised (LayerSkip's rotation and weights); both. A seed sets the weights, the gates and the order of the sequences,
-each of which is seen once per epoch. `run` appends one JSON line per finished run to OUT/runs.jsonl, seed by seed, and resumes
-where it was stopped: only an unfinished run is repeated.
+each of which is seen once per epoch. `run` appends one JSON line per finished run to OUT/runs.jsonl, seed by seed, and
+resumes where it was stopped: only an unfinished run is repeated.
 
-The baselines are interpolated Kneser-Ney 5-grams (discount 0.75): of the same tokens, and of the same text as bytes. Times are process time of one thread, without validation.
+The baselines are interpolated Kneser-Ney 5-grams (discount 0.75): of the same tokens, and of the same text as bytes.
+Times are process time of one thread, without validation.
 """
 
 from __future__ import annotations
