@@ -46,7 +46,7 @@ from stochastic_depth.deploy.scalars import (
 from stochastic_depth.deploy.undo import Snapshot
 from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit import controller, restore_
-from stochastic_depth.retrofit.apply import refuse_other_than_module
+from stochastic_depth.retrofit.apply import refuse_other_than_module, refuse_part
 from stochastic_depth.retrofit.classes import swap_class_
 from stochastic_depth.retrofit.remembered import Call
 from stochastic_depth.retrofit.rewriting.sums import Key
@@ -79,7 +79,8 @@ def fold_(model: nn.Module, *, inputs: Inputs | None = None) -> None:
             name.
 
     Raises:
-        ValueError: if a factor can go neither into weights nor into the code; the model is then unchanged.
+        ValueError: if a factor can go neither into weights nor into the code, or the model is a part of a stochastic
+            model; it is then unchanged.
         RuntimeError: if the outputs would change; the model is then unchanged.
 
     Example:
@@ -94,6 +95,7 @@ def fold_(model: nn.Module, *, inputs: Inputs | None = None) -> None:
     """
     refuse_other_than_module(model)
     if not is_stochastic(model):
+        refuse_part(model)
         warnings.warn(
             f"{type(model).__name__} is not stochastic: there is nothing to fold. (fold_ comes after training, and "
             "before restore_.)",

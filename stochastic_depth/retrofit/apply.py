@@ -228,13 +228,23 @@ def controller(model: nn.Module) -> Controller:
     found = [module.__dict__[_CONTROLLER] for module in model.modules() if _CONTROLLER in module.__dict__]
     if len(found) == 1:
         return found[0]
-    if found:
-        state = f"holds {len(found)} controllers"
-    elif any(_BRANCH in module.__dict__ for module in model.modules()):
-        state = "is a part of a stochastic model, or a copy of one: use the whole model, and restore_ it before copying"
-    else:
-        state = "is not stochastic: call make_stochastic_ first"
+    if not found:
+        refuse_part(model)
+    state = f"holds {len(found)} controllers" if found else "is not stochastic: call make_stochastic_ first"
     raise ValueError(f"This {type(model).__name__} {state}.")
+
+
+def refuse_part(model: nn.Module) -> None:
+    """Raise if a module without a controller has gates.
+
+    Raises:
+        ValueError: if it has.
+    """
+    if any(_BRANCH in module.__dict__ for module in model.modules()):
+        raise ValueError(
+            f"This {type(model).__name__} is a part of a stochastic model, or a copy of one: use the whole model, and "
+            "restore_ it before copying."
+        )
 
 
 def restore_(model: nn.Module) -> None:

@@ -614,3 +614,10 @@ def test_no_warning_is_given_where_all_is_well() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sd.fold_(net)
+
+
+def test_a_part_of_a_stochastic_model_is_not_folded_in_silence() -> None:
+    net = nn.Sequential(sd.Residual(nn.Linear(3, 3)), nn.Linear(3, 3))
+    sd.make_stochastic_(net, sd.uniform(0.5))
+    with pytest.raises(ValueError, match="This Sequential is a part of a stochastic model"):
+        sd.fold_(nn.Sequential(*net))
