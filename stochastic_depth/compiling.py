@@ -26,15 +26,14 @@ def graph_break(function: Function, *, recursive: bool, exported: Callable[..., 
     """
     outside = outside_compiler(function, recursive=recursive)
 
+    @functools.wraps(function)
     def either(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return ((exported or function) if torch.compiler.is_exporting() else outside)(*args, **kwargs)
         # PyTorch's way out of compilation takes several microseconds per call and is not needed here.
         return (function if compiler_of_frames() is None else outside)(*args, **kwargs)
 
-    # PyTorch counts recompilations per code object: each function has its own.
-    either.__code__ = either.__code__.replace(co_name=function.__name__)
-    return cast(Function, functools.update_wrapper(either, function))
+    return cast(Function, either)
 
 
 eager = functools.partial(graph_break, recursive=True)

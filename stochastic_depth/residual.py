@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -144,10 +143,7 @@ class GatedBranch:
         if graphs is not None and capturable and self.passes.observer is None and saves_as_usual():
             branch = cast(BranchFunction, partial(graphs.run, self.index, branch))
         if gate.num_open == num_samples:
-            # The code of other libraries has been compared with itself under masks.
-            is_checked = capturable and training and self.survival_prob < 1
-            with unchanged((shortcut,), self.passes.names[self.index]) if is_checked else nullcontext():
-                output = branch(module, x)
+            output = branch(module, x)
             total = _plain_sum(shortcut, output, factor)
             if total.shape != shortcut.shape:
                 raise self._other_shape(output, shortcut)

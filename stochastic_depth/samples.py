@@ -84,7 +84,7 @@ def _unpack(indices: Tensor, packed: Tensor | _Kept) -> Tensor:
 
 @eager
 def unchanged(taken: Sequence[Tensor], branch: str) -> AbstractContextManager[None]:
-    """Context in which the samples of a branch must not be changed in place: a closed gate would not change them.
+    """Context in which gathered samples must not be changed in place: the batch would not change with them.
 
     Args:
         taken: the samples.
@@ -108,8 +108,8 @@ class _Unchanged(AbstractContextManager[None]):
         if refused or changed:
             raise RuntimeError(
                 f"The branch {self._branch} changes its input in place (as ReLU(inplace=True) does). In the plain "
-                "network that changes the shortcut too; here it cannot, where the branch does not run. Make its first "
-                "operation one that is not in place."
+                "network that changes the shortcut too; here it cannot, as the branch runs on some of the samples. "
+                "Make its first operation one that is not in place, or choose granularity='batch'."
             ) from error
 
 

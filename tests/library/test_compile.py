@@ -145,19 +145,3 @@ def test_a_compiled_whole_model_never_freezes_a_draw(granularity: str, how: str)
     net.eval()
     plain.eval()
     assert_close({"output": compiled(vectors(3))}, {"output": plain(vectors(3))})
-
-
-@pytest.mark.parametrize("granularity", ["batch", "sample"])
-def test_a_last_batch_and_an_evaluation_stay_within_pytorchs_limit(
-    granularity: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    """PyTorch counts recompilations per code object, which functions that one decorator wraps would share."""
-    net = mlp(6)
-    sd.make_stochastic_(net, sd.uniform(0.5), granularity=granularity)
-    compiled = torch.compile(net, backend="eager")
-    for num in (6, 6, 6, 6, 5):
-        compiled(vectors(num)).sum().backward()
-    with torch.no_grad():
-        compiled.eval()(vectors(6))
-    compiled.train()(vectors(6)).sum().backward()
-    assert "recompile_limit" not in caplog.text
