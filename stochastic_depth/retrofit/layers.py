@@ -106,7 +106,7 @@ class GatedLayer(GatedBranch):
             all_rows = torch.arange(num)
             some = all_rows[(0.618 * all_rows) % 1 < 0.5]
             outputs: list[Tensor] = []
-            with CoarsestType() as coarsest:
+            with CoarsestType(torch.float32) as coarsest:
                 for rows in (all_rows, some):
                     given = [
                         leaf.index_select(0, rows.to(leaf.device)) if s else leaf

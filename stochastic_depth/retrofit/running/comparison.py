@@ -119,13 +119,20 @@ def tolerance(tensor: Tensor, computed_in: torch.dtype = torch.float64) -> float
 
 
 class CoarsestType(TorchFunctionMode):
-    """Notes the coarsest floating type that operations return: norms of a float64 model may compute in float32."""
+    """Notes the coarsest floating type that operations return: norms of a float64 model may compute in float32.
 
-    found = torch.float64
+    Args:
+        limit: coarser types do not count. With the tolerance of half precision, samples that are mixed would pass.
+    """
+
+    def __init__(self, limit: torch.dtype) -> None:
+        super().__init__()
+        self.found = torch.float64
+        self._limit = _TOLERANCES[limit]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor) and _TOLERANCES.get(leaf.dtype, 0.0) > _TOLERANCES[self.found]:
+            if isinstance(leaf, Tensor) and _TOLERANCES[self.found] < _TOLERANCES.get(leaf.dtype, 0.0) <= self._limit:
                 self.found = leaf.dtype
         return output

@@ -131,7 +131,7 @@ def prove(
             compare(expected, actual, name, zero_gradients=zero)
         except ProofError:
             rewind()
-            with CoarsestType() as coarsest:
+            with CoarsestType(torch.float32) as coarsest:
                 again = _own_outcome(block, call, edits, inlined, absent)
             if any(differ(a, b) for a, b in zip(expected[0], again[0], strict=False)):
                 mixes = ": its own code gives something else in each run, so it keeps a state"

@@ -156,7 +156,22 @@ def test_half_precision_inside_a_model_is_compared_as_such(where: str, granulari
     depth, x = sd.make_stochastic_(net, sd.uniform(0.5), granularity=granularity), torch.randn(16, 5, D)
     for _ in range(4):
         net(x).sum().backward()
-    depth.verify(x)
+    assert depth.verify(x).num_masked == 0
+
+
+class Mixing(Casting):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y + 0.05 * y.mean(0, keepdim=True)
+
+
+def test_half_precision_does_not_hide_that_samples_are_mixed() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(*(Plain(Mixing()) for _ in range(4)))
+    depth, x = sd.make_stochastic_(net, sd.uniform(0.5), granularity="sample"), torch.randn(16, 5, D)
+    some = [torch.arange(16) % 2 == 0] * 4
+    with depth.gates(some), pytest.raises(RuntimeError, match="first dimension is not one of independent samples"):
+        net(x)
 
 
 class GainFirst(nn.Module):
