@@ -215,7 +215,10 @@ def test_claims_name_experiments_of_their_study(study):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted({*STUDIES} - {"table1", "table2", "curves", "payoff", "deeper", "cifar10-all"}))
+@pytest.mark.parametrize(
+    "name",
+    sorted({*STUDIES} - {"table1", "table2", "curves", "payoff", "deeper", "cifar10-all", "learning-rates-cifar10"}),
+)
 def test_a_study_runs_in_its_quick_form(name, tmp_path: Path, capsys):
     """Those of digits alone; the others train the same way on made-up files of other tests."""
     assert main(["reproduce", name, "--scale", "small", "--quick", "--jobs", "2", "--out", str(tmp_path)]) == 0
@@ -266,19 +269,22 @@ def test_a_small_form_has_few_images_and_fewer_layers():
     assert small(find("cifar10-110-stochastic")).title == "CIFAR-10, 32 layers, stochastic depth"
 
 
-def test_the_rates_are_those_that_validation_chooses():
-    path = Path(__file__).parents[2] / "results" / "learning-rates" / "runs.jsonl"
+@pytest.mark.parametrize(
+    ("study", "rates"), [("learning-rates", few.DIGITS_RATES), ("learning-rates-cifar10", few.CIFAR10_RATES)]
+)
+def test_the_rates_are_those_that_validation_chooses(study, rates):
+    path = Path(__file__).parents[2] / "results" / study / "runs.jsonl"
     found = {}
     for line in path.read_text().splitlines():
         run = json.loads(line)
         config = from_json(run["config.json"])
         errors = found.setdefault((config.depth is not None, config.recipe.learning_rate), {})
         errors[config.seed] = run["metrics"][-1]["validation_error"]
-    assert len(found) == len(STUDIES["learning-rates"].experiments)
-    for stochastic, rate in enumerate(few.DIGITS_RATES):
+    assert len(found) == len(STUDIES[study].experiments)
+    for stochastic, rate in enumerate(rates):
         own = {each: errors for (kind, each), errors in found.items() if kind == bool(stochastic)}
         seeds = set.intersection(*map(set, own.values()))  # those that have the whole grid
         assert seeds
-        assert min(seeds) >= STUDIES["learning-rates"].first_seed > max(study.seeds for study in STUDIES.values())
+        assert min(seeds) >= STUDIES[study].first_seed > max(each.seeds for each in STUDIES.values())
         means = {each: sum(errors[seed] for seed in seeds) / len(seeds) for each, errors in own.items()}
         assert rate == min(means, key=means.__getitem__)
