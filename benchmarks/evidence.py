@@ -175,7 +175,7 @@ def plan() -> None:
         total += left
         done = sum(job.state == "done" for job in own)
         print(
-            f"{study:<15} {pattern:<24} {num_seeds} seeds: {done:>3} of {len(own):>3} done, "
+            f"{study:<22} {pattern:<24} {num_seeds} seeds: {done:>3} of {len(own):>3} done, "
             f"{left:.1f} h left, {total:.1f} h so far"
         )
 
