@@ -382,7 +382,7 @@ def report(out: Path) -> None:
     before, _, rest = page.read_text().partition(begin)
     page.write_text(before + begin + text + end + rest.partition(end)[2])
     plt.rcParams["svg.hashsalt"] = "language-model"  # the same runs, the same file
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     for kind, of_kind in by_kind.items():
         curve = [statistics.mean(losses) for losses in zip(*(row["exit_losses"] for row in of_kind), strict=True)]
         left.plot(range(1, NUM_LAYERS + 1), curve, marker="o", label=f"{kind} (n = {len(of_kind)})")
@@ -395,10 +395,9 @@ def report(out: Path) -> None:
         EXITS, [break_even(k / NUM_LAYERS, DRAFT) for k in EXITS], color="black", linestyle=":", label="break-even"
     )
     left.set(xlabel="layers run", ylabel="validation loss, nats per token")
-    right.set(xlabel="layers that draft", ylabel="acceptance rate", ylim=(0, 1))
-    for axes in (left, right):
-        axes.legend(fontsize=8, frameon=False)
-    figure.tight_layout()
+    right.set(xlabel="layers that draft", ylabel="acceptance rate", ylim=(0, 1), xticks=EXITS)
+    for axes in (left, right):  # below the axes, where no line is
+        axes.legend(fontsize=8, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.18))
     figure.savefig(results / "language-model.svg", metadata={"Date": None})
 
 
