@@ -1,7 +1,8 @@
-"""One thread for the small tensors of these tests: more would be slower, and the machine may be shared."""
+"""One thread for the small tensors of these tests, unless OMP_NUM_THREADS asks for more: more would be slower."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Generator[None]:
+def _few_threads() -> Generator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     yield
     torch.set_num_threads(before)
