@@ -208,6 +208,7 @@ def test_calibration_by_hand() -> None:
     assert reliability("x", probabilities, torch.tensor([0, 0, 1])).mistakes_found is None
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # PyTorch 2.11, loading its own file
 @pytest.mark.parametrize("form", ["onnx", "torch-export", "safetensors"])
 def test_a_file_gives_what_the_run_gives(
     form: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
