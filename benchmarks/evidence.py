@@ -50,7 +50,7 @@ PLAN: tuple[tuple[str, int, str], ...] = (
     ("over-time", 5, "*"),
     ("table1", 3, "*"),
     ("payoff", 1, "digits-*"),
-    ("learning-rates-cifar10", 1, "*"),
+    ("learning-rates-cifar10", 2, "*"),
     ("payoff", 1, "cifar10-*"),
     ("regularizers", 5, "*"),
     ("depth-survival", 3, "*"),
