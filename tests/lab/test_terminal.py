@@ -256,7 +256,7 @@ def test_an_interrupt_of_help_is_one_word(words, capsys, monkeypatch):
     [
         ("tr", "train"),
         ("train digits-s", "digits-stochastic"),
-        ("reproduce learn", "learning-rates"),
+        ("reproduce gradi", "gradients"),
         ("report --o", "--out"),
         ("train x --recipe.warmup-l", "--recipe.warmup-learning-rate"),
     ],
