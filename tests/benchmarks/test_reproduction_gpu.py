@@ -28,6 +28,7 @@ def in_fork(function: Callable[[], int]) -> int:
     child = os.fork()
     if child == 0:
         with contextlib.suppress(BaseException):
+            torch.set_num_threads(1)  # with more, OpenMP would wait for the threads of its parent, which a fork lacks
             os._exit(function())
         os._exit(99)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
