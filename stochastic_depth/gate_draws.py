@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -124,6 +124,7 @@ class GateDraws:
         self._lock = threading.RLock()
         self._attribution = Attribution()
         self._forced = PerContext[Forced]()
+        self._subset = PerContext[Tensor]()
         self._num_forced = 0
         self._was_forced = False
         self._observers = PerContext[Observer]()
@@ -142,6 +143,7 @@ class GateDraws:
             "_lock",
             "_attribution",
             "_forced",
+            "_subset",
             "_num_forced",
             "_was_forced",
             "_observers",
@@ -392,6 +394,9 @@ class GateDraws:
     ) -> Gate:
         if isinstance(forced, bool):
             return Gate(num_samples, None, survival_prob) if forced else CLOSED
+        samples = self._subset.get()
+        if samples is not None:
+            forced = forced[samples.to(forced.device)]
         if len(forced) != num_samples:
             raise ValueError(
                 f"The gate of {self.names[index]!r} has {len(forced)} entries, but the batch has {num_samples} samples."
@@ -402,6 +407,23 @@ class GateDraws:
         if num_open == num_samples:
             return Gate(num_open, None, survival_prob)
         return Gate(num_open, forced.int().argsort(descending=True, stable=True).to(device), survival_prob)
+
+    def within(self, samples: Tensor) -> AbstractContextManager[None]:
+        """Within, a branch that runs on some of the samples is called; branches inside it see these only.
+
+        Args:
+            samples: (n,) their indices.
+        """
+        return self._within(samples) if self._was_forced else nullcontext()
+
+    @contextmanager
+    def _within(self, samples: Tensor) -> Generator[None]:
+        outer = self._subset.get()
+        self._subset.set(samples if outer is None else outer[samples])
+        try:
+            yield
+        finally:
+            self._subset.set(outer)
 
     def _rank(self) -> int | None:
         if self.ranks == "agree":

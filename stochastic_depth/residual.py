@@ -193,7 +193,8 @@ class GatedBranch:
             else:
                 samples = take(batch, run)
             taken.append(samples)
-        with kept_once(taken, batches, run), unchanged(taken, self.passes.names[self.index]):
+        passes = self.passes
+        with kept_once(taken, batches, run), unchanged(taken, passes.names[self.index]), passes.within(run):
             output = branch(module, tuple(taken) if isinstance(x, tuple) else taken[0])
         if num_run > gate.num_open:
             output = output[: gate.num_open]

@@ -172,9 +172,9 @@ def _make_stochastic(branch: Branch, gated: GatedBranch, found: Found, forms: Kn
         getattr(block, _BRANCH).own_forward = block.__dict__.pop("forward", None)
     own: BlockBranches = getattr(block, _BRANCH)
     own.add_branch(branch.key, gated, branch.parts)
-    if path == FUNCTIONAL and own_rate and branch.rule is not None:
-        own.rates[branch.key] = branch.rule.drop_rate
-    elif path and path != FUNCTIONAL:
+    if own_rate and branch.rule is not None:
+        own.rules[branch.key] = branch.rule
+    if path and path != FUNCTIONAL:
         drop_path = block.get_submodule(path)
         if _BRANCH not in drop_path.__dict__:
             swap_class_(drop_path, StochasticDropPath)

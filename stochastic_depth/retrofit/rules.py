@@ -114,7 +114,14 @@ def drop_path_rule(module: nn.Module) -> DropPathRule | None:
         )
     granularity: Granularity = "batch" if attributes.get("mode") == "batch" else "sample"
     rescale: Literal["train", "none"] = "train" if attributes.get("scale_by_keep", True) else "none"
-    rule = DropPathRule(float(rates[0] or 0.0), rescale, granularity)
+    try:
+        rate = float(rates[0] or 0.0)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"{name} looks like a drop path, but its rate is {rates[0]!r}, which is no number. Register it with "
+            "stochastic_depth.register_drop_path."
+        ) from None
+    rule = DropPathRule(rate, rescale, granularity)
     known = _seen.get(module)
     if known is not None and 0 < known[0].drop_rate < 1 and known[0] == replace(rule, drop_rate=known[0].drop_rate):
         _seen[module] = rule, known[1]  # Recipes change the rate in every step.

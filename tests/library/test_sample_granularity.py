@@ -300,3 +300,35 @@ def test_a_sum_of_two_precisions_has_the_plain_sums(dtypes: tuple[torch.dtype, t
     ours.sum().backward()
     assert x.grad.dtype == dtypes[0]
     assert x.grad[:, 0].tolist() == [4, 1, 4, 4]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_forced_gates_of_branches_inside_branches(*, training: bool) -> None:
+    layers = [nn.Linear(4, 4).double() for _ in range(4)]
+    middle = sd.Residual(nn.Sequential(layers[1], sd.Residual(layers[2]), sd.Residual(layers[3])))
+    net = sd.Residual(nn.Sequential(layers[0], middle)).train(training)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), granularity="sample", rescale="none")
+    assert depth.names == ["", "branch.1", "branch.1.branch.1", "branch.1.branch.2"]
+    x = vectors(6).double()[:, :4]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        gates = torch.rand(4, 6, generator=generator) < 0.6
+        a, b, c, d = gates[..., None].double()
+        h = layers[0](x)
+        y = layers[1](h)
+        y = y + c * layers[2](y)
+        y = y + d * layers[3](y)
+        expected = x + a * (h + b * y)
+        with depth.gates(list(gates)):
+            actual = net(x)
+        both = [
+            {"output": output}
+            | {
+                str(i): torch.autograd.grad(output.sum(), layer.weight, retain_graph=True)[0]
+                for i, layer in enumerate(layers)
+            }
+            for output in (actual, expected)
+        ]
+        assert_close(*both)
+    with pytest.raises(ValueError, match="has 6 entries, but the batch has 5 samples"), depth.gates(list(gates)):
+        net(x[:5])

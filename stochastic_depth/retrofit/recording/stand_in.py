@@ -27,6 +27,7 @@ from stochastic_depth.retrofit.code.own_forward import bound_anew, own_forward
 from stochastic_depth.retrofit.code.places import attribute_of
 from stochastic_depth.retrofit.code.reads import written_parameters
 from stochastic_depth.retrofit.code.user_data import copied, has_no_data, private_copy
+from stochastic_depth.retrofit.recording.layouts import in_order, order_of
 from stochastic_depth.retrofit.recording.scripted import Scripted
 from stochastic_depth.retrofit.rules import is_drop_path
 from stochastic_depth.torch_private import (
@@ -229,8 +230,8 @@ def sample_leaf(value: Any, rows: Tensor | None) -> Any:
         return value_like.requires_grad_(value.requires_grad)
     data = value.detach()
     data = data.clone() if rows is None else _different(data.index_select(0, rows.to(data.device)))
-    if rows is not None and value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last):
-        data = data.contiguous(memory_format=torch.channels_last)
+    if rows is not None and (order := order_of(value)) is not None:
+        data = in_order(data, order)  # Sums have the order of their first operand.
     vars(data).update(vars(value))
     return data.requires_grad_(value.requires_grad) if data.is_floating_point() or data.is_complex() else data
 

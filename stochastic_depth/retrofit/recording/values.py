@@ -143,6 +143,13 @@ class Values:
                 self.constants.append(tensor)
                 node = self.graph.call_function(Cached(tensor), ())
             self.bind(tensor, node)
+        elif tensor.grad_fn is not None and not node.meta.get("settings", (True,))[0]:
+            # Computed without gradients, and yet it has some: by a backward that no operation tells.
+            function = type(tensor.grad_fn).__name__.removesuffix("Backward")
+            raise TraceError(
+                f"the forward calls {function}, an autograd.Function, whose backward cannot be recorded: call it in a "
+                "child module of the block"
+            )
         return node
 
     def _get_attribute(self, path: tuple[Any, ...]) -> fx.Node:

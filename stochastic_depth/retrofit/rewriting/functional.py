@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from torch import fx, nn
@@ -47,12 +47,20 @@ class FunctionalDropPath:
         value: the multiplied value.
         operand: the index of the noise among the arguments of the product.
         rule: its rule.
+        division: the division by the survival probability, if it follows the product.
     """
 
     product: fx.Node
     value: fx.Node
     operand: int
     rule: DropPathRule
+    division: fx.Node | None = None
+
+    @property
+    def num_samples(self) -> int | None:
+        """Number of samples of the recorded call, if known."""
+        shape = self.value.meta.get("shape")
+        return shape[0] if shape else None
 
 
 def find_functional(graph: fx.Graph) -> list[FunctionalDropPath]:
@@ -66,7 +74,9 @@ def find_functional(graph: fx.Graph) -> list[FunctionalDropPath]:
             if isinstance(noise, fx.Node) and isinstance(value, fx.Node):
                 rule = _rule_of(noise, value)
                 if rule is not None:
-                    found.append(FunctionalDropPath(node, value, operand, rule))
+                    division = _division_of(node, 1 - rule.drop_rate) if rule.rescale == "none" else None
+                    rule = rule if division is None else replace(rule, rescale="train")
+                    found.append(FunctionalDropPath(node, value, operand, rule, division))
                     break
     return found
 
@@ -87,6 +97,9 @@ def put_functional(graph: fx.Graph, block: nn.Module) -> list[FunctionalDropPath
         node.op, node.target, node.args, node.kwargs = (
             "call_function", functional_drop_path, (_undivided(each.value, keep),), {},
         )  # fmt: skip
+        if each.division is not None:
+            each.division.replace_all_uses_with(node)
+            graph.erase_node(each.division)
     for node in reversed(list(graph.nodes)):
         if found and not node.users and _is_noise_node(node):
             graph.erase_node(node)
@@ -129,8 +142,7 @@ def _rule_of(noise: fx.Node, value: fx.Node) -> DropPathRule | None:
     keep = _survival_prob(draws[0], nodes)
     if keep is None or not 0 < keep <= 1:
         return None
-    divided = any(_name(node) in ("div", "div_", "truediv", "itruediv") and keep in node.args for node in nodes)
-    divided = divided or _undivided(value, keep) is not value
+    divided = any(_divides(node, keep) for node in nodes) or _undivided(value, keep) is not value
     granularity = "batch" if _has_no_rows(draws[0], noise) else "sample"
     return DropPathRule(1 - keep, "train" if divided else "none", granularity)
 
@@ -235,6 +247,22 @@ def _survival_prob(draw: fx.Node, nodes: list[fx.Node]) -> float | None:
 
 def _undivided(value: fx.Node, keep: float) -> fx.Node:
     """The value before division by the survival probability; the value itself if it was not divided."""
-    if _name(value) in ("div", "truediv") and len(value.args) == 2 and value.args[1] == keep:
-        return cast(fx.Node, value.args[0])
-    return value
+    return value.all_input_nodes[0] if _divides(value, keep) else value
+
+
+def _division_of(product: fx.Node, keep: float) -> fx.Node | None:
+    """The division by the survival probability of a product that nothing else uses."""
+    users = [user for user in product.users if not is_size(user)]
+    return users[0] if len(users) == 1 and _divides(users[0], keep) else None
+
+
+def _divides(node: fx.Node, keep: float) -> bool:
+    """Whether a node divides a value by the survival probability, or multiplies by its inverse."""
+    numbers = [each for each in node.args if isinstance(each, (int, float))]
+    if len(node.args) != 2 or len(numbers) != 1 or node.kwargs:
+        return False
+    if _name(node) in ("mul", "mul_", "imul", "multiply"):
+        # A factor such as 2 may be the block's own.
+        return math.isclose(numbers[0] * keep, 1) and not float(numbers[0]).is_integer()
+    is_quotient = _name(node) in ("div", "div_", "truediv", "itruediv", "idiv", "divide", "true_divide")
+    return is_quotient and node.args[1] is numbers[0] and math.isclose(numbers[0], keep)

@@ -13,6 +13,7 @@ from stochastic_depth.retrofit.recording.maps import MAP_REASON, NotComputed
 from stochastic_depth.retrofit.rewriting.functional import FUNCTIONAL
 from stochastic_depth.retrofit.rewriting.generated_code import Code
 from stochastic_depth.retrofit.rewriting.sums import DropPaths, Identity, Key, Paths
+from stochastic_depth.retrofit.rules import DropPathRule
 from stochastic_depth.torch_private import child_dict
 
 
@@ -35,7 +36,7 @@ class BlockGates(Protocol):
     drop_paths: DropPaths
     known: dict[Key, Identity]
     gated: dict[Key, GatedBranch]
-    rates: dict[Key, float]
+    rules: dict[Key, DropPathRule]
 
     def parts_at(self, block: nn.Module, key: Key, paths: Paths) -> nn.Module:
         """What holds the parameters that a branch has on one way through the code."""
@@ -69,7 +70,13 @@ def in_training(block: nn.Module, key: Key) -> bool:
 
 
 def make_gated_sum(
-    key: Key, paths: Paths, function: Callable[..., Tensor], inputs: Sequence[BranchInput], *, capturable: bool = True
+    key: Key,
+    paths: Paths,
+    function: Callable[..., Tensor],
+    inputs: Sequence[BranchInput],
+    *,
+    is_evaluated: bool = False,
+    capturable: bool = True,
 ) -> Callable[..., Tensor]:
     """A function `(block, shortcut, *values)` that adds a branch to its shortcut if its gate is open.
 
@@ -78,6 +85,7 @@ def make_gated_sum(
         paths: paths of the modules and parameters that it uses here.
         function: the branch, `(block, *values)`.
         inputs: what is known of each of the values.
+        is_evaluated: whether the rule of evaluation holds in training too.
         capturable: whether a CUDA graph may repeat the branch.
     """
     only = len(inputs) == 1 and inputs[0].samples
@@ -89,7 +97,8 @@ def make_gated_sum(
         gates = _gates_of(block)
         if gates is None:
             return shortcut + function(block, *values)
-        gated, parts, training = gates.gated[key], gates.parts_at(block, key, paths), in_training(block, key)
+        gated, parts = gates.gated[key], gates.parts_at(block, key, paths)
+        training = in_training(block, key) and not is_evaluated
         others = [values[index] for index in others_at if isinstance(values[index], Tensor)]
         if only:
             return gated.add(
@@ -111,14 +120,13 @@ def make_gated_sum(
 
         return gated.add(shortcut, own, block, of_samples, parts=parts, training=training, extra_inputs=others)
 
-    gated_sum.__name__ = f"gated_sum_{key[1]}"
     return gated_sum
 
 
 def make_gated_sum_and_maps(
-    key: Key, paths: Paths, function: Callable[..., Any], inputs: Sequence[BranchInput], num_maps: int
+    make_sum: Callable[..., Any], function: Callable[..., Any], inputs: Sequence[BranchInput], num_maps: int
 ) -> Callable[..., Any]:
-    """The sum, and the attention maps of the branch, which are placeholders unless all samples ran."""
+    """The sum that `make_sum` makes, and the attention maps of the branch: placeholders unless all samples ran."""
 
     @outside_graph
     def gated_sum_and_maps(block: nn.Module, shortcut: Tensor, *values: Any) -> tuple[Any, ...]:
@@ -130,23 +138,21 @@ def make_gated_sum_and_maps(
                 seen.append(tuple(maps))
             return output
 
-        summed = make_gated_sum(key, paths, first, inputs, capturable=False)(block, shortcut, *values)
+        summed = make_sum(first, inputs, capturable=False)(block, shortcut, *values)
         return summed, *(seen[-1] if seen else [NotComputed(MAP_REASON)] * num_maps)
 
-    gated_sum_and_maps.__name__ = f"gated_sum_and_maps_{key[1]}"
     return gated_sum_and_maps
 
 
 def make_gated_value(
-    key: Key,
-    paths: Paths,
+    make_sum: Callable[..., Any],
     function: Callable[..., Tensor],
     inputs: Sequence[BranchInput],
     shape: tuple[int, ...],
     dtype: torch.dtype | None,
 ) -> Callable[..., Tensor]:
     """For a block without a shortcut that drops its whole output: closed gates return zeros."""
-    gated_sum = make_gated_sum(key, paths, function, inputs)
+    gated_sum = make_sum(function, inputs)
 
     @outside_graph
     def gated_value(block: nn.Module, *values: Any) -> Tensor:
@@ -154,17 +160,18 @@ def make_gated_value(
         rows = next((v.shape[0] for v, kind in zip(values, inputs, strict=True) if kind.samples), shape[0])
         return gated_sum(block, tensor.new_zeros(rows, *shape[1:], dtype=dtype), *values)
 
-    gated_value.__name__ = f"gated_value_{key[1]}"
     return gated_value
 
 
-def make_mask(key: Key, gates: BlockGates) -> Code:
-    """A function `(block, x)` that masks what a branch has computed."""
+def make_mask(key: Key, gates: BlockGates, *, is_evaluated: bool = False) -> Code:
+    """A function `(block, x)` that masks what a branch has computed; by the rule of evaluation, if that holds."""
 
     @outside_graph
     def gated_output(block: nn.Module, x: Tensor) -> Tensor:
         gates = _gates_of(block)
-        return x if gates is None else masked(gates.gated[key], x, training=in_training(block, key))
+        if gates is None:
+            return x
+        return masked(gates.gated[key], x, training=in_training(block, key) and not is_evaluated)
 
     gated_output.__name__ = f"gated_output_{list(gates.known).index(key)}"
     return gated_output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from typing import Any, cast
 
 import torch
@@ -79,8 +80,10 @@ def _adds(node: fx.Node, block: nn.Module) -> bool:
     )
 
 
-def put_in_a_row(graph: fx.Graph, block: nn.Module) -> None:
+def put_in_a_row(graph: fx.Graph, block: nn.Module, drop_paths: Collection[fx.Node] | None = None) -> None:
     """Replace `x + (a + b)` by `(x + a) + b` if a and b are parallel branches, so that each has its own sum.
+
+    With drop paths, only where a and b are calls of these.
 
     The metadata of the new sums says which operand of which call in the block's own code their branch is (`operand`,
     `call`).
@@ -91,6 +94,8 @@ def put_in_a_row(graph: fx.Graph, block: nn.Module) -> None:
         for shortcut, inner in (operands, operands[::-1]) if operands else ():
             parts = added(inner)
             if parts is None or list(inner.users) != [outer] or not are_parallel(shortcut, *parts, block):
+                continue
+            if drop_paths is not None and not set(parts) <= set(drop_paths):
                 continue
             if any(writes_in_place(node, block) for node in (inner, outer)):
                 continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 from torch import fx, nn
@@ -28,7 +29,6 @@ from stochastic_depth.retrofit.rewriting.generated_code import Code, compiled
 from stochastic_depth.retrofit.rewriting.operations import ancestors
 from stochastic_depth.retrofit.rewriting.sums import (
     Key,
-    Paths,
     additions_of,
     calls_of,
     find_sums,
@@ -36,6 +36,7 @@ from stochastic_depth.retrofit.rewriting.sums import (
     match,
     paths_of,
 )
+from stochastic_depth.retrofit.rules import DropPathRule
 
 
 class GatedUse(NamedTuple):
@@ -47,6 +48,7 @@ class GatedUse(NamedTuple):
         operand: index of the branch's output among the arguments of that call; None if it is the result.
         scale: factor in the block's own code if nothing is dropped.
         cause: why the branch is masked; empty if it is skipped.
+        is_evaluated: whether the rule of evaluation holds in training too, because the drop path is not called.
     """
 
     key: Key
@@ -54,6 +56,7 @@ class GatedUse(NamedTuple):
     operand: int | None
     scale: float = 1.0
     cause: str = ""
+    is_evaluated: bool = False
 
 
 def edits_of(uses: Sequence[GatedUse], weights: Callable[[GatedUse], Any]) -> Edits:
@@ -83,6 +86,9 @@ class Rewritten(NamedTuple):
 def rewrite(graph: fx.Graph, block: nn.Module, gates: BlockGates, granularity: str) -> Rewritten:
     """Put every gated branch of a recording behind its gate.
 
+    If the code does not call a branch's drop path in training, because its rate is 0 now or a flag says so, only forced
+    gates act on the branch, as in evaluation.
+
     Args:
         graph: the recording of a call; it is changed.
         block: the block or its stand-in, for the kinds of its children.
@@ -93,13 +99,15 @@ def rewrite(graph: fx.Graph, block: nn.Module, gates: BlockGates, granularity: s
         CutError: if a branch without a drop path cannot be separated, or is missing although its parameters are used.
         TraceError: if the code cannot be generated.
     """
-    functional = put_functional(graph, block)
-    _check_rates(functional, gates)
+    functional = {each.product: each for each in put_functional(graph, block)}
     called = {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")}
     sums = find_sums(graph, block, gates.drop_paths)
     calls = calls_of(graph, gates.drop_paths)
     identities = {key: identity(residual, block) for key, residual in sums.items()}
     matched = match(identities, gates.known)
+    for here, key in matched.items():
+        if key[0] == FUNCTIONAL and key in gates.rules:
+            _check_rule(functional[calls[here]], gates.rules[key], _names([key], gates))
     met = {(key[0], gates.known[key]) for key in matched.values()}
     # A drop path with equal uses, in a loop, may be used less often.
     missing = [
@@ -107,9 +115,11 @@ def rewrite(graph: fx.Graph, block: nn.Module, gates: BlockGates, granularity: s
         for key in gates.gated
         if key not in matched.values() and _is_met(key, gates, called) and (key[0], gates.known[key]) not in met
     ]
+    evaluated: set[Key] = set()
     if missing and gates.drop_paths:
         for key, (place, residual) in additions_of(graph, block, {key: gates.known[key] for key in missing}).items():
             sums["", -1 - place[1]], matched["", -1 - place[1]] = residual, key
+            evaluated |= {key} & gates.rules.keys()  # A schedule does not ask whether drop paths are called.
         missing = [key for key in missing if key not in matched.values()]
     if missing:
         members = {path for key in missing for path in gates.known[key]}
@@ -133,22 +143,24 @@ def rewrite(graph: fx.Graph, block: nn.Module, gates: BlockGates, granularity: s
         key = matched.get(here)
         if key is None or key not in gates.gated:
             continue
+        is_evaluated = key in evaluated
         try:
             if isinstance(residual, CutError):
                 raise residual
             call, operand, scale = _reference(residual.after(replaced), calls.get(here))
-            replaced[residual.add] = _gate(residual.after(replaced), key, block, gates, granularity, paths[here])
-            uses.append(GatedUse(key, call, operand, scale))
+            make_sum = partial(make_gated_sum, key, paths[here], is_evaluated=is_evaluated)
+            replaced[residual.add] = _gate(residual.after(replaced), key, block, gates, granularity, make_sum)
+            uses.append(GatedUse(key, call, operand, scale, is_evaluated=is_evaluated))
         except CutError as error:
             if here in calls:
                 call, operand, scale = _reference(None, calls[here])
                 _mask(calls[here], key, gates)
             elif isinstance(error, SidesError) and isinstance(residual, Sum):
                 call, operand, scale = _reference(residual.after(replaced), None)
-                _mask_operand(residual.after(replaced), key, gates)
+                _mask_operand(residual.after(replaced), make_mask(key, gates, is_evaluated=is_evaluated))
             else:
                 raise
-            uses.append(GatedUse(key, call, operand, scale, str(error)))
+            uses.append(GatedUse(key, call, operand, scale, str(error), is_evaluated))
     graph.lint()
     code = _written(graph, f"{gates.name}: the forward that runs open branches only")
     # A branch that is added to nothing gives zeros of the sizes that were seen.
@@ -162,19 +174,25 @@ def _written(graph: fx.Graph, description: str) -> Code:
     return compiled(graph, description)
 
 
-def _check_rates(functional: Sequence[FunctionalDropPath], gates: BlockGates) -> None:
-    """Refuse a change of the rate that a functional drop path had when the model was made stochastic.
+def _check_rule(now: FunctionalDropPath, before: DropPathRule, name: str) -> None:
+    """Refuse a change of the rule that a functional drop path had when the model was made stochastic.
 
     Raises:
         CutError: if it has another one.
     """
-    for index, each in enumerate(functional):
-        rate = gates.rates.get((FUNCTIONAL, index))
-        if rate is not None and rate != each.rule.drop_rate:
-            raise CutError(
-                f"the rate of its drop path function was changed from {rate:g} to {each.rule.drop_rate:g}: set it "
-                "back, and call controller(model).set_survival_probs"
-            )
+    rule = now.rule
+    if rule.drop_rate != before.drop_rate:
+        raise CutError(
+            f"the rate of the drop path function of {name} was changed from {before.drop_rate:g} to "
+            f"{rule.drop_rate:g}: set it back, and call controller(model).set_survival_probs"
+        )
+    # Noise of a single sample looks like that of a batch.
+    if now.num_samples in (None, 1):
+        rule = replace(rule, granularity=before.granularity)
+    if rule != before:
+        raise CutError(
+            f"the drop path function of {name} was changed from {before} to {rule}: change it before make_stochastic_"
+        )
 
 
 def _is_met(key: Key, gates: BlockGates, called: set[str]) -> bool:
@@ -202,7 +220,9 @@ def _reference(residual: Sum | None, call: fx.Node | None) -> tuple[int, int | N
     return residual.add.meta["call"], residual.add.args.index(residual.output) if own is None else own, 1.0
 
 
-def _gate(residual: Sum, key: Key, block: nn.Module, gates: BlockGates, granularity: str, paths: Paths) -> fx.Node:
+def _gate(
+    residual: Sum, key: Key, block: nn.Module, gates: BlockGates, granularity: str, make_sum: Callable[..., Any]
+) -> fx.Node:
     branch = cut(residual, block)
     graph = residual.add.graph
     branch, containers = _with_items(branch)
@@ -223,11 +243,12 @@ def _gate(residual: Sum, key: Key, block: nn.Module, gates: BlockGates, granular
     inputs = [BranchInput(bool(node.meta.get("samples")), node in carried) for node in branch.inputs]
     dtype, order = residual.add.meta.get("dtype"), residual.add.meta.get("order")
     if residual.shortcut is None:
-        gated_sum = make_gated_value(key, paths, function, inputs, residual.add.meta["shape"], dtype)
+        gated_sum = make_gated_value(make_sum, function, inputs, residual.add.meta["shape"], dtype)
     elif branch.sides:
-        gated_sum = make_gated_sum_and_maps(key, paths, function, inputs, len(branch.sides))
+        gated_sum = make_gated_sum_and_maps(make_sum, function, inputs, len(branch.sides))
     else:
-        gated_sum = make_gated_sum(key, paths, function, inputs)
+        gated_sum = make_sum(function, inputs)
+    gated_sum.__name__ = f"gated_sum_{key[1]}"
     with graph.inserting_before(residual.add):
         shortcut = () if residual.shortcut is None else (residual.shortcut,)
         if residual.shortcut is not None and dtype and residual.shortcut.meta.get("dtype", dtype) != dtype:
@@ -333,9 +354,9 @@ def _mask(call: fx.Node, key: Key, gates: BlockGates) -> None:
     call.meta["takes_block"] = True
 
 
-def _mask_operand(residual: Sum, key: Key, gates: BlockGates) -> None:
+def _mask_operand(residual: Sum, mask: Code) -> None:
     """Mask the branch's output at its addition."""
     with residual.add.graph.inserting_before(residual.add):
-        output = residual.add.graph.call_function(make_mask(key, gates), (residual.output,))
+        output = residual.add.graph.call_function(mask, (residual.output,))
     output.meta["takes_block"] = True
     residual.add.replace_input_with(residual.output, output)

@@ -111,6 +111,7 @@ def find_sums(graph: fx.Graph, block: nn.Module, drop_paths: Sequence[str]) -> d
     found: dict[Key, Sum | CutError] = {}
     for call in calls_of(graph, drop_paths).values():
         move_behind_what_commutes(call, block)
+    put_in_a_row(graph, block, calls_of(graph, drop_paths).values())
     for key, call in calls_of(graph, drop_paths).items():
         try:
             found[key] = _separable(drop_path_sum(call, block), block)

@@ -105,7 +105,8 @@ def _masked_code(
 
     def weights(use: GatedUse) -> Callable[[Tensor], float | Tensor]:
         def of(output: Tensor) -> float | Tensor:
-            return branches.gated[use.key].weights(output, training=in_training(block, use.key)) / use.scale
+            training = in_training(block, use.key) and not use.is_evaluated
+            return branches.gated[use.key].weights(output, training=training) / use.scale
 
         return of
 

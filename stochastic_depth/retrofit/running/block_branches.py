@@ -18,6 +18,7 @@ from stochastic_depth.retrofit.code.reads import Reads, StateOfChildren
 from stochastic_depth.retrofit.rewriting.functional import FUNCTIONAL
 from stochastic_depth.retrofit.rewriting.gated_calls import in_training
 from stochastic_depth.retrofit.rewriting.sums import BranchParts, DropPaths, Identity, Key, Paths
+from stochastic_depth.retrofit.rules import DropPathRule
 from stochastic_depth.retrofit.running.known_forms import MAX_FORMS, MAX_SAMPLES, Form, KnownForms, Prepared
 
 CallForm = tuple[Any, ...]
@@ -39,7 +40,7 @@ class BlockBranches:
         gated: the branches that passed the filter.
         parts: the holder of each branch's parameters.
         forms: the known forms of calls.
-        rates: rates of its functional drop paths, if the branches have these rates.
+        rules: the rules of its drop paths as found, if the branches have these rates.
         own_forward: a forward that was set on the block instead of its class's.
         own_forms: the forms in which this block was called.
         reads: what the block's code may read besides its arguments; None before the first call.
@@ -50,7 +51,7 @@ class BlockBranches:
     drop_paths: DropPaths
     known: dict[Key, Identity]
     forms: KnownForms = field(default_factory=KnownForms)
-    rates: dict[Key, float] = field(default_factory=dict[Key, float])
+    rules: dict[Key, DropPathRule] = field(default_factory=dict[Key, DropPathRule])
     own_forward: Callable[..., Any] | None = None
     gated: dict[Key, GatedBranch] = field(default_factory=dict[Key, GatedBranch])
     parts: dict[Key, nn.Module] = field(default_factory=dict[Key, nn.Module])

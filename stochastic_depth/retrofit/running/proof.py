@@ -7,6 +7,7 @@ its gate. Both run on a stand-in of the block, without noise and without traces.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class FixedGates:
     observer = None
     graphs = None
     is_dry = False
+    within = nullcontext[None]
 
     def __init__(self, like: Any) -> None:
         self.names: tuple[str, ...] = like.names
@@ -181,7 +183,7 @@ def _patterns(
 ) -> list[tuple[str, dict[Key, bool | Tensor | None]]]:
     keys = list(dict.fromkeys(use.key for use in uses))
     patterns: list[tuple[str, dict[Key, bool | Tensor | None]]] = []
-    if not training:
+    if not training or any(use.is_evaluated for use in uses):
         patterns.append(("by the rule of evaluation", dict.fromkeys(keys, None)))
     patterns.append(("with all gates open", dict.fromkeys(keys, True)))
     patterns.append(("with all gates closed", dict.fromkeys(keys, False)))

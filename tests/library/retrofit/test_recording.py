@@ -1,11 +1,14 @@
 """Side effects of a block are neither lost nor executed while its forward is recorded."""
 
 import copy
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import timm
 import torch
+from plain_blocks import DropPath, assert_same, data, linear
 from torch import Tensor, nn
 
 import stochastic_depth as sd
@@ -289,3 +292,46 @@ def test_a_number_that_changes_in_each_step_keeps_few_recordings() -> None:
     forms = block._stochastic_depth_branch.forms
     assert len(forms.prepared) == 100
     assert forms.num_runs < 100 * 3, "proven once, whatever the number is"
+
+
+class _Swish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(x)
+        return x * x.sigmoid()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grads[0] * x.sigmoid() * (1 + x * (1 - x.sigmoid()))
+
+
+class _Activation(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return _Swish.apply(x)
+
+
+@pytest.mark.parametrize("in_child", [False, True])
+def test_an_autograd_function_is_masked_with_its_name_and_skipped_in_a_child(*, in_child: bool) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.act, self.drop_path = linear(), _Activation(), DropPath(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.f(x)
+            return x + self.drop_path(self.act(y) if in_child else _Swish.apply(y))
+
+    net, x = nn.Sequential(Block()).double(), data(4)
+    depth = sd.make_stochastic_(net)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with depth.gates([True]):
+            y = net(x)
+    y.sum().backward()
+    expected = x + 2 * nn.functional.silu(net[0].f(x))
+    assert_same(y, expected)
+    assert_same(net[0].f.weight.grad, torch.autograd.grad(expected.sum(), net[0].f.weight)[0])
+    named = [each for each in caught if "calls _Swish, an autograd.Function" in str(each.message)]
+    assert len(named) == len(caught) == (0 if in_child else 1)
+    assert depth.verify(x).num_masked == (0 if in_child else 1)

@@ -223,3 +223,11 @@ def test_a_controller_is_no_model() -> None:
     for function in (sd.fold_, sd.restore_, sd.controller, lambda model: sd.subnetwork(model, [0])):
         with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, but is a Controller: pass the model"):
             function(depth)
+
+
+@pytest.mark.parametrize("rate", [[0.5], "half", torch.ones(2)])
+def test_a_rate_that_is_no_number_is_named(rate: object) -> None:
+    drop_path = DropPath()
+    drop_path.drop_prob = rate
+    with pytest.raises(ValueError, match=r"looks like a drop path, but its rate is .*, which is no number"):
+        sd.make_stochastic_(nn.Sequential(Block(drop_path)))

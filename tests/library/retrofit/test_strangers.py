@@ -355,6 +355,164 @@ def test_a_changed_rate_of_a_functional_drop_path_raises() -> None:
         net(data(4))
 
 
+class Divided(nn.Module):
+    """Divides by the survival probability after the product with the noise."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.f, self.kind = linear(), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, keep = self.f(x), 0.75
+        if not self.training:
+            return x + y
+        noise = torch.empty(x.shape[0], 1, dtype=x.dtype).bernoulli_(keep)
+        if self.kind == "/":
+            return x + y * noise / keep
+        if self.kind == "inverse":
+            return x + y * noise * (1 / keep)
+        y = y * noise
+        y /= keep
+        return x + y
+
+
+@pytest.mark.parametrize("kind", ["/", "inverse", "/="])
+def test_a_division_after_the_product_is_part_of_the_drop_path(kind: str) -> None:
+    net, x = Stack(lambda: Divided(kind)).double(), data(4)
+    depth = sd.make_stochastic_(net)
+    gates = [torch.tensor([True, False, True, False]), True]
+    expected = x
+    for block, gate in zip(net.blocks, (gates[0][:, None], 1), strict=True):
+        expected = expected + block.f(expected) * gate / 0.75
+    for training in (True, False):
+        net.train(training)
+        with depth.gates(gates):
+            assert_same(net(x), expected)
+        assert depth.verify(x).num_masked == 0
+
+
+def test_a_factor_that_may_be_the_blocks_own_stays_its_own() -> None:
+    class Doubling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = linear()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.f(x)
+            return x + (y * torch.empty(x.shape[0], 1).bernoulli_(0.5).to(x) if self.training else y) * 2.0
+
+    net, x = nn.Sequential(Doubling()).double(), data(4)
+    depth = sd.make_stochastic_(net)
+    for training in (True, False):
+        net.train(training)
+        with depth.gates([True]):
+            assert_same(net(x), x + 2 * net[0].f(x))
+
+
+class Function(nn.Module):
+    """Drops two branches by a function with settings of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g, self.rates = linear(), linear(), [0.25, 0.5]
+        self.scales, self.mode = True, "row"
+
+    def drop(self, x: Tensor, rate: float) -> Tensor:
+        if not self.training or rate == 0:
+            return x
+        size = [x.shape[0] if self.mode == "row" else 1, 1]
+        noise = torch.empty(size, dtype=x.dtype).bernoulli_(1 - rate)
+        return x * (noise / (1 - rate) if self.scales else noise)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop(self.f(x), self.rates[0])
+        return x + self.drop(self.g(x), self.rates[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("rates", [0.25, 0.1], r"drop_path\(\)#2 was changed from 0\.5 to 0\.1"),
+        ("scales", False, r"#1 was changed from .*'train'.* to .*'none'"),
+        ("mode", "batch", r"#1 was changed from .*'sample'.* to .*'batch'"),
+    ],
+)
+def test_a_functional_drop_path_that_changes_is_refused(name: str, value: object, message: str) -> None:
+    net = nn.Sequential(Function()).double()
+    sd.make_stochastic_(net)
+    for size in (4, 1):
+        net(data(size))
+    setattr(net[0], name, value)
+    with pytest.raises(RuntimeError, match=message):
+        net(data(4))
+
+
+@pytest.mark.parametrize("rates", [[0.0, 0.5], [0.25, 0.0], [0.0, 0.0]])
+def test_a_functional_drop_path_whose_rate_becomes_0_drops_no_more(rates: list[float]) -> None:
+    net = nn.Sequential(Function()).double()
+    f, g, x = net[0].f, net[0].g, data(32)
+    depth = sd.make_stochastic_(net)
+    net(x)
+    net[0].rates = rates
+    firsts = [x + f(x)] if rates[0] == 0 else [x, x + f(x) / 0.75]
+    ways = [h + factor * g(h) for h in firsts for factor in ([1] if rates[1] == 0 else [0, 2])]
+    taken: set[int] = set()
+    for _ in range(3):  # 96 samples, each of which must go one of the ways
+        out = net(x)
+        deviation, way = torch.stack([(out - y).abs().amax(1) for y in ways]).min(0)
+        assert deviation.max() < 1e-12
+        taken |= set(way.tolist())
+    assert len(taken) == len(ways)
+    assert depth.verify(x).num_masked == 0
+    with depth.gates([False, False]):  # forced, they are closed all the same
+        assert torch.equal(net(x), x)
+
+
+class Switched(nn.Module):
+    """Calls its drop path in training if a flag or an argument says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.drop_path, self.drops = linear(), DropPath(0.5), True
+
+    def forward(self, x: Tensor, drops: bool = True) -> Tensor:
+        y = self.f(x)
+        return x + (self.drop_path(y) if self.training and self.drops and drops else y)
+
+
+@pytest.mark.parametrize("was_called", [True, False])
+@pytest.mark.parametrize("by", ["flag", "argument"])
+def test_a_drop_path_that_is_not_called_in_training_does_not_drop(by: str, *, was_called: bool) -> None:
+    block = Switched().double()
+    net, x = nn.ModuleList([block]), data(32)
+    depth = sd.make_stochastic_(net)
+    if was_called:
+        block(x)
+    block.drops = by != "flag"
+    full = x + block.f(x)
+    for _ in range(3):
+        y = block(x, drops=by != "argument")
+        assert_same(y, full)
+    with depth.gates([False]):
+        assert torch.equal(block(x, drops=by != "argument"), x)
+    block.drops = True
+    gates = torch.arange(32) % 2 == 0
+    with depth.gates([gates]):
+        assert_same(block(x), x + 2 * gates[:, None] * block.f(x))
+
+
+def test_a_schedule_does_not_ask_whether_a_drop_path_is_called() -> None:
+    net = nn.Sequential(Switched()).double()
+    net[0].drops, x = False, data(4)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5))
+    seen = set()
+    for _ in range(30):
+        y = net(x)
+        assert_same(y, x + depth.last_gates[0] * net[0].f(x))
+        seen.add(depth.last_gates[0])
+    assert seen == {0.0, 1.0}
+
+
 class Shared(nn.Module):
     """One drop path for two branches."""
 
@@ -377,6 +535,35 @@ def test_each_use_of_a_drop_path_has_a_gate_of_its_own() -> None:
         with depth.gates([first, second]):
             y = x + first * plain.f(x)
             assert_same(net(x), y + second * plain.g(y))
+
+
+class AddedFirst(nn.Module):
+    """Adds two dropped branches to each other, and then to the shortcut."""
+
+    def __init__(self, *, is_left: bool) -> None:
+        super().__init__()
+        self.f, self.g, self.p, self.q, self.is_left = linear(), linear(), DropPath(0.5), DropPath(0.25), is_left
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = self.p(self.f(x)) + self.q(self.g(x))
+        return both + x if self.is_left else x + both
+
+
+@pytest.mark.parametrize("is_left", [True, False])
+def test_dropped_branches_that_are_added_to_each_other_first_are_skipped(*, is_left: bool) -> None:
+    net = nn.Sequential(AddedFirst(is_left=is_left)).double()
+    f, g, x = net[0].f, net[0].g, data(4)
+    depth = sd.make_stochastic_(net)
+    calls: list[int] = []
+    g.register_forward_pre_hook(lambda _module, args: calls.append(len(args[0])))
+    gates = torch.tensor([[1, 1, 0, 0], [0, 1, 0, 1]], dtype=torch.bool)
+    first, second = gates.double()[..., None]
+    for _ in range(2):  # The first call proves.
+        calls.clear()
+        with depth.gates(list(gates)):
+            assert_same(net(x), x + 2 * first * f(x) + second / 0.75 * nn.functional.linear(x, g.weight, g.bias))
+    assert calls[0] == 2
+    assert depth.verify(x).num_masked == 0
 
 
 class Bypassing(nn.Module):
