@@ -69,8 +69,7 @@ def _is_shortcut(shortcut: fx.Node, output: fx.Node, block: nn.Module) -> bool:
         return shortcut.op != "get_attr"
     if _starts_at_zeros(shortcut) or _starts_at_zeros(output):
         return False
-    common = of_shortcut & of_output
-    if not any(node.op != "get_attr" for node in common):
+    if not any(_is_common(node, of_shortcut, of_output) for node in of_shortcut & of_output):
         return False
     projection = of_shortcut - of_output
     if any(node.op == "call_function" and not _is_cheap(node) and _is_computed(node) for node in projection):
@@ -80,6 +79,19 @@ def _is_shortcut(shortcut: fx.Node, output: fx.Node, block: nn.Module) -> bool:
     return 2 * _num_computing(projection, block) <= _num_computing(branch, block) or 2 * _num_layers(
         projection, block
     ) <= _num_layers(branch, block)
+
+
+def _is_common(node: fx.Node, a: Collection[fx.Node], b: Collection[fx.Node]) -> bool:
+    """Whether two values that are computed from a node have that in common, and not only a container of streams."""
+    if node.op == "get_attr":
+        return False
+    if node.op != "placeholder":
+        return True
+    used = [{user for user in node.users if user in values} for values in (a, b)]
+    if not all(user.target is operator.getitem and isinstance(user.args[1], (int, str)) for user in used[0] | used[1]):
+        return True
+    items = [{user.args[1] for user in each} for each in used]
+    return not (items[0] and items[1]) or not items[0].isdisjoint(items[1])
 
 
 def _was_taken_out(shortcut: fx.Node) -> bool:

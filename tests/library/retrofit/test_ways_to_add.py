@@ -164,3 +164,32 @@ def test_a_sum_that_lies_in_another_order_than_its_shortcut_runs_on_some_of_the_
     assert_same(actual, expected)
     assert actual.stride() == plain(x).stride()
     assert depth.verify(x).num_masked == 0
+
+
+class Streams(nn.Module):
+    """Two streams in one argument, each with a branch, and an exchange between them, which is no shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g, self.exchange = linear(), linear(), linear()
+
+    def forward(self, streams: list[Tensor]) -> list[Tensor]:
+        a, b = streams
+        a, b = a + self.f(a), b + self.g(b)
+        return [a + self.exchange(b).relu(), b]
+
+
+@pytest.mark.parametrize("by_example", [False, True])
+def test_streams_in_one_argument_are_no_common_source(*, by_example: bool) -> None:
+    net, streams = nn.Sequential(Streams(), Streams()).double(), [data(3), data(3, seed=1)]
+    plain = copy.deepcopy(net)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), inputs=[streams] if by_example else None)
+    assert depth.names == ["0#1", "0#2", "1#1", "1#2"]
+    gates = [True, False, False, True]
+    a, b = streams
+    for block, (first, second) in zip(plain, [gates[:2], gates[2:]], strict=True):
+        a, b = a + first * block.f(a), b + second * block.g(b)
+        a = a + block.exchange(b).relu()
+    with depth.gates(gates):
+        for actual, expected in zip(net(streams), (a, b), strict=True):
+            assert_same(actual, expected)
