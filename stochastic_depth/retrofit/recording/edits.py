@@ -25,13 +25,23 @@ class Edit:
     def of(self, value: Any) -> Any:
         """A value (N, ...) times the weights."""
         weights = self.weights if isinstance(self.weights, (float, int, Tensor)) else self.weights(value)
-        if not isinstance(weights, Tensor):
+        once = _once(value)
+        if isinstance(weights, Tensor):
+            weights = weights.to(value.device, value.dtype)
+            if value.shape[:1] != weights.shape:
+                weights = weights.repeat_interleave(value.shape[0] // weights.shape[0])
+            product = once * weights.view(-1, *[1] * (value.dim() - 1))
+        else:
             # Infinite values times zero are NaN, but a branch that does not run has no such values.
-            return value * weights if weights or value.isfinite().all() else torch.zeros_like(value)
-        weights = weights.to(value.device, value.dtype)
-        if value.shape[:1] != weights.shape:
-            weights = weights.repeat_interleave(value.shape[0] // weights.shape[0])
-        return value * weights.view(-1, *[1] * (value.dim() - 1))
+            product = once * weights if weights or once.isfinite().all() else torch.zeros_like(once)
+        return product if once is value else product.expand(value.shape)
+
+
+def _once(value: Tensor) -> Tensor:
+    """What is repeated in an expanded tensor: if it stays expanded, a sum lies in memory in the shortcut's order."""
+    if value.layout is not torch.strided or value.is_nested or all(value.stride()):
+        return value
+    return value[tuple(slice(1) if stride == 0 else slice(None) for stride in value.stride())]
 
 
 Edits = Mapping[int, Sequence[Edit]]

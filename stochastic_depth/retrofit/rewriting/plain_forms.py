@@ -11,8 +11,15 @@ from torch import fx, nn
 
 from stochastic_depth.copies import has_hooks, plain_class
 from stochastic_depth.retrofit.recording.sizes import is_size
-from stochastic_depth.retrofit.rewriting.operations import added, computes, name_of, writes_in_place
+from stochastic_depth.retrofit.rewriting.operations import SAME_MEMORY, added, computes, name_of, writes_in_place
 from stochastic_depth.retrofit.rewriting.residual_sums import are_parallel
+
+
+def remove_unused_views(graph: fx.Graph) -> None:
+    """Remove views that nothing uses, such as the other half of a tensor that was split: they would keep its source."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node.op in ("call_function", "call_method") and name_of(node) in SAME_MEMORY:
+            graph.erase_node(node)
 
 
 def spell_out_additions(graph: fx.Graph, block: nn.Module) -> None:

@@ -16,6 +16,7 @@ from stochastic_depth.retrofit.rewriting.plain_forms import (
     move_behind_what_commutes,
     name_values_changed_in_place,
     put_in_a_row,
+    remove_unused_views,
     spell_out_additions,
 )
 from stochastic_depth.retrofit.rewriting.residual_sums import residual_sums
@@ -103,6 +104,7 @@ def find_sums(graph: fx.Graph, block: nn.Module, drop_paths: Sequence[str]) -> d
     A branch that cannot be separated has the reason instead of its sum.
     """
     name_values_changed_in_place(graph, block)
+    remove_unused_views(graph)
     spell_out_additions(graph, block)
     if not drop_paths:
         put_in_a_row(graph, block)

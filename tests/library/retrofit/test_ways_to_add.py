@@ -9,6 +9,7 @@ from plain_blocks import D, assert_same, data, linear
 from torch import Tensor, nn
 
 import stochastic_depth as sd
+from stochastic_depth.retrofit.recording.layouts import in_order
 
 
 class Adding(nn.Module):
@@ -193,3 +194,51 @@ def test_streams_in_one_argument_are_no_common_source(*, by_example: bool) -> No
     with depth.gates(gates):
         for actual, expected in zip(net(streams), (a, b), strict=True):
             assert_same(actual, expected)
+
+
+class Sliced(nn.Module):
+    """Attention over two streams, of whose result one half is taken apart and not used (the last block of MM-DiT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.o = linear(), linear(), linear()
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        both = torch.cat([x, context], 1)
+        mixed = (self.q(both) @ self.k(both).mT).softmax(-1) @ both
+        own, _rest = mixed[:, : x.shape[1]], mixed[:, x.shape[1] :]
+        return x + self.o(own)
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+def test_a_view_that_nothing_uses_keeps_nothing_of_a_branch_running(granularity: str) -> None:
+    net = nn.ModuleList([Sliced()]).double()
+    x, context = torch.randn(2, 4, 3, D, dtype=torch.float64)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), granularity=granularity)
+    net[0](x, context)
+    calls: list[int] = []
+    net[0].q.register_forward_pre_hook(lambda _module, args: calls.append(len(args[0])))
+    with depth.gates([False]):
+        assert torch.equal(net[0](x, context), x)
+    assert calls == []
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2)])
+def test_an_expanded_branch_may_come_first_in_the_sum(order: tuple[int, ...], granularity: str) -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = linear()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.f(x.mean(1, keepdim=True)).expand_as(x) + x
+
+    net = nn.Sequential(Pooled()).double()
+    plain, x = copy.deepcopy(net), in_order(torch.randn(4, 3, D, dtype=torch.float64), order)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), granularity=granularity)
+    for is_open in (True, False):
+        with depth.gates([is_open]):
+            actual = net(x)
+        assert_same(actual, plain(x) if is_open else x)
+        assert actual.stride() == plain(x).stride()
