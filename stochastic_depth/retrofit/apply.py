@@ -141,7 +141,7 @@ def make_stochastic_(
     for index, branch in enumerate(branches):
         own = (draws, index, rescale or _own_rescale(branch, schedule), skipped_grad)
         if branch.kind == "layer":
-            _make_layer_stochastic(branch, GatedLayer(*own, drop_paths=bool(branch.drop_paths)))
+            _make_layer_stochastic(branch, GatedLayer(*own, drop_paths=tuple(branch.drop_paths)))
         else:
             _make_stochastic(branch, GatedBranch(*own), found, forms, own_rate=schedule is None)
     rescales = dict.fromkeys(rescale or _own_rescale(branch, schedule) for branch in branches)

@@ -20,6 +20,7 @@ from stochastic_depth.retrofit.errors import TraceError
 from stochastic_depth.retrofit.recording.maps import NotComputed
 from stochastic_depth.retrofit.recording.sizes import decide_by
 from stochastic_depth.retrofit.recording.trace import Recording, record
+from stochastic_depth.retrofit.rules import drop_path_rule
 from stochastic_depth.retrofit.running.comparison import CoarsestType, deviation, tolerance
 from stochastic_depth.retrofit.running.known_forms import MAX_SAMPLES
 from stochastic_depth.retrofit.running.private_runs import private
@@ -55,10 +56,10 @@ class GatedLayer(GatedBranch):
     """The gate of a whole layer.
 
     Attributes:
-        drop_paths: whether drop paths inside the layer, which its gate replaces, apply the factor of the sum.
+        drop_paths: drop paths inside the layer: its gate replaces theirs, and they apply the factor of the sum.
     """
 
-    drop_paths: bool = False
+    drop_paths: tuple[nn.Module, ...] = ()
     _structures: dict[Any, list[tuple[Recording | None, Any]]] = field(
         default_factory=dict[Any, "list[tuple[Recording | None, Any]]"], init=False, repr=False
     )
@@ -183,6 +184,11 @@ class StochasticLayer(nn.Module):
             raise TypeError(f"The layer {name} is called without a tensor: it has no hidden states to return.")
         if self.training and gated.survival_prob < 1:
             _refuse_cache(name, (*args, *kwargs.values()))
+            if not all(drop_path.training for drop_path in gated.drop_paths):
+                raise RuntimeError(
+                    f"A drop path inside the layer {name} is in evaluation mode, but its gate is the layer's: call "
+                    "eval() on the layer, or set its survival probability to 1 with depth.set_survival_probs."
+                )
         if masks_only.get():
             output = self._run(hidden, leaves, signature)
             weights = gated.weights(hidden, training=self.training)
@@ -261,6 +267,19 @@ class LayerDropPath(nn.Module):
         gated = self._stochastic_depth_branch
         factor = gated.factor(gated.passes.survival_prob_of_call(gated.index, training=self.training))
         return x if factor == 1.0 else x * factor
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        gated = self.__dict__.get("_stochastic_depth_branch")
+        if gated is None or name in ("training", "__class__", "_stochastic_depth_branch"):
+            super().__setattr__(name, value)
+            return
+        before = drop_path_rule(self)
+        super().__setattr__(name, value)
+        if drop_path_rule(self) != before:
+            raise RuntimeError(
+                f"This drop path is a part of the layer {gated.passes.names[gated.index]}, whose gate has "
+                "a rate of its own: change that with controller(model).set_survival_probs."
+            )
 
 
 def _first(output: Any) -> Tensor:

@@ -12,13 +12,15 @@ import math
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, cast
 
 from torch import fx, nn
 
 from stochastic_depth.retrofit.errors import TraceError
 from stochastic_depth.retrofit.recording.sizes import is_size
-from stochastic_depth.retrofit.rewriting.plain_forms import name_values_changed_in_place
+from stochastic_depth.retrofit.rewriting.operations import SAME_MEMORY
+from stochastic_depth.retrofit.rewriting.plain_forms import name_values_changed_in_place, spell_out_additions
 from stochastic_depth.retrofit.rules import DropPathRule
 
 FUNCTIONAL = "()"
@@ -88,7 +90,13 @@ def put_functional(graph: fx.Graph, block: nn.Module) -> list[FunctionalDropPath
         TraceError: if the code draws other random numbers.
     """
     name_values_changed_in_place(graph, block)
+    spell_out_additions(graph, block)
     found = find_functional(graph)
+    draws = [draw for each in found for draw in _draws_of(cast(fx.Node, each.product.args[each.operand]))]
+    if len(set(draws)) < len(draws):
+        raise TraceError(
+            "one random draw drops several of its branches together, which gates of their own would not do"
+        )
     for each in found:
         node, keep = each.product, 1 - each.rule.drop_rate
         node.meta["noise"] = each.operand
@@ -98,7 +106,7 @@ def put_functional(graph: fx.Graph, block: nn.Module) -> list[FunctionalDropPath
             "call_function", functional_drop_path, (_undivided(each.value, keep),), {},
         )  # fmt: skip
         if each.division is not None:
-            each.division.replace_all_uses_with(node)
+            each.division.replace_all_uses_with(next(arg for arg in each.division.args if isinstance(arg, fx.Node)))
             graph.erase_node(each.division)
     for node in reversed(list(graph.nodes)):
         if found and not node.users and _is_noise_node(node):
@@ -111,16 +119,11 @@ def put_functional(graph: fx.Graph, block: nn.Module) -> list[FunctionalDropPath
 
 def _is_noise_node(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method") and (
-        _name(node) in _DRAWS | _MAKES | _CHANGES | {"getitem", "getattr"} or is_size(node)
+        _name(node) in _DRAWS | _MAKES | _FORMS | {"getattr", "_after"} or _function(node) is not None or is_size(node)
     )
 
 
 _MAKES = {"new_empty", "empty", "empty_like", "new_full", "full", "new_ones", "ones", "zeros", "new_zeros", "full_like"}
-_CHANGES = {
-    "floor", "floor_", "div", "div_", "truediv", "add", "add_", "sub", "iadd", "idiv", "itruediv", "ge", "lt", "gt",
-    "le", "to", "type", "float", "view", "reshape", "expand", "mul", "mul_", "imul", "type_as", "_after", "half",
-    "bernoulli", "unsqueeze", "rsub", "__rsub__", "bool", "round", "clamp",
-}  # fmt: skip
 
 
 def _name(node: fx.Node) -> str:
@@ -129,22 +132,119 @@ def _name(node: fx.Node) -> str:
 
 def _rule_of(noise: fx.Node, value: fx.Node) -> DropPathRule | None:
     """The rule of a product with this value, if the other operand is the noise of a drop path."""
-    nodes = list(_values(noise))
-    draws = [node for node in nodes if _name(node) in QUIETED]
-    others = [node for node in nodes if node not in draws and _name(node) not in _MAKES | _CHANGES]
-    if len(draws) != 1 or any(not _gives_form_only(node, draws[0]) for node in others):
+    draws = _draws_of(noise)
+    if len(draws) != 1:
         return None
     shape = noise.meta.get("shape")
     if shape is not None and any(size != 1 for size in shape[1:]):
         return None  # Noise of single values is dropout.
     if shape is None and not _is_of_samples(draws[0]):
         return None
-    keep = _survival_prob(draws[0], nodes)
-    if keep is None or not 0 < keep <= 1:
+    gate = _gate_of(draws[0], noise)
+    if gate is None:
         return None
-    divided = any(_divides(node, keep) for node in nodes) or _undivided(value, keep) is not value
+    keep, factor = gate
+    divided = math.isclose(factor * keep, 1) if keep < 1 else False
+    if not divided and not math.isclose(factor, 1):
+        return None
+    divided = divided or _undivided(value, keep) is not value
     granularity = "batch" if _has_no_rows(draws[0], noise) else "sample"
     return DropPathRule(1 - keep, "train" if divided else "none", granularity)
+
+
+def _draws_of(noise: fx.Node) -> list[fx.Node]:
+    return [node for node in _values(noise) if _name(node) in QUIETED]
+
+
+def _gate_of(draw: fx.Node, noise: fx.Node) -> tuple[float, float] | None:
+    """The survival probability and the value of the noise where it is open; None if it is no gate.
+
+    The noise is computed from single values of the draw, in whatever way the code computes it.
+    """
+
+    def at(drawn: float) -> float:
+        return float(_number(noise, draw, drawn))
+
+    try:
+        if _name(draw) in ("bernoulli", "bernoulli_"):
+            prob = _bernoulli_prob(draw)
+            closed, opened = at(0.0), at(1.0)
+            return None if prob is None or closed or not opened else (prob, opened)
+        ends, grid = (0.0, 1 - 2**-53), [(index + 0.5) / 64 for index in range(64)]
+        values = [at(drawn) for drawn in (ends[0], *grid, ends[1])]
+    except _NoNumberError:
+        return None
+    factor = max(values)
+    # A run without noise draws nearly 1, and takes it for smaller than any number.
+    compared = any(_name(node) in ("lt", "le") and node.args[0] is draw for node in _values(noise))
+    if not values[0 if compared else -1]:
+        return None
+    if factor <= 0 or not set(values) <= {0.0, factor} or sum(a != b for a, b in pairwise(values)) > 1:
+        return None
+    first = values[0]
+    if values[-1] == first:
+        return 1.0, factor
+    low, high = ends
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if at(middle) == first else (low, middle)
+    keep = high if first else 1 - high
+    # The number in the code, which rounding may miss.
+    written = {each for node in _values(noise) for each in node.args if isinstance(each, float)}
+    return next((each for part in written for each in (part, 1 - part) if abs(each - keep) < 1e-9), keep), factor
+
+
+class _NoNumberError(Exception):
+    """Noise that is not computed from numbers and a draw alone."""
+
+
+def _number(node: Any, draw: fx.Node, drawn: float) -> Any:
+    """The value of noise if its draw has a value."""
+    if node is draw:
+        return drawn
+    if isinstance(node, (bool, int, float)):
+        return node
+    if not isinstance(node, fx.Node) or is_size(node):
+        raise _NoNumberError
+    name = _name(node)
+    if name in _FORMS:
+        return _number(node.args[0], draw, drawn)
+    if name == "_after":
+        return _number(node.args[1], draw, drawn)
+    if name in _FILLED:
+        return _FILLED[name]
+    function = _function(node)
+    if function is None or node.kwargs:
+        raise _NoNumberError
+    try:
+        return function(*(_number(each, draw, drawn) for each in node.args))
+    except (TypeError, ZeroDivisionError):
+        raise _NoNumberError from None
+
+
+def _function(node: fx.Node) -> Callable[..., Any] | None:
+    """The function of numbers that a node computes, in place or not."""
+    name = _name(node).strip("_")
+    return _FUNCTIONS.get(name) or _FUNCTIONS.get(name.removeprefix("i"))
+
+
+def _rsub(a: float, b: float) -> float:
+    return b - a
+
+
+# Functions that change the form of noise, not its values.
+_FORMS = {
+    "to", "type", "type_as", "float", "half", "bfloat16", "double", "view", "view_as", "reshape", "expand", "expand_as",
+    "unsqueeze", "squeeze", "getitem", "contiguous", "clone", "detach",
+}  # fmt: skip
+_FILLED = {"ones": 1.0, "ones_like": 1.0, "new_ones": 1.0, "zeros": 0.0, "zeros_like": 0.0, "new_zeros": 0.0}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "add": operator.add, "radd": operator.add, "sub": operator.sub, "subtract": operator.sub, "rsub": _rsub,
+    "mul": operator.mul, "multiply": operator.mul, "rmul": operator.mul, "div": operator.truediv,
+    "divide": operator.truediv, "truediv": operator.truediv, "true_divide": operator.truediv, "neg": operator.neg,
+    "floor": math.floor, "ceil": math.ceil, "round": round, "bool": bool, "ge": operator.ge, "gt": operator.gt,
+    "le": operator.le, "lt": operator.lt, "eq": operator.eq, "ne": operator.ne, "logical_not": operator.not_,
+    "invert": operator.not_, "bitwise_not": operator.not_,
+}  # fmt: skip
 
 
 def _values(node: fx.Node) -> Iterator[fx.Node]:
@@ -166,10 +266,6 @@ def _values(node: fx.Node) -> Iterator[fx.Node]:
 
 # Functions whose second argument only provides form, type or device.
 _LIKE = {"to", "type_as", "expand_as", "view_as"}
-
-
-def _gives_form_only(node: fx.Node, draw: fx.Node) -> bool:
-    return False if node is draw else node.op == "get_attr" and not node.users
 
 
 def _form_of_draw(draw: fx.Node) -> Any:
@@ -212,37 +308,19 @@ def _is_row(size: Any) -> bool:
     return type(size) is int and size > 1
 
 
-def _survival_prob(draw: fx.Node, nodes: list[fx.Node]) -> float | None:
-    if _name(draw) in ("bernoulli", "bernoulli_"):
-        given = [each for each in (*draw.args[1:], *draw.kwargs.values()) if isinstance(each, float)]
-        if not given and isinstance(draw.args[0], fx.Node):
-            # bernoulli(full(..., survival_prob)) or bernoulli(ones(...) * survival_prob)
-            given = [
-                each
-                for node in _values(draw.args[0])
-                if _name(node) in ("full", "full_like", "new_full", "mul", "mul_", "imul")
-                for each in (*node.args, *node.kwargs.values())
-                if isinstance(each, float)
-            ]
-        return given[0] if len(given) == 1 else None
-    # uniform >= drop_rate, or uniform < survival_prob
-    compared = [node for node in nodes if _name(node) in ("ge", "gt", "lt", "le")]
-    if compared:
-        with_what = [each for each in compared[0].args[1:] if isinstance(each, float)]
-        if len(compared) > 1 or compared[0].args[0] is not draw or len(with_what) != 1:
-            return None
-        return with_what[0] if _name(compared[0]) in ("lt", "le") else 1 - with_what[0]
-    # floor(survival_prob + uniform)
-    if not any(_name(node) in ("floor", "floor_") for node in nodes):
-        return None
-    added = [
-        each
-        for node in nodes
-        if _name(node) in ("add", "add_", "iadd", "radd")
-        for each in node.args
-        if isinstance(each, float)
-    ]
-    return added[0] if len(added) == 1 else None
+def _bernoulli_prob(draw: fx.Node) -> float | None:
+    """The probability of a Bernoulli draw, if it is a number in the code."""
+    given = [each for each in (*draw.args[1:], *draw.kwargs.values()) if isinstance(each, float)]
+    if not given and isinstance(draw.args[0], fx.Node):
+        # bernoulli(full(..., survival_prob)) or bernoulli(ones(...) * survival_prob)
+        given = [
+            each
+            for node in _values(draw.args[0])
+            if _name(node) in ("full", "full_like", "new_full", "mul", "mul_", "imul")
+            for each in (*node.args, *node.kwargs.values())
+            if isinstance(each, float)
+        ]
+    return given[0] if len(given) == 1 and 0 < given[0] <= 1 else None
 
 
 def _undivided(value: fx.Node, keep: float) -> fx.Node:
@@ -252,8 +330,15 @@ def _undivided(value: fx.Node, keep: float) -> fx.Node:
 
 def _division_of(product: fx.Node, keep: float) -> fx.Node | None:
     """The division by the survival probability of a product that nothing else uses."""
-    users = [user for user in product.users if not is_size(user)]
-    return users[0] if len(users) == 1 and _divides(users[0], keep) else None
+    node = product
+    while len(users := [user for user in node.users if not is_size(user)]) == 1:
+        (node,) = users
+        if _divides(node, keep):
+            return node
+        # Such as a gain: dividing before it or after it is the same.
+        if node.op == "call_module" or _name(node) not in SAME_MEMORY | {"mul", "mul_", "imul", "multiply"}:
+            return None
+    return None
 
 
 def _divides(node: fx.Node, keep: float) -> bool:

@@ -90,7 +90,7 @@ def _is_common(node: fx.Node, a: Collection[fx.Node], b: Collection[fx.Node]) ->
     used = [{user for user in node.users if user in values} for values in (a, b)]
     if not all(user.target is operator.getitem and isinstance(user.args[1], (int, str)) for user in used[0] | used[1]):
         return True
-    items = [{user.args[1] for user in each} for each in used]
+    items = [{cast("int | str", user.args[1]) for user in each} for each in used]
     return not (items[0] and items[1]) or not items[0].isdisjoint(items[1])
 
 

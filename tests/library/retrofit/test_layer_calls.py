@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import transformers
+from plain_blocks import DropPath
 from torch import Tensor, nn
 
 import stochastic_depth as sd
@@ -214,3 +215,32 @@ def test_pytorchs_encoder_with_padded_texts(granularity: Any) -> None:
     with torch.no_grad():
         ours, own = (m.eval()(x, src_key_padding_mask=padding) for m in (encoder, plain))
     torch.testing.assert_close(ours[~padding[:, : ours.shape[1]]], own[~padding[:, : own.shape[1]]])
+
+
+class Dropped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.drop_path = nn.Linear(4, 4), DropPath(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.f(x))
+
+
+@pytest.mark.parametrize("schedule", [None, sd.uniform(0.5)])
+def test_a_changed_drop_path_inside_a_layer_is_refused(schedule: sd.Schedule | None) -> None:
+    net = nn.Sequential(Dropped(), Dropped())
+    depth = sd.make_stochastic_(net, schedule, layers=["0", "1"])
+    x = torch.randn(4, 4)
+    with pytest.raises(RuntimeError, match="is a part of the layer 1, whose gate has a rate of its own"):
+        net[1].drop_path.drop_prob = 0.25
+    net[1].drop_path.drop_prob = 0.25  # which changes nothing now
+    net[0].drop_path.eval()
+    with pytest.raises(RuntimeError, match="A drop path inside the layer 0 is in evaluation mode"):
+        net(x)
+    depth.set_survival_probs([1.0, 0.5])
+    net(x)
+    net[0].train()
+    depth.set_survival_probs([0.5, 0.5])
+    net(x)
+    net.eval()
+    assert torch.equal(net(x), copy.deepcopy(net)(x))

@@ -310,6 +310,10 @@ class ByHand(nn.Module):
             noise = torch.rand(x.size(0), 1, device=x.device) < keep
         elif self.kind == "floor":
             noise = torch.floor(keep + torch.rand((x.shape[0],) + (1,) * (x.ndim - 1)))
+        elif self.kind == "floor, 1 - p":
+            noise = torch.floor(torch.rand(x.shape[0], 1) + 1.0 - 0.25)
+        elif self.kind == "ceil":
+            noise = (torch.rand(x.shape[0], 1) * 2 - 0.5).ceil().ge(1)
         elif self.kind == "bernoulli_":
             noise = torch.empty(x.shape[0], 1).bernoulli_(keep)
         else:
@@ -317,7 +321,7 @@ class ByHand(nn.Module):
         return x + y * (noise.to(x) / keep)
 
 
-@pytest.mark.parametrize("kind", ["rand >=", "rand <", "floor", "bernoulli_", "bernoulli"])
+@pytest.mark.parametrize("kind", ["rand >=", "rand <", "floor", "floor, 1 - p", "ceil", "bernoulli_", "bernoulli"])
 @pytest.mark.parametrize("by_example", [False, True])
 def test_drop_paths_by_hand_are_skipped(kind: str, *, by_example: bool) -> None:
     net, x = Stack(lambda: ByHand(kind)).double(), data(4)
@@ -360,23 +364,27 @@ class Divided(nn.Module):
 
     def __init__(self, kind: str) -> None:
         super().__init__()
-        self.f, self.kind = linear(), kind
+        self.f, self.kind, self.gain = linear(), kind, nn.Parameter(torch.ones(D))
 
     def forward(self, x: Tensor) -> Tensor:
         y, keep = self.f(x), 0.75
         if not self.training:
-            return x + y
+            return x + y * self.gain
         noise = torch.empty(x.shape[0], 1, dtype=x.dtype).bernoulli_(keep)
         if self.kind == "/":
             return x + y * noise / keep
         if self.kind == "inverse":
             return x + y * noise * (1 / keep)
+        if self.kind == "behind a view and a gain":
+            return x + ((y * noise).view(-1, D) * self.gain) / keep
+        if self.kind == "alpha":
+            return torch.add(x, y * noise, alpha=1 / keep)
         y = y * noise
         y /= keep
         return x + y
 
 
-@pytest.mark.parametrize("kind", ["/", "inverse", "/="])
+@pytest.mark.parametrize("kind", ["/", "inverse", "/=", "behind a view and a gain", "alpha"])
 def test_a_division_after_the_product_is_part_of_the_drop_path(kind: str) -> None:
     net, x = Stack(lambda: Divided(kind)).double(), data(4)
     depth = sd.make_stochastic_(net)
@@ -389,6 +397,35 @@ def test_a_division_after_the_product_is_part_of_the_drop_path(kind: str) -> Non
         with depth.gates(gates):
             assert_same(net(x), expected)
         assert depth.verify(x).num_masked == 0
+
+
+@pytest.mark.parametrize("granularity", [None, "batch"])
+def test_one_draw_for_two_branches_is_refused(granularity: str | None) -> None:
+    class Together(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.g = linear(), linear()
+
+        def forward(self, x: Tensor) -> Tensor:
+            gate = torch.empty(x.shape[0], 1, dtype=x.dtype).bernoulli_(0.5) if self.training else 1.0
+            x = x + self.f(x) * gate
+            return x + self.g(x) * gate
+
+    with pytest.raises(ValueError, match="one random draw drops several"):
+        sd.make_stochastic_(nn.Sequential(Together()), granularity=granularity)
+
+
+def test_noise_that_is_closed_where_its_draw_is_large_is_named() -> None:
+    class Inverted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = linear()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.f(x) * (1 - (torch.rand(x.shape[0], 1) < 0.25).to(x)) if self.training else x + self.f(x)
+
+    with pytest.raises(ValueError, match=r"draws random numbers itself \(rand\)"):
+        sd.make_stochastic_(nn.Sequential(Inverted()))
 
 
 def test_a_factor_that_may_be_the_blocks_own_stays_its_own() -> None:
