@@ -61,6 +61,13 @@ class Gate(NamedTuple):
     survival_prob: float
 
 
+class _Subset(NamedTuple):
+    """Samples, (n,) indices, that a branch runs on, of `num_samples` in the batch."""
+
+    samples: Tensor
+    num_samples: int
+
+
 CLOSED = Gate(0, None, 1.0)
 """The gate of every branch that must not be called; its survival probability does not matter."""
 
@@ -124,7 +131,7 @@ class GateDraws:
         self._lock = threading.RLock()
         self._attribution = Attribution()
         self._forced = PerContext[Forced]()
-        self._subset = PerContext[Tensor]()
+        self._subset = PerContext[_Subset]()
         self._num_forced = 0
         self._was_forced = False
         self._observers = PerContext[Observer]()
@@ -394,9 +401,10 @@ class GateDraws:
     ) -> Gate:
         if isinstance(forced, bool):
             return Gate(num_samples, None, survival_prob) if forced else CLOSED
-        samples = self._subset.get()
-        if samples is not None:
-            forced = forced[samples.to(forced.device)]
+        subset = self._subset.get()
+        # Inside another branch, an entry is for all samples, or for those that this branch sees.
+        if subset is not None and len(forced) == subset.num_samples:
+            forced = forced[subset.samples.to(forced.device)]
         if len(forced) != num_samples:
             raise ValueError(
                 f"The gate of {self.names[index]!r} has {len(forced)} entries, but the batch has {num_samples} samples."
@@ -408,18 +416,20 @@ class GateDraws:
             return Gate(num_open, None, survival_prob)
         return Gate(num_open, forced.int().argsort(descending=True, stable=True).to(device), survival_prob)
 
-    def within(self, samples: Tensor) -> AbstractContextManager[None]:
+    def within(self, samples: Tensor, num_samples: int) -> AbstractContextManager[None]:
         """Within, a branch that runs on some of the samples is called; branches inside it see these only.
 
         Args:
             samples: (n,) their indices.
+            num_samples: number of all samples.
         """
-        return self._within(samples) if self._was_forced else nullcontext()
+        return self._within(samples, num_samples) if self._was_forced else nullcontext()
 
     @contextmanager
-    def _within(self, samples: Tensor) -> Generator[None]:
+    def _within(self, samples: Tensor, num_samples: int) -> Generator[None]:
         outer = self._subset.get()
-        self._subset.set(samples if outer is None else outer[samples])
+        inner = _Subset(samples, num_samples) if outer is None else outer._replace(samples=outer.samples[samples])
+        self._subset.set(inner)
         try:
             yield
         finally:

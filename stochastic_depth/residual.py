@@ -193,8 +193,8 @@ class GatedBranch:
             else:
                 samples = take(batch, run)
             taken.append(samples)
-        passes = self.passes
-        with kept_once(taken, batches, run), unchanged(taken, passes.names[self.index]), passes.within(run):
+        inside = self.passes.within(run, shortcut.shape[0])
+        with kept_once(taken, batches, run), unchanged(taken, self.passes.names[self.index]), inside:
             output = branch(module, tuple(taken) if isinstance(x, tuple) else taken[0])
         if num_run > gate.num_open:
             output = output[: gate.num_open]

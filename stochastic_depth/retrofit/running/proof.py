@@ -7,7 +7,7 @@ its gate. Both run on a stand-in of the block, without noise and without traces.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -39,7 +39,6 @@ class FixedGates:
     observer = None
     graphs = None
     is_dry = False
-    within = nullcontext[None]
 
     def __init__(self, like: Any) -> None:
         self.names: tuple[str, ...] = like.names
@@ -48,6 +47,10 @@ class FixedGates:
         self.dry_run: Callable[[], Any] = like.dry_run
         self.pattern: dict[int, bool | Tensor | None] = {}
         self._outer: Tensor | None = None
+
+    def within(self, _samples: Tensor, _num_samples: int) -> AbstractContextManager[None]:
+        """Nothing: `gate` keeps the samples itself."""
+        return nullcontext()
 
     def gate(self, index: int, num_samples: int, device: torch.device, _training: bool) -> Gate | None:
         """The gate of branch `index`, for the number of samples that it sees."""
