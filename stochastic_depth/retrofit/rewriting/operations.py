@@ -119,6 +119,37 @@ def is_plain(value: fx.Node, block: nn.Module) -> bool:
     return not any(computes(node, block) for node in ancestors(value))
 
 
+_CHEAP = {
+    "pad", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "max_pool1d",
+    "max_pool2d", "interpolate", "zeros", "zeros_like", "new_zeros", "dropout", "to", "clone", "getattr", "_after",
+    "boolean_dispatch", "adaptive_avg_pool3d", "max_pool3d", "fn", "roll", "flip",
+    "type_as", "type", "float", "half", "bfloat16", "double",
+}  # fmt: skip
+
+
+def is_computed(node: fx.Node) -> bool:
+    """Whether a value is computed from inputs, not from parameters alone."""
+    return any(each.op in ("placeholder", "call_module") for each in ancestors(node))
+
+
+def is_cheap(node: fx.Node) -> bool:
+    """Whether a value is still a shortcut after this function: scaling by a number, padding, pooling, a view."""
+    name = name_of(node)
+    if name in ("mul", "mul_", "truediv", "div", "multiply", "add", "add_", "imul"):
+        values = [each for each in node.all_input_nodes if not is_size(each) and is_computed(each)]
+        return len(values) <= 1
+    if name in ("cat", "concat"):
+        # Zeros appended to the shortcut, as in the authors' networks.
+        return len([each for each in node.all_input_nodes if not is_size(each)]) <= 2
+    return name in _CHEAP or name in SAME_MEMORY
+
+
+LIKE_ANOTHER = {f"{name}_like" for name in ("zeros", "ones", "empty", "full", "rand", "randn")} | {
+    f"new_{name}" for name in ("zeros", "ones", "empty", "full")
+}
+"""Functions and methods that take a tensor for its shape and dtype only."""
+
+
 def ancestors(node: fx.Node) -> set[fx.Node]:
     """A node and all nodes that it is computed from; sizes of tensors do not count."""
     found: set[fx.Node] = set()

@@ -741,14 +741,14 @@ def test_weights_that_a_child_moves_move_once_a_step(size: int) -> None:
 
 
 class Adapted(nn.Module):
-    """A layer with an adapter, as LoRA makes it."""
+    """A layer with a parallel adapter, which has a nonlinearity."""
 
     def __init__(self) -> None:
         super().__init__()
         self.base, self.down, self.up = linear(), nn.Linear(D, 2, bias=False), nn.Linear(2, D, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.up(self.down(x)) * 2
+        return self.base(x) + self.up(self.down(x).tanh()) * 2
 
 
 class WithAdapter(nn.Module):

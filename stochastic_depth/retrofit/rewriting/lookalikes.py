@@ -1,0 +1,186 @@
+"""Additions that look like residual ones and are none: recurrences, adapters, skip sums, modulations, and more."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Sequence
+from typing import cast
+
+from torch import fx, nn
+
+from stochastic_depth.retrofit.recording.sizes import is_size
+from stochastic_depth.retrofit.rewriting.cuts import Sum
+from stochastic_depth.retrofit.rewriting.operations import (
+    SAME_MEMORY,
+    added,
+    ancestors,
+    computes,
+    is_cheap,
+    is_computed,
+    is_plain,
+    name_of,
+)
+
+
+def are_calls_of_one(shortcut: fx.Node, output: fx.Node, block: nn.Module) -> bool:
+    """Whether a sum adds up what one child gives for several points, as Runge-Kutta methods do.
+
+    `h + f(h)` after `h = f(x)` is none of these: there, the second point is the first output itself.
+    """
+    if len({*_terms(shortcut, block), *_terms(output, block)}) != 1 or None in _terms(output, block):
+        return False
+    of_shortcut = ancestors(shortcut) - {shortcut}
+    points = [added(node) or () for node in ancestors(output) - of_shortcut - {shortcut}]
+    return any(operand in of_shortcut for operands in points for operand in operands)
+
+
+def is_stage(inner: Sum, outer: Sum, block: nn.Module) -> bool:
+    """Whether a sum is a point at which a Runge-Kutta method calls a child, on its way to the outer sum."""
+    return (
+        inner.shortcut is outer.shortcut
+        and inner.add in ancestors(outer.output)
+        and None not in _terms(inner.output, block)
+        and len({*_terms(inner.output, block), *_terms(outer.output, block)}) == 1
+    )
+
+
+def _terms(node: fx.Node, block: nn.Module) -> list[str | None]:
+    """Which child computes each term of a sum, up to factors such as a step size; None for what no child computes."""
+    node = _seen_through(node)
+    if operands := added(node):
+        return [term for operand in operands for term in _terms(operand, block)]
+    if name_of(node) in _PRODUCTS:
+        factors = [each for each in node.all_input_nodes if not is_plain(each, block)]
+        return _terms(factors[0], block) if len(factors) == 1 else [None]
+    return [cast(str, node.target) if node.op == "call_module" else None]
+
+
+def is_recurrence(projection: Collection[fx.Node], branch: Collection[fx.Node], block: nn.Module) -> bool:
+    """Whether what looks like a projection is a layer that the branch calls too, as the cell in `W x + R h` does."""
+    called = [{node.target for node in nodes if computes(node, block)} for nodes in (projection, branch)]
+    return any(isinstance(target, str) for target in called[0] & called[1])
+
+
+def is_affine(projection: Collection[fx.Node], branch: Collection[fx.Node], block: nn.Module) -> bool:
+    """Whether a branch beside a projection has no nonlinearity, so that both are parts of one larger layer.
+
+    Low-rank adapters and parallel convolutions are.
+    """
+    return any(computes(node, block) for node in projection) and all(_is_affine(node, block) for node in branch)
+
+
+def _is_affine(node: fx.Node, block: nn.Module) -> bool:
+    if node.op == "call_module":
+        called = block.get_submodule(cast(str, node.target))
+        return all(isinstance(module, _AFFINE) for module in called.modules())
+    if computes(node, block):
+        return len([each for each in node.all_input_nodes if is_computed(each)]) == 1
+    return node.op not in ("call_function", "call_method") or added(node) is not None or is_cheap(node)
+
+
+_AFFINE = (
+    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d,
+    nn.Sequential, nn.Identity, nn.Dropout,
+)  # fmt: skip
+
+
+def is_side_output(projection: Collection[fx.Node], branch: Collection[fx.Node], before: Sequence[Sum]) -> bool:
+    """Whether what looks like a shortcut begins inside an earlier residual branch, as the skip sum of WaveNet does."""
+    sources = {each for node in projection for each in node.all_input_nodes if each.op != "get_attr"} - {*projection}
+    inside = [
+        ancestors(each.output) - ancestors(each.shortcut) for each in before if each.shortcut and each.add in branch
+    ]
+    return all(any(source in nodes for nodes in inside) for source in sources)
+
+
+def is_side_input(inner: Sum, outer: Sum, block: nn.Module) -> bool:
+    """Whether a sum in a branch adds something to the stream itself, such as the positions of DETR's queries.
+
+    The stream is the shortcut of the outer sum. It comes to the inner one, unchanged or normalized, as what looks like
+    its branch, and what looks like its shortcut comes from elsewhere.
+    """
+    stream = outer.shortcut
+    if inner.shortcut is None or stream is None or stream is inner.shortcut or inner.add is outer.add:
+        return False
+    of_output = ancestors(inner.output)
+    if stream not in of_output or stream in ancestors(inner.shortcut):
+        return False
+    if inner.add not in ancestors(outer.output) or inner.add in ancestors(stream):
+        return False
+    since = [node for node in of_output - ancestors(stream) if computes(node, block)]
+    return all(node.op == "call_module" and _is_norm(block.get_submodule(cast(str, node.target))) for node in since)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower() and next(module.children(), None) is None
+
+
+def was_taken_out(shortcut: fx.Node) -> bool:
+    """Whether a value was subtracted before, or takes no gradient, as the mean that models of time series add back."""
+    node = shortcut
+    while not node.meta.get("is_subtracted") and name_of(node) != "detach":
+        sources = [each for each in node.all_input_nodes if not is_size(each)]
+        if node.op not in ("call_function", "call_method") or len(sources) != 1:
+            return False
+        if name_of(node) not in SAME_MEMORY | _REPEATING:
+            return False
+        node = sources[0]
+    return True
+
+
+_REPEATING = {"repeat", "repeat_interleave", "tile", "clone", "to"}
+
+
+def starts_at_zeros(node: fx.Node) -> bool:
+    """Whether a value is what a loop has added up, such as the outputs of experts, or its gated first state."""
+    while operands := added(node):
+        node = operands[0]
+    start = _seen_through(node)
+    if name_of(start) in _PRODUCTS:
+        return any(starts_at_zeros(factor) for factor in start.all_input_nodes)
+    return name_of(start) in _ZEROS
+
+
+# Where sums of experts begin. A tensor that code makes from numbers is a `_made_tensor` in a recording by symbols.
+_ZEROS = {"zeros", "zeros_like", "new_zeros", "_made_tensor"}
+_PRODUCTS = {"mul", "imul", "multiply", "mul_"}
+_REDUCTIONS = {"mean", "std", "var", "amax", "amin", "norm", "median", "max", "min", "sum"}
+
+
+def _seen_through(node: fx.Node) -> fx.Node:
+    """The node that another is a view of, or a function with numbers only."""
+    while node.op in ("call_function", "call_method"):
+        sources = [each for each in node.all_input_nodes if not is_size(each)]
+        is_view = node.target is operator.getitem and not isinstance(node.args[1], int)
+        if len(sources) != 1 or not (is_view or name_of(node) in SAME_MEMORY - {"getitem"} | _WITH_NUMBERS):
+            break
+        node = sources[0]
+    return node
+
+
+_WITH_NUMBERS = {"add", "sub", "mul", "truediv", "div", "sqrt", "rsqrt", "clamp", "detach", "__radd__", "radd", "exp"}
+
+
+def is_modulation(shift: fx.Node, product: fx.Node, block: nn.Module) -> bool:
+    """Whether a sum `x * scale + shift` is one of FiLM, AdaLN or RevIN: `scale` comes from where `shift` does.
+
+    Either both are parts of one tensor, or both are statistics of one, or `x` has nothing to do with `shift`.
+    """
+    product = _seen_through(product)
+    factors = [each for each in product.all_input_nodes if not is_size(each)]
+    if name_of(product) not in _PRODUCTS or len(factors) != 2:
+        return False
+    shift = _seen_through(shift)
+    of_shift = {node for node in ancestors(shift) if node.op != "get_attr"}
+    for x, scale in (factors, factors[::-1]):
+        source = _seen_through(scale)
+        is_other = source is not shift and source.args[:1] == shift.args[:1]
+        is_part = source.target is operator.getitem and shift.target is operator.getitem
+        are_statistics = {name_of(source), name_of(shift)} <= _REDUCTIONS
+        if is_other and (is_part or are_statistics):
+            return True
+        of_scale, of_x = ancestors(source), ancestors(x)
+        is_apart = shift not in of_scale and of_shift & of_scale and not of_shift & of_x
+        if is_apart and any(computes(node, block) for node in of_scale):
+            return True
+    return False

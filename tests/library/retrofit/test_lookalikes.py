@@ -1,0 +1,342 @@
+"""Sums that look like residual additions and are none: they get no gate.
+
+The references are each block's own formulas, without the branches that have gates, in float64.
+"""
+
+import pytest
+import torch
+from plain_blocks import D, assert_same, data, linear
+from torch import Tensor, nn
+
+import stochastic_depth as sd
+
+
+class Film(nn.Module):
+    """Scaled and shifted by what a condition says."""
+
+    def __init__(self, *, two_maps: bool) -> None:
+        super().__init__()
+        self.norm, self.f, self.g = nn.LayerNorm(D), linear(), linear()
+        self.of_condition, self.two_maps = nn.Linear(D, 2 * D), two_maps
+        self.scale, self.shift = linear(), linear()
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        if self.two_maps:
+            scale, shift = self.scale(condition), self.shift(condition)
+        else:
+            scale, shift = self.of_condition(condition).chunk(2, -1)
+        h = self.norm(self.f(x)) * (1 + scale[:, None]) + shift[:, None]
+        return x + self.g(h)
+
+
+class FilmNet(nn.Module):
+    def __init__(self, *, two_maps: bool) -> None:
+        super().__init__()
+        self.block = Film(two_maps=two_maps)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        return self.block(x, condition)
+
+
+@pytest.mark.parametrize("two_maps", [False, True])
+@pytest.mark.parametrize("by_example", [False, True])
+def test_a_shift_is_no_shortcut(*, by_example: bool, two_maps: bool) -> None:
+    net, x, condition = FilmNet(two_maps=two_maps).double(), data(4, 3), data(4, seed=1)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), inputs=[x, condition] if by_example else None)
+    assert depth.names == ["block#1"]
+    with depth.gates([False]):
+        assert_same(net(x, condition), x)
+
+
+class Normalized(nn.Module):
+    """RevIN: takes statistics off its input and puts them back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = linear(), linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
+        x = (x - mean) / std
+        x = x + self.g(self.f(x).relu())
+        return x * std + mean
+
+
+class Experts(nn.Module):
+    """Adds the outputs of experts, beginning with zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.router = nn.LayerNorm(D), nn.Linear(D, 3)
+        self.experts = nn.ModuleList(nn.Sequential(linear(), nn.ReLU(), linear()) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        weights, total = self.router(h).softmax(-1), torch.zeros_like(h)
+        for index, expert in enumerate(self.experts):
+            total = total + expert(h) * weights[..., index : index + 1]
+        return x + total
+
+
+@pytest.mark.parametrize("kind", [Normalized, Experts])
+@pytest.mark.parametrize("by_example", [False, True])
+def test_statistics_and_sums_of_experts_are_no_branches(kind: type[nn.Module], *, by_example: bool) -> None:
+    net, x = nn.Sequential(kind()).double(), data(4, 3)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), inputs=[x] if by_example else None)
+    assert depth.names == ["0#1"]
+    with depth.gates([False]):
+        assert_same(net(x), x)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = linear(), linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.g(self.f(x).relu())
+
+
+class Recurrent(nn.Module):
+    """A cell that is written out: `W x + R h`, where h comes from earlier steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.r = linear(), linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.zeros(x.shape[0], D, dtype=x.dtype)
+        for step in range(3):
+            h = torch.tanh(self.w(x[:, step]) + self.r(h))
+        return h
+
+
+class RecurrentAhead(Recurrent):
+    """The same with one call of W for all steps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        inputs = self.w(x)
+        h = inputs.new_zeros(x.shape[0], D)
+        for step in range(3):
+            h = torch.tanh(inputs[:, step] + self.r(h))
+        return h
+
+
+class RecurrentOfOneInput(Recurrent):
+    """The same for an input that does not change."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x[:, 0]
+        for _ in range(3):
+            h = torch.tanh(self.w(x[:, 0]) + self.r(h))
+        return h
+
+
+class Gated(nn.Module):
+    """A GRU cell that is written out, whose new state is a sum of shares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.u = nn.ModuleList(linear() for _ in range(3)), nn.ModuleList(linear() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.zeros(x.shape[0], D, dtype=x.dtype)
+        for step in range(3):
+            now = x[:, step]
+            z = torch.sigmoid(self.w[0](now) + self.u[0](h))
+            r = torch.sigmoid(self.w[1](now) + self.u[1](h))
+            n = torch.tanh(self.w[2](now) + r * self.u[2](h))
+            h = (1 - z) * n + z * h
+        return h
+
+
+class Adapter(nn.Module):
+    """A low-rank adapter beside a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.a, self.b, self.dropout = linear(), nn.Linear(D, 2), nn.Linear(2, D), nn.Dropout(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.b(self.a(self.dropout(x))) * 0.5
+
+
+class AdapterOfParameters(Adapter):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x @ self.a.weight.t() @ self.b.weight.t()
+
+
+class TwoAdapters(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(Adapter(), nn.ReLU(), Adapter())
+
+
+class Parallel(nn.Module):
+    """Parallel convolutions and a norm that become one convolution later, as in RepVGG and MobileOne."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+        self.convs = nn.ModuleList(nn.Sequential(nn.Conv1d(3, 3, 1), nn.BatchNorm1d(3)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        for conv in self.convs:
+            y = y + conv(x)
+        return y.relu()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [Recurrent, RecurrentAhead, RecurrentOfOneInput, Gated, Adapter, AdapterOfParameters, TwoAdapters, Parallel],
+)
+@pytest.mark.parametrize("by_example", [False, True])
+def test_a_sum_of_layers_is_no_residual_addition(kind: type[nn.Module], *, by_example: bool) -> None:
+    net, x = nn.Sequential(kind(), Block()).double(), data(4, 3)
+    expected = net[0](x)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), rescale="none", inputs=[x] if by_example else None)
+    assert depth.names == ["1#1"]
+    with depth.gates([False]):
+        assert_same(net(x), expected)
+
+
+class Wave(nn.Module):
+    """WaveNet: each layer adds to the stream, and gives a part of the output, which is the sum of these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g, self.on, self.out = (nn.ModuleList(linear() for _ in range(3)) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = None
+        for f, g, on, out in zip(self.f, self.g, self.on, self.out, strict=True):
+            z = torch.tanh(f(x)) * torch.sigmoid(g(x))
+            total = out(z) if total is None else total + out(z)
+            x = x + on(z)
+        return torch.cat([x, total], -1)
+
+
+class WaveLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g, self.on, self.out = (linear() for _ in range(4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z = torch.tanh(self.f(x)) * torch.sigmoid(self.g(x))
+        return x + self.on(z), self.out(z)
+
+
+class WaveOfLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(WaveLayer() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts: list[Tensor] = []
+        for layer in self.layers:
+            x, part = layer(x)
+            parts.append(part)
+        return torch.cat([x, sum(parts[1:], start=parts[0])], -1)
+
+
+@pytest.mark.parametrize("kind", [Wave, WaveOfLayers])
+@pytest.mark.parametrize("by_example", [False, True])
+def test_what_layers_give_besides_the_stream_is_added_without_a_gate(
+    kind: type[nn.Module], *, by_example: bool
+) -> None:
+    net, x = nn.Sequential(kind()).double(), data(4)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), rescale="none", inputs=[x] if by_example else None)
+    assert len(depth) == 3
+    wave = net[0]
+    layers = wave.layers if kind is WaveOfLayers else None
+    parts = [
+        (layer.out if layers else wave.out[index])(
+            torch.tanh((layer.f if layers else wave.f[index])(x))
+            * torch.sigmoid((layer.g if layers else wave.g[index])(x))
+        )
+        for index, layer in enumerate(layers or wave.f)
+    ]
+    with depth.gates([False, False, False]):
+        assert_same(net(x), torch.cat([x, parts[0] + parts[1] + parts[2]], -1))
+
+
+class RungeKutta(nn.Module):
+    """A step of a Runge-Kutta method: the points at which f is called are no branches."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__()
+        self.f, self.method = nn.Sequential(linear(), nn.Tanh(), linear()), method
+        self.register_buffer("step", torch.tensor(0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.f(x)
+        if self.method == "midpoint":
+            return x + self.step * self.f(x + self.step / 2 * a)
+        if self.method == "Heun":
+            return x + 0.05 * (a + self.f(x + 0.1 * a))
+        b = self.f(x + 0.05 * a)
+        c = self.f(x + 0.05 * b)
+        return x + 0.1 / 6 * (a + 2 * b + 2 * c + self.f(x + 0.1 * c))
+
+
+@pytest.mark.parametrize("method", ["midpoint", "Heun", "classical"])
+@pytest.mark.parametrize("by_example", [False, True])
+def test_a_runge_kutta_step_is_one_branch(method: str, *, by_example: bool) -> None:
+    net, x = nn.Sequential(RungeKutta(method), RungeKutta(method)).double(), data(4)
+    expected = net[1](x)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), rescale="none", inputs=[x] if by_example else None)
+    assert depth.names == ["0#1", "1#1"]
+    with depth.gates([False, True]):
+        assert_same(net(x), expected)
+
+
+class Tied(nn.Module):
+    """The same layer again and again, first without a shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Sequential(linear(), nn.ReLU(), linear())
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.f(x)
+        for _ in range(2):
+            h = h + self.f(h)
+        return h
+
+
+class Projected(nn.Module):
+    """A shortcut with a projection, from behind the common norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.projection, self.f, self.g = nn.LayerNorm(D), linear(), linear(), linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x).relu()
+        return self.projection(h) + self.g(self.f(h).relu())
+
+
+class Halves(nn.Module):
+    """A reversible block: each half is added what comes from the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = nn.Linear(D // 2, D // 2), nn.Linear(D // 2, D // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        a = a + self.f(b)
+        b = b + self.g(a)
+        return torch.cat([a, b], -1)
+
+
+@pytest.mark.parametrize("by_example", [False, True])
+def test_what_the_lookalikes_look_like_are_branches(*, by_example: bool) -> None:
+    net, x = nn.Sequential(Tied(), Projected(), Halves()).double(), data(4)
+    tied, projected = net[0], net[1]
+    first = tied.f(x)
+    expected = projected.projection(projected.norm(first + tied.f(first)).relu())
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), rescale="none", inputs=[x] if by_example else None)
+    assert depth.names == ["0#1", "0#2", "1#1", "2#1", "2#2"]
+    with depth.gates([True, False, False, False, False]):
+        assert_same(net(x), expected)
