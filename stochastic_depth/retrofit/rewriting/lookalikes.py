@@ -181,6 +181,6 @@ def is_modulation(shift: fx.Node, product: fx.Node, block: nn.Module) -> bool:
             return True
         of_scale, of_x = ancestors(source), ancestors(x)
         is_apart = shift not in of_scale and of_shift & of_scale and not of_shift & of_x
-        if is_apart and any(computes(node, block) for node in of_scale):
+        if is_apart and all(any(computes(node, block) for node in nodes) for nodes in (of_scale, of_x)):
             return True
     return False

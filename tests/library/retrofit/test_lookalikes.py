@@ -316,6 +316,18 @@ class Projected(nn.Module):
         return self.projection(h) + self.g(self.f(h).relu())
 
 
+class Masked(Projected):
+    """The same with a mask that comes from elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.arange(D) % 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x).relu()
+        return self.projection(h) + self.mask.to(x.dtype) * self.g(self.f(h).relu())
+
+
 class Halves(nn.Module):
     """A reversible block: each half is added what comes from the other."""
 
@@ -332,11 +344,13 @@ class Halves(nn.Module):
 
 @pytest.mark.parametrize("by_example", [False, True])
 def test_what_the_lookalikes_look_like_are_branches(*, by_example: bool) -> None:
-    net, x = nn.Sequential(Tied(), Projected(), Halves()).double(), data(4)
-    tied, projected = net[0], net[1]
+    net, x = nn.Sequential(Tied(), Projected(), Masked(), Halves()).double(), data(4)
+    tied, *projected, _ = net
     first = tied.f(x)
-    expected = projected.projection(projected.norm(first + tied.f(first)).relu())
+    expected = first + tied.f(first)
+    for block in projected:
+        expected = block.projection(block.norm(expected).relu())
     depth = sd.make_stochastic_(net, sd.uniform(0.5), rescale="none", inputs=[x] if by_example else None)
-    assert depth.names == ["0#1", "0#2", "1#1", "2#1", "2#2"]
-    with depth.gates([True, False, False, False, False]):
+    assert depth.names == ["0#1", "0#2", "1#1", "2#1", "3#1", "3#2"]
+    with depth.gates([True, False, False, False, False, False]):
         assert_same(net(x), expected)
