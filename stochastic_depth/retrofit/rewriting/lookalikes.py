@@ -11,6 +11,7 @@ from torch import fx, nn
 from stochastic_depth.retrofit.recording.sizes import is_size
 from stochastic_depth.retrofit.rewriting.cuts import Sum
 from stochastic_depth.retrofit.rewriting.operations import (
+    PRODUCTS,
     SAME_MEMORY,
     added,
     ancestors,
@@ -49,10 +50,17 @@ def _terms(node: fx.Node, block: nn.Module) -> list[str | None]:
     node = _seen_through(node)
     if operands := added(node):
         return [term for operand in operands for term in _terms(operand, block)]
-    if name_of(node) in _PRODUCTS:
+    if name_of(node) in PRODUCTS:
         factors = [each for each in node.all_input_nodes if not is_plain(each, block)]
         return _terms(factors[0], block) if len(factors) == 1 else [None]
     return [cast(str, node.target) if node.op == "call_module" else None]
+
+
+def are_same_items(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two values are the same item of what two children return, as those that WaveNet's layers give aside."""
+    items = [node.args for node in (_seen_through(a), _seen_through(b)) if node.target is operator.getitem]
+    children = [args[0] for args in items if isinstance(args[0], fx.Node) and args[0].op == "call_module"]
+    return len(children) == 2 and bool(items[0][1] == items[1][1])
 
 
 def is_recurrence(projection: Collection[fx.Node], branch: Collection[fx.Node], block: nn.Module) -> bool:
@@ -84,11 +92,11 @@ _AFFINE = (
 )  # fmt: skip
 
 
-def is_side_output(projection: Collection[fx.Node], branch: Collection[fx.Node], before: Sequence[Sum]) -> bool:
+def is_side_output(projection: Collection[fx.Node], of_output: Collection[fx.Node], before: Sequence[Sum]) -> bool:
     """Whether what looks like a shortcut begins inside an earlier residual branch, as the skip sum of WaveNet does."""
     sources = {each for node in projection for each in node.all_input_nodes if each.op != "get_attr"} - {*projection}
     inside = [
-        ancestors(each.output) - ancestors(each.shortcut) for each in before if each.shortcut and each.add in branch
+        ancestors(each.output) - ancestors(each.shortcut) for each in before if each.shortcut and each.add in of_output
     ]
     return all(any(source in nodes for nodes in inside) for source in sources)
 
@@ -136,14 +144,13 @@ def starts_at_zeros(node: fx.Node) -> bool:
     while operands := added(node):
         node = operands[0]
     start = _seen_through(node)
-    if name_of(start) in _PRODUCTS:
+    if name_of(start) in PRODUCTS:
         return any(starts_at_zeros(factor) for factor in start.all_input_nodes)
     return name_of(start) in _ZEROS
 
 
 # Where sums of experts begin. A tensor that code makes from numbers is a `_made_tensor` in a recording by symbols.
 _ZEROS = {"zeros", "zeros_like", "new_zeros", "_made_tensor"}
-_PRODUCTS = {"mul", "imul", "multiply", "mul_"}
 _REDUCTIONS = {"mean", "std", "var", "amax", "amin", "norm", "median", "max", "min", "sum"}
 
 
@@ -168,7 +175,7 @@ def is_modulation(shift: fx.Node, product: fx.Node, block: nn.Module) -> bool:
     """
     product = _seen_through(product)
     factors = [each for each in product.all_input_nodes if not is_size(each)]
-    if name_of(product) not in _PRODUCTS or len(factors) != 2:
+    if name_of(product) not in PRODUCTS or len(factors) != 2:
         return False
     shift = _seen_through(shift)
     of_shift = {node for node in ancestors(shift) if node.op != "get_attr"}

@@ -144,6 +144,8 @@ def is_cheap(node: fx.Node) -> bool:
     return name in _CHEAP or name in SAME_MEMORY
 
 
+PRODUCTS = {"mul", "imul", "multiply", "mul_"}
+"""Names of functions and methods that multiply."""
 LIKE_ANOTHER = {f"{name}_like" for name in ("zeros", "ones", "empty", "full", "rand", "randn")} | {
     f"new_{name}" for name in ("zeros", "ones", "empty", "full")
 }

@@ -8,9 +8,11 @@ from typing import cast
 
 from torch import fx, nn
 
+from stochastic_depth.copies import plain_class
 from stochastic_depth.retrofit.rewriting.cuts import Sum
 from stochastic_depth.retrofit.rewriting.lookalikes import (
     are_calls_of_one,
+    are_same_items,
     is_affine,
     is_modulation,
     is_recurrence,
@@ -22,6 +24,7 @@ from stochastic_depth.retrofit.rewriting.lookalikes import (
 )
 from stochastic_depth.retrofit.rewriting.operations import (
     LIKE_ANOTHER,
+    PRODUCTS,
     added,
     ancestors,
     computes,
@@ -70,18 +73,18 @@ def _is_shortcut(shortcut: fx.Node, output: fx.Node, before: Sequence[Sum], bloc
         return shortcut.op != "get_attr"
     if starts_at_zeros(shortcut) or starts_at_zeros(output):
         return False
-    if not any(_is_common(node, of_shortcut, of_output) for node in of_shortcut & of_output):
+    if are_same_items(shortcut, output):
+        return False
+    if not any(_is_common(node, shortcut, of_shortcut, of_output, block) for node in of_shortcut & of_output):
         return False
     projection = of_shortcut - of_output
-    if any(
-        node.op in ("call_function", "call_method") and not is_cheap(node) and is_computed(node) for node in projection
-    ):
+    if any(_is_no_projection(node) for node in projection):
         return False
     branch = of_output - of_shortcut
     if (
         is_recurrence(projection, branch, block)
         or is_affine(projection, branch, block)
-        or is_side_output(projection, branch, before)
+        or is_side_output(projection, of_output, before)
     ):
         return False
     # Layers, or the children that contain them: a branch may be one child, and so may a projection.
@@ -90,22 +93,44 @@ def _is_shortcut(shortcut: fx.Node, output: fx.Node, before: Sequence[Sum], bloc
     ) <= _num_layers(branch, block)
 
 
-def _is_common(node: fx.Node, of_a: Collection[fx.Node], of_b: Collection[fx.Node]) -> bool:
-    """Whether two values come from a node and part there, with something of it in common.
+def _is_no_projection(node: fx.Node) -> bool:
+    """Whether a value is no shortcut any more after this node: a function, or a product of two values."""
+    is_function = node.op == "call_function" or (node.op == "call_method" and name_of(node) in PRODUCTS)
+    return is_function and is_computed(node) and not is_cheap(node)
+
+
+def _is_common(
+    node: fx.Node,
+    shortcut: fx.Node,
+    of_shortcut: Collection[fx.Node],
+    of_output: Collection[fx.Node],
+    block: nn.Module,
+) -> bool:
+    """Whether a shortcut and an output come from a node and part there, with something of it in common.
 
     A container of streams, the outputs of one child, and the steps of a sequence are not common if each value comes
-    from items of its own. The halves of `chunk` are: reversible blocks add what they compute from one to the other.
+    from items of its own. The halves of `chunk` are: reversible blocks add what they compute from one to the other. So
+    is a child that prepares a shortcut beside the input of a branch (MobileBert).
     """
     if node.op == "get_attr":
         return False
     users = [user for user in node.users if name_of(user) not in LIKE_ANOTHER]
-    used = [[user for user in users if user in values] for values in (of_a, of_b)]
+    used = [[user for user in users if user in values] for values in (of_shortcut, of_output)]
     if used[0] == used[1] or not all(used):
         return False  # They part later, or one of them has its shape only.
     items = [[_item(user) for user in users] for users in used]
     if name_of(node) in _HALVES or None in items[0] + items[1]:
         return True
+    if shortcut in used[0] and isinstance(shortcut.args[1], (int, str)) and _returns_several(node, block):
+        return True
     return any(_may_be_same(a, b) for a in items[0] for b in items[1] if a and b)
+
+
+def _returns_several(node: fx.Node, block: nn.Module) -> bool:
+    """Whether a child may return several values: one of another library, as most of PyTorch's return one tensor."""
+    if node.op != "call_module":
+        return False
+    return not plain_class(block.get_submodule(cast(str, node.target))).__module__.startswith("torch.nn.")
 
 
 def _item(user: fx.Node) -> dict[int, int | str] | None:

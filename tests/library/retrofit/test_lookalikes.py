@@ -328,6 +328,39 @@ class Masked(Projected):
         return self.projection(h) + self.mask.to(x.dtype) * self.g(self.f(h).relu())
 
 
+class Pooled(nn.Module):
+    """A shortcut that is pooled, in words that no layer of PyTorch says, as in Hiera."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projection, self.f, self.g = linear(), linear(), linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = self.projection(x).view(-1, 1, D).max(dim=1)[0]
+        return shortcut + self.g(self.f(x).relu())
+
+
+class Prepare(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = linear(), linear()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.f(x), self.g(x)
+
+
+class Prepared(nn.Module):
+    """One child prepares the shortcut and the input of the branch, as in MobileBert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prepare, self.f = Prepare(), nn.Sequential(linear(), nn.ReLU(), linear())
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut, inner = self.prepare(x)
+        return shortcut + self.f(inner)
+
+
 class Halves(nn.Module):
     """A reversible block: each half is added what comes from the other."""
 
@@ -344,13 +377,14 @@ class Halves(nn.Module):
 
 @pytest.mark.parametrize("by_example", [False, True])
 def test_what_the_lookalikes_look_like_are_branches(*, by_example: bool) -> None:
-    net, x = nn.Sequential(Tied(), Projected(), Masked(), Halves()).double(), data(4)
-    tied, *projected, _ = net
+    net, x = nn.Sequential(Tied(), Projected(), Masked(), Pooled(), Prepared(), Halves()).double(), data(4)
+    tied, projected, masked, pooled, prepared, _ = net
     first = tied.f(x)
     expected = first + tied.f(first)
-    for block in projected:
+    for block in (projected, masked):
         expected = block.projection(block.norm(expected).relu())
+    expected = prepared.prepare(pooled.projection(expected))[0]
     depth = sd.make_stochastic_(net, sd.uniform(0.5), rescale="none", inputs=[x] if by_example else None)
-    assert depth.names == ["0#1", "0#2", "1#1", "2#1", "3#1", "3#2"]
-    with depth.gates([True, False, False, False, False, False]):
+    assert depth.names == ["0#1", "0#2", "1#1", "2#1", "3#1", "4#1", "5#1", "5#2"]
+    with depth.gates([True, *[False] * 7]):
         assert_same(net(x), expected)

@@ -237,15 +237,15 @@ def changed_later_through_a_view(block: "Sum", x: Tensor) -> Tensor:
     return y + block.f(y)
 
 
-@pytest.mark.parametrize(("body", "name"), [(changed_later, "0#1"), (changed_later_through_a_view, "0#2")])
+@pytest.mark.parametrize("body", [changed_later, changed_later_through_a_view])
 def test_an_addition_before_which_the_input_of_its_branch_changes_is_no_branch(
-    body: Callable[["Sum", Tensor], Tensor], name: str
+    body: Callable[["Sum", Tensor], Tensor],
 ) -> None:
     """The branch would run where the sum stands, on what has changed."""
     model = nn.Sequential(Sum(body))
     plain, x = copy.deepcopy(model), torch.randn(3, 4)
     depth = sd.make_stochastic_(model, sd.uniform(0.5))
-    assert depth.names == [name]
+    assert depth.names == ["0#2"]
     with depth.gates([True]):
         assert torch.equal(model(x), plain(x))
 
