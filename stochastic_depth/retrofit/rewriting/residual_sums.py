@@ -94,8 +94,8 @@ def _is_shortcut(shortcut: fx.Node, output: fx.Node, before: Sequence[Sum], bloc
 
 
 def _is_no_projection(node: fx.Node) -> bool:
-    """Whether a value is no shortcut any more after this node: a function, or a product of two values."""
-    is_function = node.op == "call_function" or (node.op == "call_method" and name_of(node) in PRODUCTS)
+    """Whether a value is no shortcut any more after this node: a function, or a product or sum of two values."""
+    is_function = node.op == "call_function" or name_of(node) in PRODUCTS or added(node) is not None
     return is_function and is_computed(node) and not is_cheap(node)
 
 

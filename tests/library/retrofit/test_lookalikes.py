@@ -239,7 +239,18 @@ class WaveOfLayers(nn.Module):
         return torch.cat([x, sum(parts[1:], start=parts[0])], -1)
 
 
-@pytest.mark.parametrize("kind", [Wave, WaveOfLayers])
+class WaveToTheEnd(WaveOfLayers):
+    """The same, adding as it goes; nothing uses the stream of the last layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        stream, total = self.layers[0](x)
+        for layer in self.layers[1:]:
+            stream, part = layer(stream)
+            total = total + part
+        return torch.cat([x, total], -1)
+
+
+@pytest.mark.parametrize("kind", [Wave, WaveOfLayers, WaveToTheEnd])
 @pytest.mark.parametrize("by_example", [False, True])
 def test_what_layers_give_besides_the_stream_is_added_without_a_gate(
     kind: type[nn.Module], *, by_example: bool
@@ -248,7 +259,7 @@ def test_what_layers_give_besides_the_stream_is_added_without_a_gate(
     depth = sd.make_stochastic_(net, sd.uniform(0.5), rescale="none", inputs=[x] if by_example else None)
     assert len(depth) == 3
     wave = net[0]
-    layers = wave.layers if kind is WaveOfLayers else None
+    layers = wave.layers if isinstance(wave, WaveOfLayers) else None
     parts = [
         (layer.out if layers else wave.out[index])(
             torch.tanh((layer.f if layers else wave.f[index])(x))
