@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -33,6 +34,7 @@ from stochastic_depth.retrofit.rewriting.sums import (
     paths_of,
 )
 from stochastic_depth.retrofit.rules import DropPathRule
+from stochastic_depth.torch_private import tree_leaves
 
 _MAX_WAYS = 16
 
@@ -198,11 +200,14 @@ def _free_key(key: Key, readings: Mapping[Key, BranchReading]) -> Key:
     return key if key[1] not in taken else (key[0], max(taken) + 1)
 
 
-def _ways(
-    block: nn.Module, inlined: Collection[str], example: Example | None
-) -> Iterator[Recording] | Iterator[Reading]:
+def _ways(block: nn.Module, inlined: Collection[str], example: Example | None) -> Iterator[Recording | Reading]:
     """Recordings of a block's code, from reading it or from an example."""
-    return _all_recordings(block, inlined) if example is None else example.recordings(block, inlined)
+    if example is not None:
+        yield from example.recordings(block, inlined)
+        return
+    for recording in _all_recordings(block, inlined):
+        _mark_returned_sizes(recording.graph, block)
+        yield recording
 
 
 def _all_recordings(block: nn.Module, inlined: Collection[str] = ()) -> Iterator[Recording]:
@@ -320,6 +325,36 @@ def recordings(
         decisions = [*taken[:-1], False]
     if not num_recorded and first_error is not None:
         raise first_error
+
+
+def _mark_returned_sizes(graph: fx.Graph, block: nn.Module) -> None:
+    """Mark what children return beside tensors as sizes, such as the height and width of patches in PVT and XCiT.
+
+    It is looked for where two values that a child returns meet in a sum.
+    """
+    in_sums = {value for node in graph.nodes if added(node) for value in ancestors(node)}
+    sizes: list[fx.Node] = []
+    for call in graph.find_nodes(op="call_module"):
+        items = [user for user in call.users if user.target is operator.getitem and isinstance(user.args[1], int)]
+        child = block.get_submodule(call.target)
+        if len(in_sums.intersection(items)) < 2 or plain_class(child).__module__.startswith("torch.nn."):
+            continue
+        try:
+            (returned,) = next(recordings(child)).graph.output_node().args
+        except TraceError:
+            continue
+        sizes += [item for item in items if _is_size_at(returned, cast(int, item.args[1]))]
+    for node in graph.nodes if sizes else ():
+        node.meta.pop("is_size", None)  # It was asked about values that are computed from them.
+    for node in sizes:
+        node.meta["is_size"] = True
+
+
+def _is_size_at(returned: Any, index: int) -> bool:
+    if not isinstance(returned, (tuple, list)) or not -len(returned) <= index < len(returned):
+        return False
+    parts = tree_leaves(cast("tuple[Any, ...]", returned)[index])
+    return bool(parts) and all(is_size(part) if isinstance(part, fx.Node) else type(part) is int for part in parts)
 
 
 def _explore(decisions: Sequence[bool], taken: list[bool], node: fx.Node) -> bool | int:

@@ -64,9 +64,14 @@ def are_same_items(a: fx.Node, b: fx.Node) -> bool:
 
 
 def is_recurrence(projection: Collection[fx.Node], branch: Collection[fx.Node], block: nn.Module) -> bool:
-    """Whether what looks like a projection is a layer that the branch calls too, as the cell in `W x + R h` does."""
+    """Whether what looks like a projection is a layer that the branch calls too, as the cell in `W x + R h` does.
+
+    A norm may stand before both.
+    """
     called = [{node.target for node in nodes if computes(node, block)} for nodes in (projection, branch)]
-    return any(isinstance(target, str) for target in called[0] & called[1])
+    return any(
+        isinstance(target, str) and not _is_norm(block.get_submodule(target)) for target in called[0] & called[1]
+    )
 
 
 def is_affine(projection: Collection[fx.Node], branch: Collection[fx.Node], block: nn.Module) -> bool:

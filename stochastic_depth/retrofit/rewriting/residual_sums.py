@@ -9,6 +9,7 @@ from typing import cast
 from torch import fx, nn
 
 from stochastic_depth.copies import plain_class
+from stochastic_depth.retrofit.recording.sizes import is_size
 from stochastic_depth.retrofit.rewriting.cuts import Sum
 from stochastic_depth.retrofit.rewriting.lookalikes import (
     are_calls_of_one,
@@ -114,7 +115,7 @@ def _is_common(
     """
     if node.op == "get_attr":
         return False
-    users = [user for user in node.users if name_of(user) not in LIKE_ANOTHER]
+    users = [user for user in node.users if name_of(user) not in LIKE_ANOTHER and not is_size(user)]
     used = [[user for user in users if user in values] for values in (of_shortcut, of_output)]
     if used[0] == used[1] or not all(used):
         return False  # They part later, or one of them has its shape only.

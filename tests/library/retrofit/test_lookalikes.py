@@ -3,6 +3,8 @@
 The references are each block's own formulas, without the branches that have gates, in float64.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from plain_blocks import D, assert_same, data, linear
@@ -301,6 +303,58 @@ def test_a_runge_kutta_step_is_one_branch(method: str, *, by_example: bool) -> N
         assert_same(net(x), expected)
 
 
+class Patches(nn.Module):
+    """Returns patches with their height and width, side by side (PVT) or as a pair (XCiT)."""
+
+    def __init__(self, *, as_pair: bool) -> None:
+        super().__init__()
+        self.f, self.as_pair = nn.Conv2d(2, D, 2, 2), as_pair
+
+    def forward(self, image: Tensor) -> tuple[Any, ...]:
+        x = self.f(image)
+        height, width = x.shape[-2:]
+        x = x.flatten(2).transpose(1, 2)
+        return (x, (height, width)) if self.as_pair else (x, height, width)
+
+
+class Positions(nn.Module):
+    """A position encoding that is computed from a height and a width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = linear(), linear()
+
+    def forward(self, height: int, width: int) -> Tensor:
+        return self.g(self.f(torch.ones(height * width, D, dtype=torch.float64).cumsum(0)).relu())
+
+
+class WithPositions(nn.Module):
+    def __init__(self, *, as_pair: bool) -> None:
+        super().__init__()
+        self.patches, self.positions, self.as_pair = Patches(as_pair=as_pair), Positions(), as_pair
+        self.block = Block()
+
+    def forward(self, image: Tensor) -> Tensor:
+        if self.as_pair:
+            x, (height, width) = self.patches(image)
+        else:
+            x, height, width = self.patches(image)
+        x = x + self.positions(height, width)
+        return self.block(x)
+
+
+@pytest.mark.parametrize("as_pair", [False, True])
+@pytest.mark.parametrize("by_example", [False, True])
+def test_positions_computed_from_a_returned_size_are_no_branch(*, by_example: bool, as_pair: bool) -> None:
+    image = torch.randn(2, 2, 8, 6, dtype=torch.float64)
+    net = WithPositions(as_pair=as_pair).double()
+    expected = net.patches(image)[0] + net.positions(4, 3)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), inputs=[image] if by_example else None)
+    assert depth.names == ["block#1"]
+    with depth.gates([False]):
+        assert_same(net(image), expected)
+
+
 class Tied(nn.Module):
     """The same layer again and again, first without a shortcut."""
 
@@ -337,6 +391,17 @@ class Masked(Projected):
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x).relu()
         return self.projection(h) + self.mask.to(x.dtype) * self.g(self.f(h).relu())
+
+
+class NormedTwice(Projected):
+    """The norm is called once for the projection and once for the branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.h = linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.projection(self.norm(x)) + self.h(self.g(self.f(self.norm(x)).relu()).relu())
 
 
 class Pooled(nn.Module):
@@ -388,14 +453,18 @@ class Halves(nn.Module):
 
 @pytest.mark.parametrize("by_example", [False, True])
 def test_what_the_lookalikes_look_like_are_branches(*, by_example: bool) -> None:
-    net, x = nn.Sequential(Tied(), Projected(), Masked(), Pooled(), Prepared(), Halves()).double(), data(4)
-    tied, projected, masked, pooled, prepared, _ = net
+    net, x = (
+        nn.Sequential(Tied(), Projected(), Masked(), NormedTwice(), Pooled(), Prepared(), Halves()).double(),
+        data(4),
+    )
+    tied, projected, masked, normed, pooled, prepared, _ = net
     first = tied.f(x)
     expected = first + tied.f(first)
     for block in (projected, masked):
         expected = block.projection(block.norm(expected).relu())
+    expected = normed.projection(normed.norm(expected))
     expected = prepared.prepare(pooled.projection(expected))[0]
     depth = sd.make_stochastic_(net, sd.uniform(0.5), rescale="none", inputs=[x] if by_example else None)
-    assert depth.names == ["0#1", "0#2", "1#1", "2#1", "3#1", "4#1", "5#1", "5#2"]
-    with depth.gates([True, *[False] * 7]):
+    assert depth.names == ["0#1", "0#2", "1#1", "2#1", "3#1", "4#1", "5#1", "6#1", "6#2"]
+    with depth.gates([True, *[False] * 8]):
         assert_same(net(x), expected)
