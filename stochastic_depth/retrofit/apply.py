@@ -113,9 +113,11 @@ def make_stochastic_(
     _refuse_wrapped(model)
     _refuse_stochastic(model)
     layers = [layers] if isinstance(layers, str) else layers
-    if layers is not None:
-        if not isinstance(layers, (tuple, list)) or not layers or not all(isinstance(each, str) for each in layers):
-            raise TypeError(f"layers must be patterns of names, such as ['model.layers.*'], but is {layers!r:.80}.")
+    if layers is not None and (
+        not isinstance(layers, (tuple, list)) or not layers or not all(isinstance(each, str) for each in layers)
+    ):
+        raise TypeError(f"layers must be patterns of names, such as ['model.layers.*'], but is {layers!r:.80}.")
+    if layers is not None or schedule is not None:
         refuse_own_layerdrop(model)
     found = find_branches(model, where, layers, inputs, with_schedule=schedule is not None)
     branches = found.branches

@@ -308,7 +308,7 @@ def _find_in_block(block: nn.Module, name: str, rules: dict[str, DropPathRule], 
         readings = {(path, index): unread for path in rules for index in range(uses[path])}
         called = {}
         if not rules:
-            found.notes.append(f"{name or 'the model'} ({type(block).__name__}): not looked into, {error}")
+            found.notes.append(_not_looked_into(block, name, error))
     if readings:
         found.known[block] = {key: reading.identity for key, reading in readings.items()}
         found.drop_paths[block] = DropPaths(paths, found.known[block])
@@ -374,11 +374,19 @@ def _find_additions(model: nn.Module, found: Found) -> None:
                 f"{name or 'the model'} ({type(block).__name__}): an addition has no gate, {r}" for r in left
             ]
         except TraceError as error:
-            found.notes.append(f"{name or 'the model'} ({type(block).__name__}): not looked into, {error}")
+            found.notes.append(_not_looked_into(block, name, error))
             continue
         if readings:
             blocks[name] = block, inlined, readings
     around = [name for name, (_, _, readings) in blocks.items() if any(each.is_around for each in readings.values())]
+    for name, (block, _, readings) in blocks.items():
+        for key in [key for key, reading in readings.items() if _adds_outputs(name, reading, blocks, around)]:
+            del readings[key]
+            found.notes.append(
+                f"{name or 'the model'} ({type(block).__name__}): an addition has no gate, it joins outputs of layers "
+                "and of a network with branches of its own"
+            )
+    blocks = {name: each for name, each in blocks.items() if each[2]}
     inside: set[str] = set()
     for name, (_, _, readings) in blocks.items():
         for reading in readings.values():
@@ -401,6 +409,26 @@ def _find_additions(model: nn.Module, found: Found) -> None:
             branch_name = f"{name}#{key[1] + 1}".removeprefix("#")
             ends_in = block.get_submodule(reading.ends_in) if reading.ends_in else None
             found.branches.append(Branch(branch_name, block, name, reading.parts, block, key, ends_in=ends_in))
+
+
+def _not_looked_into(block: nn.Module, name: str, error: TraceError) -> str:
+    twice = "; if it skips layers by them, these are dropped twice" if "random numbers" in str(error) else ""
+    return f"{name or 'the model'} ({type(block).__name__}): not looked into, {error}{twice}"
+
+
+def _adds_outputs(name: str, reading: BranchReading, blocks: Collection[str], around: Collection[str]) -> bool:
+    """Whether a sum joins outputs of a model, such as those of a wide and a deep part, of two heads, or two losses.
+
+    The side with fewer layers looks like the projection of a shortcut. But beside a projection there are a few layers,
+    no network of residual blocks, and the last sum of a model that has its blocks elsewhere is none of them.
+    """
+    if not reading.is_projected:
+        return False
+    assert isinstance(reading.parts, BranchParts)
+    members = {f"{name}.{path}".strip(".") for path in reading.parts.paths.members}
+    if any(_lies_in(other, members) for other in around):
+        return True
+    return not name and reading.is_last and len(blocks) > 1
 
 
 def _lies_in(name: str, modules: Collection[str]) -> bool:

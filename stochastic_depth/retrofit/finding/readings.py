@@ -20,7 +20,7 @@ from stochastic_depth.retrofit.recording.sizes import is_size, may_be_size
 from stochastic_depth.retrofit.recording.trace import Recording, record
 from stochastic_depth.retrofit.rewriting.cuts import cut
 from stochastic_depth.retrofit.rewriting.functional import FUNCTIONAL, put_functional
-from stochastic_depth.retrofit.rewriting.operations import added, ancestors, is_plain
+from stochastic_depth.retrofit.rewriting.operations import added, ancestors, computes, descendants, is_plain
 from stochastic_depth.retrofit.rewriting.plain_forms import name_values_changed_in_place, spell_out_additions
 from stochastic_depth.retrofit.rewriting.sums import (
     BranchParts,
@@ -139,6 +139,10 @@ class BranchReading(NamedTuple):
     ends_in: str = ""
     is_around: bool = True
     """Whether the shortcut is an argument of the block, not a value computed by its layers."""
+    is_projected: bool = False
+    """Whether layers compute the shortcut from a value that it shares with the branch."""
+    is_last: bool = False
+    """Whether no layer of the block comes after the sum."""
 
 
 def read(
@@ -185,7 +189,15 @@ def read(
             elif known not in readings:
                 ends_in = ".".join(residual.add.meta.get("inlined", ())[-1:])
                 is_around = residual.shortcut is None or is_plain(residual.shortcut, block)
-                readings[known] = BranchReading(identities[key], BranchParts(block, *paths[key]), ends_in, is_around)
+                is_last = not any(computes(node, block) for node in descendants(residual.add))
+                readings[known] = BranchReading(
+                    identities[key],
+                    BranchParts(block, *paths[key]),
+                    ends_in,
+                    is_around,
+                    residual.is_projected,
+                    is_last,
+                )
             elif isinstance(parts := readings[known].parts, BranchParts):
                 joined = [tuple(dict.fromkeys([*a, *b])) for a, b in zip(parts.paths, paths[key], strict=True)]
                 readings[known] = readings[known]._replace(

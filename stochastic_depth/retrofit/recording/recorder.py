@@ -37,6 +37,7 @@ from stochastic_depth.retrofit.recording.torch_calls import (
     is_value,
     name_of_function,
     named_call,
+    operands_by_position,
     set_item,
     tells_sizes,
 )
@@ -315,6 +316,7 @@ class Recorder(TorchFunctionMode):
         try:
             self.check_outside()
             with self._keep():
+                args, kwargs = operands_by_position(name_of_function(func), args, kwargs)
                 args, kwargs = self._edited(self._num_calls, args, kwargs)
                 op, target, given = named_call(func, args)
                 nodes, named = self._values.argument(tuple(given)), self._values.argument(dict(kwargs))

@@ -114,6 +114,22 @@ def named_call(func: Any, args: Sequence[Any]) -> tuple[str, Any, Sequence[Any]]
     return "call_function", func, args
 
 
+def operands_by_position(
+    name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a function, with the operands of a sum by position: `torch.add(x, other=y)` becomes `add(x, y)`."""
+    names = ("input", "other")[len(args) :] if name in SUMS else ()
+    if not all(each in kwargs for each in names):
+        return tuple(args), dict(kwargs)
+    rest = {key: value for key, value in kwargs.items() if key not in names}
+    return (*args, *[kwargs[each] for each in names]), rest
+
+
+SUBTRACTIONS = {"sub", "sub_", "subtract", "isub", "__sub__", "__isub__"}
+SUMS = {"add", "add_"} | SUBTRACTIONS
+"""Names of the functions and methods that add and subtract."""
+
+
 def as_method(name: str) -> Callable[..., Any]:
     """The method of this name of its first argument, as a function."""
 

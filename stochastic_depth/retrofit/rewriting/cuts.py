@@ -36,18 +36,20 @@ class Sum:
         shortcut: the operand that is kept; None if the branch is added to nothing, which counts as zeros.
         output: the operand that is the branch's output.
         drop_path: the call of the drop path; None without one.
+        is_projected: whether layers compute the shortcut from a value that it shares with the branch.
     """
 
     add: fx.Node
     shortcut: fx.Node | None
     output: fx.Node
     drop_path: fx.Node | None = None
+    is_projected: bool = False
 
     def after(self, replaced: Mapping[fx.Node, fx.Node]) -> Sum:
         """The same addition after other nodes of the recording were replaced."""
         shortcut = self.shortcut and replaced.get(self.shortcut, self.shortcut)
         output = replaced.get(self.output, self.output)
-        return Sum(self.add, shortcut, output, self.drop_path)
+        return Sum(self.add, shortcut, output, self.drop_path, self.is_projected)
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,43 @@ def is_recurrence(projection: Collection[fx.Node], branch: Collection[fx.Node], 
     )
 
 
+def becomes_a_gate(total: fx.Node, block: nn.Module) -> bool:
+    """Whether a sum of layers is only used by a sigmoid, tanh or softmax, whose result is used further.
+
+    Gates and candidates of recurrent cells are computed so, and scores of attention. At most one layer may lie between
+    a sum and its sigmoid or softmax, as in the gates of Attention U-Net.
+    """
+    pending = [(user, 0) for user in total.users]
+    while pending:
+        node, num_layers = pending.pop()
+        if is_size(node):
+            continue
+        if _squashes(node, block, _SIGMOIDS if num_layers else _SIGMOIDS | _TANH):
+            if all(user.op == "output" for user in node.users):
+                return False
+            continue
+        num_layers += computes(node, block)
+        is_passed_on = node.op == "call_module" or is_cheap(node) or name_of(node) in _PASSES_ON
+        if not is_passed_on or added(node) or num_layers > 1 or not node.users:
+            return False
+        pending += [(user, num_layers) for user in node.users]
+    return bool(total.users)
+
+
+def _squashes(node: fx.Node, block: nn.Module, names: Collection[str]) -> bool:
+    if node.op == "call_module":
+        module = block.get_submodule(cast(str, node.target))
+        while isinstance(module, nn.Sequential) and len(module):
+            module = module[-1]
+        return type(module).__name__.lower() in names
+    return node.op in ("call_function", "call_method") and name_of(node).removesuffix("_") in names
+
+
+_SIGMOIDS = {"sigmoid", "softmax", "hardsigmoid"}
+_TANH = {"tanh"}
+_PASSES_ON = {"relu", "leaky_relu", "gelu", "silu", "elu", "tanh", "linear", "conv1d", "conv2d", "layer_norm"}
+
+
 def is_affine(projection: Collection[fx.Node], branch: Collection[fx.Node], block: nn.Module) -> bool:
     """Whether a branch beside a projection has no nonlinearity, so that both are parts of one larger layer.
 

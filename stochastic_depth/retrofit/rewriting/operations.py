@@ -164,6 +164,18 @@ def ancestors(node: fx.Node) -> set[fx.Node]:
     return found
 
 
+def descendants(node: fx.Node) -> set[fx.Node]:
+    """All nodes that are computed from a node."""
+    found: set[fx.Node] = set()
+    pending = list(node.users)
+    while pending:
+        current = pending.pop()
+        if current not in found:
+            found.add(current)
+            pending.extend(current.users)
+    return found
+
+
 def name_of(node: fx.Node) -> str:
     """The name of the function, method or child that a node calls."""
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

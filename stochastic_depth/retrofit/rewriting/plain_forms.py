@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from stochastic_depth.copies import has_hooks, plain_class
 from stochastic_depth.retrofit.recording.sizes import is_size
+from stochastic_depth.retrofit.recording.torch_calls import SUBTRACTIONS, SUMS, operands_by_position
 from stochastic_depth.retrofit.rewriting.operations import SAME_MEMORY, added, computes, name_of, writes_in_place
 from stochastic_depth.retrofit.rewriting.residual_sums import are_parallel
 
@@ -26,6 +27,8 @@ def spell_out_additions(graph: fx.Graph, block: nn.Module) -> None:
     """Replace other forms of an addition by a plain one: `alpha=`, `addcmul`, `lerp`, a minus, a module that adds."""
     for node in list(graph.nodes):
         name = name_of(node)
+        if name in SUMS:
+            node.args, node.kwargs = operands_by_position(name, node.args, node.kwargs)
         alpha = node.kwargs.get("alpha")
         if name in ("add", "add_") and alpha is not None and alpha != 1 and len(node.args) == 2:
             _add(node, (node.args[1], alpha), node.args[0])
@@ -34,11 +37,7 @@ def spell_out_additions(graph: fx.Graph, block: nn.Module) -> None:
             if [factor.meta.get("shape") == node.meta.get("shape") for factor in factors] == [False, True]:
                 node.meta["operand"] = 2  # The first factor is a gain, which has no samples.
             _add(node, factors, node.args[0])
-        elif (
-            name in ("sub", "sub_", "subtract", "isub", "__sub__", "__isub__")
-            and len(node.args) == 2
-            and set(node.kwargs) <= {"alpha"}
-        ):
+        elif name in SUBTRACTIONS and len(node.args) == 2 and set(node.kwargs) <= {"alpha"}:
             if all(isinstance(argument, fx.Node) and not is_size(argument) for argument in node.args):
                 _add(node, (node.args[1], -1 if alpha is None else -alpha), node.args[0])
                 cast(fx.Node, node.args[1]).meta["is_subtracted"] = True

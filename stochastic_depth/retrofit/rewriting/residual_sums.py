@@ -14,6 +14,7 @@ from stochastic_depth.retrofit.rewriting.cuts import Sum
 from stochastic_depth.retrofit.rewriting.lookalikes import (
     are_calls_of_one,
     are_same_items,
+    becomes_a_gate,
     is_affine,
     is_modulation,
     is_recurrence,
@@ -53,8 +54,12 @@ def residual_sums(graph: fx.Graph, block: nn.Module) -> list[Sum]:
             continue
         for shortcut, output in (operands, operands[::-1]):
             base = bases.get(shortcut, shortcut)
-            if any(_is_shortcut(each, output, sums, block) for each in dict.fromkeys((shortcut, base))):
-                sums.append(Sum(node, shortcut, output))
+            found = [each for each in dict.fromkeys((shortcut, base)) if _is_shortcut(each, output, sums, block)]
+            if not found:
+                continue
+            is_projected = all(_is_projected(each, output, block) for each in found)
+            if not is_projected or not becomes_a_gate(node, block):
+                sums.append(Sum(node, shortcut, output, is_projected=is_projected))
                 bases[node] = base
                 break
     return [
@@ -92,6 +97,12 @@ def _is_shortcut(shortcut: fx.Node, output: fx.Node, before: Sequence[Sum], bloc
     return 2 * _num_computing(projection, block) <= _num_computing(branch, block) or 2 * _num_layers(
         projection, block
     ) <= _num_layers(branch, block)
+
+
+def _is_projected(shortcut: fx.Node, output: fx.Node, block: nn.Module) -> bool:
+    """Whether layers compute a shortcut that the branch does not begin with."""
+    of_output = ancestors(output)
+    return shortcut not in of_output and any(computes(node, block) for node in ancestors(shortcut) - of_output)
 
 
 def _is_no_projection(node: fx.Node) -> bool:

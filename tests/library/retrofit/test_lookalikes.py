@@ -3,6 +3,7 @@
 The references are each block's own formulas, without the branches that have gates, in float64.
 """
 
+import copy
 from typing import Any
 
 import pytest
@@ -152,6 +153,45 @@ class Gated(nn.Module):
         return h
 
 
+class ResetBefore(nn.Module):
+    """The cell of Cho et al. 2014, whose reset gate comes before the recurrent layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_x = nn.ModuleList(linear() for _ in range(3))
+        self.of_h = nn.ModuleList(linear() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.mean(1, keepdim=True)
+        update, reset = (torch.sigmoid(self.of_x[i](x) + self.of_h[i](h)) for i in range(2))
+        new = torch.tanh(self.of_x[2](x) + self.of_h[2](reset * h))
+        return (1 - update) * h + update * new
+
+
+class Scores(nn.Module):
+    """Additive attention: the score of each step comes from a layer behind a tanh."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.score = linear(), nn.Sequential(linear(), nn.ReLU(), linear()), nn.Linear(D, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.score(torch.tanh(self.query(x.mean(1, keepdim=True)) + self.key(x)))
+        return scores.softmax(1) * x
+
+
+class AttentionGate(nn.Module):
+    """The gate of Attention U-Net: a layer with a sigmoid behind a ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.coarse, self.fine = linear(), nn.Sequential(linear(), nn.ReLU(), linear())
+        self.gate = nn.Sequential(nn.Linear(D, 1), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(torch.relu(self.coarse(x) + self.fine(x)))
+
+
 class Adapter(nn.Module):
     """A low-rank adapter beside a layer."""
 
@@ -190,7 +230,19 @@ class Parallel(nn.Module):
 
 @pytest.mark.parametrize(
     "kind",
-    [Recurrent, RecurrentAhead, RecurrentOfOneInput, Gated, Adapter, AdapterOfParameters, TwoAdapters, Parallel],
+    [
+        Recurrent,
+        RecurrentAhead,
+        RecurrentOfOneInput,
+        Gated,
+        ResetBefore,
+        Scores,
+        AttentionGate,
+        Adapter,
+        AdapterOfParameters,
+        TwoAdapters,
+        Parallel,
+    ],
 )
 @pytest.mark.parametrize("by_example", [False, True])
 def test_a_sum_of_layers_is_no_residual_addition(kind: type[nn.Module], *, by_example: bool) -> None:
@@ -303,6 +355,60 @@ def test_a_runge_kutta_step_is_one_branch(method: str, *, by_example: bool) -> N
         assert_same(net(x), expected)
 
 
+class WideAndDeep(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.deep = linear(), nn.Sequential(linear(), nn.ReLU(), Block(), linear())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.wide(x) + self.deep(x))
+
+
+class SideOutputs(nn.Module):
+    """Outputs of two depths that are fused, and a layer behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.deep, self.early, self.late, self.head = linear(), Block(), linear(), linear(), linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).relu()
+        return self.head(self.early(h) + 0.5 * self.late(self.deep(h)))
+
+
+class Lookback(nn.Module):
+    """TiDE: a sum of the model around blocks whose shortcuts have projections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deep, self.lookback, self.head = Projected(), linear(), nn.Sequential(linear(), nn.ReLU(), linear())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.deep(x)) + self.lookback(x)
+
+
+@pytest.mark.parametrize("by_example", [False, True])
+@pytest.mark.parametrize("kind", [WideAndDeep, SideOutputs, Lookback])
+def test_a_sum_of_outputs_is_no_residual_addition(kind: type[nn.Module], *, by_example: bool) -> None:
+    net, x = kind().double(), data(4)
+    own = net.deep[2] if isinstance(net, WideAndDeep) else net.deep
+    plain = copy.deepcopy(net)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), rescale="none", inputs=[x] if by_example else None)
+    assert depth.names == [f"{name}#1" for name, module in net.named_modules() if module is own]
+    assert "the model" in str(depth)
+    assert "an addition has no gate, it joins outputs" in str(depth)
+    with depth.gates([False]):
+        actual = net(x)
+    block = plain.deep[2] if isinstance(plain, WideAndDeep) else plain.deep
+    block.g = Zero()
+    assert_same(actual, plain(x))
+
+
+class Zero(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
 class Patches(nn.Module):
     """Returns patches with their height and width, side by side (PVT) or as a pair (XCiT)."""
 
@@ -404,6 +510,13 @@ class NormedTwice(Projected):
         return self.projection(self.norm(x)) + self.h(self.g(self.f(self.norm(x)).relu()).relu())
 
 
+class Squashed(Projected):
+    """A sigmoid behind the sum, whose result is the block's output, not a gate."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(super().forward(x))
+
+
 class Pooled(nn.Module):
     """A shortcut that is pooled, in words that no layer of PyTorch says, as in Hiera."""
 
@@ -454,17 +567,20 @@ class Halves(nn.Module):
 @pytest.mark.parametrize("by_example", [False, True])
 def test_what_the_lookalikes_look_like_are_branches(*, by_example: bool) -> None:
     net, x = (
-        nn.Sequential(Tied(), Projected(), Masked(), NormedTwice(), Pooled(), Prepared(), Halves()).double(),
+        nn.Sequential(
+            Tied(), Projected(), Masked(), NormedTwice(), Squashed(), Pooled(), Prepared(), Halves()
+        ).double(),
         data(4),
     )
-    tied, projected, masked, normed, pooled, prepared, _ = net
+    tied, projected, masked, normed, squashed, pooled, prepared, _ = net
     first = tied.f(x)
     expected = first + tied.f(first)
     for block in (projected, masked):
         expected = block.projection(block.norm(expected).relu())
     expected = normed.projection(normed.norm(expected))
+    expected = squashed.projection(squashed.norm(expected).relu()).sigmoid()
     expected = prepared.prepare(pooled.projection(expected))[0]
     depth = sd.make_stochastic_(net, sd.uniform(0.5), rescale="none", inputs=[x] if by_example else None)
-    assert depth.names == ["0#1", "0#2", "1#1", "2#1", "3#1", "4#1", "5#1", "6#1", "6#2"]
-    with depth.gates([True, *[False] * 8]):
+    assert depth.names == ["0#1", "0#2", "1#1", "2#1", "3#1", "4#1", "5#1", "6#1", "7#1", "7#2"]
+    with depth.gates([True, *[False] * 9]):
         assert_same(net(x), expected)

@@ -42,6 +42,14 @@ def sub_with_alpha(_block: Adding, x: Tensor, f: Tensor) -> Tensor:
     return torch.sub(x, f, alpha=0.25)
 
 
+def by_name(_block: Adding, x: Tensor, f: Tensor) -> Tensor:
+    return torch.add(x, other=f)
+
+
+def all_by_name(_block: Adding, x: Tensor, f: Tensor) -> Tensor:
+    return torch.sub(input=x, other=f, alpha=0.25)
+
+
 def magnitude_preserving(_block: Adding, x: Tensor, f: Tensor) -> Tensor:
     return x.lerp(f, 0.3) / (0.7**2 + 0.3**2) ** 0.5
 
@@ -57,7 +65,8 @@ def learned_shares(block: Adding, x: Tensor, f: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("granularity", ["batch", "sample"])
 @pytest.mark.parametrize(
-    "formula", [minus, minus_in_place, sub_with_alpha, magnitude_preserving, learned_lerp, learned_shares]
+    "formula",
+    [minus, minus_in_place, sub_with_alpha, by_name, all_by_name, magnitude_preserving, learned_lerp, learned_shares],
 )
 def test_a_sum_in_other_words_is_a_branch(formula: Callable[..., Tensor], granularity: str) -> None:
     torch.manual_seed(0)
