@@ -273,11 +273,7 @@ def test_a_small_form_has_few_images_and_fewer_layers():
     ("study", "rates"),
     [
         ("learning-rates", few.DIGITS_RATES),
-        pytest.param(
-            "learning-rates-cifar10",
-            few.CIFAR10_RATES,
-            marks=pytest.mark.skip(reason="4 of 16 runs are done: set CIFAR10_RATES when the grid is complete"),
-        ),
+        ("learning-rates-cifar10", few.CIFAR10_RATES),
     ],
 )
 def test_the_rates_are_those_that_validation_chooses(study, rates):
