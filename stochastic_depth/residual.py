@@ -20,6 +20,7 @@ from stochastic_depth.torch_private import (
     apply,
     child_dict,
     foreach_zero_,
+    mend_gradients_of_batch_norms,
     parameter_dict,
     saves_as_usual,
     transforms_are_active,
@@ -196,6 +197,8 @@ class GatedBranch:
         inside = self.passes.within(run, shortcut.shape[0])
         with kept_once(taken, batches, run), unchanged(taken, self.passes.names[self.index]), inside:
             output = branch(module, tuple(taken) if isinstance(x, tuple) else taken[0])
+        if num_run == 1 and output.device.type == "cpu":
+            self._mend_batch_norms(output)
         if num_run > gate.num_open:
             output = output[: gate.num_open]
         if output.shape[1:] != shortcut.shape[1:]:
@@ -204,6 +207,10 @@ class GatedBranch:
             except RuntimeError:
                 raise self._other_shape(output, shortcut) from None
         return add_samples(carried, output, gate.order[: gate.num_open], factor)
+
+    @eager
+    def _mend_batch_norms(self, output: Tensor) -> None:
+        mend_gradients_of_batch_norms(output)
 
     def _other_shape(self, output: Tensor, shortcut: Tensor) -> ValueError:
         return ValueError(

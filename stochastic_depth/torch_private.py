@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -71,6 +72,32 @@ def keeps_its_result(tensor: Tensor) -> bool:
     Without it, samples gathered from such a tensor would be stored twice.
     """
     return hasattr(type(tensor.grad_fn), "_saved_result")
+
+
+def mend_gradients_of_batch_norms(output: Tensor) -> None:
+    """Give the gradients of the BatchNorms behind an output of one sample the strides of their inputs.
+
+    Without it, PyTorch's kernel for CPUs computes wrong gradients of a single sample if one of the two comes from
+    tokens, `(1, H * W, C)`, and the other does not: the stride of the samples then differs from that of channels-last
+    images (seen with PyTorch 2.8 to 2.13).
+    """
+    pending, seen = [output.grad_fn], set[Any]()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen or "_Take" in node.name():  # Behind the gathered sample is the batch.
+            continue
+        seen.add(node)
+        if "BatchNorm" in node.name() and hasattr(node, "_saved_input"):
+            like = torch.empty_like(node._saved_input, device="meta")  # pyright: ignore
+            node.register_prehook(partial(_with_strides_of, like))
+        pending += [following for following, _ in node.next_functions]
+
+
+def _with_strides_of(like: Tensor, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    grad, *rest = grads
+    if grad is None or grad.stride() == like.stride():
+        return tuple(grads)
+    return torch.empty_like(like, device=grad.device, dtype=grad.dtype).copy_(grad), *rest
 
 
 def version_of(tensor: Tensor) -> int:

@@ -332,3 +332,47 @@ def test_forced_gates_of_branches_inside_branches(*, training: bool) -> None:
         assert_close(*both)
     with pytest.raises(ValueError, match="has 6 entries, but the batch has 5 samples"), depth.gates(list(gates)):
         net(x[:5])
+
+
+class TokenConv(nn.Module):
+    """A convolution and BatchNorm on tokens (N, 12, C), as in CvT; with `norm_first`, only BatchNorm."""
+
+    def __init__(self, *, norm_first: bool) -> None:
+        super().__init__()
+        self.conv = nn.Identity() if norm_first else nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.norm, self.query, self.f = nn.BatchNorm2d(8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def normalized(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        images = self.normalized(self.conv(x.transpose(1, 2).reshape(x.shape[0], 8, 4, 3)))
+        tokens = images.flatten(2).transpose(1, 2)
+        return self.f(nn.functional.scaled_dot_product_attention(self.query(x), tokens, tokens))
+
+
+class TokenConvByHand(TokenConv):
+    def normalized(self, x: Tensor) -> Tensor:
+        mean, variance = self.norm.running_mean, self.norm.running_var
+        if self.norm.training:
+            mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
+        shape = (1, -1, 1, 1)
+        x = (x - mean.view(shape)) / (variance.view(shape) + self.norm.eps).sqrt()
+        return x * self.norm.weight.view(shape) + self.norm.bias.view(shape)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_gradients_of_a_single_survivor_that_passes_batch_norm(*, norm_first: bool, frozen: bool) -> None:
+    torch.manual_seed(0)
+    branch, plain = TokenConv(norm_first=norm_first).double(), TokenConvByHand(norm_first=norm_first).double()
+    plain.load_state_dict(branch.state_dict())
+    net = sd.Residual(branch)
+    depth = sd.make_stochastic_(net, [0.5], granularity="sample", rescale="none")
+    branch.norm.train(not frozen)
+    plain.norm.train(not frozen)
+    x, weights = torch.randn(4, 12, 8, dtype=torch.float64), torch.randn(4, 12, 8, dtype=torch.float64)
+    with depth.gates([torch.tensor([False, False, True, False])]):
+        (net(x) * weights).sum().backward()
+    (plain(x[2:3]) * weights[2:3]).sum().backward()
+    assert_close(gradients(branch), gradients(plain))

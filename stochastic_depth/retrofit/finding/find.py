@@ -420,13 +420,15 @@ def _adds_outputs(name: str, reading: BranchReading, blocks: Collection[str], ar
     """Whether a sum joins outputs of a model, such as those of a wide and a deep part, of two heads, or two losses.
 
     The side with fewer layers looks like the projection of a shortcut. But beside a projection there are a few layers,
-    no network of residual blocks, and the last sum of a model that has its blocks elsewhere is none of them.
+    with at most one addition somewhere in them (EfficientFormerV2's queries), no network of residual blocks. And the
+    last sum of a model that has its blocks elsewhere is none of them.
     """
     if not reading.is_projected:
         return False
     assert isinstance(reading.parts, BranchParts)
     members = {f"{name}.{path}".strip(".") for path in reading.parts.paths.members}
-    if any(_lies_in(other, members) for other in around):
+    inside = [other for other in around if _lies_in(other, members)]
+    if len(inside) > 1 or any(other in members for other in inside):
         return True
     return not name and reading.is_last and len(blocks) > 1
 

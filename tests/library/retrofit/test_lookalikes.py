@@ -358,7 +358,7 @@ def test_a_runge_kutta_step_is_one_branch(method: str, *, by_example: bool) -> N
 class WideAndDeep(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.wide, self.deep = linear(), nn.Sequential(linear(), nn.ReLU(), Block(), linear())
+        self.wide, self.deep = linear(), nn.Sequential(linear(), nn.ReLU(), Block(), Block())
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.sigmoid(self.wide(x) + self.deep(x))
@@ -391,17 +391,15 @@ class Lookback(nn.Module):
 @pytest.mark.parametrize("kind", [WideAndDeep, SideOutputs, Lookback])
 def test_a_sum_of_outputs_is_no_residual_addition(kind: type[nn.Module], *, by_example: bool) -> None:
     net, x = kind().double(), data(4)
-    own = net.deep[2] if isinstance(net, WideAndDeep) else net.deep
     plain = copy.deepcopy(net)
     depth = sd.make_stochastic_(net, sd.uniform(0.5), rescale="none", inputs=[x] if by_example else None)
-    assert depth.names == [f"{name}#1" for name, module in net.named_modules() if module is own]
-    assert "the model" in str(depth)
+    blocks = [name for name, module in plain.named_modules() if isinstance(module, (Block, Projected))]
+    assert depth.names == [f"{name}#1" for name in blocks]
     assert "an addition has no gate, it joins outputs" in str(depth)
-    with depth.gates([False]):
-        actual = net(x)
-    block = plain.deep[2] if isinstance(plain, WideAndDeep) else plain.deep
-    block.g = Zero()
-    assert_same(actual, plain(x))
+    for name in blocks:
+        plain.get_submodule(name).g = Zero()
+    with depth.gates([False] * len(blocks)):
+        assert_same(net(x), plain(x))
 
 
 class Zero(nn.Module):
@@ -517,6 +515,28 @@ class Squashed(Projected):
         return torch.sigmoid(super().forward(x))
 
 
+class Queries(nn.Module):
+    """A shortcut in what computes the queries of an attention, as in EfficientFormerV2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.value, self.f = Block(), linear(), linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(self.block(x).softmax(-1) * self.value(x))
+
+
+class Downsampled(nn.Module):
+    """Such an attention beside a projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projection, self.attention = linear(), Queries()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.projection(x) + self.attention(x)
+
+
 class Pooled(nn.Module):
     """A shortcut that is pooled, in words that no layer of PyTorch says, as in Hiera."""
 
@@ -568,19 +588,22 @@ class Halves(nn.Module):
 def test_what_the_lookalikes_look_like_are_branches(*, by_example: bool) -> None:
     net, x = (
         nn.Sequential(
-            Tied(), Projected(), Masked(), NormedTwice(), Squashed(), Pooled(), Prepared(), Halves()
+            Tied(), Projected(), Masked(), NormedTwice(), Squashed(), Downsampled(), Pooled(), Prepared(), Halves()
         ).double(),
         data(4),
     )
-    tied, projected, masked, normed, squashed, pooled, prepared, _ = net
+    tied, projected, masked, normed, squashed, downsampled, pooled, prepared, _ = net
     first = tied.f(x)
     expected = first + tied.f(first)
     for block in (projected, masked):
         expected = block.projection(block.norm(expected).relu())
     expected = normed.projection(normed.norm(expected))
     expected = squashed.projection(squashed.norm(expected).relu()).sigmoid()
+    expected = downsampled.projection(expected)
     expected = prepared.prepare(pooled.projection(expected))[0]
     depth = sd.make_stochastic_(net, sd.uniform(0.5), rescale="none", inputs=[x] if by_example else None)
-    assert depth.names == ["0#1", "0#2", "1#1", "2#1", "3#1", "4#1", "5#1", "6#1", "7#1", "7#2"]
-    with depth.gates([True, *[False] * 9]):
+    assert depth.names == [
+        "0#1", "0#2", "1#1", "2#1", "3#1", "4#1", "5#1", "5.attention.block#1", "6#1", "7#1", "8#1", "8#2",
+    ]  # fmt: skip
+    with depth.gates([True, *[False] * 11]):
         assert_same(net(x), expected)
