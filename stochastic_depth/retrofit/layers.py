@@ -333,9 +333,9 @@ def refuse_own_layerdrop(model: nn.Module) -> None:
     for name, module in model.named_modules():
         for owner, path in (
             (module, f"{name}.layerdrop"),
-            (getattr(module, "config", None), f"{name}.config.layerdrop"),
+            (module.__dict__.get("config"), f"{name}.config.layerdrop"),
         ):
-            rate = getattr(owner, "layerdrop", 0.0)
+            rate = getattr(owner, "__dict__", {}).get("layerdrop", 0.0)
             if isinstance(rate, float) and rate > 0:
                 raise ValueError(
                     f"The model itself skips layers too, with a rate of {rate:g}. Set model"
