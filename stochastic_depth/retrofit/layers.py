@@ -331,14 +331,12 @@ def refuse_own_layerdrop(model: nn.Module) -> None:
         ValueError: if it does; the message says where to switch it off.
     """
     for name, module in model.named_modules():
-        for owner, path in (
-            (module, f"{name}.layerdrop"),
-            (module.__dict__.get("config"), f"{name}.config.layerdrop"),
-        ):
-            rate = getattr(owner, "__dict__", {}).get("layerdrop", 0.0)
-            if isinstance(rate, float) and rate > 0:
-                raise ValueError(
-                    f"The model itself skips layers too, with a rate of {rate:g}. Set model"
-                    f"{'.' if name else ''}{path.removeprefix('.') if name else path} = 0.0, and give the rate as "
-                    f"a schedule: uniform({1 - rate:g})."
-                )
+        for owner, path in ((module, f"{name}."), (module.__dict__.get("config"), f"{name}.config.")):
+            for attribute in ("layerdrop", "layer_drop"):  # fairseq and transformers, torchaudio
+                rate = getattr(owner, "__dict__", {}).get(attribute, 0.0)
+                if isinstance(rate, float) and rate > 0:
+                    raise ValueError(
+                        f"The model itself skips layers too, with a rate of {rate:g}. Set "
+                        f"model.{path.removeprefix('.')}{attribute} = 0.0, and give the rate as a schedule: "
+                        f"uniform({1 - rate:g})."
+                    )

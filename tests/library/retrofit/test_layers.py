@@ -426,3 +426,6 @@ def test_bad_layers() -> None:
     for layers in (None, ["encoder.layers.?"]):
         with pytest.raises(ValueError, match="itself skips layers too"):
             sd.make_stochastic_(model, sd.uniform(0.5), layers=layers)
+    model.config.layerdrop, model.encoder.layer_drop = 0.0, 0.25
+    with pytest.raises(ValueError, match=r"Set model\.encoder\.layer_drop = 0\.0, and .* uniform\(0\.75\)\.$"):
+        sd.make_stochastic_(model, sd.uniform(0.5))
