@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -75,11 +74,11 @@ def keeps_its_result(tensor: Tensor) -> bool:
 
 
 def mend_gradients_of_batch_norms(output: Tensor) -> None:
-    """Give the gradients of the BatchNorms behind an output of one sample the strides of their inputs.
+    """Give the gradients of the BatchNorms behind an output of one sample the strides of channels-last images.
 
-    Without it, PyTorch's kernel for CPUs computes wrong gradients of a single sample if one of the two comes from
-    tokens, `(1, H * W, C)`, and the other does not: the stride of the samples then differs from that of channels-last
-    images (seen with PyTorch 2.8 to 2.13).
+    Without it, PyTorch's kernel for CPUs computes wrong gradients of a single sample if either its input or its
+    gradient comes from tokens, `(1, H * W, C)`: the stride of the samples, which no element uses, is then another
+    (seen with PyTorch 2.8, 2.11 and 2.13). With these strides, they are right for inputs of any.
     """
     pending, seen = [output.grad_fn], set[Any]()
     while pending:
@@ -87,17 +86,17 @@ def mend_gradients_of_batch_norms(output: Tensor) -> None:
         if node is None or node in seen or "_Take" in node.name():  # Behind the gathered sample is the batch.
             continue
         seen.add(node)
-        if "BatchNorm" in node.name() and hasattr(node, "_saved_input"):
-            like = torch.empty_like(node._saved_input, device="meta")  # pyright: ignore
-            node.register_prehook(partial(_with_strides_of, like))
+        if "BatchNorm" in node.name():
+            node.register_prehook(_with_channels_last)
         pending += [following for following, _ in node.next_functions]
 
 
-def _with_strides_of(like: Tensor, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+def _with_channels_last(grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     grad, *rest = grads
-    if grad is None or grad.stride() == like.stride():
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if grad is None or grad.dim() not in formats:
         return tuple(grads)
-    return torch.empty_like(like, device=grad.device, dtype=grad.dtype).copy_(grad), *rest
+    return torch.empty_like(grad, memory_format=formats[grad.dim()]).copy_(grad), *rest
 
 
 def version_of(tensor: Tensor) -> int:

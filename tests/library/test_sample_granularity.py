@@ -20,6 +20,7 @@ from reference import (
     vectors,
 )
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
 from stochastic_depth.gates import draw_counts, draw_order
@@ -374,5 +375,33 @@ def test_gradients_of_a_single_survivor_that_passes_batch_norm(*, norm_first: bo
     x, weights = torch.randn(4, 12, 8, dtype=torch.float64), torch.randn(4, 12, 8, dtype=torch.float64)
     with depth.gates([torch.tensor([False, False, True, False])]):
         (net(x) * weights).sum().backward()
+    (plain(x[2:3]) * weights[2:3]).sum().backward()
+    assert_close(gradients(branch), gradients(plain))
+
+
+class Recomputed(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_a_single_survivor_in_a_checkpoint_is_recomputed_once(*, outside: bool) -> None:
+    torch.manual_seed(0)
+    branch, plain = TokenConv(norm_first=False).double(), TokenConvByHand(norm_first=False).double()
+    plain.load_state_dict(branch.state_dict())
+    net = Recomputed(sd.Residual(branch)) if outside else sd.Residual(Recomputed(branch))
+    depth = sd.make_stochastic_(net, [0.5], granularity="sample", rescale="none")
+    x, weights = torch.randn(4, 12, 8, dtype=torch.float64), torch.randn(4, 12, 8, dtype=torch.float64)
+    calls: list[int] = []
+    branch.register_forward_pre_hook(lambda _module, args: calls.append(len(args[0])))
+    with depth.gates([torch.tensor([False, False, True, False])]):
+        loss = (net(x) * weights).sum()
+    assert calls == [1]
+    loss.backward()
+    assert calls == [1, 1]
     (plain(x[2:3]) * weights[2:3]).sum().backward()
     assert_close(gradients(branch), gradients(plain))
