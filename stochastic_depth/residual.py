@@ -197,8 +197,8 @@ class GatedBranch:
         inside = self.passes.within(run, shortcut.shape[0])
         with kept_once(taken, batches, run), unchanged(taken, self.passes.names[self.index]), inside:
             output = branch(module, tuple(taken) if isinstance(x, tuple) else taken[0])
-        if num_run == 1 and output.device.type == "cpu":
-            self._mend_batch_norms(output)
+        if num_run == 1:
+            self.mend_batch_norms(output, taken)
         if num_run > gate.num_open:
             output = output[: gate.num_open]
         if output.shape[1:] != shortcut.shape[1:]:
@@ -209,8 +209,10 @@ class GatedBranch:
         return add_samples(carried, output, gate.order[: gate.num_open], factor)
 
     @eager
-    def _mend_batch_norms(self, output: Tensor) -> None:
-        mend_gradients_of_batch_norms(output)
+    def mend_batch_norms(self, output: Tensor, samples: Sequence[Tensor]) -> None:
+        """Make the gradients right that a single sample gets behind BatchNorm on a CPU."""
+        if output.device.type == "cpu":
+            mend_gradients_of_batch_norms(output, samples)
 
     def _other_shape(self, output: Tensor, shortcut: Tensor) -> ValueError:
         return ValueError(

@@ -73,17 +73,17 @@ def keeps_its_result(tensor: Tensor) -> bool:
     return hasattr(type(tensor.grad_fn), "_saved_result")
 
 
-def mend_gradients_of_batch_norms(output: Tensor) -> None:
-    """Give the gradients of the BatchNorms behind an output of one sample the strides of channels-last images.
+def mend_gradients_of_batch_norms(output: Tensor, inputs: Sequence[Tensor]) -> None:
+    """Give gradients of the BatchNorms between inputs and output of one sample the strides of channels-last images.
 
     Without it, PyTorch's kernel for CPUs computes wrong gradients of a single sample if either its input or its
     gradient comes from tokens, `(1, H * W, C)`: the stride of the samples, which no element uses, is then another
     (seen with PyTorch 2.8, 2.11 and 2.13). With these strides, they are right for inputs of any.
     """
-    pending, seen = [output.grad_fn], set[Any]()
+    pending, seen = [output.grad_fn], {each.grad_fn for each in inputs}
     while pending:
         node = pending.pop()
-        if node is None or node in seen or "_Take" in node.name():  # Behind the gathered sample is the batch.
+        if node is None or node in seen:
             continue
         seen.add(node)
         if "BatchNorm" in node.name():

@@ -248,6 +248,8 @@ class StochasticLayer(nn.Module):
         run = gate.order[: gated.num_run(gate, self, self, dry, batches)]
         taken = [leaf.index_select(0, run) if samples else leaf for leaf, samples in zip(leaves, of_batch, strict=True)]
         output = self._run(taken[kinds.index(True)], taken, signature)
+        if len(run) == 1:
+            gated.mend_batch_norms(_first(output), [leaf for leaf in taken if isinstance(leaf, Tensor)])
         own = _first(output)[: gate.num_open]
         _check_shape(gated.passes.names[gated.index], own, hidden, gate.num_open)
         if factor == 1.0:

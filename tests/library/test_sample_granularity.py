@@ -364,12 +364,15 @@ class TokenConvByHand(TokenConv):
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("norm_first", [False, True])
-def test_gradients_of_a_single_survivor_that_passes_batch_norm(*, norm_first: bool, frozen: bool) -> None:
+@pytest.mark.parametrize("as_layer", [False, True])
+def test_gradients_of_a_single_survivor_that_passes_batch_norm(
+    *, norm_first: bool, frozen: bool, as_layer: bool
+) -> None:
     torch.manual_seed(0)
     branch, plain = TokenConv(norm_first=norm_first).double(), TokenConvByHand(norm_first=norm_first).double()
     plain.load_state_dict(branch.state_dict())
-    net = sd.Residual(branch)
-    depth = sd.make_stochastic_(net, [0.5], granularity="sample", rescale="none")
+    net = nn.Sequential(branch) if as_layer else sd.Residual(branch)
+    depth = sd.make_stochastic_(net, [0.5], granularity="sample", rescale="none", layers=["0"] if as_layer else None)
     branch.norm.train(not frozen)
     plain.norm.train(not frozen)
     x, weights = torch.randn(4, 12, 8, dtype=torch.float64), torch.randn(4, 12, 8, dtype=torch.float64)

@@ -116,7 +116,7 @@ def test_mend_gradients_of_batch_norms(*, is_input_from_tokens: bool) -> None:
     from_tokens = [each.flatten(2).transpose(1, 2).contiguous().transpose(1, 2).view_as(each) for each in (x, grad)]
     weight = torch.ones(8, dtype=torch.float64, requires_grad=True)
     y = F.batch_norm(from_tokens[0] if is_input_from_tokens else x, None, None, weight, training=True)
-    private.mend_gradients_of_batch_norms(y.exp().log())
+    private.mend_gradients_of_batch_norms(y.exp().log(), [x])
     y.backward(grad if is_input_from_tokens else from_tokens[1])
     normalized = (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), False, keepdim=True) + 1e-5).sqrt()
     torch.testing.assert_close(weight.grad, (grad * normalized).sum((0, 2, 3)))
