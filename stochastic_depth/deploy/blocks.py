@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from stochastic_depth.copies import plain_class
 from stochastic_depth.deploy.affine import drop_path_call
@@ -24,7 +24,8 @@ from stochastic_depth.deploy.batches import Call
 from stochastic_depth.retrofit.code.signatures import OPAQUE, PLAIN_TYPES, Opaque, flatten
 from stochastic_depth.retrofit.errors import CutError, TraceError
 from stochastic_depth.retrofit.finding.readings import recordings
-from stochastic_depth.retrofit.layers import HIDDEN_NAMES, with_first
+from stochastic_depth.retrofit.hidden_states import continued_name, leaf_names, name_of_hidden_states
+from stochastic_depth.retrofit.layers import with_first
 from stochastic_depth.retrofit.recording.sizes import decide_by, is_size
 from stochastic_depth.retrofit.recording.trace import Recording, record
 from stochastic_depth.retrofit.rewriting.cuts import Sum, cut
@@ -87,12 +88,10 @@ def without_layer(layer: nn.Module, call: Call | None) -> fx.GraphModule:
         parameters, recording = _recorded(layer, call)
         end = next(iter(reversed(recording.graph.nodes)))
         inputs = [node for node in recording.graph.nodes if node.op == "placeholder"]
-        names = (name for name in (*HIDDEN_NAMES, *parameters) if isinstance(parameters.get(name), (Tensor, Opaque)))
-        before: list[Any] = []
-        if (name := next(names, None)) is not None:
-            flatten(list(parameters.values())[: list(parameters).index(name)], before)
         output: Any = fx.map_arg(end.args[0], lambda node: node if node in inputs else cast(fx.Node, None))
-        end.args = (with_first(output, inputs[len(before)]),)
+        names = leaf_names(parameters)
+        name = name_of_hidden_states(parameters, lambda: continued_name(recording.graph, layer, names))
+        end.args = (with_first(output, inputs[0 if name is None else names.index(name)]),)
         _erase_idle(recording, (), layer)
         return _with_signature(layer, recording, parameters)
     except TraceError as error:

@@ -18,7 +18,8 @@ from stochastic_depth.deploy.undo import without_traces
 from stochastic_depth.residual import Residual, outside_graph
 from stochastic_depth.retrofit.code.signatures import PLAIN_TYPES, flatten, remember
 from stochastic_depth.retrofit.errors import CutError, TraceError
-from stochastic_depth.retrofit.layers import hidden_states_of, with_first
+from stochastic_depth.retrofit.hidden_states import hidden_states_of
+from stochastic_depth.retrofit.layers import with_first
 from stochastic_depth.retrofit.rewriting.sums import Key
 from stochastic_depth.torch_private import tree_leaves
 

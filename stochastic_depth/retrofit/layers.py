@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -17,6 +16,7 @@ from stochastic_depth.gate_draws import CLOSED, Gate
 from stochastic_depth.residual import GatedBranch, masks_only, outside_graph
 from stochastic_depth.retrofit.code.signatures import flatten, remember, unflatten
 from stochastic_depth.retrofit.errors import TraceError
+from stochastic_depth.retrofit.hidden_states import hidden_states_of
 from stochastic_depth.retrofit.recording.maps import NotComputed
 from stochastic_depth.retrofit.recording.sizes import decide_by
 from stochastic_depth.retrofit.recording.trace import Recording, record
@@ -27,28 +27,8 @@ from stochastic_depth.retrofit.running.private_runs import private
 from stochastic_depth.retrofit.shapes import samples_among
 from stochastic_depth.torch_private import tree_map_only
 
-# What layers call their hidden states, also where these are not their first argument.
-HIDDEN_NAMES = ("hidden_states", "x")
 # Number of sizes of a form that are kept.
 _MAX_SIZES = 2**14
-
-
-@eager
-def hidden_states_of(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The hidden states of a call: what the layer's code calls so, or else the first tensor by its own order."""
-    names = _parameter_names(plain_class(layer).forward)
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    for name in (*HIDDEN_NAMES, *names):
-        if isinstance(given.get(name), Tensor):
-            return cast(Tensor, given[name])
-    leaves: list[Any] = []
-    flatten((args, kwargs), leaves)
-    return next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
-
-
-@functools.cache
-def _parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 @dataclass(eq=False)
