@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from stochastic_depth.cost import undisturbed
 from stochastic_depth.retrofit.code.effects import ChangedObjectError
@@ -39,12 +39,16 @@ class Example:
         model: the model; it runs twice, without noise and without lasting effects.
         inputs: arguments of its forward.
 
+    Attributes:
+        unread: blocks whose code could not be read in training, and why.
+
     Raises:
         ValueError: if the model cannot be run on them.
     """
 
     def __init__(self, model: nn.Module, inputs: Sequence[Any] | Mapping[str, Any]) -> None:
         args, named = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
+        self.unread: dict[nn.Module, TraceError] = {}
         self._calls: dict[tuple[nn.Module, bool], Arguments] = {}
         self._num_calls: Counter[nn.Module] = Counter()
         modes = {module: module.training for module in model.modules()}
@@ -94,6 +98,8 @@ class Example:
                 graph = _recorded(block, self._calls[block, training], inlined, training=training)
             except TraceError as error:
                 first_error = first_error or error
+                if training:
+                    self.unread[block] = error
                 continue
             num_recorded += 1
             yield Reading(graph)
@@ -104,6 +110,7 @@ class Example:
 def _recorded(block: nn.Module, arguments: Arguments, inlined: Collection[str], *, training: bool) -> fx.Graph:
     leaves: list[Any] = []
     signature = flatten(arguments, leaves)
+    leaves = _told_apart(leaves)
     trial = stand_in(block, inlined)
     for module in trial.modules():
         module.training = training
@@ -119,3 +126,12 @@ def _recorded(block: nn.Module, arguments: Arguments, inlined: Collection[str], 
             if not error.kinds:
                 raise
             return run(error.kinds)
+
+
+def _told_apart(leaves: Sequence[Any]) -> list[Any]:
+    """The values, with views for repetitions: what is one tensor in this call may be two in others (GCNII)."""
+    first = {id(leaf): index for index, leaf in reversed(list(enumerate(leaves)))}
+    return [
+        leaf.view_as(leaf) if isinstance(leaf, Tensor) and first[id(leaf)] != index else leaf
+        for index, leaf in enumerate(leaves)
+    ]

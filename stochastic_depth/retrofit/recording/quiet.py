@@ -28,6 +28,8 @@ _OFF: dict[str, dict[str, Any]] = {
     "multi_head_attention_forward": {"dropout_p": 0.0},
     "rrelu": {"training": False},
 }  # fmt: skip
+QUIETED = {"bernoulli", "bernoulli_", "rand", "rand_like"}
+"""Draws that a run without noise replaces by values that keep everything."""
 # A uniform draw that survives with any probability above 0.001.
 _ALMOST_ONE = 0.9990234375
 _POSITIONS = {"scaled_dot_product_attention": 4, "multi_head_attention_forward": 10, "rrelu": 3}

@@ -27,6 +27,7 @@ from stochastic_depth.retrofit.errors import StoredError, TraceError
 from stochastic_depth.retrofit.recording.checkpoints import Regions, kept
 from stochastic_depth.retrofit.recording.edits import Edits
 from stochastic_depth.retrofit.recording.left_behind import Intermediates
+from stochastic_depth.retrofit.recording.quiet import QUIETED
 from stochastic_depth.retrofit.recording.torch_calls import (
     ORIGIN,
     UNDONE_SETTINGS,
@@ -330,7 +331,9 @@ class Recorder(TorchFunctionMode):
             if is_value(output) or differ(self._state, outside(self._generators)):
                 name = getattr(func, "__name__", str(func))
                 if is_value(output):
-                    raise TraceError(f"the forward's control flow depends on the values of a tensor ({name})")
+                    drawn = any(getattr(node.target, "__name__", node.target) in QUIETED for node in self.graph.nodes)
+                    of = "a tensor, and it draws random numbers" if drawn else "a tensor"
+                    raise TraceError(f"the forward's control flow depends on the values of {of} ({name})")
                 raise TraceError(f"the forward draws random numbers itself ({name})")
             if target is set_item:
                 output = args[0]

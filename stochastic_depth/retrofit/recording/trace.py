@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import random
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from stochastic_depth.copies import own_class
+from stochastic_depth.random_states import same_random_states
 from stochastic_depth.retrofit.classes import Unannounced
+from stochastic_depth.retrofit.code.effects import differ, outside
 from stochastic_depth.retrofit.code.own_forward import own_forward
 from stochastic_depth.retrofit.code.signatures import PLAIN_TYPES, unflatten
 from stochastic_depth.retrofit.code.user_data import copied
@@ -118,9 +119,9 @@ def _traced(
     conditions: list[tuple[fx.Node, Any]] = []
     tracer = BlockTracer(conditions, decide, guess_sizes=guess_sizes)
     # Settings of a part of the forward, such as autocast, show as a change of this state.
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.enable_grad(), torch.random.fork_rng([]):
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.enable_grad(), same_random_states():
         tracer.expected_state = context()
-        random_state = torch.get_rng_state(), random.getstate()
+        before = outside()
         try:
             with _UnchangedBuffers(call.original), warnings.catch_warnings(), SymbolsForNoise(tracer):
                 warnings.simplefilter("ignore")  # The arguments are not a user's.
@@ -133,10 +134,7 @@ def _traced(
             raise
         except Exception as error:  # The block's own code needs a value where there is a symbol.
             raise TraceError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
-        finally:
-            drawn = not torch.equal(torch.get_rng_state(), random_state[0]) or random.getstate() != random_state[1]
-            random.setstate(random_state[1])
-        if drawn:
+        if differ(before, outside()):
             raise TraceError("the forward draws random numbers itself, outside its children")
     return tracer.graph, conditions
 

@@ -18,6 +18,7 @@ from typing import Any, cast
 from torch import fx, nn
 
 from stochastic_depth.retrofit.errors import TraceError
+from stochastic_depth.retrofit.recording.quiet import QUIETED
 from stochastic_depth.retrofit.recording.sizes import is_size
 from stochastic_depth.retrofit.rewriting.operations import SAME_MEMORY
 from stochastic_depth.retrofit.rewriting.plain_forms import name_values_changed_in_place, spell_out_additions
@@ -31,8 +32,6 @@ _DRAWS = {
     "multinomial", "normal", "normal_", "uniform_", "random_", "exponential_", "geometric_", "log_normal_", "cauchy_",
     "poisson",
 }  # fmt: skip
-QUIETED = {"bernoulli", "bernoulli_", "rand", "rand_like"}
-"""Draws that a run without noise replaces by values that keep everything."""
 
 
 def functional_drop_path(x: Any, _noise: Any = None) -> Any:

@@ -5,7 +5,11 @@ The reference is each model's own formula with its gates written into it, in flo
 
 import copy
 import itertools
+import random
+import re
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from plain_blocks import D, DropPath, assert_same, data, linear
@@ -148,3 +152,76 @@ def test_uses_of_a_drop_path_are_counted_where_code_cannot_be_recorded() -> None
         assert_same(net(x), x + 2 * net[0].g(x))
     with depth.gates([True, False]):
         assert_same(net(x), x + 2 * net[0].f(x))
+
+
+class InitialResidual(nn.Module):
+    """A layer of GCNII: in the first, both arguments are one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = linear()
+
+    def forward(self, x: Tensor, first: Tensor, graph: Tensor) -> Tensor:
+        return self.gated(x, first, graph, 1.0)
+
+    def gated(self, x: Tensor, first: Tensor, graph: Tensor, gate: float) -> Tensor:
+        x = 0.9 * (graph @ x) + 0.1 * first
+        return 0.75 * x + gate * (0.25 * self.f(x))
+
+
+class Gcnii(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(InitialResidual() for _ in range(3))
+
+    def forward(self, x: Tensor, graph: Tensor) -> Tensor:
+        first = x
+        for layer in self.layers:
+            x = layer(x, first, graph)
+        return x
+
+
+def test_two_arguments_that_are_one_tensor_in_the_first_layer() -> None:
+    torch.manual_seed(0)
+    net, x, graph = Gcnii().double(), data(4, 5), data(4, 5)[..., :1].expand(4, 5, 5)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), inputs=[x, graph])
+    assert list(depth.names) == ["layers.0#1", "layers.1#1", "layers.2#1"]
+    for gates in itertools.product((True, False), repeat=3):
+        with depth.gates(gates):
+            output = net(x, graph)
+        expected = x
+        for layer, gate in zip(net.layers, gates, strict=True):
+            expected = layer.gated(expected, x, graph, float(gate))
+        assert_same(output, expected)
+
+
+class SkipsLayers(nn.Module):
+    """LayerDrop, written as a loop."""
+
+    def __init__(self, draw: Callable[[], bool]) -> None:
+        super().__init__()
+        self.layers, self.draw = nn.ModuleList(Rolling() for _ in range(2)), draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            if self.training and self.draw():
+                continue
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: bool(torch.rand(1) < 0.3),
+        lambda: torch.rand([]).item() < 0.3,
+        lambda: random.random() < 0.3,
+        lambda: np.random.rand() < 0.3,
+    ],
+    ids=["bool", "item", "random", "numpy"],
+)
+def test_a_model_that_skips_layers_itself_is_said_to_drop_them_twice(draw: Callable[[], bool]) -> None:
+    depth = sd.make_stochastic_(SkipsLayers(draw).double(), sd.uniform(0.5), inputs=[data(4)])
+    assert re.search(r"the model \(SkipsLayers\): not looked into in training, .* dropped twice", str(depth))
+    plain = SkipsLayers(lambda: False).double()
+    assert "dropped twice" not in str(sd.make_stochastic_(plain, sd.uniform(0.5), inputs=[data(4)]))
