@@ -195,12 +195,21 @@ def test_two_arguments_that_are_one_tensor_in_the_first_layer() -> None:
         assert_same(output, expected)
 
 
+class Adding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+
 class SkipsLayers(nn.Module):
     """LayerDrop, written as a loop."""
 
     def __init__(self, draw: Callable[[], bool]) -> None:
         super().__init__()
-        self.layers, self.draw = nn.ModuleList(Rolling() for _ in range(2)), draw
+        self.layers, self.draw = nn.ModuleList(Adding() for _ in range(2)), draw
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -220,8 +229,10 @@ class SkipsLayers(nn.Module):
     ],
     ids=["bool", "item", "random", "numpy"],
 )
-def test_a_model_that_skips_layers_itself_is_said_to_drop_them_twice(draw: Callable[[], bool]) -> None:
-    depth = sd.make_stochastic_(SkipsLayers(draw).double(), sd.uniform(0.5), inputs=[data(4)])
-    assert re.search(r"the model \(SkipsLayers\): not looked into in training, .* dropped twice", str(depth))
+@pytest.mark.parametrize("when", ["", " in training"], ids=["read", "run"])
+def test_a_model_that_skips_layers_itself_is_said_to_drop_them_twice(draw: Callable[[], bool], when: str) -> None:
+    inputs = [data(4)] if when else None
+    depth = sd.make_stochastic_(SkipsLayers(draw).double(), sd.uniform(0.5), inputs=inputs)
+    assert re.search(rf"the model \(SkipsLayers\): not looked into{when}, .* dropped twice", str(depth))
     plain = SkipsLayers(lambda: False).double()
-    assert "dropped twice" not in str(sd.make_stochastic_(plain, sd.uniform(0.5), inputs=[data(4)]))
+    assert "dropped twice" not in str(sd.make_stochastic_(plain, sd.uniform(0.5), inputs=inputs))
