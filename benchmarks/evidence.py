@@ -150,7 +150,7 @@ def run(num_processes: int, until: datetime.datetime | None) -> None:
                         flush=True,
                     )
 
-    kept: set[Path] = set()
+    kept = {RUNS / run["folder"] for run in archived()}
     sweep.run(
         [job for _, job in planned],
         Archive(),
@@ -218,12 +218,14 @@ def report() -> None:
         folder = RESULTS / study
         folder.mkdir(parents=True, exist_ok=True)
         made = written.page.with_suffix("")
-        # In the study's order: heat_map is heat_map.svg, curves may be curves-digits-56.svg and others.
-        figures = [path for name in STUDIES[study].figures for path in sorted((made / "figures").glob(f"{name}*.svg"))]
-        for path in (*(made / "data").glob("*.csv"), *figures):
+        figures = {f"{each.name}.svg": each for each in written.figures}
+        for path in (*(made / "data").glob("*.csv"), *(made / "figures" / name for name in figures)):
             shutil.copy(path, folder)
         machines |= {machine(records.read_json(folder / "environment.json")) for _, folder in finished}
-        images = "\n".join(f"![{path.stem}](../../results/{study}/{path.name})" for path in figures)
+        images = "\n\n".join(
+            f"![{each.title}](../../results/{study}/{name})\n\n*{each.title}.* {each.caption}"
+            for name, each in figures.items()
+        )
         table = written.text.split("\n", 1)[1].strip("\n")  # the title is the heading
         sections.append(
             f"## {STUDIES[study].title}\n\n{STUDIES[study].claim}\n\n{command(study)}, "

@@ -80,7 +80,10 @@ def rows(runs: Sequence[Run]) -> tuple[Row, ...]:
 
 
 def constant_depth_of(run: Run, runs: Sequence[Run]) -> Run | None:
-    """The constant-depth run of the same network, data and batch, without regularizers; preferably of the same seed."""
+    """The constant-depth run of the same network, data and batch, without regularizers.
+
+    One of the same seed is preferred, and among these one of the same length.
+    """
     same = [
         other
         for other in runs
@@ -89,12 +92,24 @@ def constant_depth_of(run: Run, runs: Sequence[Run]) -> Run | None:
         and all(other.config.get(key) == run.config.get(key) for key in ("model", "data"))
         and _batch_size(other) == _batch_size(run)
     ]
-    return next((other for other in same if other.config.get("seed") == run.config.get("seed")), next(iter(same), None))
+    return min(
+        same,
+        key=lambda other: (other.config.get("seed") != run.config.get("seed"), _length(other) != _length(run)),
+        default=None,
+    )
 
 
 def _batch_size(run: Run) -> object:
+    return _of_recipe(run, "batch_size")
+
+
+def _length(run: Run) -> tuple[object, object]:
+    return _of_recipe(run, "epochs"), _of_recipe(run, "epoch_passes")
+
+
+def _of_recipe(run: Run, key: str) -> object:
     recipe = run.config.get("recipe")
-    return recipe.get("batch_size") if isinstance(recipe, Mapping) else None
+    return recipe.get(key) if isinstance(recipe, Mapping) else None
 
 
 def time_share(run: Run, runs: Sequence[Run]) -> float | None:

@@ -166,12 +166,18 @@ def chosen_rates(study: Study, rows: Sequence[Seeds]) -> list[str]:
 
 
 def threshold_of_loss(study: Study, rows: Sequence[Seeds]) -> list[str]:
-    """The rule of thumb: the training loss of constant depth below which stochastic depth is better."""
+    """The rule of thumb: the training loss of constant depth below which stochastic depth is better, if any."""
     if "crossing" not in study.figures:
         return []
     sentences: list[str] = []
     for dataset, cells in _cells_by_dataset(rows).items():
         loss = split_by_loss(cells)
+        if loss is None:
+            sentences.append(
+                f"{dataset}: stochastic depth has the lower mean error in {sum(c.mean < 0 for c in cells)} of "
+                f"{len(cells)} settings. No training loss of constant depth separates these from the others."
+            )
+            continue
         below, above = ([c for c in cells if (c.train_loss < loss) == side] for side in (True, False))
         sentences.append(
             f"{dataset}: stochastic depth has the lower mean error in {sum(c.mean < 0 for c in below)} of "

@@ -260,10 +260,10 @@ def crossing(dataset: str, cells: Sequence[Cell]) -> Drawing:
             strong = abs(line[column]) > 0.6 * extreme
             axes.text(
                 column + 0.5,
-                row + 0.5,
-                f"{line[column]:+.1f}",
+                row + 0.4,
+                f"{line[column]:+.1f}".replace("-", "\N{MINUS SIGN}"),
                 ha="center",
-                va="center",
+                va="top",  # the line of break-even is above it
                 color="#ffffff" if strong else "#000000",
             )
     broken_even = [
@@ -292,15 +292,21 @@ def crossing(dataset: str, cells: Sequence[Cell]) -> Drawing:
     )
 
 
-def split_by_loss(cells: Sequence[Cell]) -> float:
+def split_by_loss(cells: Sequence[Cell]) -> float | None:
     """The training loss of constant depth that best separates the cells: below it, stochastic depth is better.
 
     It is the geometric mean of two neighboring losses, chosen so that the fewest cells are on the wrong side; the first
-    of equally good ones.
+    of equally good ones. None if no loss separates them better than none at all.
     """
     losses = sorted({cell.train_loss for cell in cells})
-    bounds = [losses[0] / 2, *(math.sqrt(a * b) for a, b in itertools.pairwise(losses)), 2 * losses[-1]]
-    return min(bounds, key=lambda bound: sum((cell.train_loss < bound) != (cell.mean < 0) for cell in cells))
+
+    def num_wrong(bound: float) -> int:
+        return sum((cell.train_loss < bound) != (cell.mean < 0) for cell in cells)
+
+    bounds = [math.sqrt(a * b) for a, b in itertools.pairwise(losses)]
+    best = min(bounds, key=num_wrong, default=None)
+    trivial = min(num_wrong(0), num_wrong(math.inf))
+    return None if best is None or num_wrong(best) >= trivial else best
 
 
 def _short(value: float, _position: int) -> str:
@@ -324,7 +330,8 @@ def threshold(dataset: str, cells: Sequence[Cell]) -> Drawing:
         axes.plot([cell.train_loss for cell in own], [cell.mean for cell in own], **look)
         entries.append((Line2D([], [], **look), f"{count:,} images"))
     axes.axhline(0, color=MUTED, linestyle=":")
-    axes.axvline(split_by_loss(cells), color=INK, linestyle="--", linewidth=1.2)
+    if (loss := split_by_loss(cells)) is not None:
+        axes.axvline(loss, color=INK, linestyle="--", linewidth=1.2)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(_short))
     axes.set_xlabel("final training loss of constant depth")
@@ -334,7 +341,7 @@ def threshold(dataset: str, cells: Sequence[Cell]) -> Drawing:
         f"threshold-{dataset}",
         "runs",
         f"The rule of thumb: {dataset}",
-        "Below the dotted line, stochastic depth is better. Dashed: the training loss that best separates gain from "
-        "loss. Lines connect runs with the same number of images. Mean over the seeds.",
+        "Below the dotted line, stochastic depth is better. Dashed, if there is one: the training loss that separates "
+        "gain from loss. Lines connect runs with the same number of images. Mean over the seeds.",
         figure,
     )

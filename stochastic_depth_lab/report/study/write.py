@@ -7,7 +7,7 @@ from pathlib import Path
 from stochastic_depth_lab.errors import ReportError
 from stochastic_depth_lab.experiments.config import Experiment, Study
 from stochastic_depth_lab.files import write_whole
-from stochastic_depth_lab.report.figures import epochs_csv, save
+from stochastic_depth_lab.report.figures import Drawing, epochs_csv, save
 from stochastic_depth_lab.report.page import html_page, link_to_page
 from stochastic_depth_lab.report.study.claims import verdict_lines, verdicts_csv, verdicts_html, verdicts_on, wrapped
 from stochastic_depth_lab.report.study.drawings import DRAWINGS, chosen_rates, threshold_of_loss
@@ -24,6 +24,7 @@ class StudyReport:
     page: Path
     text: str
     """The table and the verdicts."""
+    figures: tuple[Drawing, ...] = ()
 
 
 def write_study(
@@ -82,4 +83,4 @@ def write_study(
         text += ["", *verdict_lines(each, rows, width)]
     for sentence in (*found, *remarks):
         text += ["", *wrapped(sentence, width)] if sentence in found else wrapped(sentence, width)
-    return StudyReport(page, "\n".join(text))
+    return StudyReport(page, "\n".join(text), tuple(figures))

@@ -14,7 +14,7 @@ from stochastic_depth_lab.experiments import find
 from stochastic_depth_lab.experiments.config import Claim, Comparison, Data, Depth, Experiment, Model, Published, Study
 from stochastic_depth_lab.report import ReportError, write_study
 from stochastic_depth_lab.report.figures import rendered
-from stochastic_depth_lab.report.study.figures import heat_map, survival_curve
+from stochastic_depth_lab.report.study.figures import Cell, crossing, heat_map, split_by_loss, survival_curve, threshold
 from stochastic_depth_lab.report.study.verdicts import RULE
 from stochastic_depth_lab.report.theme import figure_style
 
@@ -168,3 +168,38 @@ def test_a_wide_table_fits_the_terminal(folders, tmp_path, width):
     together = " ".join(text.split())
     for number in ("6.41", "5.23", "11.00 ± 1.41", "9.25 ± 0.35", "20:42:00", "0.700", "2.75 / 2.78"):
         assert number in together
+
+
+def test_where_stochastic_depth_breaks_even():
+    """Two lengths with 100 images, three with 200; with 200 it is worse up to a loss of 0.5."""
+    cells = [
+        Cell(100, 10, (-1.0, -3.0), 0.2),
+        Cell(100, 30, (-4.0,), 0.01),
+        Cell(200, 10, (1.0, 3.0), 2.0),
+        Cell(200, 30, (2.0,), 0.5),
+        Cell(200, 100, (-6.0,), 0.001),
+    ]
+    with figure_style():
+        axes = crossing("digits", cells).figure.axes[0]
+        (line,) = axes.lines
+        # Two of eight points of the way from 30 to 100 steps, in the middle of these columns.
+        assert line.get_xydata().tolist() == [[1.75, 1.5]]
+        assert [text.get_text().replace("\N{MINUS SIGN}", "-") for text in axes.texts] == [
+            "-2.0",
+            "-4.0",
+            "+2.0",
+            "+2.0",
+            "-6.0",
+        ]
+        assert split_by_loss(cells) == pytest.approx((0.2 * 0.5) ** 0.5)
+        drawn = threshold("digits", cells).figure.axes[0]
+        assert [line.get_xdata()[0] for line in drawn.lines if line.get_linestyle() == "--"] == [split_by_loss(cells)]
+
+
+@pytest.mark.parametrize("means", [(-1.0, -2.0, -3.0), (1.0, 2.0, 3.0), (1.0, -2.0, -3.0), (-1.0,)])
+def test_no_training_loss_separates_what_is_all_better_or_the_wrong_way_round(means):
+    cells = [Cell(100, 10 * (index + 1), (mean,), 0.1 * (index + 1)) for index, mean in enumerate(means)]
+    assert split_by_loss(cells) is None
+    with figure_style():
+        drawn = threshold("digits", cells).figure.axes[0]
+    assert not [line for line in drawn.lines if line.get_linestyle() == "--"]

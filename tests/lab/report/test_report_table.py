@@ -115,6 +115,9 @@ def test_constant_depth_is_that_of_the_same_network_and_seed(write_run):
     assert time_share(run, [other_network, other_data, run]) is None
     assert constant_depth_of(run, [other_network, other_seed, run]) is other_seed
     assert constant_depth_of(run, [other_seed, same_seed, run]) is same_seed
+    longer = read_run(write_run("g", config={"seed": 2, "recipe": {"epochs": 9, "batch_size": 64}}))
+    assert constant_depth_of(run, [longer, same_seed, run]) is same_seed
+    assert constant_depth_of(run, [other_seed, longer, run]) is longer
     dropout = asdict(Regularizers(activation_survival_prob=0.8))
     regularized = read_run(write_run("f", config={"seed": 2, "regularizers": dropout}))
     other_batch = read_run(write_run("h", config={"seed": 2, "recipe": {"epochs": 4, "batch_size": 999}}))
