@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.torch_private import buffer_dict, hooks_of, keys_of_fsdp, parameter_dict
+from stochastic_depth.torch_private import buffer_dict, hooks_of, keys_of_fsdp, parameter_dict, tree_leaves
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -78,6 +78,9 @@ def plain_copy(
         for buffer in buffer_dict(part).values():
             if buffer is not None:
                 memo[id(buffer)] = buffer_of(buffer)
+        for value in tree_leaves(part.__dict__):
+            if isinstance(value, Tensor) and not value.is_leaf:  # which refuses to be copied: a stored attention map
+                memo[id(value)] = buffer_of(value.detach())
         for hooks in hooks_of(part):
             memo[id(hooks)] = OrderedDict[Any, Any]()
         own = part.__dict__.get("_stochastic_depth_branch")

@@ -24,7 +24,12 @@ from stochastic_depth.deploy.batches import Call
 from stochastic_depth.retrofit.code.signatures import OPAQUE, PLAIN_TYPES, Opaque, flatten
 from stochastic_depth.retrofit.errors import CutError, TraceError
 from stochastic_depth.retrofit.finding.readings import recordings
-from stochastic_depth.retrofit.hidden_states import continued_name, leaf_names, name_of_hidden_states
+from stochastic_depth.retrofit.hidden_states import (
+    adding_children,
+    continued_input,
+    leaf_names,
+    number_of_hidden_states,
+)
 from stochastic_depth.retrofit.layers import with_first
 from stochastic_depth.retrofit.recording.sizes import decide_by, is_size
 from stochastic_depth.retrofit.recording.trace import Recording, record
@@ -89,9 +94,15 @@ def without_layer(layer: nn.Module, call: Call | None) -> fx.GraphModule:
         end = next(iter(reversed(recording.graph.nodes)))
         inputs = [node for node in recording.graph.nodes if node.op == "placeholder"]
         output: Any = fx.map_arg(end.args[0], lambda node: node if node in inputs else cast(fx.Node, None))
-        names = leaf_names(parameters)
-        name = name_of_hidden_states(parameters, lambda: continued_name(recording.graph, layer, names))
-        end.args = (with_first(output, inputs[0 if name is None else names.index(name)]),)
+        leaves: list[Any] = []
+        flatten(list(parameters.values()), leaves)
+        number = number_of_hidden_states(
+            leaves,
+            leaf_names(parameters),
+            plain_class(layer),
+            lambda: continued_input(_recorded(layer, call, adding_children(layer))[1].graph, layer),
+        )
+        end.args = (with_first(output, inputs[number or 0]),)
         _erase_idle(recording, (), layer)
         return _with_signature(layer, recording, parameters)
     except TraceError as error:
@@ -339,7 +350,7 @@ def _unpack(node: fx.Node, signature: Any, leaves: list[fx.Node], checks: list[t
         leaves.append(node)
         return
     kind, content = signature
-    if kind in (tuple, list, dict) and _has_opaque(signature):
+    if _is_structure(kind) and _has_opaque(signature):
         entries = content if kind is dict else enumerate(content)
         for key, entry in entries:
             _unpack(node.graph.call_function(operator.getitem, (node, key)), entry, leaves, checks)
@@ -353,14 +364,20 @@ def _has_opaque(signature: Any) -> bool:
     kind, content = signature
     if kind is dict:
         return any(_has_opaque(entry) for _, entry in content)
-    return kind in (tuple, list) and any(_has_opaque(entry) for entry in content)
+    return _is_structure(kind) and any(_has_opaque(entry) for entry in content)
+
+
+def _is_structure(kind: type) -> bool:
+    return kind in (tuple, list, dict) or hasattr(kind, "_fields")  # a named tuple
 
 
 def _value(signature: Any) -> Any:
     kind, content = signature
     if kind is dict:
         return {key: _value(entry) for key, entry in content}
-    return kind(_value(entry) for entry in content) if kind in (tuple, list) else content
+    if hasattr(kind, "_fields"):
+        return kind(*map(_value, content))
+    return kind(map(_value, content)) if kind in (tuple, list) else content
 
 
 def _assert_condition(graph: fx.Graph, node: fx.Node, value: Any, block: nn.Module) -> None:

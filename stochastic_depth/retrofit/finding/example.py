@@ -39,16 +39,12 @@ class Example:
         model: the model; it runs twice, without noise and without lasting effects.
         inputs: arguments of its forward.
 
-    Attributes:
-        unread: blocks whose code could not be read in training, and why.
-
     Raises:
         ValueError: if the model cannot be run on them.
     """
 
     def __init__(self, model: nn.Module, inputs: Sequence[Any] | Mapping[str, Any]) -> None:
         args, named = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
-        self.unread: dict[nn.Module, TraceError] = {}
         self._calls: dict[tuple[nn.Module, bool], Arguments] = {}
         self._num_calls: Counter[nn.Module] = Counter()
         modes = {module: module.training for module in model.modules()}
@@ -87,7 +83,8 @@ class Example:
             inlined: paths of the children whose own code is read as a part of the block's.
 
         Raises:
-            TraceError: if none of them can be recorded, or if there are none.
+            TraceError: if its call in training cannot be recorded, which then could not be gated; if none of its calls
+                can be recorded, or if there are none.
         """
         first_error: TraceError | None = None
         num_recorded = 0
@@ -97,9 +94,9 @@ class Example:
             try:
                 graph = _recorded(block, self._calls[block, training], inlined, training=training)
             except TraceError as error:
-                first_error = first_error or error
                 if training:
-                    self.unread[block] = error
+                    raise
+                first_error = error
                 continue
             num_recorded += 1
             yield Reading(graph)

@@ -376,8 +376,6 @@ def _find_additions(model: nn.Module, found: Found) -> None:
         except TraceError as error:
             found.notes.append(_not_looked_into(block, name, error))
             continue
-        if found.example is not None and _draws(error := found.example.unread.get(block)):
-            found.notes.append(_not_looked_into(block, name, error, " in training"))
         if readings:
             blocks[name] = block, inlined, readings
     around = [name for name, (_, _, readings) in blocks.items() if any(each.is_around for each in readings.values())]
@@ -413,13 +411,9 @@ def _find_additions(model: nn.Module, found: Found) -> None:
             found.branches.append(Branch(branch_name, block, name, reading.parts, block, key, ends_in=ends_in))
 
 
-def _not_looked_into(block: nn.Module, name: str, error: TraceError | None, when: str = "") -> str:
-    twice = "; if it skips layers by them, these are dropped twice" if _draws(error) else ""
-    return f"{name or 'the model'} ({type(block).__name__}): not looked into{when}, {error}{twice}"
-
-
-def _draws(error: TraceError | None) -> bool:
-    return "random numbers" in str(error)
+def _not_looked_into(block: nn.Module, name: str, error: TraceError) -> str:
+    twice = "; if it skips layers by them, these are dropped twice" if "random numbers" in str(error) else ""
+    return f"{name or 'the model'} ({type(block).__name__}): not looked into, {error}{twice}"
 
 
 def _adds_outputs(name: str, reading: BranchReading, blocks: Collection[str], around: Collection[str]) -> bool:

@@ -76,6 +76,7 @@ def record(
     with_buffers: bool = False,
     other_mode: bool = False,
     guess_sizes: bool = False,
+    may_store: bool = False,
     inlined: Collection[str] = (),
 ) -> Recording:
     """Record the forward of a block.
@@ -90,19 +91,21 @@ def record(
         other_mode: whether to record the block in the mode that it is not in.
         guess_sizes: whether sizes are guessed numbers, for code that needs numbers. Such a recording only shows which
             operations belong together.
+        may_store: whether the forward may leave something on the block. Such a recording cannot stand for the forward.
         inlined: paths of the children whose own code is recorded as part of the block's code.
 
     Raises:
-        StoredError: if the forward leaves something on the block.
+        StoredError: if the forward leaves something on the block and may not.
         TraceError: if it cannot be recorded for another reason; the message says why.
     """
     call = _Call(block, signature, other_mode=other_mode, inlined=inlined)
     graph, conditions = _traced(call, num_leaves, decide, with_buffers=with_buffers, guess_sizes=guess_sizes)
-    names = _state_stored(
-        call, block, signature, num_leaves, conditions, with_buffers=with_buffers, other_mode=other_mode
-    )
-    if names:
-        raise StoredError(f"the forward stores {', '.join(names)} on the block")
+    if not may_store:
+        names = _state_stored(
+            call, block, signature, num_leaves, conditions, with_buffers=with_buffers, other_mode=other_mode
+        )
+        if names:
+            raise StoredError(f"the forward stores {', '.join(names)} on the block")
     for node in reversed(list(graph.nodes)):
         # Unused items of an unpacked value do not count as uses of it, and neither do parameters that are only
         # inspected. Assertions about sizes are removed: the views that follow fail by themselves.

@@ -136,7 +136,8 @@ class Values:
                 node = self.graph.call_function(Outside(*self._outside[id(tensor)]), ())
             elif not self._may_cache:
                 raise TraceError(
-                    "the forward takes a tensor from where it cannot be followed (autograd.Function, another library)"
+                    "the forward takes a tensor from where it cannot be followed (autograd.Function, another library, "
+                    "torch.FloatTensor, which torch.tensor can replace)"
                 )
             else:
                 # One that is the same in the next run; `constants` tells.

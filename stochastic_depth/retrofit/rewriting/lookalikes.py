@@ -161,6 +161,27 @@ def is_side_input(inner: Sum, outer: Sum, block: nn.Module) -> bool:
     return all(node.op == "call_module" and _is_norm(block.get_submodule(cast(str, node.target))) for node in since)
 
 
+def is_merge(inner: Sum, outer: Sum, block: nn.Module) -> bool:
+    """Whether a sum in a branch adds up what single layers compute of the stream, as `A x` and gated messages of `B x`.
+
+    Both operands begin at the shortcut of the outer sum, or behind its norm; graph convolutions are such sums.
+    """
+    stream = outer.shortcut
+    if inner.shortcut is None or stream is None or not inner.is_projected or outer.is_projected:
+        return False
+    of_stream = ancestors(stream)
+    if inner.add in of_stream or inner.add not in ancestors(outer.output):
+        return False
+    layers = [
+        node
+        for node in ancestors(inner.add) - of_stream
+        if computes(node, block)
+        and not (node.op == "call_module" and _is_norm(block.get_submodule(cast(str, node.target))))
+    ]
+    begin = [stream in ancestors(operand) for operand in (inner.shortcut, inner.output)]
+    return all(begin) and not any(a is not b and a in ancestors(b) for a in layers for b in layers)
+
+
 def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() and next(module.children(), None) is None
 
@@ -224,11 +245,13 @@ def is_modulation(shift: fx.Node, product: fx.Node, block: nn.Module) -> bool:
     for x, scale in (factors, factors[::-1]):
         source = _seen_through(scale)
         is_other = source is not shift and source.args[:1] == shift.args[:1]
+        of_scale, of_x = ancestors(source), ancestors(x)
         is_part = source.target is operator.getitem and shift.target is operator.getitem
+        if is_part and shift in of_x and cast(fx.Node, shift.args[0]).op == "placeholder":
+            continue  # x, mask = inputs; x + f(x) * mask
         are_statistics = {name_of(source), name_of(shift)} <= _REDUCTIONS
         if is_other and (is_part or are_statistics):
             return True
-        of_scale, of_x = ancestors(source), ancestors(x)
         is_apart = shift not in of_scale and of_shift & of_scale and not of_shift & of_x
         if is_apart and all(any(computes(node, block) for node in nodes) for nodes in (of_scale, of_x)):
             return True

@@ -16,6 +16,7 @@ from stochastic_depth.retrofit.rewriting.lookalikes import (
     are_same_items,
     becomes_a_gate,
     is_affine,
+    is_merge,
     is_modulation,
     is_recurrence,
     is_side_input,
@@ -65,7 +66,9 @@ def residual_sums(graph: fx.Graph, block: nn.Module) -> list[Sum]:
     return [
         each
         for each in sums
-        if not any(is_side_input(each, outer, block) or is_stage(each, outer, block) for outer in sums)
+        if not any(
+            looks_like(each, outer, block) for outer in sums for looks_like in (is_side_input, is_stage, is_merge)
+        )
     ]
 
 

@@ -828,3 +828,28 @@ def test_a_folded_model_with_a_factor_in_its_code_is_refused_and_stays_as_it_is(
         with pytest.raises(ValueError, match="fold_ has put a factor into the code of this EndsInGelu"):
             again()
     assert torch.equal(net(x), before)
+
+
+class State(NamedTuple):
+    x: Tensor
+    mask: Tensor
+
+
+class StateBlock(nn.Module):
+    """Takes and returns a named tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(6, 6)
+
+    def forward(self, state: State) -> State:
+        return state._replace(x=state.x + self.f(state.x).tanh() * state.mask)
+
+
+def test_a_subnetwork_of_blocks_that_take_a_named_tuple() -> None:
+    torch.manual_seed(0)
+    net, state = nn.Sequential(*(StateBlock() for _ in range(3))).double(), State(*torch.randn(2, 4, 6).double())
+    sd.make_stochastic_(net, sd.uniform(0.5), rescale="none")
+    small = sd.subnetwork(net, [1], inputs=[state])
+    expected = state.x + net[1].f(state.x).tanh() * state.mask
+    torch.testing.assert_close(small(state).x, expected, rtol=1e-12, atol=1e-12)

@@ -47,6 +47,44 @@ class WithPositions(Reader):
         return src + self.feed(self.norms[1](src))
 
 
+class Stores(Reader):
+    """Keeps its attention map."""
+
+    def forward(self, memory: Tensor, tgt: Tensor) -> Tensor:
+        read, self.attention_map = self.attention(tgt, memory, memory)
+        tgt = self.norms[0](tgt + read)
+        return self.norms[1](tgt + self.feed(tgt))
+
+
+class Output(nn.Module):
+    """The end of a branch, as Bert writes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.norm = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, hidden: Tensor, shortcut: Tensor) -> Tensor:
+        return self.norm(self.dense(hidden) + shortcut)
+
+
+class EndsInChildren(Reader):
+    """Its sums are in children, and the context goes by the name of hidden states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs = nn.ModuleList(Output() for _ in range(2))
+
+    def forward(self, hidden_states: Tensor, query: Tensor) -> Tensor:  # type: ignore[override]
+        query = self.outputs[0](self.attention(query, hidden_states, hidden_states)[0], query)
+        return self.outputs[1](self.feed(query), query)
+
+
+class Unnamed(Reader):
+    def forward(self, *tensors: Tensor) -> Tensor:
+        memory, tgt = tensors
+        return super().forward(memory, tgt)
+
+
 class Usual(Reader):
     """As PyTorch's: its hidden states come first."""
 
@@ -68,7 +106,7 @@ class Decoder(nn.Module):
         return x
 
 
-LAYERS = [Reader, ReaderBefore, WithPositions, Usual]
+LAYERS = [Reader, ReaderBefore, WithPositions, EndsInChildren, Unnamed, Usual]
 
 
 def reference(net: Decoder, inputs: tuple[Tensor, Tensor], gates: list[list[bool]]) -> Tensor:
@@ -86,7 +124,7 @@ def inputs_of(num: int = 4) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("granularity", ["batch", "sample"])
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", [*LAYERS, Stores])
 def test_a_dropped_layer_returns_what_it_adds_its_branches_to(layer: type[Reader], granularity: str) -> None:
     net = Decoder(layer).double()
     inputs = inputs_of()
@@ -117,8 +155,10 @@ def test_the_factor_of_a_layer_scales_the_same_sum(layer: type[Reader]) -> None:
     torch.testing.assert_close(net(*inputs_of()), x, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("example", [True, False])
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(
+    ("layer", "example"),
+    [*((layer, True) for layer in LAYERS), *((layer, False) for layer in LAYERS if layer is not Unnamed)],
+)
 def test_a_removed_layer_returns_them_too(layer: type[Reader], example: bool) -> None:
     net = Decoder(layer).double()
     inputs = inputs_of()
@@ -127,3 +167,37 @@ def test_a_removed_layer_returns_them_too(layer: type[Reader], example: bool) ->
     with nullcontext() if example else pytest.warns(UserWarning, match="no example"):
         small = sd.subnetwork(net, [1], inputs=inputs if example else None)
     torch.testing.assert_close(small(*inputs), expected, rtol=1e-12, atol=1e-12)
+
+
+class Gated(Reader):
+    """A gated update has no shortcut."""
+
+    def forward(self, message: Tensor, state: Tensor) -> Tensor:  # type: ignore[override]
+        gate = self.feed(state + message).sigmoid()
+        return gate * state + (1 - gate) * message
+
+
+def test_what_the_code_does_not_show_is_said() -> None:
+    net = Decoder(Gated).double()
+    memory, x = inputs_of()
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), layers=["layers.*"])
+    with depth.gates([False] * 3), pytest.warns(UserWarning, match="Gated is called with several tensors"):
+        output = net(memory, x)
+    assert torch.equal(output, memory)
+
+
+class Conditioned(Reader):
+    """Its hidden states come behind a whole number and a value for each sample."""
+
+    def forward(self, step: Tensor, condition: Tensor, z: Tensor) -> Tensor:  # type: ignore[override]
+        return z + self.feed(z + condition) * step
+
+
+def test_other_shapes_and_whole_numbers_are_no_hidden_states() -> None:
+    torch.manual_seed(0)
+    layer = Conditioned().double()
+    net = nn.ModuleDict({"layer": layer})
+    _, x = inputs_of()
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), layers=["layer"])
+    with depth.gates([False]):
+        assert torch.equal(layer(torch.tensor(3), x[:, :1].clone(), x), x)

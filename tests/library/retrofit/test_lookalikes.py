@@ -4,6 +4,7 @@ The references are each block's own formulas, without the branches that have gat
 """
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -607,3 +608,89 @@ def test_what_the_lookalikes_look_like_are_branches(*, by_example: bool) -> None
     ]  # fmt: skip
     with depth.gates([True, *[False] * 11]):
         assert_same(net(x), expected)
+
+
+class MaskedPair(nn.Module):
+    """Takes values and a mask together; its second branch is multiplied by the mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = linear(), linear()
+
+    def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        x, mask = inputs
+        x = x + self.f(x).tanh() * mask
+        x = x + self.g(x).tanh()
+        return x, mask
+
+
+@pytest.mark.parametrize("by_example", [False, True])
+def test_a_mask_beside_the_stream_is_no_scale(*, by_example: bool) -> None:
+    torch.manual_seed(0)
+    net, x, mask = nn.Sequential(MaskedPair()).double(), data(4, 3), data(4, 3, seed=1)[..., :1].sign().relu()
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), inputs=[(x, mask)] if by_example else None)
+    assert depth.names == ["0#1", "0#2"]
+    for first, second in itertools.product((True, False), repeat=2):
+        expected = x + first * net[0].f(x).tanh() * mask
+        expected = expected + second * net[0].g(expected).tanh()
+        with depth.gates([first, second]):
+            assert_same(net((x, mask))[0], expected)
+
+
+class GatedGraph(nn.Module):
+    """A node's own value plus gated messages of its neighbors: the branch of a residual layer (GatedGCN)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.message, self.gate, self.norm = linear(), linear(), linear(), nn.LayerNorm(D)
+
+    def branch(self, h: Tensor, edges: Tensor) -> Tensor:
+        source, target = edges
+        gate = (self.gate(h)[source] + self.gate(h)[target]).sigmoid()
+        messages = torch.zeros_like(h).index_add(0, target, gate * self.message(h)[source])
+        return self.norm(self.own(h) + messages).relu()
+
+    def forward(self, h: Tensor, edges: Tensor) -> Tensor:
+        return h + self.branch(h, edges)
+
+
+class GraphNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(GatedGraph() for _ in range(2))
+
+    def forward(self, h: Tensor, edges: Tensor) -> Tensor:
+        for layer in self.layers:
+            h = layer(h, edges)
+        return h
+
+
+@pytest.mark.parametrize("by_example", [False, True])
+def test_messages_added_to_a_nodes_own_value_are_no_branch(*, by_example: bool) -> None:
+    torch.manual_seed(0)
+    net, h, edges = GraphNet().double(), data(3), torch.tensor([[0, 1, 2, 2], [1, 2, 0, 1]])
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), inputs=[h, edges] if by_example else None)
+    assert depth.names == ["layers.0#1", "layers.1#1"]
+    with depth.gates([False, True]):
+        assert_same(net(h, edges), h + net.layers[1].branch(h, edges))
+
+
+class DeepOutside(nn.Module):
+    """A projected block between layers, inside a sum around everything: the inner sum is a branch too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.skip, self.f, self.g, self.out = linear(), linear(), linear(), linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.skip(x) + self.g(self.f(x).relu())
+        return x + self.out(h.relu())
+
+
+def test_a_projected_block_inside_a_sum_stays_a_branch() -> None:
+    torch.manual_seed(0)
+    net, x = DeepOutside().double(), data(4)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5))
+    assert len(depth.names) == 2
+    with depth.gates([False, True]):
+        assert_same(net(x), x + net.out(net.skip(x).relu()))
