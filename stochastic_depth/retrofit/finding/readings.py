@@ -44,7 +44,7 @@ def inlined_in(
 ) -> tuple[str, ...]:
     """Paths of the children in which the block's branches end: they add one value of the block to another.
 
-    A child that contains a whole branch, from the shortcut to the sum, is a block itself and does not count.
+    A child that has a branch of its own is a block itself and does not count.
 
     Args:
         block: the block.
@@ -70,8 +70,7 @@ def inlined_in(
         for residual in find_sums(graph, block, ()).values():
             if isinstance(residual, CutError) or not (inside := residual.add.meta.get("inlined", ())):
                 continue
-            if any(node.meta.get("inlined", ())[: len(inside)] != inside for node in cut(residual, block).nodes):
-                used.update(dict.fromkeys(inside))
+            used.update(dict.fromkeys(inside))
     for path in used:
         if what := way_around(block.get_submodule(path)):
             if notes is not None:

@@ -340,3 +340,46 @@ def test_found_as_an_example_goes_through_the_code() -> None:
         reference = multiplied(original, ["1.attention.output.dropout", "1.output.dropout"], gates[1:])
         reference.get_submodule("0.attention").register_forward_hook(lambda *args: (args[2][0] * 0.0, args[2][1]))
         assert_same(model, reference, features())
+
+
+class Basic(nn.Module):
+    """Adds its input or, if it is given one, another shortcut (DLA)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).relu()).tanh()
+
+    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        if shortcut is None:
+            shortcut = x
+        return self.branch(x) + shortcut
+
+
+class Tree(nn.Module):
+    """Gives its first child a shortcut that it projects itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.one, self.two, self.root = (
+            nn.Linear(WIDTH, WIDTH), Basic(), Basic(), nn.Linear(2 * WIDTH, WIDTH),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        one = self.one(x, self.project(x))
+        return self.root(torch.cat([self.two(one), one], -1))
+
+
+def test_a_whole_branch_in_a_child_that_is_given_its_shortcut() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(Tree()).double(), torch.randn(4, WIDTH, dtype=torch.float64)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), inputs=[x])
+    assert list(depth.names) == ["0#1", "0.two#1"]
+    tree = net[0]
+    for gates in ([True, True], [False, True], [True, False], [False, False]):
+        one = tree.project(x) + gates[0] * tree.one.branch(x)
+        expected = tree.root(torch.cat([one + gates[1] * tree.two.branch(one), one], -1))
+        with depth.gates(gates):
+            torch.testing.assert_close(net(x), expected, rtol=1e-12, atol=1e-12)
