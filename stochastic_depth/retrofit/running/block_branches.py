@@ -204,10 +204,11 @@ class BlockBranches:
         """The message of the error if the block's additions cannot be gated."""
         names = ", ".join(branch.passes.names[branch.index] for branch in self.gated.values())
         other = "granularity='batch', " if self.granularity == "sample" else ""
+        whole = f"layers=[{self.name!r}] for the whole layer, " if self.name else ""
         return (
             f"{self.described(block)} cannot be gated here ({names}): {error}. "
-            f"Use {other}inputs=[...] to find its branches on an example, layers=[{self.name!r}] for the "
-            "whole layer, where= to leave it out, or write the sum as stochastic_depth.Residual."
+            f"Use {other}inputs=[...] to find its branches on an example, {whole}where= to leave it out, or write the "
+            "sum as stochastic_depth.Residual."
         )
 
     def warn_of_mask(self, block: nn.Module, key: Key, cause: str) -> None:
@@ -217,10 +218,10 @@ class BlockBranches:
         if kind in self.forms.warned:
             return
         self.forms.warned.add(kind)
+        whole = f" layers=[{self.name!r}] runs it as a whole, if it does not mix samples." if self.name else ""
         warnings.warn(
             f"The branch {branch.passes.names[branch.index]} is computed and masked, which saves nothing. "
-            f"{self.described(block)}: {cause}. Other blocks of this class may be affected "
-            f"too. layers=[{self.name!r}] runs it as a whole, if it does not mix samples.",
+            f"{self.described(block)}: {cause}. Other blocks of this class may be affected too.{whole}",
             MaskedBranchWarning,
             stacklevel=2,
         )
