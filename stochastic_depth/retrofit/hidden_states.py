@@ -60,7 +60,8 @@ def number_of_hidden_states(
         plain: the layer's class.
         continued: see `continued_input`; called only if there are several.
     """
-    order = {name: index for index, name in enumerate((*_NAMES, *_parameter_names(plain.forward)))}
+    # A usual name comes first, wherever the parameter is.
+    order = {name: index for index, name in enumerate(dict.fromkeys((*_NAMES, *_parameter_names(plain.forward))))}
     tensors = [number for number, leaf in enumerate(leaves) if isinstance(leaf, (Tensor, Opaque))]
     tensors.sort(key=lambda number: (not _is_float(leaves[number]), order.get(names[number], len(order)), number))
     if not tensors:
@@ -89,7 +90,9 @@ def continued_input(graph: fx.Graph, layer: nn.Module) -> int | None:
     while isinstance(node, fx.Node) and node.op != "placeholder":
         sources = [source for source in node.all_input_nodes if not is_size(source) and source.op != "get_attr"]
         node = shortcuts.get(node) or (sources[0] if len(sources) == 1 else None)
-    return [each for each in graph.nodes if each.op == "placeholder"].index(node) if node is not None else None
+    if not isinstance(node, fx.Node):
+        return None
+    return [each for each in graph.nodes if each.op == "placeholder"].index(node)
 
 
 def leaf_names(given: Mapping[str, Any]) -> list[str]:
