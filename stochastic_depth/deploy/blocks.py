@@ -98,7 +98,7 @@ def without_layer(layer: nn.Module, call: Call | None) -> fx.GraphModule:
         flatten(list(parameters.values()), leaves)
         number = number_of_hidden_states(
             leaves,
-            leaf_names(parameters),
+            leaf_names(parameters.items()),
             plain_class(layer),
             lambda: continued_input(_recorded(layer, call, adding_children(layer))[1].graph, layer),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -95,21 +95,20 @@ def continued_input(graph: fx.Graph, layer: nn.Module) -> int | None:
     return [each for each in graph.nodes if each.op == "placeholder"].index(node)
 
 
-def leaf_names(given: Mapping[str, Any]) -> list[str]:
+def leaf_names(given: Iterable[tuple[str, Any]]) -> list[str]:
     """The parameter that each opaque value of a call belongs to."""
-    return [name for name, value in given.items() for _ in _leaves(value)]
+    leaves: list[Any] = []
+    names: list[str] = []
+    for name, value in given:
+        flatten(value, leaves)
+        names += [name] * (len(leaves) - len(names))
+    return names
 
 
 def _names_of_leaves(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
     names = _parameter_names(forward)
     positional = [(names[min(index, len(names) - 1)] if names else "", value) for index, value in enumerate(args)]
-    return [name for name, value in (*positional, *kwargs.items()) for _ in _leaves(value)]
-
-
-def _leaves(value: Any) -> list[Any]:
-    leaves: list[Any] = []
-    flatten(value, leaves)
-    return leaves
+    return leaf_names((*positional, *kwargs.items()))
 
 
 def adding_children(layer: nn.Module) -> tuple[str, ...]:
