@@ -1,8 +1,26 @@
 """Reasons why a block's code cannot be gated. Users see the messages in warnings and errors that name the block."""
 
+from typing import Any
+
+from torch import nn
+
 
 class TraceError(Exception):
     """A block's forward cannot be recorded; the message says why."""
+
+
+class GivenCodeError(TraceError):
+    """A block gives code of its own, a module or a function, to a child to call.
+
+    Attributes:
+        value: the module or function.
+        path: path of the child, empty if none is called.
+    """
+
+    def __init__(self, value: Any, path: str = "") -> None:
+        what = "module" if isinstance(value, nn.Module) else "function"
+        super().__init__(f"the block passes a {what} as an argument")
+        self.value, self.path = value, path
 
 
 class StoredError(TraceError):

@@ -13,9 +13,9 @@ from stochastic_depth.copies import plain_class
 from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit.code.code_names import names_in_code
 from stochastic_depth.retrofit.code.for_now import remembering
-from stochastic_depth.retrofit.errors import CutError, TraceError, UnusedError
+from stochastic_depth.retrofit.errors import CutError, GivenCodeError, TraceError, UnusedError
 from stochastic_depth.retrofit.finding.example import Example
-from stochastic_depth.retrofit.finding.readings import BranchReading, inlined_in, read
+from stochastic_depth.retrofit.finding.readings import BranchReading, calls_argument, given_code, inlined_in, read
 from stochastic_depth.retrofit.rewriting.functional import FUNCTIONAL
 from stochastic_depth.retrofit.rewriting.sums import (
     BranchParts,
@@ -264,7 +264,7 @@ def _find_drop_paths(model: nn.Module, found: Found) -> None:
             found.notes.append(f"{name} ({type(module).__name__}): it stays as it is, {reason}. See register_drop_path")
         if rule is None or module in inside:
             continue
-        block_name = _block_of(name, modules)
+        block_name = _block_around(_block_of(name, modules), modules, found.example)
         _, rules = blocks.setdefault(modules[block_name], (block_name, {}))
         # A block that is reached by two names appears under the first only.
         if blocks[modules[block_name]][0] == block_name:
@@ -293,11 +293,28 @@ def _block_of(name: str, modules: dict[str, nn.Module]) -> str:
     return name
 
 
+def _block_around(name: str, modules: dict[str, nn.Module], example: Example | None) -> str:
+    """Name of the block that a module is a part of because it calls code that the block gives it; else its own."""
+    if not name or not calls_argument(modules[name]):
+        return name
+    outer = _block_of(name, modules)
+    try:
+        given, _ = given_code(modules[outer], example)
+    except TraceError:
+        return name
+    return _block_around(outer, modules, example) if f".{name}".removeprefix(f".{outer}").strip(".") in given else name
+
+
 def _find_in_block(block: nn.Module, name: str, rules: dict[str, DropPathRule], found: Found) -> None:
     paths = (*rules, FUNCTIONAL) if _may_drop(block) else tuple(rules)
     functional: dict[Key, DropPathRule] = {}
+    inlined: tuple[str, ...] = ()
     try:
-        readings, called = read(block, paths, functional, found.example)
+        try:
+            readings, called = read(block, paths, functional, found.example)
+        except GivenCodeError:
+            inlined, _ = given_code(block, found.example)
+            readings, called = read(block, DropPaths(paths, inlined=inlined), functional, found.example)
     except TraceError as error:
         # How often the code uses each drop path shows when it runs. Without an example, assume once.
         uses = {
@@ -311,7 +328,7 @@ def _find_in_block(block: nn.Module, name: str, rules: dict[str, DropPathRule], 
             found.notes.append(_not_looked_into(block, name, error))
     if readings:
         found.known[block] = {key: reading.identity for key, reading in readings.items()}
-        found.drop_paths[block] = DropPaths(paths, found.known[block])
+        found.drop_paths[block] = DropPaths(paths, found.known[block], inlined)
     for key in [key for key in readings if key[0] == FUNCTIONAL]:
         parts = readings[key].parts
         branch_name = f"{name}.drop_path()".removeprefix(".")
@@ -363,11 +380,13 @@ def _find_in_block(block: nn.Module, name: str, rules: dict[str, DropPathRule], 
 
 def _find_additions(model: nn.Module, found: Found) -> None:
     blocks: dict[str, tuple[nn.Module, tuple[str, ...], dict[Key, BranchReading]]] = {}
+    read_elsewhere = set[str]()
     for name, block in model.named_modules():
-        if type(block) in _CONTAINERS or not _may_add(block):
+        if type(block) in _CONTAINERS or not _may_add(block) or name in read_elsewhere:
             continue
         try:
             inlined = inlined_in(block, found.example, name, found.notes)
+            read_elsewhere |= {f"{name}.{path}".strip(".") for path in inlined}
             left: dict[str, None] = {}
             readings, _ = read(block, DropPaths(inlined=inlined), None, found.example, left)
             found.notes += [

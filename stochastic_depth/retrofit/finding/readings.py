@@ -14,7 +14,7 @@ from stochastic_depth.copies import plain_class, way_around
 from stochastic_depth.retrofit.code.own_forward import own_forward
 from stochastic_depth.retrofit.code.signatures import OPAQUE, flatten
 from stochastic_depth.retrofit.code.surroundings import unchanged_surroundings
-from stochastic_depth.retrofit.errors import CutError, StoredError, TraceError
+from stochastic_depth.retrofit.errors import CutError, GivenCodeError, StoredError, TraceError
 from stochastic_depth.retrofit.finding.example import Example, Reading
 from stochastic_depth.retrofit.recording.sizes import is_size, may_be_size
 from stochastic_depth.retrofit.recording.trace import Recording, record
@@ -34,7 +34,7 @@ from stochastic_depth.retrofit.rewriting.sums import (
     paths_of,
 )
 from stochastic_depth.retrofit.rules import DropPathRule
-from stochastic_depth.torch_private import tree_leaves
+from stochastic_depth.torch_private import parameter_dict, tree_leaves
 
 _MAX_WAYS = 16
 
@@ -42,9 +42,11 @@ _MAX_WAYS = 16
 def inlined_in(
     block: nn.Module, example: Example | None, name: str = "", notes: list[str] | None = None
 ) -> tuple[str, ...]:
-    """Paths of the children in which the block's branches end: they add one value of the block to another.
+    """Paths of the children whose code is a part of the block's.
 
-    A child that has a branch of its own is a block itself and does not count.
+    The block's branches end in them: they add one value of the block to another. Or the block gives them a branch to
+    call, as a function or a module (`sublayer(x, self.attention)`). Any other child that has a branch of its own is a
+    block itself and does not count.
 
     Args:
         block: the block.
@@ -55,8 +57,8 @@ def inlined_in(
     Raises:
         TraceError: if the block's code cannot be read.
     """
-    candidates: dict[str, None] = {}
-    graphs = [recording.graph for recording in _ways(block, (), example)]
+    given, graphs = given_code(block, example)
+    candidates = dict.fromkeys(given)
     while more := dict.fromkeys(
         path
         for graph in graphs
@@ -65,7 +67,7 @@ def inlined_in(
     ):
         candidates.update(more)
         graphs = [recording.graph for recording in _ways(block, tuple(candidates), example)]
-    used: dict[str, None] = {}
+    used = dict.fromkeys(given)
     for graph in graphs if candidates else ():
         for residual in find_sums(graph, block, ()).values():
             if isinstance(residual, CutError) or not (inside := residual.add.meta.get("inlined", ())):
@@ -73,12 +75,54 @@ def inlined_in(
             used.update(dict.fromkeys(inside))
     for path in used:
         if what := way_around(block.get_submodule(path)):
+            if path in given:
+                raise TraceError(f"the block passes code to {path}, which has {what}, to be called whole")
             if notes is not None:
                 notes.append(
                     f"{f'{name}.{path}'.strip('.')}: a branch ends in it, which has {what}, to be called whole"
                 )
             return ()
     return tuple(used)
+
+
+def given_code(block: nn.Module, example: Example | None) -> tuple[tuple[str, ...], list[fx.Graph]]:
+    """The children that call what a block gives them, a function or a module with parameters.
+
+    Returns:
+        their paths, and recordings of the block of which their code is a part.
+
+    Raises:
+        TraceError: if the block's code cannot be read.
+    """
+    paths: tuple[str, ...] = ()
+    while True:
+        try:
+            return paths, [recording.graph for recording in _ways(block, paths, example)]
+        except GivenCodeError as error:
+            # A module that only computes, such as rotary positions, can be an argument of a block.
+            has_weights = not isinstance(error.value, nn.Module) or any(
+                parameter_dict(part) for part in error.value.modules()
+            )
+            if not (error.path and has_weights and calls_argument(block.get_submodule(error.path))):
+                raise
+            paths = (*paths, error.path)
+
+
+def calls_argument(module: nn.Module) -> bool:
+    """Whether a module's code calls one of its arguments, or gives it to a child that does."""
+    if plain_class(module).__module__.startswith("torch.nn."):
+        return False
+    try:
+        graphs = [recording.graph for recording in _all_recordings(module)]
+    except TraceError:
+        return False
+    for node in (node for graph in graphs for node in graph.nodes):
+        arguments = [each for each in node.all_input_nodes if each.op == "placeholder"]
+        if node.op == "call_method" and node.target in ("__call__", "forward") and node.args[0] in arguments:
+            return True
+        if node.op == "call_module" and arguments and calls_argument(module.get_submodule(node.target)):
+            return True
+    return False
 
 
 def _given_two(graph: fx.Graph, block: nn.Module, but: Collection[str]) -> Iterator[str]:

@@ -23,7 +23,7 @@ from stochastic_depth.retrofit.code.effects import (
 )
 from stochastic_depth.retrofit.code.forms import is_plain
 from stochastic_depth.retrofit.code.reads import reads_of
-from stochastic_depth.retrofit.errors import StoredError, TraceError
+from stochastic_depth.retrofit.errors import GivenCodeError, StoredError, TraceError
 from stochastic_depth.retrofit.recording.checkpoints import Regions, kept
 from stochastic_depth.retrofit.recording.edits import Edits
 from stochastic_depth.retrofit.recording.left_behind import Intermediates
@@ -190,7 +190,7 @@ class Recorder(TorchFunctionMode):
                 handles.append(module.register_forward_pre_hook(self._opening(path)))
                 handles.append(module.register_forward_hook(self._close))
             elif path:
-                handles.append(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
+                handles.append(module.register_forward_pre_hook(self._entering(path), prepend=True, with_kwargs=True))
                 handles.append(module.register_forward_hook(self._leaving(path), with_kwargs=True))
         self._first_contents = contents_of(block, ())
         try:
@@ -213,6 +213,15 @@ class Recorder(TorchFunctionMode):
 
     def _close(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         self.graph.inside = self.graph.inside[:-1]
+
+    def _entering(self, path: str) -> Callable[..., Any]:
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            try:
+                return self._enter(module, args, kwargs)
+            except GivenCodeError as error:
+                raise GivenCodeError(error.value, path) from None
+
+        return enter
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         self._inside += 1  # Code that runs here is not part of the block's code either.

@@ -8,6 +8,7 @@ import operator
 import os
 import sys
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import GraphAppendingTracer
 from torch.overrides import TorchFunctionMode
 
-from stochastic_depth.retrofit.errors import TraceError
+from stochastic_depth.retrofit.errors import GivenCodeError, TraceError
 from stochastic_depth.retrofit.recording.sizes import is_size
+from stochastic_depth.retrofit.recording.values import is_code
 
 Decide = Callable[[fx.Node], Any]
 """Returns the value of a node that the control flow depends on."""
@@ -175,8 +177,10 @@ class BlockTracer(GraphAppendingTracer):
             if id(a) not in self.buffers:
                 raise TraceError("the forward creates or holds a tensor that is neither a parameter nor a buffer")
             return self.create_node("get_attr", self.buffers[id(a)], (), {})
-        if isinstance(a, nn.Module):
-            raise TraceError("the block passes a module as an argument")
+        if is_code(a):
+            raise GivenCodeError(a)
+        if isinstance(a, FunctionType):
+            return a
         return super().create_arg(a)
 
     def to_bool(self, obj: fx.Proxy) -> bool:

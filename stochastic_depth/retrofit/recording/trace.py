@@ -26,7 +26,7 @@ from stochastic_depth.retrofit.code.effects import differ, outside
 from stochastic_depth.retrofit.code.own_forward import own_forward
 from stochastic_depth.retrofit.code.signatures import PLAIN_TYPES, unflatten
 from stochastic_depth.retrofit.code.user_data import copied
-from stochastic_depth.retrofit.errors import StoredError, TraceError
+from stochastic_depth.retrofit.errors import GivenCodeError, StoredError, TraceError
 from stochastic_depth.retrofit.recording.sizes import may_be_size, size_value
 from stochastic_depth.retrofit.recording.symbols import BlockTracer, Decide, SymbolsForNoise, context
 from stochastic_depth.torch_private import (
@@ -182,7 +182,10 @@ def _put_symbols(
 def _called_class(plain: type[nn.Module]) -> type[nn.Module]:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         tracer, path = self.__dict__["_symbolic_call"]
-        return tracer.create_proxy("call_module", path, args, kwargs)
+        try:
+            return tracer.create_proxy("call_module", path, args, kwargs)
+        except GivenCodeError as error:
+            raise GivenCodeError(error.value, path) from None
 
     return type(plain.__name__, (Unannounced, plain), {"__call__": call})
 

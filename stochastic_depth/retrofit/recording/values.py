@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Collection, Mapping
+from types import FunctionType, MethodType
 from typing import Any, cast
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor, fx, nn
 from stochastic_depth.retrofit.code.effects import CONSTANTS, parts_of
 from stochastic_depth.retrofit.code.held import Cached, Outside, held_tensors, name_of, tensors_in
 from stochastic_depth.retrofit.code.reads import Reads
-from stochastic_depth.retrofit.errors import TraceError
+from stochastic_depth.retrofit.errors import GivenCodeError, TraceError
 from stochastic_depth.retrofit.recording.layouts import order_of
 from stochastic_depth.retrofit.recording.maps import is_attention_map
 from stochastic_depth.torch_private import tree_flatten, tree_leaves, tree_unflatten, version_of
@@ -185,14 +187,14 @@ class Values:
             return slice(self.argument(part.start), self.argument(part.stop), self.argument(part.step))
         if isinstance(value, torch.SymInt):
             return int(value)
-        if isinstance(value, CONSTANTS):
-            return value
         if id(value) in self._objects:
             return self._objects[id(value)]
         if id(value) in self._held_objects:
             return self._get_attribute(self._held_objects[id(value)])
-        if isinstance(value, nn.Module):
-            raise TraceError("the block passes a module as an argument")
+        if is_code(value):
+            raise GivenCodeError(value)
+        if isinstance(value, CONSTANTS):
+            return value
         if tree_leaves(value) != [value]:
             leaves, spec = tree_flatten(value)
             built = self.graph.call_function(_unflatten, cast(Any, ([self.argument(leaf) for leaf in leaves], spec)))
@@ -203,6 +205,14 @@ class Values:
         if callable(value) and not hasattr(value, "__self__"):
             return value
         raise TraceError(f"the forward passes on a {type(value).__name__} that is neither an argument nor the block's")
+
+
+def is_code(value: Any) -> bool:
+    """Whether a value is code that is made of a block's modules and tensors, not a function that is always the same."""
+    if isinstance(value, functools.partial):
+        parts = (value.func, *value.args, *value.keywords.values())
+        return any(is_code(part) or not (callable(part) or isinstance(part, CONSTANTS)) for part in parts)
+    return isinstance(value, (nn.Module, MethodType)) or (isinstance(value, FunctionType) and bool(value.__closure__))
 
 
 def _meta_of(tensor: Tensor) -> dict[str, Any]:

@@ -142,7 +142,7 @@ def _refuse_ways_around(branches: BlockBranches, block: nn.Module) -> None:
         if what := way_around(child):
             raise RuntimeError(
                 f"{branches.described(block)} runs the code of its {path} ({plain_class(child).__name__}) step by "
-                f"step, because a branch ends there, and would ignore {what} set on it. Set that on the "
+                f"step, because a branch is in it, and would ignore {what} set on it. Set that on the "
                 "block or on a module inside, or call restore_(model) first."
             )
 
