@@ -128,6 +128,8 @@ class GateDraws:
         """Replays branches, after `Controller.capture`."""
         self.tally = Tally(len(self.names))
         """How often the gates were open."""
+        self.first_reached: dict[int, None] | None = {}
+        """The branches that the first forward of the root in training reaches, in order; None after it."""
         self._lock = threading.RLock()
         self._attribution = Attribution()
         self._forced = PerContext[Forced]()
@@ -147,6 +149,7 @@ class GateDraws:
             "observer",
             "graphs",
             "tally",
+            "first_reached",
             "_lock",
             "_attribution",
             "_forced",
@@ -319,9 +322,13 @@ class GateDraws:
             and top_saved_tensors_hooks(True) is None
         ):
             this = scope.gates
+            if self.first_reached is not None:
+                self.first_reached[index] = None
             if index in self.own_draws and this.forced is None and training:
                 self._note_use(index, this)
         else:
+            if self.first_reached is not None and innermost_scope() is not None:
+                self.first_reached[index] = None
             extent = self._extent_of_call(index, training=training)
             if extent is None or extent.gates is None:
                 return None

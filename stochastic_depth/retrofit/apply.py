@@ -76,8 +76,9 @@ def make_stochastic_(
             layer returns its hidden states, the first tensor argument. Its gate replaces the gates of the drop paths
             inside it, which still apply the scaling; without a schedule, it has their rate.
         inputs: arguments of an example forward, in order or by name. The model runs on them without lasting effects,
-            and the branches are found as its code runs. Use this for code that depends on shapes or other arguments and
-            cannot be read without. Modules that the example does not call then have no branches.
+            and the branches are found as its code runs, in the order in which it reaches them. Use this for code that
+            depends on shapes or other arguments and cannot be read without, and for models that register their modules
+            in another order. Modules that the example does not call then have no branches.
         seed: seed of the gates. Global random states are neither read nor changed.
 
     Returns:
@@ -155,6 +156,7 @@ def make_stochastic_(
         skipped_grad=skipped_grad,
         notes=found.notes,
         over_time=_over_time(schedule, len(branches)),
+        follows_depth=callable(schedule),
     )
     setattr(model, _CONTROLLER, made)
     # Last, so that it wraps the behavior of a root that is itself a branch or a block.

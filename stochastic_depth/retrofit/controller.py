@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from stochastic_depth.attribution import Pass, Scope
 from stochastic_depth.branch_times import with_times
 from stochastic_depth.compiling import eager
+from stochastic_depth.copies import plain_class
 from stochastic_depth.cost import Cost, measure_cost
 from stochastic_depth.cuda_graphs import BranchGraphs, refuse_unrecordable
 from stochastic_depth.display import GateInfo, Overview, as_html, as_text, plot
@@ -51,6 +53,7 @@ class Controller:
         skipped_grad: SkippedGrad,
         notes: Sequence[str] = (),
         over_time: tuple[Sequence[float], Callable[[float], float]] | None = None,
+        follows_depth: bool = False,
     ) -> None:
         self._root = root
         self._branches = tuple(branches)
@@ -59,6 +62,7 @@ class Controller:
         self._skipped_grad: SkippedGrad = skipped_grad
         self._notes = tuple(notes)
         self._over_time = over_time
+        self._follows_depth = follows_depth and len(set(passes.survival_probs)) > 1
         self._detached = False
         self._calls = RememberedCalls()
         self._cost: Cost | None = None
@@ -70,6 +74,32 @@ class Controller:
             refuse_unsound(self._passes, self._skipped_grad, [branch.parts for branch in self._branches])
         return self._passes.scope(training, gates)
 
+    @eager
+    def check_first_pass(self) -> None:
+        """Warn if the first forward in training did not reach all branches, or reached them in quite another order."""
+        reached = list(self._passes.first_reached or ())
+        self._passes.first_reached = None
+        # What lies in another branch is not reached if that one is closed; code may also reach a part of a block.
+        fine = {
+            part for branch in self._branches for part in branch.parts.modules() if branch.parts is not branch.module
+        }
+        fine |= {self._branches[index].module for index in reached}
+        missed = [branch.name for branch in self._branches if branch.module not in fine]
+        if missed:
+            some = ", ".join(missed[:3]) + (", ..." if len(missed) > 3 else "")
+            warnings.warn(
+                f"{len(missed)} of {len(self)} branches of this {plain_class(self._root).__name__} were not reached in "
+                f"its first forward in training: {some}. Stochastic depth has no effect on them, if its code never "
+                "calls their drop paths, or other methods of their blocks than forward.",
+                stacklevel=4,
+            )
+        elif self._follows_depth and (moved := _moved(reached)) >= max(2, len(self) / 4):
+            warnings.warn(
+                f"The branches run in another order than that of depth.names, by up to {moved} places, so the schedule "
+                "does not follow the depth. Give make_stochastic_ inputs=[...] of an example, which shows the order.",
+                stacklevel=4,
+            )
+
     def detach(self) -> None:
         """Disconnect from the model. `restore_` calls it."""
         self._detached = True
@@ -80,7 +110,7 @@ class Controller:
 
     @property
     def names(self) -> list[str]:
-        """Names of the branches, in the order of `model.named_modules()`."""
+        """Names of the branches, in the order of `model.named_modules()`, or of the calls of the example (`inputs`)."""
         return list(self._passes.names)
 
     @property
@@ -494,3 +524,9 @@ def _first_difference(theirs: list[str], ours: list[str]) -> str:
             return f"{their!r} and {our!r}"
     shorter = min(len(theirs), len(ours))
     return repr((theirs + ours)[shorter] if len(theirs) > shorter else ours[shorter])
+
+
+def _moved(reached: Sequence[int]) -> int:
+    """The largest distance between the places of a branch by number and by call."""
+    by_number = {index: place for place, index in enumerate(sorted(reached))}
+    return max(abs(by_number[index] - place) for place, index in enumerate(reached))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -40,6 +41,8 @@ class GatedLayer(GatedBranch):
     """
 
     drop_paths: tuple[nn.Module, ...] = ()
+    calls_drop_paths: bool | None = field(default=None, init=False, repr=False)
+    """Whether the layer's own code has called one of them in training; None before its first run."""
     _structures: dict[Any, list[tuple[Recording | None, Any]]] = field(
         default_factory=dict[Any, "list[tuple[Recording | None, Any]]"], init=False, repr=False
     )
@@ -186,6 +189,13 @@ class StochasticLayer(nn.Module):
             # A copy, which is cheap compared with a layer: the layer may add to its input in place.
             before = hidden if factor == 1.0 else hidden.clone()
             output = self._run(hidden, leaves, signature)
+            if self.training and gated.drop_paths and gated.calls_drop_paths is None:
+                gated.calls_drop_paths = False
+                warnings.warn(
+                    f"The layer {name} does not call its drop paths in training. It may drop samples by other code, "
+                    "and then they are dropped twice: set its own rate to 0.",
+                    stacklevel=2,
+                )
             _check_shape(name, _first(output), hidden, num_samples)
             return output if factor == 1.0 else with_first(output, _scaled(output, before, factor))
         if gate is CLOSED:
@@ -247,6 +257,7 @@ class LayerDropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`x` (N, ...) times the factor of the layer's sum."""
         gated = self._stochastic_depth_branch
+        gated.calls_drop_paths = True
         factor = gated.factor(gated.passes.survival_prob_of_call(gated.index, training=self.training))
         return x if factor == 1.0 else x * factor
 

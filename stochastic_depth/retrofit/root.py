@@ -37,6 +37,8 @@ class StochasticRoot(nn.Module):
         finally:
             scope.leave()
         self._stochastic_depth.calls.note(self, args, kwargs)
+        if self.training and self._stochastic_depth.passes.first_reached is not None:
+            self._stochastic_depth.check_first_pass()
         return output
 
     def _replicate_for_data_parallel(self) -> nn.Module:

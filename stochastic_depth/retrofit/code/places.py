@@ -117,7 +117,8 @@ def named_in(owner: Any, names: Any) -> str:
 def number_in(owner: nn.Module, _name: str) -> int:
     """How many attributes and parameters a module has, and which children: a new one may be read or called."""
     state = vars(owner)
-    return hash((len(state), len(state["_parameters"]), len(state["_buffers"]), *map(type, state["_modules"].values())))
+    parameters, buffers, children = (state.get(kind, {}) for kind in ("_parameters", "_buffers", "_modules"))
+    return hash((len(state), len(parameters), len(buffers), *map(type, children.values())))  # TorchScript has none.
 
 
 def default_of(owner: FunctionType, index: Any) -> Any:

@@ -47,15 +47,21 @@ class Example:
         args, named = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
         self._calls: dict[tuple[nn.Module, bool], Arguments] = {}
         self._num_calls: Counter[nn.Module] = Counter()
+        self._places: dict[nn.Module, int] = {}
         modes = {module: module.training for module in model.modules()}
         training = False
 
         def note(module: nn.Module, args: Any, kwargs: Any) -> None:
             self._num_calls[module] += training
+            self._places.setdefault(module, len(self._places))
             if (module, training) not in self._calls:
                 self._calls[module, training] = tree_map(copy_of_object, (args, kwargs))
 
-        hooks = [module.register_forward_pre_hook(note, with_kwargs=True, prepend=True) for module in modes]
+        hooks = [
+            module.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
+            for module in modes
+            if not isinstance(module, torch.jit.ScriptModule)  # which allows none
+        ]
         try:
             with undisturbed(model), untouched(model), kept_surroundings(model), torch.enable_grad():
                 for training in (True, False):
@@ -70,6 +76,10 @@ class Example:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def place(self, module: nn.Module) -> int | None:
+        """The place of a module in the order of first calls; None if it is not called."""
+        return self._places.get(module)
 
     def num_uses(self, block: nn.Module, drop_path: nn.Module) -> int:
         """How often a call of a block in training calls a drop path; at least once."""

@@ -66,7 +66,7 @@ class Branch:
 
 @dataclass
 class Found:
-    """The branches of a model in the order of `model.named_modules()`.
+    """The branches of a model in the order of `model.named_modules()`, or of the calls of an example.
 
     Attributes:
         branches: the branches that pass the filter.
@@ -120,7 +120,7 @@ def find_branches(
             _find_additions(model, found)
     if not found.branches:
         raise ValueError(_nothing_found(model, found, with_schedule=with_schedule))
-    found.branches.sort(key=_place_in(model, found.branches))
+    found.branches.sort(key=_place_in(model, found))
     found.branches = _chosen(found.branches, where)
     for branch in found.branches:
         if isinstance(branch.module, Residual) and type(branch.module).forward is not Residual.forward:
@@ -131,15 +131,20 @@ def find_branches(
     return found
 
 
-def _place_in(model: nn.Module, branches: Sequence[Branch]) -> Callable[[Branch], int]:
-    """Gives the place of a branch among the model's modules."""
-    order = {module: index for index, module in enumerate(model.modules())}
-    names = {branch.block_name for branch in branches}
+def _place_in(model: nn.Module, found: Found) -> Callable[[Branch], tuple[int, int]]:
+    """Gives the place of a branch among the model's modules: in the order of their calls, where an example shows it."""
+    order: dict[nn.Module, tuple[int, int]] = {}
+    called_by_name: dict[str, int] = {}
+    for index, (name, module) in enumerate(model.named_modules()):
+        place = found.example.place(module) if found.example else 0
+        called_by_name[name] = called_by_name[name.rpartition(".")[0]] if place is None and name else place or 0
+        order[module] = called_by_name[name], index
+    names = {branch.block_name for branch in found.branches}
     # Models between whose blocks are sums: such a sum stands where its branch is.
-    around = {branch.block_name for branch in branches if branch.ends_in is not None}
+    around = {branch.block_name for branch in found.branches if branch.ends_in is not None}
     around |= {name for name in names if any(other.startswith(f"{name}." if name else "") for other in names - {name})}
 
-    def place_of(branch: Branch) -> int:
+    def place_of(branch: Branch) -> tuple[int, int]:
         is_sum = branch.ends_in is None and branch.named is branch.module
         if is_sum and branch.block_name in around and isinstance(branch.parts, BranchParts):
             inside = [branch.named.get_submodule(path) for path in branch.parts.paths.members]
@@ -405,6 +410,7 @@ def _find_additions(model: nn.Module, found: Found) -> None:
                 f"{name or 'the model'} ({type(block).__name__}): an addition has no gate, it joins outputs of layers "
                 "and of a network with branches of its own"
             )
+    _keep_outermost(blocks, found)
     blocks = {name: each for name, each in blocks.items() if each[2]}
     inside: set[str] = set()
     for name, (_, _, readings) in blocks.items():
@@ -428,6 +434,27 @@ def _find_additions(model: nn.Module, found: Found) -> None:
             branch_name = f"{name}#{key[1] + 1}".removeprefix("#")
             ends_in = block.get_submodule(reading.ends_in) if reading.ends_in else None
             found.branches.append(Branch(branch_name, block, name, reading.parts, block, key, ends_in=ends_in))
+
+
+def _keep_outermost(
+    blocks: Mapping[str, tuple[nn.Module, tuple[str, ...], dict[Key, BranchReading]]], found: Found
+) -> None:
+    """Keep one of several readings of a sum: of code that an outer block calls past the inner block's forward.
+
+    So do models whose layers are called by other names (`layer.forward_parallel(x)`).
+    """
+    first: dict[frozenset[str], str] = {}
+    for name, (block, _, readings) in blocks.items():
+        for key, reading in list(readings.items()):
+            assert isinstance(reading.parts, BranchParts)
+            paths = reading.parts.paths
+            of = frozenset(f"{name}.{path}".strip(".") for path in (*paths.members, *paths.direct))
+            outer = first.setdefault(of, name)
+            if outer != name and _lies_in(name, [outer]) | (not outer):
+                del readings[key]
+                found.notes.append(
+                    f"{name} ({type(block).__name__}): {outer or 'the model'} runs the code of a branch itself"
+                )
 
 
 def _not_looked_into(block: nn.Module, name: str, error: TraceError) -> str:

@@ -8,9 +8,11 @@ import operator
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import fx, nn
 
 from stochastic_depth.copies import plain_class, way_around
+from stochastic_depth.retrofit.code.for_now import remembered
 from stochastic_depth.retrofit.code.own_forward import own_forward
 from stochastic_depth.retrofit.code.signatures import OPAQUE, flatten
 from stochastic_depth.retrofit.code.surroundings import unchanged_surroundings
@@ -20,7 +22,16 @@ from stochastic_depth.retrofit.recording.sizes import is_size, may_be_size
 from stochastic_depth.retrofit.recording.trace import Recording, record
 from stochastic_depth.retrofit.rewriting.cuts import cut
 from stochastic_depth.retrofit.rewriting.functional import FUNCTIONAL, put_functional
-from stochastic_depth.retrofit.rewriting.operations import added, ancestors, computes, descendants, is_plain
+from stochastic_depth.retrofit.rewriting.operations import (
+    LIKE_ANOTHER,
+    added,
+    ancestors,
+    computes,
+    descendants,
+    is_cheap,
+    is_plain,
+    name_of,
+)
 from stochastic_depth.retrofit.rewriting.plain_forms import name_values_changed_in_place, spell_out_additions
 from stochastic_depth.retrofit.rewriting.sums import (
     BranchParts,
@@ -126,14 +137,17 @@ def calls_argument(module: nn.Module) -> bool:
 
 
 def _given_two(graph: fx.Graph, block: nn.Module, but: Collection[str]) -> Iterator[str]:
-    """Paths of the children that receive two values, of which one may be a shortcut around the other."""
+    """Paths of the children that receive two values, of which one may be a shortcut around the other, or one twice."""
     for node in graph.nodes:
         if node.op != "call_module" or node.target in but:
             continue
         kind = plain_class(block.get_submodule(node.target))
         given = [each for each in node.all_input_nodes if each.op != "get_attr" and not is_size(each)]
-        if len(given) < 2 or kind.__module__.startswith("torch.nn."):
+        if kind.__module__.startswith("torch.nn."):
             continue
+        arguments = [each for each in (*node.args, *node.kwargs.values()) if each in given]
+        if len(arguments) > len({*arguments}):
+            yield node.target
         before = [{each for each in ancestors(value) if each.op != "get_attr"} for value in given]
         if any(before[i] & before[j] for i in range(len(given)) for j in range(i)):
             yield node.target
@@ -224,6 +238,8 @@ def read(
                 if left is not None:
                     left[str(residual)] = None
                 continue
+            if not identities[key] and not drop_paths:
+                continue  # `h + adjacency @ h` is of no part of the block, by which it could be known again.
             known = matched.get(key) or _free_key(key, readings)
             if isinstance(residual, CutError):
                 readings[known] = BranchReading(
@@ -257,11 +273,16 @@ def _free_key(key: Key, readings: Mapping[Key, BranchReading]) -> Key:
 
 def _ways(block: nn.Module, inlined: Collection[str], example: Example | None) -> Iterator[Recording | Reading]:
     """Recordings of a block's code, from reading it or from an example."""
+    if isinstance(block, torch.jit.ScriptModule):
+        raise TraceError("it is a torch.jit.ScriptModule, which layers=[...] can run as a whole")
     if example is not None:
-        yield from example.recordings(block, inlined)
+        for reading in example.recordings(block, inlined):
+            _mark_children_of_sizes(reading.graph, block)
+            yield reading
         return
     for recording in _all_recordings(block, inlined):
         _mark_returned_sizes(recording.graph, block)
+        _mark_children_of_sizes(recording.graph, block)
         yield recording
 
 
@@ -403,6 +424,45 @@ def _mark_returned_sizes(graph: fx.Graph, block: nn.Module) -> None:
         node.meta.pop("is_size", None)  # It was asked about values that are computed from them.
     for node in sizes:
         node.meta["is_size"] = True
+
+
+def _mark_children_of_sizes(graph: fx.Graph, block: nn.Module) -> None:
+    """Mark the children that use their arguments for their sizes only, such as positions: no branch goes through them.
+
+    It is looked for where a sum adds what a child returns.
+    """
+    operands = {operand for node in graph.nodes for operand in added(node) or ()}
+    for node in operands:
+        while node.op != "call_module" and is_cheap(node) and node.all_input_nodes:
+            node = node.all_input_nodes[0]
+        if node.op == "call_module":
+            child = block.get_submodule(cast(str, node.target))
+            # On every path through the code it is asked again.
+            node.meta["of_sizes"] = remembered(
+                ("of_sizes", id(child)), functools.partial(_uses_sizes_only, child), child
+            )
+
+
+def _uses_sizes_only(module: nn.Module) -> bool:
+    """Whether a module's output depends on the sizes of its arguments, not on their values."""
+    if plain_class(module).__module__.startswith("torch.nn."):
+        return False
+    try:
+        output = next(recordings(module, with_buffers=True)).graph.output_node()
+    except TraceError:
+        return False
+    pending, seen = [output], set[fx.Node]()
+    while pending:
+        node = pending.pop()
+        if node.op == "placeholder":
+            return False
+        if node not in seen and not is_size(node) and name_of(node) not in LIKE_ANOTHER:
+            seen.add(node)
+            is_form = name_of(node) in ("to", "type_as", "expand_as", "view_as")
+            pending += (
+                [each for each in node.args[:1] if isinstance(each, fx.Node)] if is_form else node.all_input_nodes
+            )
+    return True
 
 
 def _is_size_at(returned: Any, index: int) -> bool:

@@ -375,7 +375,10 @@ class Recorder(TorchFunctionMode):
             with self._keep():
                 for edit in self._edits[number]:
                     if edit.operand is None:
-                        output = edit.of(output)
+                        edited = edit.of(output)
+                        # After `x.mul_(noise)` the code goes on with x.
+                        is_in_place = any(tensor is output for tensor in changed)
+                        output = output.copy_(edited) if is_in_place else edited
         output = self._fresh(output, {id(tensor) for tensor in changed})
         for tensor in changed:
             if tensor is not output:

@@ -68,10 +68,11 @@ def is_recurrence(projection: Collection[fx.Node], branch: Collection[fx.Node], 
 
     A norm may stand before both.
     """
-    called = [{node.target for node in nodes if computes(node, block)} for nodes in (projection, branch)]
-    return any(
-        isinstance(target, str) and not _is_norm(block.get_submodule(target)) for target in called[0] & called[1]
-    )
+    called = [
+        {cast(str, node.target) for node in nodes if node.op == "call_module" and computes(node, block)}
+        for nodes in (projection, branch)
+    ]
+    return any(not _is_norm(block.get_submodule(target)) for target in called[0] & called[1])
 
 
 def becomes_a_gate(total: fx.Node, block: nn.Module) -> bool:

@@ -42,6 +42,9 @@ def generalize(graph: fx.Graph, other: fx.Graph) -> bool:
         shape, its_shape = node.meta.get("shape"), its.meta.get("shape")
         if shape is not None and its_shape is not None:
             node.meta["samples"] = shape[:1] != its_shape[:1]
+            if node.meta["samples"] and shape[0] == 1 and "order" in its.meta:
+                # A single sample fits two formats, of which a convolution takes the other one.
+                node.meta["order"] = its.meta["order"]
         for item, its_item in zip(node.meta.get("items", ()), its.meta.get("items", ()), strict=False):
             item["samples"] = item["shape"][:1] != its_item["shape"][:1]
     for node, its, (source, here, there) in changes:

@@ -153,14 +153,18 @@ LIKE_ANOTHER = {f"{name}_like" for name in ("zeros", "ones", "empty", "full", "r
 
 
 def ancestors(node: fx.Node) -> set[fx.Node]:
-    """A node and all nodes that it is computed from; sizes of tensors do not count."""
+    """A node and all nodes that it is computed from; sizes of tensors do not count.
+
+    Children that use their arguments for their sizes only, such as positions, are marked (`of_sizes`).
+    """
     found: set[fx.Node] = set()
     pending = [node]
     while pending:
         current = pending.pop()
         if current not in found:
             found.add(current)
-            pending.extend(argument for argument in current.all_input_nodes if not is_size(argument))
+            if not current.meta.get("of_sizes"):
+                pending.extend(argument for argument in current.all_input_nodes if not is_size(argument))
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import cast
 
 from torch import fx, nn
@@ -63,13 +63,37 @@ def residual_sums(graph: fx.Graph, block: nn.Module) -> list[Sum]:
                 sums.append(Sum(node, shortcut, output, is_projected=is_projected))
                 bases[node] = base
                 break
-    return [
+    sums = [
         each
         for each in sums
         if not any(
             looks_like(each, outer, block) for outer in sums for looks_like in (is_side_input, is_stage, is_merge)
         )
     ]
+    repeated = {*_repeated(sums)}
+    return [each for each in sums if each.add not in repeated]
+
+
+def _repeated(sums: Sequence[Sum]) -> Iterator[fx.Node]:
+    """Sums that add one early value again and again to what a network makes of it, such as its embedded input.
+
+    Each takes all that comes before for its branch (nanochat, GCNII, implicit layers). A skip around several blocks
+    shares its shortcut with the first of them too, but with no third sum.
+    """
+    of_early: dict[fx.Node, list[tuple[Sum, bool]]] = {}
+    for each in sums:
+        early = value = cast(fx.Node, each.shortcut)
+        while name_of(early) in PRODUCTS and len(computed := [x for x in early.all_input_nodes if is_computed(x)]) == 1:
+            early = computed[0]
+        of_early.setdefault(early, []).append((each, early is not value))
+    for group in of_early.values():
+        chain = [
+            (a, is_scaled)
+            for a, is_scaled in group
+            if any(a.add in ancestors(b.output) or b.add in ancestors(a.output) for b, _ in group if b is not a)
+        ]
+        if len(chain) > 2 or (len(chain) == 2 and all(is_scaled for _, is_scaled in chain)):
+            yield from (each.add for each, _ in chain)
 
 
 def _is_shortcut(shortcut: fx.Node, output: fx.Node, before: Sequence[Sum], block: nn.Module) -> bool:

@@ -121,6 +121,19 @@ def rewrite(graph: fx.Graph, block: nn.Module, gates: BlockGates, granularity: s
             sums["", -1 - place[1]], matched["", -1 - place[1]] = residual, key
             evaluated |= {key} & gates.rules.keys()  # A schedule does not ask whether drop paths are called.
         missing = [key for key in missing if key not in matched.values()]
+    if not missing and not block.training:
+        # Code that merges layers for evaluation uses their weights only, and lacks the factor of the rule.
+        weights_of = {str(node.target).rpartition(".")[0] for node in graph.find_nodes(op="get_attr")} - {""}
+        merged = [
+            key
+            for key, branch in gates.gated.items()
+            if key not in matched.values() and branch.rescale == "eval" and _is_met(key, gates, weights_of)
+        ]
+        if merged:
+            raise CutError(
+                f"its code in evaluation has no sum for {_names(merged, gates)}, which cannot be multiplied by "
+                "its survival probability: use rescale='train'"
+            )
     if missing:
         members = {path for key in missing for path in gates.known[key]}
         changing = [node for node in graph.nodes if node.op == "call_module" and node.meta.get("writes")]
@@ -130,10 +143,14 @@ def rewrite(graph: fx.Graph, block: nn.Module, gates: BlockGates, granularity: s
         raise CutError(
             f"the branch of {_names(missing, gates)} is computed, but not added in a way that can be gated{why}"
         )
-    unknown = [key for key in sums if key not in matched and not (key[0] == "" and isinstance(sums[key], CutError))]
+    unknown = [
+        key
+        for key in sums
+        if key not in matched and (key[0] or (identities[key] and not isinstance(sums[key], CutError)))
+    ]
     if unknown and gates.drop_paths:
         raise CutError(f"{_of(unknown[0])} is used more often than in the code that was read")
-    ungated = tuple(", ".join(sorted(identities[key])) or "its parameters" for key in unknown)
+    ungated = tuple(", ".join(sorted(identities[key])) for key in unknown)
     if unknown and not any(key in gates.gated for key in matched.values()):
         raise CutError(f"it adds a branch that was not found in its code ({ungated[0]})")
     paths = paths_of({key: cut(each, block) for key, each in sums.items() if not isinstance(each, CutError)})
