@@ -494,7 +494,7 @@ class Controller:
         return f"<Controller of {len(self.names)} branches, expected depth {self.expected_depth:.2f}>"
 
 
-_INTERNAL = {"branches", "calls", "detach", "note_rescales", "passes", "root", "scope"}
+_INTERNAL = {"branches", "calls", "check_first_pass", "detach", "note_rescales", "passes", "root", "scope"}
 """Names without an underscore that are for the library's other modules, not for users."""
 
 

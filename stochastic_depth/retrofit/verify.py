@@ -86,8 +86,8 @@ def verify(
         skipped_grad: gradients of the parameters of a branch that did not run.
     """
     every = range(len(branches))
-    before = passes.forced, passes.counter, passes.latest, passes.tally
-    passes.tally = Tally(len(branches))  # its draws are no training steps
+    before = passes.forced, passes.counter, passes.latest, passes.tally, passes.first_reached
+    passes.tally, passes.first_reached = Tally(len(branches)), None  # its draws are no training steps
     with _private(root):
         try:
             of_outputs, of_gradients = _compare_with_masks(root, passes, branches, call, skipped_grad)
@@ -107,7 +107,7 @@ def verify(
                 _refuse(passes, set(every) - first.branches, "not run in evaluation")
                 second = watch.run(root, call, None)
         finally:
-            passes.forced, passes.counter, passes.latest, passes.tally = before
+            passes.forced, passes.counter, passes.latest, passes.tally, passes.first_reached = before
     if not all(_same(a, b) for a, b in zip(first.outputs, second.outputs, strict=True)):
         raise RuntimeError("Two evaluations of one input differ: something in the model draws in evaluation mode.")
     causes = [cause_of(branch) for branch in branches]
