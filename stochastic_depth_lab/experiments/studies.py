@@ -392,19 +392,22 @@ CIFAR10_ALL = Study(
 _RATES = (0.02, 0.05, 0.1, 0.2)
 
 
-def _rate_grid(name: str, data: Any, num_layers: int, **settings: Any) -> tuple[Experiment, ...]:
-    """A pair with every learning rate of the grid."""
-    pairs = [
-        few.titled(few.few(f"{name}-rate-{rate}", data, num_layers, rates=(rate, rate), **settings), f"rate {rate}")
-        for rate in _RATES
-    ]
+def _rate_grid(
+    name: str, data: Any, num_layers: int, rates: Sequence[float] = _RATES, **settings: Any
+) -> tuple[Experiment, ...]:
+    """A pair with every learning rate of the grid; a warm-up is at a tenth of it."""
+    pairs: list[Pair] = []
+    for rate in rates:
+        warmup = {"warmup_learning_rate": rate / 10} if "warmup_epochs" in settings else {}
+        made = few.few(f"{name}-rate-{rate}", data, num_layers, rates=(rate, rate), **settings, **warmup)
+        pairs.append(few.titled(made, f"rate {rate}"))
     return (*(constant for constant, _ in pairs), *(stochastic for _, stochastic in pairs))
 
 
-def _learning_rates(name: str, grid: tuple[Experiment, ...]) -> Study:
+def _learning_rates(name: str, of: str, grid: tuple[Experiment, ...]) -> Study:
     return Study(
         name,
-        "Learning rates, chosen on validation images",
+        f"Learning rates for {of}, chosen on validation images",
         "Which learning rate has the lowest validation error after the last step, for each method on its own? These "
         "seeds are not reported elsewhere.",
         experiments=grid,
@@ -418,8 +421,29 @@ def _learning_rates(name: str, grid: tuple[Experiment, ...]) -> Study:
 # Not in the paper: the runs that few.DIGITS_RATES and few.CIFAR10_RATES are chosen from; on CIFAR-10 with a third of
 # the steps of the runs that use them.
 # stochastic-depth reproduce learning-rates --out runs/learning-rates
-LEARNING_RATES = _learning_rates("learning-rates", _rate_grid("digits-56", few.digits(), 56, steps=300, epochs=5))
+LEARNING_RATES = _learning_rates(
+    "learning-rates", "the digits", _rate_grid("digits-56", few.digits(), 56, steps=300, epochs=5)
+)
 # stochastic-depth reproduce learning-rates-cifar10 --out runs/learning-rates
 LEARNING_RATES_CIFAR10 = _learning_rates(
-    "learning-rates-cifar10", _rate_grid("cifar10-32", few.cifar10(), 32, steps=1000, epochs=5)
+    "learning-rates-cifar10", "CIFAR-10", _rate_grid("cifar10-32", few.cifar10(), 32, steps=1000, epochs=5)
 )
+
+
+def _deep_learning_rates(num_layers: int) -> Study:
+    """At the paper's rate 1202 layers do not train on the digits; with a tenth of the steps of `deeper`."""
+    grid = _rate_grid(
+        f"digits-{num_layers}-deeper",
+        few.digits(),
+        num_layers,
+        (0.002, 0.005, 0.02, 0.1),
+        steps=200,
+        epochs=5,
+        lr_schedule="step_text",
+        warmup_epochs=1,
+    )
+    return _learning_rates(f"learning-rates-{num_layers}", f"{num_layers} layers", grid)
+
+
+# stochastic-depth reproduce learning-rates-1202 --out runs/learning-rates
+LEARNING_RATES_302, LEARNING_RATES_1202 = (_deep_learning_rates(num_layers) for num_layers in (302, 1202))

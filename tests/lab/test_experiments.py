@@ -217,7 +217,11 @@ def test_claims_name_experiments_of_their_study(study):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    sorted({*STUDIES} - {"table1", "table2", "curves", "payoff", "deeper", "cifar10-all", "learning-rates-cifar10"}),
+    sorted(
+        {*STUDIES}
+        - {"table1", "table2", "curves", "payoff", "deeper", "cifar10-all", "learning-rates-cifar10"}
+        - {"learning-rates-302", "learning-rates-1202"}
+    ),
 )
 def test_a_study_runs_in_its_quick_form(name, tmp_path: Path, capsys):
     """Those of digits alone; the others train the same way on made-up files of other tests."""
