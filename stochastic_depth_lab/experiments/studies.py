@@ -398,7 +398,7 @@ def _rate_grid(
     """A pair with every learning rate of the grid; a warm-up is at a tenth of it."""
     pairs: list[Pair] = []
     for rate in rates:
-        warmup = {"warmup_learning_rate": rate / 10} if "warmup_epochs" in settings else {}
+        warmup: dict[str, Any] = {"warmup_learning_rate": rate / 10} if "warmup_epochs" in settings else {}
         made = few.few(f"{name}-rate-{rate}", data, num_layers, rates=(rate, rate), **settings, **warmup)
         pairs.append(few.titled(made, f"rate {rate}"))
     return (*(constant for constant, _ in pairs), *(stochastic for _, stochastic in pairs))
