@@ -23,7 +23,7 @@ from stochastic_depth.deploy.branches import BranchWithGate
 from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit.errors import CutError, TraceError
 from stochastic_depth.retrofit.finding.find import find_branches
-from stochastic_depth.retrofit.finding.readings import optional_arguments, recordings
+from stochastic_depth.retrofit.finding.ways import optional_arguments, recordings
 from stochastic_depth.retrofit.recording.sizes import is_size
 from stochastic_depth.retrofit.rewriting.plain_forms import name_values_changed_in_place
 from stochastic_depth.retrofit.rewriting.sums import Key, inlined_of, known_sums

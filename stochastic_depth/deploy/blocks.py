@@ -23,7 +23,7 @@ from stochastic_depth.deploy.affine import drop_path_call
 from stochastic_depth.deploy.batches import Call
 from stochastic_depth.retrofit.code.signatures import OPAQUE, PLAIN_TYPES, Opaque, flatten
 from stochastic_depth.retrofit.errors import CutError, TraceError
-from stochastic_depth.retrofit.finding.readings import recordings
+from stochastic_depth.retrofit.finding.ways import recordings
 from stochastic_depth.retrofit.hidden_states import (
     adding_children,
     continued_input,

@@ -14,7 +14,7 @@ from stochastic_depth.copies import plain_class
 from stochastic_depth.deploy.blocks import holders, unchanged_outputs
 from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit.errors import TraceError
-from stochastic_depth.retrofit.finding.readings import recordings
+from stochastic_depth.retrofit.finding.ways import recordings
 from stochastic_depth.retrofit.rewriting.operations import writes_in_place
 from stochastic_depth.torch_private import child_dict
 

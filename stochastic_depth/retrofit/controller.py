@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 from stochastic_depth.attribution import Pass, Scope
 from stochastic_depth.branch_times import with_times
 from stochastic_depth.compiling import eager
-from stochastic_depth.copies import plain_class
 from stochastic_depth.cost import Cost, measure_cost
 from stochastic_depth.cuda_graphs import BranchGraphs, refuse_unrecordable
 from stochastic_depth.display import GateInfo, Overview, as_html, as_text, plot
@@ -22,6 +20,7 @@ from stochastic_depth.gate_draws import GateDraws, has_several_ranks
 from stochastic_depth.residual import SkippedGrad
 from stochastic_depth.retrofit.ddp import refuse_unsound
 from stochastic_depth.retrofit.finding.find import Branch
+from stochastic_depth.retrofit.first_pass import warn_of_first_pass
 from stochastic_depth.retrofit.remembered import RememberedCalls
 from stochastic_depth.retrofit.running.arguments import copy_of_object
 from stochastic_depth.retrofit.running.block_branches import BlockBranches
@@ -77,28 +76,8 @@ class Controller:
     @eager
     def check_first_pass(self) -> None:
         """Warn if the first forward in training did not reach all branches, or reached them in quite another order."""
-        reached = list(self._passes.first_reached or ())
-        self._passes.first_reached = None
-        # What lies in another branch is not reached if that one is closed; code may also reach a part of a block.
-        fine = {
-            part for branch in self._branches for part in branch.parts.modules() if branch.parts is not branch.module
-        }
-        fine |= {self._branches[index].module for index in reached}
-        missed = [branch.name for branch in self._branches if branch.module not in fine]
-        if missed:
-            some = ", ".join(missed[:3]) + (", ..." if len(missed) > 3 else "")
-            warnings.warn(
-                f"{len(missed)} of {len(self)} branches of this {plain_class(self._root).__name__} were not reached in "
-                f"its first forward in training: {some}. Stochastic depth has no effect on them, if its code never "
-                "calls their drop paths, or other methods of their blocks than forward.",
-                stacklevel=4,
-            )
-        elif self._follows_depth and (moved := _moved(reached)) >= max(2, len(self) / 4):
-            warnings.warn(
-                f"The branches run in another order than that of depth.names, by up to {moved} places, so the schedule "
-                "does not follow the depth. Give make_stochastic_ inputs=[...] of an example, which shows the order.",
-                stacklevel=4,
-            )
+        reached, self._passes.first_reached = list(self._passes.first_reached or ()), None
+        warn_of_first_pass(self._root, self._branches, reached, follows_depth=self._follows_depth)
 
     def detach(self) -> None:
         """Disconnect from the model. `restore_` calls it."""
@@ -524,9 +503,3 @@ def _first_difference(theirs: list[str], ours: list[str]) -> str:
             return f"{their!r} and {our!r}"
     shorter = min(len(theirs), len(ours))
     return repr((theirs + ours)[shorter] if len(theirs) > shorter else ours[shorter])
-
-
-def _moved(reached: Sequence[int]) -> int:
-    """The largest distance between the places of a branch by number and by call."""
-    by_number = {index: place for place, index in enumerate(sorted(reached))}
-    return max(abs(by_number[index] - place) for place, index in enumerate(reached))

@@ -15,7 +15,7 @@ from stochastic_depth.compiling import eager
 from stochastic_depth.copies import plain_class
 from stochastic_depth.retrofit.code.signatures import Opaque, flatten
 from stochastic_depth.retrofit.errors import TraceError
-from stochastic_depth.retrofit.finding.readings import inlined_in
+from stochastic_depth.retrofit.finding.inlined import inlined_in
 from stochastic_depth.retrofit.recording.sizes import decide_by, is_size
 from stochastic_depth.retrofit.recording.trace import record
 from stochastic_depth.retrofit.rewriting.sums import Sum, find_sums

@@ -15,7 +15,8 @@ from stochastic_depth.retrofit.code.code_names import names_in_code
 from stochastic_depth.retrofit.code.for_now import remembering
 from stochastic_depth.retrofit.errors import CutError, GivenCodeError, TraceError, UnusedError
 from stochastic_depth.retrofit.finding.example import Example
-from stochastic_depth.retrofit.finding.readings import BranchReading, calls_argument, given_code, inlined_in, read
+from stochastic_depth.retrofit.finding.inlined import calls_argument, given_code, inlined_in
+from stochastic_depth.retrofit.finding.readings import BranchReading, read
 from stochastic_depth.retrofit.rewriting.functional import FUNCTIONAL
 from stochastic_depth.retrofit.rewriting.sums import (
     BranchParts,
