@@ -13,7 +13,7 @@ from stochastic_depth.compiling import eager
 from stochastic_depth.gate_draws import GateDraws
 from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit import Controller, controller
-from stochastic_depth.retrofit.finding.find import Branch
+from stochastic_depth.retrofit.finding.branches import Branch
 from stochastic_depth.retrofit.rewriting.sums import BranchParts
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from torch import nn
 
 from stochastic_depth.residual import GatedBranch
 from stochastic_depth.retrofit import controller
-from stochastic_depth.retrofit.finding.find import Branch
+from stochastic_depth.retrofit.finding.branches import Branch
 from stochastic_depth.retrofit.running.block_branches import BlockBranches
 
 

@@ -14,7 +14,8 @@ from stochastic_depth.gates import Draw
 from stochastic_depth.residual import GatedBranch, Rescale, SkippedGrad, StochasticResidual
 from stochastic_depth.retrofit.classes import Unannounced, restore_class_, swap_class_
 from stochastic_depth.retrofit.controller import Controller
-from stochastic_depth.retrofit.finding.find import Branch, Found, Where, find_branches
+from stochastic_depth.retrofit.finding.branches import Branch, Found, Where
+from stochastic_depth.retrofit.finding.find import find_branches
 from stochastic_depth.retrofit.layers import GatedLayer, LayerDropPath, StochasticLayer, refuse_own_layerdrop
 from stochastic_depth.retrofit.rewriting.functional import FUNCTIONAL
 from stochastic_depth.retrofit.root import StochasticRoot

@@ -19,7 +19,7 @@ from stochastic_depth.display import GateInfo, Overview, as_html, as_text, plot
 from stochastic_depth.gate_draws import GateDraws, has_several_ranks
 from stochastic_depth.residual import SkippedGrad
 from stochastic_depth.retrofit.ddp import refuse_unsound
-from stochastic_depth.retrofit.finding.find import Branch
+from stochastic_depth.retrofit.finding.branches import Branch
 from stochastic_depth.retrofit.first_pass import warn_of_first_pass
 from stochastic_depth.retrofit.remembered import RememberedCalls
 from stochastic_depth.retrofit.running.arguments import copy_of_object

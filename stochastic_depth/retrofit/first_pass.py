@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from stochastic_depth.copies import plain_class
-from stochastic_depth.retrofit.finding.find import Branch
+from stochastic_depth.retrofit.finding.branches import Branch
 
 
 def warn_of_first_pass(

@@ -14,7 +14,7 @@ from stochastic_depth.cost import Meter, observed, undisturbed
 from stochastic_depth.gate_draws import GateDraws
 from stochastic_depth.residual import SkippedGrad, masks_only
 from stochastic_depth.retrofit.code.surroundings import kept_surroundings
-from stochastic_depth.retrofit.finding.find import Branch
+from stochastic_depth.retrofit.finding.branches import Branch
 from stochastic_depth.retrofit.recording.maps import NotComputed
 from stochastic_depth.retrofit.recording.quiet import NOISY, without_noise
 from stochastic_depth.retrofit.recording.stand_in import uniform, untouched

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
@@ -14,74 +13,18 @@ from stochastic_depth.residual import Residual
 from stochastic_depth.retrofit.code.code_names import names_in_code
 from stochastic_depth.retrofit.code.for_now import remembering
 from stochastic_depth.retrofit.errors import CutError, GivenCodeError, TraceError, UnusedError
+from stochastic_depth.retrofit.finding.additions import find_additions
+from stochastic_depth.retrofit.finding.branches import CONTAINERS, Branch, Found, Where, not_looked_into
 from stochastic_depth.retrofit.finding.example import Example
-from stochastic_depth.retrofit.finding.inlined import calls_argument, given_code, inlined_in
+from stochastic_depth.retrofit.finding.inlined import calls_argument, given_code
 from stochastic_depth.retrofit.finding.readings import BranchReading, read
 from stochastic_depth.retrofit.rewriting.functional import FUNCTIONAL
 from stochastic_depth.retrofit.rewriting.sums import (
     BranchParts,
     DropPaths,
-    Identity,
     Key,
 )
 from stochastic_depth.retrofit.rules import DropPathRule, does_otherwise, drop_path_rule, is_drop_path
-
-Where = Callable[[str, nn.Module], bool] | str | Sequence[str]
-
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-# A block that whose control flow depends on sizes is recorded for at most this many combinations of its decisions.
-
-
-@dataclass(frozen=True, eq=False)
-class Branch:
-    """One residual branch of a model.
-
-    Attributes:
-        name: its name, see `make_stochastic_`.
-        module: the module whose class is swapped: the block that holds the branch, or its drop path.
-        block_name: name of that module.
-        parts: the module that holds the branch's parameters.
-        named: the module that the name refers to.
-        key: which of the block's branches it is; None if the module has only one.
-        rule: rule of the model's own drop path; None if there is none.
-        treatment: whether a closed gate skips it or only masks its output.
-        cause: why it is masked.
-        kind: whether it is an operand of a sum or a whole layer.
-        drop_paths: for a layer, the drop paths inside, which its gate replaces.
-        ends_in: the inlined child of the block in which its sum stands, which then is its place in the order.
-    """
-
-    name: str
-    module: nn.Module
-    block_name: str
-    parts: nn.Module
-    named: nn.Module
-    key: Key | None = None
-    rule: DropPathRule | None = None
-    treatment: Literal["skip", "mask"] = "skip"
-    cause: str = ""
-    kind: Literal["sum", "layer"] = "sum"
-    drop_paths: tuple[nn.Module, ...] = ()
-    ends_in: nn.Module | None = None
-
-
-@dataclass
-class Found:
-    """The branches of a model in the order of `model.named_modules()`, or of the calls of an example.
-
-    Attributes:
-        branches: the branches that pass the filter.
-        known: for each block, all of its branches, and what identifies each.
-        drop_paths: for each block, the paths of its drop paths; empty if the branches are additions.
-        notes: what was found but is not a branch, for `print(depth)`.
-        example: the example, if there is one.
-    """
-
-    branches: list[Branch] = field(default_factory=list[Branch])
-    known: dict[nn.Module, dict[Key, Identity]] = field(default_factory=dict[nn.Module, "dict[Key, Identity]"])
-    drop_paths: dict[nn.Module, DropPaths] = field(default_factory=dict[nn.Module, DropPaths])
-    notes: list[str] = field(default_factory=list[str])
-    example: Example | None = None
 
 
 @remembering()
@@ -118,7 +61,7 @@ def find_branches(
     if with_schedule and layers is None:
         _find_residuals(model, found)
         if not found.branches:
-            _find_additions(model, found)
+            find_additions(model, found)
     if not found.branches:
         raise ValueError(_nothing_found(model, found, with_schedule=with_schedule))
     found.branches.sort(key=_place_in(model, found))
@@ -207,7 +150,7 @@ def _find_layers(model: nn.Module, layers: Sequence[str], found: Found, *, with_
             continue
         if name and any(fnmatch.fnmatchcase(name, pattern) for pattern in layers):
             outer.append(name)
-            if type(module) in _CONTAINERS:
+            if type(module) in CONTAINERS:
                 raise ValueError(f"layers: {name} is a {type(module).__name__}, not a layer. Try {name + '.*'!r}.")
             drop_paths: dict[nn.Module, DropPathRule] = {}
             for inner_name, inner in module.named_modules(prefix=name):
@@ -281,7 +224,7 @@ def _find_drop_paths(model: nn.Module, found: Found) -> None:
 
 def _may_drop(module: nn.Module) -> bool:
     """Whether the code of a module has a drop path that is a function in it, as far as names tell."""
-    if type(module) in _CONTAINERS or is_drop_path(module) or does_otherwise(module):
+    if type(module) in CONTAINERS or is_drop_path(module) or does_otherwise(module):
         return False
     names = names_in_code(plain_class(module))[0]
     return "rand" in names or any(part in name.lower() for name in names for part in _NAMES_OF_DROPPING)
@@ -294,7 +237,7 @@ def _block_of(name: str, modules: dict[str, nn.Module]) -> str:
     """Name of the nearest parent module with its own forward that is not a mere container."""
     while name:
         name = name.rpartition(".")[0]
-        if type(modules[name]) not in _CONTAINERS:
+        if type(modules[name]) not in CONTAINERS:
             break
     return name
 
@@ -331,7 +274,7 @@ def _find_in_block(block: nn.Module, name: str, rules: dict[str, DropPathRule], 
         readings = {(path, index): unread for path in rules for index in range(uses[path])}
         called = {}
         if not rules:
-            found.notes.append(_not_looked_into(block, name, error))
+            found.notes.append(not_looked_into(block, name, error))
     if readings:
         found.known[block] = {key: reading.identity for key, reading in readings.items()}
         found.drop_paths[block] = DropPaths(paths, found.known[block], inlined)
@@ -382,116 +325,6 @@ def _find_in_block(block: nn.Module, name: str, rules: dict[str, DropPathRule], 
                 found.branches.append(Branch(branch_name, block, name, parts, drop_path, key, rule))
     for container, inner in in_containers.items():
         _find_in_block(block.get_submodule(container), f"{name}.{container}".removeprefix("."), inner, found)
-
-
-def _find_additions(model: nn.Module, found: Found) -> None:
-    blocks: dict[str, tuple[nn.Module, tuple[str, ...], dict[Key, BranchReading]]] = {}
-    read_elsewhere = set[str]()
-    for name, block in model.named_modules():
-        if type(block) in _CONTAINERS or not _may_add(block) or name in read_elsewhere:
-            continue
-        try:
-            inlined = inlined_in(block, found.example, name, found.notes)
-            read_elsewhere |= {f"{name}.{path}".strip(".") for path in inlined}
-            left: dict[str, None] = {}
-            readings, _ = read(block, DropPaths(inlined=inlined), None, found.example, left)
-            found.notes += [
-                f"{name or 'the model'} ({type(block).__name__}): an addition has no gate, {r}" for r in left
-            ]
-        except TraceError as error:
-            found.notes.append(_not_looked_into(block, name, error))
-            continue
-        if readings:
-            blocks[name] = block, inlined, readings
-    around = [name for name, (_, _, readings) in blocks.items() if any(each.is_around for each in readings.values())]
-    for name, (block, _, readings) in blocks.items():
-        for key in [key for key, reading in readings.items() if _adds_outputs(name, reading, blocks, around)]:
-            del readings[key]
-            found.notes.append(
-                f"{name or 'the model'} ({type(block).__name__}): an addition has no gate, it joins outputs of layers "
-                "and of a network with branches of its own"
-            )
-    _keep_outermost(blocks, found)
-    blocks = {name: each for name, each in blocks.items() if each[2]}
-    inside: set[str] = set()
-    for name, (_, _, readings) in blocks.items():
-        for reading in readings.values():
-            assert isinstance(reading.parts, BranchParts)
-            members = {f"{name}.{path}".strip(".") for path in reading.parts.paths.members}
-            # A sum around a whole network, as of a denoiser, says nothing of the blocks of the network.
-            if not any(_lies_in(other, members) for other in around):
-                inside |= members
-    for name, (block, inlined, readings) in blocks.items():
-        if _lies_in(name, inside) and not any(reading.is_around for reading in readings.values()):
-            # LoRA's product beside the base layer, the scan of a state space model: sums without a shortcut.
-            found.notes.append(
-                f"{name} ({type(block).__name__}): it lies in a branch, and adds to what its own layers compute"
-            )
-            continue
-        for key, reading in readings.items():
-            assert isinstance(reading.parts, BranchParts)
-            found.known.setdefault(block, {})[key] = reading.identity
-            found.drop_paths[block] = DropPaths((), found.known[block], inlined)
-            branch_name = f"{name}#{key[1] + 1}".removeprefix("#")
-            ends_in = block.get_submodule(reading.ends_in) if reading.ends_in else None
-            found.branches.append(Branch(branch_name, block, name, reading.parts, block, key, ends_in=ends_in))
-
-
-def _keep_outermost(
-    blocks: Mapping[str, tuple[nn.Module, tuple[str, ...], dict[Key, BranchReading]]], found: Found
-) -> None:
-    """Keep one of several readings of a sum: of code that an outer block calls past the inner block's forward.
-
-    So do models whose layers are called by other names (`layer.forward_parallel(x)`).
-    """
-    first: dict[frozenset[str], str] = {}
-    for name, (block, _, readings) in blocks.items():
-        for key, reading in list(readings.items()):
-            assert isinstance(reading.parts, BranchParts)
-            paths = reading.parts.paths
-            of = frozenset(f"{name}.{path}".strip(".") for path in (*paths.members, *paths.direct))
-            outer = first.setdefault(of, name)
-            if outer != name and _lies_in(name, [outer]) | (not outer):
-                del readings[key]
-                found.notes.append(
-                    f"{name} ({type(block).__name__}): {outer or 'the model'} runs the code of a branch itself"
-                )
-
-
-def _not_looked_into(block: nn.Module, name: str, error: TraceError) -> str:
-    twice = "; if it skips layers by them, these are dropped twice" if "random numbers" in str(error) else ""
-    return f"{name or 'the model'} ({type(block).__name__}): not looked into, {error}{twice}"
-
-
-def _adds_outputs(name: str, reading: BranchReading, blocks: Collection[str], around: Collection[str]) -> bool:
-    """Whether a sum joins outputs of a model, such as those of a wide and a deep part, of two heads, or two losses.
-
-    The side with fewer layers looks like the projection of a shortcut. But beside a projection there are a few layers,
-    with at most one addition somewhere in them (EfficientFormerV2's queries), no network of residual blocks. And the
-    last sum of a model that has its blocks elsewhere is none of them.
-    """
-    if not reading.is_projected:
-        return False
-    assert isinstance(reading.parts, BranchParts)
-    members = {f"{name}.{path}".strip(".") for path in reading.parts.paths.members}
-    inside = [other for other in around if _lies_in(other, members)]
-    if len(inside) > 1 or any(other in members for other in inside):
-        return True
-    return not name and reading.is_last and len(blocks) > 1
-
-
-def _lies_in(name: str, modules: Collection[str]) -> bool:
-    parts = name.split(".")
-    return any(".".join(parts[: index + 1]) in modules for index in range(len(parts)))
-
-
-def _may_add(block: nn.Module) -> bool:
-    """Whether a module may hold residual additions: it has children, or works with parameters of its own."""
-    if any(block.children()):
-        return True
-    return next(block.parameters(recurse=False), None) is not None and not plain_class(block).__module__.startswith(
-        "torch.nn."
-    )
 
 
 def _chosen(branches: list[Branch], where: Where | None) -> list[Branch]:

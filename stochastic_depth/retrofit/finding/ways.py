@@ -29,6 +29,7 @@ from stochastic_depth.retrofit.rewriting.operations import (
 )
 from stochastic_depth.torch_private import tree_leaves
 
+# A block whose control flow depends on sizes is recorded for at most this many combinations of its decisions.
 _MAX_WAYS = 16
 
 
