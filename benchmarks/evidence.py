@@ -55,18 +55,24 @@ PLAN: tuple[tuple[str, int, str], ...] = (
     ("payoff", 1, "cifar10-100-images-*"),
     ("regularizers", 5, "*"),
     ("table1", 5, "digits-*"),
+    # Deep networks do not train at the paper's rate: theirs come first, then `deeper` with them.
+    ("learning-rates-deeper", 1, "digits-1202-*"),
+    ("learning-rates-deeper", 2, "digits-302-*"),
+    ("learning-rates-deeper", 2, "digits-110-*"),
+    ("learning-rates-deeper", 2, "digits-??-*"),
     ("deeper", 1, "*"),
-    # 1202 layers do not train at the paper's rate: their rates come next, then `deeper` with them.
-    ("learning-rates-1202", 1, "*"),
-    ("learning-rates-302", 2, "*"),
     ("payoff", 1, "cifar10-*"),
-    ("depth-survival", 3, "*"),
-    ("payoff", 3, "digits-*"),
+    ("depth-survival", 5, "*"),
+    ("deeper", 3, "*"),
+    ("payoff", 3, "cifar10-*"),
     ("payoff", 3, "*"),
     ("cifar10-all", 2, "*"),
     ("table1", 5, "*"),
     ("curves", 5, "*"),
-    ("deeper", 3, "*"),
+    ("deeper", 5, "digits-??-*"),
+    ("deeper", 5, "digits-110-*"),
+    ("deeper", 5, "digits-302-*"),
+    ("learning-rates-deeper", 2, "*"),
 )
 """Studies, seeds of each, and which of their experiments; most valuable first. `plan` says how many hours they take."""
 SEEDS = {study: max(seeds for name, seeds, _ in PLAN if name == study) for study, *_ in PLAN}

@@ -32,7 +32,7 @@ def few(
         steps: number of steps, of 50 images each.
         epochs: number of evaluations.
         rates: learning rates of constant and of stochastic depth.
-        recipe: other fields of the recipe.
+        recipe: other fields of the recipe. A warm-up is at a tenth of the learning rate, as in the paper.
 
     Raises:
         ValueError: if the steps do not make whole passes over the images in each epoch.
@@ -43,7 +43,12 @@ def few(
         raise ValueError(f"{name}: {steps} steps in {epochs} epochs are not whole passes over {num_images} images.")
     # One thread: on images this small, two are slower.
     common = Recipe(epochs, epoch_passes=passes, batch_size=BATCH_SIZE, lr_schedule="one_cycle", num_threads=1)
-    constant, stochastic = (replace(common, learning_rate=rate, **recipe) for rate in rates)
+
+    def with_rate(rate: float) -> Recipe:
+        warmup = {"warmup_learning_rate": rate / 10} if "warmup_epochs" in recipe else {}
+        return replace(common, learning_rate=rate, **recipe, **warmup)
+
+    constant, stochastic = map(with_rate, rates)
     title = f"{'Digits' if data.dataset == 'digits' else 'CIFAR-10'}, {num_layers} layers"
     return pair(name, title, data, constant, Model(num_layers), stochastic_recipe=stochastic)
 

@@ -5,13 +5,22 @@ configuration share a run: in one folder, all runs of `table2` are done after `t
 question with few images (`few.py`), in seconds to minutes per run on one core.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
 
 from stochastic_depth_lab.experiments import few, paper
-from stochastic_depth_lab.experiments.config import Claim, Comparison, Depth, Experiment, OverTime, Regularizers, Study
+from stochastic_depth_lab.experiments.config import (
+    Claim,
+    Comparison,
+    Data,
+    Depth,
+    Experiment,
+    OverTime,
+    Regularizers,
+    Study,
+)
 from stochastic_depth_lab.experiments.paper import Pair
 
 _SURVIVAL_PROBS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -239,19 +248,17 @@ DEPTH_SURVIVAL = Study(
 # The paper's schedule with its warm-up at a tenth of the rate, here for the first tenth of 2,000 steps; not tuned.
 # stochastic-depth reproduce deeper --scale small --out runs/deeper
 _DEEPER = (_DEPTHS[0], _DEPTHS[3], _CIFAR10_110, _CIFAR10_1202)
-_DIGITS_DEEPER = tuple(
-    few.few(
-        f"digits-{layers}-deeper",
-        few.digits(),
-        layers,
-        steps=2000,
-        epochs=10,
-        rates=(0.1, 0.1),
-        lr_schedule="step_text",
-        warmup_epochs=1,
-    )
-    for layers in (20, 56, 110, 302, 1202)
-)
+# By layers, the rates that `learning-rates-deeper` chooses for constant and stochastic depth.
+DEEPER_RATES = {20: (0.1, 0.1), 56: (0.1, 0.1), 110: (0.1, 0.1), 302: (0.1, 0.1), 1202: (0.1, 0.1)}
+
+
+def _digits_deeper(num_layers: int, rates: tuple[float, float], steps: int, epochs: int, name: str = "") -> Pair:
+    settings: dict[str, Any] = {"lr_schedule": "step_text", "warmup_epochs": 1}
+    name = f"digits-{num_layers}-deeper{name}"
+    return few.few(name, few.digits(), num_layers, steps=steps, epochs=epochs, rates=rates, **settings)
+
+
+_DIGITS_DEEPER = tuple(_digits_deeper(num_layers, rates, 2000, 10) for num_layers, rates in DEEPER_RATES.items())
 DEEPER = Study(
     "deeper",
     "Test error over depth, up to 1202 layers",
@@ -389,19 +396,21 @@ CIFAR10_ALL = Study(
     claims=(Claim("The paper: stochastic depth lowers the test error.", _less([_CIFAR10_ALL])),),
 )
 
-_RATES = (0.02, 0.05, 0.1, 0.2)
+
+def _grid(pairs: Mapping[float, Pair]) -> tuple[Experiment, ...]:
+    """Pairs by their learning rate: first those of constant depth."""
+    titled = [few.titled(pair, f"rate {rate}") for rate, pair in pairs.items()]
+    return (*(constant for constant, _ in titled), *(stochastic for _, stochastic in titled))
 
 
-def _rate_grid(
-    name: str, data: Any, num_layers: int, rates: Sequence[float] = _RATES, **settings: Any
-) -> tuple[Experiment, ...]:
-    """A pair with every learning rate of the grid; a warm-up is at a tenth of it."""
-    pairs: list[Pair] = []
-    for rate in rates:
-        warmup: dict[str, Any] = {"warmup_learning_rate": rate / 10} if "warmup_epochs" in settings else {}
-        made = few.few(f"{name}-rate-{rate}", data, num_layers, rates=(rate, rate), **settings, **warmup)
-        pairs.append(few.titled(made, f"rate {rate}"))
-    return (*(constant for constant, _ in pairs), *(stochastic for _, stochastic in pairs))
+def _rate_grid(name: str, data: Data, num_layers: int, steps: int) -> tuple[Experiment, ...]:
+    """A pair with every learning rate of the grid."""
+    return _grid(
+        {
+            rate: few.few(f"{name}-rate-{rate}", data, num_layers, steps=steps, epochs=5, rates=(rate, rate))
+            for rate in (0.02, 0.05, 0.1, 0.2)
+        }
+    )
 
 
 def _learning_rates(name: str, of: str, grid: tuple[Experiment, ...]) -> Study:
@@ -421,29 +430,22 @@ def _learning_rates(name: str, of: str, grid: tuple[Experiment, ...]) -> Study:
 # Not in the paper: the runs that few.DIGITS_RATES and few.CIFAR10_RATES are chosen from; on CIFAR-10 with a third of
 # the steps of the runs that use them.
 # stochastic-depth reproduce learning-rates --out runs/learning-rates
-LEARNING_RATES = _learning_rates(
-    "learning-rates", "the digits", _rate_grid("digits-56", few.digits(), 56, steps=300, epochs=5)
-)
+LEARNING_RATES = _learning_rates("learning-rates", "the digits", _rate_grid("digits-56", few.digits(), 56, steps=300))
 # stochastic-depth reproduce learning-rates-cifar10 --out runs/learning-rates
 LEARNING_RATES_CIFAR10 = _learning_rates(
-    "learning-rates-cifar10", "CIFAR-10", _rate_grid("cifar10-32", few.cifar10(), 32, steps=1000, epochs=5)
+    "learning-rates-cifar10", "CIFAR-10", _rate_grid("cifar10-32", few.cifar10(), 32, steps=1000)
 )
 
 
-def _deep_learning_rates(num_layers: int) -> Study:
-    """At the paper's rate 1202 layers do not train on the digits; with a tenth of the steps of `deeper`."""
-    grid = _rate_grid(
-        f"digits-{num_layers}-deeper",
-        few.digits(),
-        num_layers,
-        (0.002, 0.005, 0.02, 0.1),
-        steps=200,
-        epochs=5,
-        lr_schedule="step_text",
-        warmup_epochs=1,
-    )
-    return _learning_rates(f"learning-rates-{num_layers}", f"{num_layers} layers", grid)
+def _rate_grid_deeper(num_layers: int) -> tuple[Experiment, ...]:
+    """With a tenth of the steps of `deeper`. Deep networks do not train at the paper's rate."""
+    rates = (0.02, 0.05, 0.1, 0.2) if num_layers <= 110 else (0.002, 0.005, 0.02, 0.1)
+    return _grid({rate: _digits_deeper(num_layers, (rate, rate), 200, 5, f"-rate-{rate}") for rate in rates})
 
 
-# stochastic-depth reproduce learning-rates-1202 --out runs/learning-rates
-LEARNING_RATES_302, LEARNING_RATES_1202 = (_deep_learning_rates(num_layers) for num_layers in (302, 1202))
+# stochastic-depth reproduce learning-rates-deeper --out runs/learning-rates
+LEARNING_RATES_DEEPER = _learning_rates(
+    "learning-rates-deeper",
+    "20 to 1202 layers",
+    tuple(each for num_layers in DEEPER_RATES for each in _rate_grid_deeper(num_layers)),
+)

@@ -42,22 +42,31 @@ def _over_steps(run: Run) -> tuple[list[int], list[float]]:
 
 
 def _curves(rows: Sequence[Seeds]) -> list[Drawing]:
-    return _for_each_network(curves, rows)
+    return _for_each_network(lambda group: curves(*_runs_and_names(group)), rows)
 
 
 def _gradient(rows: Sequence[Seeds]) -> list[Drawing]:
-    return _for_each_network(gradient, rows)
+    return _for_each_network(lambda group: gradient(*_runs_and_names(group)), rows)
 
 
-def _for_each_network(draw: Callable[[Sequence[Run], Sequence[str]], Drawing], rows: Sequence[Seeds]) -> list[Drawing]:
-    """A figure for each network and data set, whose rows can be compared."""
+def _runs_and_names(rows: Sequence[Seeds]) -> tuple[list[Run], list[str]]:
+    return [run for row in rows for run in row.runs], [row.experiment.name for row in rows for _ in row.runs]
+
+
+def _by_network(rows: Sequence[Seeds]) -> dict[tuple[str, int], list[Seeds]]:
+    """Rows by data set and number of layers."""
     groups: dict[tuple[str, int], list[Seeds]] = {}
     for row in rows:
         groups.setdefault((row.experiment.data.dataset, row.experiment.model.num_layers), []).append(row)
+    return groups
+
+
+def _for_each_network(draw: Callable[[Sequence[Seeds]], Drawing], rows: Sequence[Seeds]) -> list[Drawing]:
+    """A figure for each network and data set, whose rows can be compared."""
+    groups = _by_network(rows)
     drawings: list[Drawing] = []
     for (dataset, num_layers), group in groups.items():
-        names = [row.experiment.name for row in group for _ in row.runs]
-        drawing = draw([run for row in group for run in row.runs], names)
+        drawing = draw(group)
         if len(groups) > 1:
             drawing = replace(
                 drawing,
@@ -99,11 +108,15 @@ def _depth_curve(rows: Sequence[Seeds]) -> list[Drawing]:
 
 
 def _rates(rows: Sequence[Seeds]) -> list[Drawing]:
+    return _for_each_network(_rates_of_a_network, rows)
+
+
+def _rates_of_a_network(rows: Sequence[Seeds]) -> Drawing:
     errors: dict[bool, dict[float, Sequence[float]]] = {}
     for row in rows:
         by_rate = errors.setdefault(row.experiment.depth is not None, {})
         by_rate[row.experiment.recipe.learning_rate] = [run.epochs[-1].validation_error for run in row.runs]
-    return [rates(errors)]
+    return rates(errors)
 
 
 def _crossing(rows: Sequence[Seeds]) -> list[Drawing]:
@@ -147,22 +160,27 @@ def _cells_by_dataset(rows: Sequence[Seeds]) -> dict[str, list[Cell]]:
 
 
 def chosen_rates(study: Study, rows: Sequence[Seeds]) -> list[str]:
-    """The learning rates that tuning chooses."""
+    """The learning rates that tuning chooses for each network."""
     if "rates" not in study.figures:
         return []
-    best: list[str] = []
-    for stochastic, name in ((False, "constant depth"), (True, "stochastic depth")):
-        own = [row for row in rows if (row.experiment.depth is not None) == stochastic]
-        common = set[object].intersection(*({run.config["seed"] for run in row.runs} for row in own)) if own else set()
-        if common:
-            means = {
-                row.experiment.recipe.learning_rate: statistics.mean(
-                    run.epochs[-1].validation_error for run in row.runs if run.config["seed"] in common
-                )
-                for row in own
-            }
-            best.append(f"{name} {min(means, key=means.__getitem__)} (n = {len(common)})")
-    return [f"Chosen by the mean validation error: {', '.join(best)}."]
+    chosen: list[str] = []
+    groups = _by_network(rows)
+    for (_, num_layers), group in groups.items():
+        best: list[str] = []
+        for stochastic, name in ((False, "constant depth"), (True, "stochastic depth")):
+            own = [row for row in group if (row.experiment.depth is not None) == stochastic]
+            seeds = [{run.config["seed"] for run in row.runs} for row in own]
+            if common := set[object].intersection(*seeds) if seeds else set[object]():
+                means = {
+                    row.experiment.recipe.learning_rate: statistics.mean(
+                        run.epochs[-1].validation_error for run in row.runs if run.config["seed"] in common
+                    )
+                    for row in own
+                }
+                best.append(f"{name} {min(means, key=means.__getitem__)} (n = {len(common)})")
+        of = f" for {num_layers} layers" if len(groups) > 1 else ""
+        chosen.append(f"Chosen{of} by the mean validation error: {', '.join(best)}.")
+    return chosen
 
 
 def threshold_of_loss(study: Study, rows: Sequence[Seeds]) -> list[str]:
