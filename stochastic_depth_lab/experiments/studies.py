@@ -439,7 +439,8 @@ LEARNING_RATES_CIFAR10 = _learning_rates(
 
 def _rate_grid_deeper(num_layers: int) -> tuple[Experiment, ...]:
     """With a tenth of the steps of `deeper`. Deep networks do not train at the paper's rate."""
-    rates = (0.02, 0.05, 0.1, 0.2) if num_layers <= 110 else (0.002, 0.005, 0.02, 0.1)
+    deep = {302: (0.002, 0.005, 0.02, 0.1), 1202: (0.0005, 0.002, 0.005, 0.02, 0.1)}
+    rates = deep.get(num_layers, (0.02, 0.05, 0.1, 0.2))
     return _grid({rate: _digits_deeper(num_layers, (rate, rate), 200, 5, f"-rate-{rate}") for rate in rates})
 
 

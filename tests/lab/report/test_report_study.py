@@ -158,6 +158,37 @@ def test_figures_of_several_networks_have_names_of_their_own(folders, tmp_path):
     assert names == {"curves-digits-110.png", "curves-digits-20.png", "survival_curve.png"}
 
 
+def test_rates_are_chosen_for_each_network_on_the_seeds_that_all_its_rates_have(write_run, tmp_path):
+    validation_errors = {  # by layers, rate and seed
+        (110, 0.1): {0: 9.0, 1: 9.0},
+        (110, 0.2): {0: 8.0, 1: 9.5},
+        (20, 0.1): {0: 6.0, 1: 1.0},
+        (20, 0.2): {0: 7.0},
+    }
+    folders = []
+    for (num_layers, rate), errors in validation_errors.items():
+        experiment = replace(
+            CONSTANT,
+            name=f"{num_layers}-{rate}",
+            model=Model(num_layers),
+            recipe=replace(CONSTANT.recipe, learning_rate=rate),
+        )
+        for seed, error in errors.items():
+            folder = write_run(f"{experiment.name}-{seed}", config={"seed": seed})
+            *first, last = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+            lines = (*first, {**last, "validation_error": error})
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            folders.append((replace(experiment, seed=seed), folder))
+    study = replace(STUDY, figures=("rates",), claims=())
+    report = write_study(study, folders, tmp_path / "out")
+    assert "Chosen for 110 layers by the mean validation error: constant depth 0.2 (n = 2)." in report.text
+    assert "Chosen for 20 layers by the mean validation error: constant depth 0.1 (n = 1)." in report.text
+    names = {path.name for path in (tmp_path / "out" / "table" / "figures").glob("*.png")}
+    assert names == {"rates-digits-110.png", "rates-digits-20.png"}
+    one = write_study(study, folders[:4], tmp_path / "one")
+    assert "Chosen by the mean validation error: constant depth 0.2 (n = 2)." in one.text
+
+
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_a_wide_table_fits_the_terminal(folders, tmp_path, width):
     titles = {"constant": "CIFAR-10 without augmentation, constant depth", "linear-0.5": "CIFAR-10, linear, p_L = 0.5"}
