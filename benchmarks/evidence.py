@@ -60,6 +60,7 @@ PLAN: tuple[tuple[str, int, str], ...] = (
     ("learning-rates-deeper", 2, "digits-302-*"),
     ("learning-rates-deeper", 2, "digits-110-*"),
     ("learning-rates-deeper", 2, "digits-??-*"),
+    ("deeper", 1, "digits-1202-*"),
     ("deeper", 1, "*"),
     ("payoff", 1, "cifar10-*"),
     ("depth-survival", 5, "*"),

@@ -249,7 +249,7 @@ DEPTH_SURVIVAL = Study(
 # stochastic-depth reproduce deeper --scale small --out runs/deeper
 _DEEPER = (_DEPTHS[0], _DEPTHS[3], _CIFAR10_110, _CIFAR10_1202)
 # By layers, the rates that `learning-rates-deeper` chooses for constant and stochastic depth.
-DEEPER_RATES = {20: (0.1, 0.1), 56: (0.1, 0.1), 110: (0.1, 0.1), 302: (0.1, 0.1), 1202: (0.1, 0.1)}
+DEEPER_RATES = {20: (0.1, 0.1), 56: (0.1, 0.1), 110: (0.1, 0.1), 302: (0.005, 0.005), 1202: (0.002, 0.002)}
 
 
 def _digits_deeper(num_layers: int, rates: tuple[float, float], steps: int, epochs: int, name: str = "") -> Pair:
@@ -439,7 +439,7 @@ LEARNING_RATES_CIFAR10 = _learning_rates(
 
 def _rate_grid_deeper(num_layers: int) -> tuple[Experiment, ...]:
     """With a tenth of the steps of `deeper`. Deep networks do not train at the paper's rate."""
-    deep = {302: (0.002, 0.005, 0.02, 0.1), 1202: (0.0005, 0.002, 0.005, 0.02, 0.1)}
+    deep = {110: (0.005, 0.02, 0.05, 0.1, 0.2), 302: (0.002, 0.005, 0.02, 0.1), 1202: (0.0005, 0.002, 0.005, 0.02, 0.1)}
     rates = deep.get(num_layers, (0.02, 0.05, 0.1, 0.2))
     return _grid({rate: _digits_deeper(num_layers, (rate, rate), 200, 5, f"-rate-{rate}") for rate in rates})
 
