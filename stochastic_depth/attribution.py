@@ -193,9 +193,14 @@ _SEVERAL = Extent(None)
 
 
 class Attribution:
-    """Finds the extents of one model's calls."""
+    """Finds the extents of one model's calls.
 
-    def __init__(self) -> None:
+    Args:
+        origin: what the model has in common with its copies.
+    """
+
+    def __init__(self, origin: str = "") -> None:
+        self.origin = origin
         self._here = _ThreadState()
         self._nodes: deque[_Nodes] = deque()
         self._only_thread: object | None = None
@@ -206,6 +211,15 @@ class Attribution:
         self._lock = threading.Lock()
 
     # -------------------------------------------------------------------------------------- what runs
+
+    def is_of_a_copy(self) -> bool:
+        """Whether a forward of another copy of the model runs in this thread or task."""
+        scope = _innermost.get()
+        while scope is not None:
+            if scope.owner is not None and scope.owner is not self and scope.owner.origin == self.origin:
+                return True
+            scope = scope.outer
+        return False
 
     def scope(self) -> Scope | None:
         """The forward of the root that runs in this thread or task."""

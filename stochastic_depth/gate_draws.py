@@ -7,6 +7,7 @@ Every forward of the root module in training mode is a pass with its own draw. I
 from __future__ import annotations
 
 import threading
+import uuid
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -29,7 +30,13 @@ from stochastic_depth.attribution import (
 from stochastic_depth.compiling import eager, is_capturing
 from stochastic_depth.gates import Draw, draw_counts, draw_order
 from stochastic_depth.tally import Tally
-from stochastic_depth.torch_private import graph_task, top_saved_tensors_hooks, without_torch_function
+from stochastic_depth.torch_private import (
+    graph_task,
+    is_mapped,
+    is_traced,
+    top_saved_tensors_hooks,
+    without_torch_function,
+)
 
 Granularity = Literal["batch", "sample"]
 Ranks = Literal["agree", "decorrelate"]
@@ -118,6 +125,7 @@ class GateDraws:
         """The latest pass with a draw, in any thread."""
         self.own_draws: frozenset[int] = frozenset()
         """Branches whose own code would draw in each of several uses in a forward, of which a warning tells."""
+        self._origin = uuid.uuid4().hex
         self._init_process_state()
 
     def _init_process_state(self) -> None:
@@ -131,7 +139,7 @@ class GateDraws:
         self.first_reached: dict[int, None] | None = {}
         """The branches that the first forward of the root in training reaches, in order; None after it."""
         self._lock = threading.RLock()
-        self._attribution = Attribution()
+        self._attribution = Attribution(self._origin)
         self._forced = PerContext[Forced]()
         self._subset = PerContext[_Subset]()
         self._num_forced = 0
@@ -195,11 +203,15 @@ class GateDraws:
         return self._new_pass() if training or self.forced is not None else None
 
     def _new_pass(self) -> Pass:
-        if torch.jit.is_tracing():
+        if is_traced():
             raise RuntimeError("A trace would freeze the gates: trace the model after model.eval().")
         forced = self.forced
         if forced is not None:
             return Pass(self.counter, self.survival_probs, forced)
+        if self.granularity == "sample" and is_mapped():
+            raise RuntimeError(
+                "torch.vmap draws one gate for all that it maps, such as the samples: use granularity='batch'."
+            )
         if is_capturing():
             raise RuntimeError(
                 "A CUDA graph of the step would freeze the gates: depth.capture() records each branch by itself."
@@ -237,6 +249,11 @@ class GateDraws:
         """The extent of a call of a part outside a forward of the root."""
         forced = self.forced
         is_gated = training or forced is not None
+        if is_gated and self._attribution.is_of_a_copy():
+            raise RuntimeError(
+                f"A copy of {self.names[index]} runs in the model that it was copied from, and would draw gates of its "
+                "own: call restore_(model), copy the block, and then make_stochastic_ again."
+            )
         current = self._parts.get()
         if (
             current is None

@@ -260,6 +260,20 @@ transforms_are_active: Callable[[], bool] = torch._C._are_functorch_transforms_a
 """Whether `vmap` or `grad` of `torch.func` is active: `apply` would skip the code that makes them work."""
 
 
+def is_mapped() -> bool:
+    """Whether `torch.vmap` runs."""
+    if not transforms_are_active():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or ()  # pyright: ignore
+    return any(each.key() == torch._C._functorch.TransformType.Vmap for each in stack)  # pyright: ignore
+
+
+def is_traced() -> bool:
+    """Whether `torch.jit.trace`, `make_fx` or `aot_module` records what runs, but not why."""
+    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)  # pyright: ignore
+    return torch.jit.is_tracing() or mode is not None
+
+
 def is_transformed(tensor: Tensor) -> bool:
     """Whether a tensor belongs to `torch.func` and has no memory of its own to copy."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore

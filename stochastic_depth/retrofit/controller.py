@@ -144,6 +144,8 @@ class Controller:
         if latest is None:
             return None
         num_samples = 1 if self._passes.granularity == "batch" else next(reversed(latest.counts), 1)
+        if num_samples == 0:
+            return [0.0] * len(self._passes.names)
         return [count / num_samples for count in self._passes.draw_of(latest, num_samples)]
 
     def capture(self) -> BranchGraphs:

@@ -22,7 +22,8 @@ from stochastic_depth.retrofit.recording.maps import NotComputed
 from stochastic_depth.retrofit.recording.sizes import decide_by
 from stochastic_depth.retrofit.recording.trace import Recording, record
 from stochastic_depth.retrofit.rules import drop_path_rule
-from stochastic_depth.retrofit.running.comparison import CoarsestType, deviation, tolerance
+from stochastic_depth.retrofit.running.collected import are_collected
+from stochastic_depth.retrofit.running.comparison import CoarsestType, deviation, some_of, tolerance
 from stochastic_depth.retrofit.running.known_forms import MAX_SAMPLES
 from stochastic_depth.retrofit.running.private_runs import private
 from stochastic_depth.retrofit.shapes import samples_among
@@ -88,7 +89,7 @@ class GatedLayer(GatedBranch):
             copy = plain_copy(layer, Tensor.detach, Tensor.clone)
             copy.train(layer.training)
             all_rows = torch.arange(num)
-            some = all_rows[(0.618 * all_rows) % 1 < 0.5]
+            some = all_rows[some_of(num)]
             outputs: list[Tensor] = []
             with CoarsestType(torch.float32) as coarsest:
                 for rows in (all_rows, some):
@@ -172,7 +173,7 @@ class StochasticLayer(nn.Module):
                     f"A drop path inside the layer {name} is in evaluation mode, but its gate is the layer's: call "
                     "eval() on the layer, or set its survival probability to 1 with depth.set_survival_probs."
                 )
-        if masks_only.get():
+        if masks_only.get() or are_collected(self):
             output = self._run(hidden, leaves, signature)
             weights = gated.weights(hidden, training=self.training)
             if gated.drop_paths and isinstance(weights, Tensor):

@@ -1,16 +1,18 @@
 """Rules of drop paths: which modules of other libraries multiply a residual branch by a random gate, and how.
 
 A module is a drop path if its class is called `DropPath`, `StochasticDepth`, or ends in one of these names, as in timm,
-torchvision, transformers (`BeitDropPath`, ...) and the DINO family; or if its class was registered with
-`register_drop_path`.
+torchvision, transformers (`BeitDropPath`, ...) and the DINO family; if its class was registered with
+`register_drop_path`; or if it is called otherwise, draws random numbers, and on trial does what a drop path does, at a
+rate that is one of its attributes.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, NamedTuple, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,6 +21,8 @@ from torch import nn
 from stochastic_depth.copies import plain_class
 from stochastic_depth.gate_draws import Granularity
 from stochastic_depth.random_states import same_random_states
+from stochastic_depth.residual import Rescale
+from stochastic_depth.retrofit.code.code_names import names_in_code
 from stochastic_depth.torch_private import without_torch_function
 
 _CLASS_NAMES = ("DropPath", "StochasticDepth")
@@ -28,16 +32,17 @@ RATES = ("drop_prob", "p", "drop_rate", "drop_path_rate", "prob")
 
 @dataclass(frozen=True)
 class DropPathRule:
-    """How a drop path gates a branch in training.
+    """How a drop path gates a branch.
 
     Attributes:
         drop_rate: probability that a gate is closed.
-        rescale: "train" if it divides kept values by the survival probability, else "none".
+        rescale: "train" if it divides kept values by the survival probability in training, "eval" if it multiplies
+            all values by it in evaluation, else "none".
         granularity: "sample" for one gate per sample, "batch" if all samples share one.
     """
 
     drop_rate: float
-    rescale: Literal["train", "none"] = "train"
+    rescale: Rescale = "train"
     granularity: Granularity = "sample"
 
     def __post_init__(self) -> None:
@@ -51,8 +56,8 @@ class DropPathRule:
             raise TypeError(f"drop_rate must be a number in [0, 1], but is {self.drop_rate!r}.")
         if not 0 <= self.drop_rate <= 1:
             raise ValueError(f"drop_rate must be in [0, 1], but is {self.drop_rate:g}.")
-        if self.rescale not in ("train", "none"):
-            raise ValueError(f"rescale must be 'train' or 'none', but is {self.rescale!r}.")
+        if self.rescale not in get_args(Rescale):
+            raise ValueError(f"rescale must be one of 'eval', 'train', 'none', but is {self.rescale!r}.")
         if self.granularity not in get_args(Granularity):
             raise ValueError(f"granularity must be 'batch' or 'sample', but is {self.granularity!r}.")
 
@@ -102,7 +107,7 @@ def drop_path_rule(module: nn.Module) -> DropPathRule | None:
             return _registered[cls](module)
     name = kind.__name__
     if not name.endswith(_CLASS_NAMES):
-        return None
+        return _unnamed_rule(module)
     attributes = vars(module)
     rates = [attributes[attribute] for attribute in RATES if attribute in attributes]
     if not rates:
@@ -113,7 +118,7 @@ def drop_path_rule(module: nn.Module) -> DropPathRule | None:
             "Register it with stochastic_depth.register_drop_path."
         )
     granularity: Granularity = "batch" if attributes.get("mode") == "batch" else "sample"
-    rescale: Literal["train", "none"] = "train" if attributes.get("scale_by_keep", True) else "none"
+    rescale: Rescale = "train" if attributes.get("scale_by_keep", True) else "none"
     try:
         rate = float(rates[0] or 0.0)
     except (TypeError, ValueError, RuntimeError):
@@ -125,9 +130,70 @@ def drop_path_rule(module: nn.Module) -> DropPathRule | None:
     known = _seen.get(module)
     if known is not None and 0 < known[0].drop_rate < 1 and known[0] == replace(rule, drop_rate=known[0].drop_rate):
         _seen[module] = rule, known[1]  # Recipes change the rate in every step.
-    elif known is None or known[0] != rule:
-        _seen[module] = rule, _otherwise(module, rule)
-    return None if _seen[module][1] else rule
+    elif known is None or known[0] not in (rule, replace(rule, rescale="eval")):
+        by_paper = replace(rule, rescale="eval")
+        reason = _otherwise(module, rule)
+        _seen[module] = (by_paper, "") if reason and not _otherwise(module, by_paper, surely=True) else (rule, reason)
+    return None if _seen[module][1] else _seen[module][0]
+
+
+def _unnamed_rule(module: nn.Module) -> DropPathRule | None:
+    """The rule of a module that does what a drop path does, whatever it is called."""
+    kind = plain_class(module)
+    if kind.__module__.startswith("torch.") or not _draws(kind):
+        return None
+    if any(True for _ in module.children()) or any(True for _ in module.parameters()):
+        return None
+    numbers = {name: value for name, value in vars(module).items() if isinstance(value, float)}
+    if module not in _unnamed:
+        if not any(0 < value < 1 for value in numbers.values()):
+            return None  # With a rate of 0 it does nothing that could be seen.
+        _unnamed[module] = _on_trial(module, numbers)
+    found = _unnamed[module]
+    if found is None or found.rate not in numbers:
+        return None
+    value = numbers[found.rate]
+    return DropPathRule(1 - value if found.is_survival else value, found.rescale, found.granularity)
+
+
+def is_named(module: nn.Module) -> bool:
+    """Whether a drop path is one by its name or registration, not by what it does on trial."""
+    return _unnamed.get(module) is None
+
+
+def leave(module: nn.Module, reason: str) -> None:
+    """Take a module for no drop path any more, although it does what one does."""
+    rule = drop_path_rule(module)
+    if rule is not None:
+        _unnamed[module], _seen[module] = None, (rule, reason)
+
+
+class _Unnamed(NamedTuple):
+    """What a drop path of another name does: the attribute with its rate or survival probability, and how it acts."""
+
+    rate: str
+    is_survival: bool
+    rescale: Rescale
+    granularity: Granularity
+
+
+_unnamed: WeakKeyDictionary[nn.Module, _Unnamed | None] = WeakKeyDictionary()
+
+
+def _draws(kind: type[nn.Module]) -> bool:
+    """Whether the code of a class may draw random numbers."""
+    return any(part in name.lower() for name in names_in_code(kind)[0] for part in ("rand", "bernoulli", "uniform"))
+
+
+def _on_trial(module: nn.Module, numbers: Mapping[str, float]) -> _Unnamed | None:
+    for name, value in numbers.items():
+        kept_first = any(part in name.lower() for part in ("keep", "surviv"))
+        for is_survival in (kept_first, not kept_first):
+            rate = 1 - value if is_survival else value
+            for granularity, rescale in itertools.product(get_args(Granularity), get_args(Rescale)):
+                if 0 < rate < 1 and not _otherwise(module, DropPathRule(rate, rescale, granularity), surely=True):
+                    return _Unnamed(name, is_survival, rescale, granularity)
+    return None
 
 
 def does_otherwise(module: nn.Module, *, again: bool = False) -> str:
@@ -145,8 +211,14 @@ def does_otherwise(module: nn.Module, *, again: bool = False) -> str:
 _seen: WeakKeyDictionary[nn.Module, tuple[DropPathRule, str]] = WeakKeyDictionary()
 
 
-def _otherwise(module: nn.Module, rule: DropPathRule) -> str:
-    """What a module does otherwise than a drop path of its rule, tried on numbers; empty where nothing shows."""
+def _otherwise(module: nn.Module, rule: DropPathRule, *, surely: bool = False) -> str:
+    """What a module does otherwise than a drop path of its rule, tried on numbers; empty where nothing shows.
+
+    Args:
+        module: the module.
+        rule: its rule.
+        surely: whether it must be seen to drop what the rule says.
+    """
     if any(True for _ in module.children()) or any(True for _ in module.parameters()):
         return "it has modules or parameters of its own"
     if not 0 < rule.drop_rate < 1:
@@ -154,24 +226,34 @@ def _otherwise(module: nn.Module, rule: DropPathRule) -> str:
     kind = plain_class(module)
     trial: nn.Module = object.__new__(kind)
     trial.__dict__.update(module.__dict__)
-    x = torch.linspace(1, 2, 256, device="cpu").view(64, 2, 2)  # Also where models are made without data.
-    try:
-        with same_random_states(), without_torch_function(), torch.no_grad():
-            trial.training = False
-            evaluated = kind.forward(trial, x)
-            trial.training = True
-            trained = [kind.forward(trial, x) for _ in range(_NUM_TRIED[rule.granularity])]
-    except Exception:  # It takes something else than such samples; the proof will tell.
-        return ""
-    if not all(isinstance(y, torch.Tensor) and y.shape == x.shape for y in (evaluated, *trained)):
+    for shape in _SHAPES_TRIED:
+        x = torch.linspace(1, 2, 256, device="cpu").view(shape)  # Also where models are made without data.
+        try:
+            with same_random_states(), without_torch_function(), torch.no_grad():
+                trial.training = False
+                evaluated = kind.forward(trial, x)
+                trial.training = True
+                trained = [kind.forward(trial, x) for _ in range(_NUM_TRIED[rule.granularity])]
+        except Exception:  # It takes something else than such samples; the proof will tell.
+            if shape is _SHAPES_TRIED[-1]:
+                return "it takes something else" if surely else ""
+            continue
+        # Noise (N, 1, 1, 1) is for images.
+        if all(isinstance(y, torch.Tensor) and y.shape == x.shape for y in (evaluated, *trained)):
+            break
+    else:
         return "it gives something of another shape"
-    if not torch.equal(evaluated, x):
+    if not torch.allclose(evaluated, x * (1 - rule.drop_rate) if rule.rescale == "eval" else x, rtol=1e-6):
         return "it changes what it is given in evaluation"
     num_drawn = len(trained) * (len(x) if rule.granularity == "sample" else 1)
     if all(torch.equal(y, x) for y in trained):
         takes_more = len(inspect.signature(kind.forward).parameters) > 2  # and acts where it is given more
         may_be_luck = num_drawn * rule.drop_rate < 25
-        return "" if takes_more or may_be_luck else f"it drops nothing, where its rate is {rule.drop_rate:g}"
+        return (
+            ""
+            if (takes_more or may_be_luck) and not surely
+            else f"it drops nothing, where its rate is {rule.drop_rate:g}"
+        )
     kept = 1 / (1 - rule.drop_rate) if rule.rescale == "train" else 1.0
     for y in trained:
         factors = (y / x).flatten(1)
@@ -194,5 +276,6 @@ def _otherwise(module: nn.Module, rule: DropPathRule) -> str:
     return ""
 
 
+_SHAPES_TRIED = ((64, 2, 2), (64, 1, 2, 2), (64, 4))
 # Calls with 64 samples each.
 _NUM_TRIED = {"sample": 16, "batch": 256}

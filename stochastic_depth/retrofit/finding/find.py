@@ -24,7 +24,7 @@ from stochastic_depth.retrofit.rewriting.sums import (
     DropPaths,
     Key,
 )
-from stochastic_depth.retrofit.rules import DropPathRule, does_otherwise, drop_path_rule, is_drop_path
+from stochastic_depth.retrofit.rules import DropPathRule, does_otherwise, drop_path_rule, is_drop_path, is_named, leave
 
 
 @remembering()
@@ -275,9 +275,21 @@ def _find_in_block(block: nn.Module, name: str, rules: dict[str, DropPathRule], 
         called = {}
         if not rules:
             found.notes.append(not_looked_into(block, name, error))
+    plain = [path for (path, _), reading in readings.items() if reading.drops_plain and path in rules]
+    if left := {path for path in plain if not is_named(block.get_submodule(path))}:
+        for path in left:
+            drop_path = block.get_submodule(path)
+            leave(drop_path, "it drops what no layer has computed")
+            full_name = f"{name}.{path}".strip(".")
+            found.notes.append(
+                f"{full_name} ({type(drop_path).__name__}): it stays as it is, {does_otherwise(drop_path)}"
+            )
+        _find_in_block(block, name, {path: rule for path, rule in rules.items() if path not in left}, found)
+        return
     if readings:
         found.known[block] = {key: reading.identity for key, reading in readings.items()}
-        found.drop_paths[block] = DropPaths(paths, found.known[block], inlined)
+        scaled = {key: 1 - rule.drop_rate for key, rule in functional.items() if rule.rescale == "eval"}
+        found.drop_paths[block] = DropPaths(paths, found.known[block], inlined, scaled)
     for key in [key for key in readings if key[0] == FUNCTIONAL]:
         parts = readings[key].parts
         branch_name = f"{name}.drop_path()".removeprefix(".")

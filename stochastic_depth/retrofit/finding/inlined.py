@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Iterator
 
 from torch import fx, nn
@@ -30,9 +31,10 @@ def inlined_in(
 ) -> tuple[str, ...]:
     """Paths of the children whose code is a part of the block's.
 
-    The block's branches end in them: they add one value of the block to another. Or the block gives them a branch to
-    call, as a function or a module (`sublayer(x, self.attention)`). Any other child that has a branch of its own is a
-    block itself and does not count.
+    The block's branches end in them: they add one value of the block to another. Or they return a branch and its
+    shortcut, which are added later (Mamba's `hidden_states, residual`). Or the block gives them a branch to call, as a
+    function or a module (`sublayer(x, self.attention)`). Any other child that has a branch of its own is a block itself
+    and does not count.
 
     Args:
         block: the block.
@@ -45,20 +47,29 @@ def inlined_in(
     """
     given, graphs = given_code(block, example)
     candidates = dict.fromkeys(given)
-    while more := dict.fromkeys(
-        path
-        for graph in graphs
-        for path in _given_two(graph, block, candidates)
-        if _joins(block.get_submodule(path), example)
-    ):
+    gives_both: set[str] = set()
+    while True:
+        gives_both.update(path for graph in graphs for path in _give_both(graph, block))
+        more = dict.fromkeys(
+            path
+            for graph in graphs
+            for path in _given_two(graph, block, candidates)
+            if _joins(block.get_submodule(path), example)
+        )
+        more.update(dict.fromkeys(gives_both - candidates.keys()))
+        if not more:
+            break
         candidates.update(more)
         graphs = [recording.graph for recording in ways(block, tuple(candidates), example)]
     used = dict.fromkeys(given)
     for graph in graphs if candidates else ():
         for residual in find_sums(graph, block, ()).values():
-            if isinstance(residual, CutError) or not (inside := residual.add.meta.get("inlined", ())):
+            if isinstance(residual, CutError):
                 continue
-            used.update(dict.fromkeys(inside))
+            used.update(dict.fromkeys(residual.add.meta.get("inlined", ())))
+            if not residual.is_projected:
+                within = residual.output.meta.get("inlined", ())
+                used.update(dict.fromkeys(path for path in within if path in gives_both))
     for path in used:
         if what := way_around(block.get_submodule(path)):
             if path in given:
@@ -126,6 +137,26 @@ def _given_two(graph: fx.Graph, block: nn.Module, but: Collection[str]) -> Itera
         before = [{each for each in ancestors(value) if each.op != "get_attr"} for value in given]
         if any(before[i] & before[j] for i in range(len(given)) for j in range(i)):
             yield node.target
+
+
+def _give_both(graph: fx.Graph, block: nn.Module) -> Iterator[str]:
+    """Paths of the children that return two values that are added to each other, and whose code can be read."""
+    for node in graph.nodes:
+        first, second = added(node) or (node, node)
+        if first is not second and first.target is second.target is operator.getitem:
+            child, same = first.all_input_nodes[0], second.all_input_nodes[0]
+            if child is same and child.op == "call_module" and _is_readable(block, path := str(child.target)):
+                yield path
+
+
+def _is_readable(block: nn.Module, path: str) -> bool:
+    child = block.get_submodule(path)
+    if plain_class(child).__module__.startswith("torch.nn."):
+        return False
+    try:
+        return any(True for _ in all_recordings(child))
+    except TraceError:
+        return False
 
 
 def _joins(child: nn.Module, example: Example | None) -> bool:

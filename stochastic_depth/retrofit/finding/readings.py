@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
-from torch import nn
+from torch import fx, nn
 
 from stochastic_depth.retrofit.errors import CutError
 from stochastic_depth.retrofit.finding.example import Example
 from stochastic_depth.retrofit.finding.ways import ways
 from stochastic_depth.retrofit.rewriting.cuts import cut
-from stochastic_depth.retrofit.rewriting.functional import FUNCTIONAL, put_functional
+from stochastic_depth.retrofit.rewriting.functional import FUNCTIONAL, put_functional, scaled_value
 from stochastic_depth.retrofit.rewriting.operations import (
     computes,
     descendants,
@@ -21,6 +22,8 @@ from stochastic_depth.retrofit.rewriting.sums import (
     BranchParts,
     Identity,
     Key,
+    additions_of,
+    calls_of,
     find_sums,
     identity,
     inlined_of,
@@ -42,6 +45,8 @@ class BranchReading(NamedTuple):
     """Whether layers compute the shortcut from a value that it shares with the branch."""
     is_last: bool = False
     """Whether no layer of the block comes after the sum."""
+    drops_plain: bool = False
+    """Whether the drop path is given a value that nothing worth skipping has computed."""
 
 
 def read(
@@ -65,12 +70,15 @@ def read(
     """
     called: dict[str, None] = {}
     readings: dict[Key, BranchReading] = {}
+    undropped: list[fx.Graph] = []
     for recording in ways(block, inlined_of(drop_paths), example):
         functions = put_functional(recording.graph, block)
         if functional is not None:
             functional.update({(FUNCTIONAL, index): each.rule for index, each in enumerate(functions)})
+            undropped += () if functions else (recording.graph,)
         called.update(dict.fromkeys(node.target for node in recording.graph.nodes if node.op == "call_module"))
         sums = find_sums(recording.graph, block, drop_paths)
+        calls = calls_of(recording.graph, drop_paths)
         identities = {key: identity(residual, block) for key, residual in sums.items()}
         branches = {key: cut(each, block) for key, each in sums.items() if not isinstance(each, CutError)}
         paths = paths_of(branches)
@@ -83,9 +91,10 @@ def read(
             if not identities[key] and not drop_paths:
                 continue  # `h + adjacency @ h` is of no part of the block, by which it could be known again.
             known = matched.get(key) or _free_key(key, readings)
+            drops_plain = key in calls and all(is_plain(each, block) for each in calls[key].all_input_nodes)
             if isinstance(residual, CutError):
                 readings[known] = BranchReading(
-                    readings[known].identity if known in readings else frozenset(), residual
+                    readings[known].identity if known in readings else frozenset(), residual, drops_plain=drops_plain
                 )
             elif known not in readings:
                 ends_in = ".".join(residual.add.meta.get("inlined", ())[-1:])
@@ -98,13 +107,28 @@ def read(
                     is_around,
                     residual.is_projected,
                     is_last,
+                    drops_plain,
                 )
             elif isinstance(parts := readings[known].parts, BranchParts):
                 joined = [tuple(dict.fromkeys([*a, *b])) for a, b in zip(parts.paths, paths[key], strict=True)]
                 readings[known] = readings[known]._replace(
                     identity=readings[known].identity | identities[key], parts=BranchParts(block, *joined)
                 )
+    if functional:
+        for graph in undropped:
+            _find_scaled(graph, block, readings, functional)
     return dict(sorted(readings.items(), key=lambda item: item[0][1])), called
+
+
+def _find_scaled(
+    graph: fx.Graph, block: nn.Module, readings: Mapping[Key, BranchReading], functional: dict[Key, DropPathRule]
+) -> None:
+    """Change the rules of functional drop paths whose branches the code multiplies by p in evaluation: the paper's."""
+    known = {key: readings[key].identity for key, rule in functional.items() if key in readings and rule.drop_rate < 1}
+    for key, (_, residual) in additions_of(graph, block, known).items():
+        keep = 1 - functional[key].drop_rate
+        if not isinstance(residual, CutError) and scaled_value(residual.output, keep) is not None:
+            functional[key] = replace(functional[key], rescale="eval")
 
 
 def _free_key(key: Key, readings: Mapping[Key, BranchReading]) -> Key:

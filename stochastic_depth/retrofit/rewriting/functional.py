@@ -116,6 +116,14 @@ def put_functional(graph: fx.Graph, block: nn.Module) -> list[FunctionalDropPath
     return found
 
 
+def scaled_value(product: fx.Node, keep: float) -> fx.Node | None:
+    """The value that a node multiplies by a survival probability, as the paper does in evaluation; else None."""
+    numbers = [each for each in product.args if isinstance(each, (int, float))]
+    if _name(product) not in ("mul", "mul_", "imul", "rmul", "multiply") or len(product.args) != 2 or product.kwargs:
+        return None
+    return product.all_input_nodes[0] if len(numbers) == 1 and math.isclose(numbers[0], keep) else None
+
+
 def _is_noise_node(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method") and (
         _name(node) in _DRAWS | _MAKES | _FORMS | {"getattr", "_after"} or _function(node) is not None or is_size(node)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import cast
@@ -33,6 +34,7 @@ from stochastic_depth.retrofit.rewriting.operations import (
     computes,
     is_cheap,
     is_computed,
+    is_plain,
     name_of,
 )
 from stochastic_depth.torch_private import parameter_dict
@@ -44,8 +46,8 @@ def residual_sums(graph: fx.Graph, block: nn.Module) -> list[Sum]:
     An addition is one if both operands are computed from a common value, and one of them, the shortcut, is that value
     itself or computed from it by at most half as many children with parameters as the other, without any product of
     two values (a projection). A branch has at least one child with parameters. What was added to a shortcut before, by
-    a parallel branch, does not count for it: in `x + attention(y) + mlp(y)` both are branches. Sums that only look like
-    this are left out, see `lookalikes`.
+    a parallel branch, does not count for it: in `x + attention(y) + mlp(y)` both are branches. Streams that update each
+    other need no common value (`_of_streams`). Sums that only look like this are left out, see `lookalikes`.
     """
     sums: list[Sum] = []
     bases: dict[fx.Node, fx.Node] = {}
@@ -71,7 +73,33 @@ def residual_sums(graph: fx.Graph, block: nn.Module) -> list[Sum]:
         )
     ]
     repeated = {*_repeated(sums)}
-    return [each for each in sums if each.add not in repeated]
+    sums = [each for each in sums if each.add not in repeated]
+    sums += _of_streams(graph, sums, block)
+    places = {node: place for place, node in enumerate(graph.nodes)}
+    return sorted(sums, key=lambda each: places[each.add])
+
+
+def _of_streams(graph: fx.Graph, sums: Sequence[Sum], block: nn.Module) -> list[Sum]:
+    """Sums that add what is computed from one argument to another one, which is added to the first in turn.
+
+    So do reversible blocks, whose two arguments have nothing in common: `a = a + f(b)`, `b = b + g(a)`, and both go on.
+    """
+    known = {each.add for each in sums}
+    found: list[Sum] = []
+    for node in graph.nodes:
+        for shortcut, output in itertools.permutations(added(node) or () if node not in known else (), 2):
+            of_output = ancestors(output)
+            if shortcut.op == "get_attr" or not is_plain(shortcut, block) or is_plain(output, block):
+                continue
+            if any(
+                each.shortcut in of_output - ancestors(shortcut)
+                and is_plain(each.shortcut, block)
+                and node in (inside := ancestors(each.output))
+                and any(user not in inside for user in node.users)
+                for each in sums
+            ):
+                found.append(Sum(node, shortcut, output))
+    return found
 
 
 def _repeated(sums: Sequence[Sum]) -> Iterator[fx.Node]:

@@ -16,7 +16,7 @@ from stochastic_depth.retrofit.recording.edits import Edit, Edits
 from stochastic_depth.retrofit.recording.layouts import in_order
 from stochastic_depth.retrofit.recording.sizes import is_size
 from stochastic_depth.retrofit.rewriting.cuts import CutBranch, Sum, cut
-from stochastic_depth.retrofit.rewriting.functional import FUNCTIONAL, FunctionalDropPath, put_functional
+from stochastic_depth.retrofit.rewriting.functional import FUNCTIONAL, FunctionalDropPath, put_functional, scaled_value
 from stochastic_depth.retrofit.rewriting.gated_calls import (
     BlockGates,
     BranchInput,
@@ -116,8 +116,11 @@ def rewrite(graph: fx.Graph, block: nn.Module, gates: BlockGates, granularity: s
         if key not in matched.values() and _is_met(key, gates, called) and (key[0], gates.known[key]) not in met
     ]
     evaluated: set[Key] = set()
+    factors: dict[Key, float] = {}
     if missing and gates.drop_paths:
         for key, (place, residual) in additions_of(graph, block, {key: gates.known[key] for key in missing}).items():
+            if (keep := gates.drop_paths.scaled.get(key)) is not None and not isinstance(residual, CutError):
+                residual, factors[key] = _without_factor(residual, keep)
             sums["", -1 - place[1]], matched["", -1 - place[1]] = residual, key
             evaluated |= {key} & gates.rules.keys()  # A schedule does not ask whether drop paths are called.
         missing = [key for key in missing if key not in matched.values()]
@@ -150,6 +153,10 @@ def rewrite(graph: fx.Graph, block: nn.Module, gates: BlockGates, granularity: s
     ]
     if unknown and gates.drop_paths:
         raise CutError(f"{_of(unknown[0])} is used more often than in the code that was read")
+    again = next((key for key in unknown if identities[key] in gates.known.values()), None)
+    if again is not None:  # Such as items of a list that was read with two.
+        of = ", ".join(sorted(identities[again]))
+        raise CutError(f"it adds the branch of {of} more often than in the code that was read")
     ungated = tuple(", ".join(sorted(identities[key])) for key in unknown)
     if unknown and not any(key in gates.gated for key in matched.values()):
         raise CutError(f"it adds a branch that was not found in its code ({ungated[0]})")
@@ -165,6 +172,7 @@ def rewrite(graph: fx.Graph, block: nn.Module, gates: BlockGates, granularity: s
             if isinstance(residual, CutError):
                 raise residual
             call, operand, scale = _reference(residual.after(replaced), calls.get(here))
+            scale *= factors.get(key, 1.0)
             make_sum = partial(make_gated_sum, key, paths[here], is_evaluated=is_evaluated)
             replaced[residual.add] = _gate(residual.after(replaced), key, block, gates, granularity, make_sum)
             uses.append(GatedUse(key, call, operand, scale, is_evaluated=is_evaluated))
@@ -206,10 +214,20 @@ def _check_rule(now: FunctionalDropPath, before: DropPathRule, name: str) -> Non
     # Noise of a single sample looks like that of a batch.
     if now.num_samples in (None, 1):
         rule = replace(rule, granularity=before.granularity)
-    if rule != before:
+    if rule != (replace(before, rescale="none") if before.rescale == "eval" else before):
         raise CutError(
             f"the drop path function of {name} was changed from {before} to {rule}: change it before make_stochastic_"
         )
+
+
+def _without_factor(residual: Sum, keep: float) -> tuple[Sum, float]:
+    """A sum without the code's own factor of evaluation, which the gate has, and that factor, if it is there."""
+    value = scaled_value(residual.output, keep)
+    if value is None:
+        return residual, 1.0
+    residual.output.replace_all_uses_with(value)
+    residual.output.graph.erase_node(residual.output)
+    return residual.after({residual.output: value}), keep
 
 
 def _is_met(key: Key, gates: BlockGates, called: set[str]) -> bool:

@@ -35,18 +35,25 @@ class DropPaths(tuple[str, ...]):
     Attributes:
         known: the identity of each branch.
         inlined: paths of the children whose own code is read as part of the block's code.
+        scaled: branches that the code itself multiplies by their survival probability in evaluation, with it.
     """
 
     known: Mapping[Key, Identity]
     inlined: tuple[str, ...]
+    scaled: Mapping[Key, float]
 
     def __new__(
-        cls, paths: Sequence[str] = (), known: Mapping[Key, Identity] | None = None, inlined: Sequence[str] = ()
+        cls,
+        paths: Sequence[str] = (),
+        known: Mapping[Key, Identity] | None = None,
+        inlined: Sequence[str] = (),
+        scaled: Mapping[Key, float] | None = None,
     ) -> DropPaths:
         """The paths, with their branches' identities."""
         made = super().__new__(cls, paths)
         made.known = known or {}
         made.inlined = tuple(inlined)
+        made.scaled = scaled or {}
         return made
 
 

@@ -21,6 +21,7 @@ from stochastic_depth.retrofit.rewriting.gated_calls import in_training
 from stochastic_depth.retrofit.rewriting.rewrite import GatedUse, edits_of
 from stochastic_depth.retrofit.running.block_branches import BlockBranches
 from stochastic_depth.retrofit.running.block_call import BlockCall
+from stochastic_depth.retrofit.running.collected import MASKED, are_collected
 from stochastic_depth.retrofit.running.known_forms import Prepared
 from stochastic_depth.retrofit.running.masked_drop_path import own_code, passing_drop_paths
 from stochastic_depth.retrofit.running.preparation import check_again, prepare
@@ -40,8 +41,12 @@ class StochasticBlock(nn.Module):
             return own(*args, **kwargs)
         prepared, leaves = _prepared_for(branches, self, args, kwargs)
         if prepared.code is None:
-            with own_code(self):
+            with own_code(self, branches.of_drop_paths(self)):
                 return own(*args, **kwargs)
+        if are_collected(self):
+            for use in prepared.uses:
+                branches.warn_of_mask(self, use.key, MASKED)
+            return _masked_code(branches, self, prepared, args, kwargs, leaves)
         if masks_only.get():
             return _masked_code(branches, self, prepared, args, kwargs, leaves)
         for name, value in prepared.stores.items():

@@ -150,9 +150,17 @@ class BlockBranches:
         num_rows = MAX_SAMPLES if self.granularity == "sample" else 0
         return signature, form_of_any_size(leaves, of_leaves, num_rows), *others
 
+    def of_drop_paths(self, block: nn.Module) -> dict[nn.Module, GatedBranch]:
+        """The gated drop paths that are modules, each with a gate of it."""
+        return {
+            block.get_submodule(path): branch
+            for (path, _), branch in self.gated.items()
+            if path not in ("", FUNCTIONAL)
+        }
+
     def is_plain(self, block: nn.Module) -> bool:
         """Whether the block's own code is correct as it is: in evaluation without forced gates and without a factor."""
-        if block.training:
+        if block.training or self.drop_paths.scaled:
             return False
         return all(
             branch.rescale != "eval"

@@ -136,3 +136,17 @@ class CoarsestType(TorchFunctionMode):
             if isinstance(leaf, Tensor) and _TOLERANCES[self.found] < _TOLERANCES.get(leaf.dtype, 0.0) <= self._limit:
                 self.found = leaf.dtype
         return output
+
+
+def some_of(num_samples: int, start: float = 0.0) -> Tensor:
+    """About half of the samples, (num_samples,), in no order that arguments may have too, nor the same backwards.
+
+    Few of the first and many of the last, so that what a child takes for the first half of its samples is another half.
+    """
+    index = torch.arange(num_samples)
+    some = (0.618 * index + start) % 1 < (index + 0.5) / num_samples
+    some[0], some[-1] = True, False
+    half = num_samples // 2
+    if num_samples > 3 and some[:half].sum() == some[half:].sum():
+        some[half - 1] = ~some[half - 1]
+    return some

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -19,13 +19,25 @@ _running: ContextVar[tuple[nn.Module, dict[int, int]] | None] = ContextVar("_run
 
 
 @contextmanager
-def own_code(block: nn.Module) -> Generator[None]:
-    """Context in which a block's own code runs, and calls of its drop paths are counted."""
-    token = _running.set((block, {}))
+def own_code(block: nn.Module, drop_paths: Mapping[nn.Module, GatedBranch]) -> Generator[None]:
+    """Context in which a block's own code runs, and calls of its drop paths are counted.
+
+    Raises:
+        RuntimeError: in evaluation, if the code does not call a drop path whose gate would do something.
+    """
+    uses: dict[int, int] = {}
+    token = _running.set((block, uses))
     try:
         yield
     finally:
         _running.reset(token)
+    for drop_path, branch in () if block.training else drop_paths.items():
+        if id(drop_path) not in uses and (branch.rescale == "eval" or branch.passes.forced):
+            raise RuntimeError(
+                f"{branch.passes.names[branch.index]} is masked, and its block calls the drop path in training only: "
+                "its gate has no effect in evaluation. Call the drop path in evaluation too, where it does nothing, or "
+                "use rescale='train' and no forced gates in evaluation."
+            )
 
 
 _passing: ContextVar[bool] = ContextVar("_passing", default=False)

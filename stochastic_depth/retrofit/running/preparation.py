@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.compiling import is_capturing
+from stochastic_depth.copies import plain_class
+from stochastic_depth.retrofit.code.code_names import names_in_code
 from stochastic_depth.retrofit.code.effects import ChangedObjectError
 from stochastic_depth.retrofit.code.for_now import remembering
 from stochastic_depth.retrofit.errors import CutError, ProofError, StoredError, TraceError
@@ -25,6 +27,7 @@ from stochastic_depth.retrofit.running.known_forms import Prepared
 from stochastic_depth.retrofit.running.masked_drop_path import follow_rule
 from stochastic_depth.retrofit.running.private_runs import private
 from stochastic_depth.retrofit.running.proof import FixedGates, prove
+from stochastic_depth.torch_private import BatchNorm
 
 
 def prepare(call: BlockCall) -> Prepared:
@@ -83,6 +86,8 @@ def _proven(call: BlockCall) -> Prepared:
     """Rewritten code for a call, after it was proven equal to the block's own."""
     branches, block = call.branches, call.block
     forms, of_samples = branches.forms, branches.granularity == "sample"
+    if of_samples:
+        _refuse_places(block)
     trial = stand_in(block, branches.inlined)
     with drawn_for_samples() as functions:
         whole = call.record(trial, {})
@@ -116,6 +121,19 @@ def _proven(call: BlockCall) -> Prepared:
     of_subset = (few.num_many, few.many) if few and of_samples else None
     is_of_any_size = few is not None and not whole.asks_for_sizes and not is_of_one_size
     return Prepared(code, masked, whole.stores, tuple(uses), ungated, recorded, of_subset, is_of_any_size)
+
+
+def _refuse_places(block: nn.Module) -> None:
+    """Refuse batch norms that split their batch, in training only: a proof runs them in evaluation.
+
+    Raises:
+        TraceError: if there is one, such as timm's `SplitBatchNorm2d`.
+    """
+    for path, module in block.named_modules():
+        kind = plain_class(module)
+        is_own = isinstance(module, BatchNorm) and not kind.__module__.startswith("torch.nn.")
+        if is_own and not {"split", "chunk", "tensor_split"}.isdisjoint(names_in_code(kind)[0]):
+            raise TraceError(f"its {path} ({kind.__name__}) asks for the places of the samples in the batch")
 
 
 def _with_fixed_gates(branches: BlockBranches, trial: nn.Module) -> tuple[BlockBranches, FixedGates]:

@@ -26,7 +26,7 @@ from stochastic_depth.retrofit.rewriting.generated_code import Code
 from stochastic_depth.retrofit.rewriting.rewrite import GatedUse, edits_of
 from stochastic_depth.retrofit.rewriting.sums import Key
 from stochastic_depth.retrofit.running.arguments import MakesArguments, anew_of, replaced
-from stochastic_depth.retrofit.running.comparison import CoarsestType, Outcome, compare, differ
+from stochastic_depth.retrofit.running.comparison import CoarsestType, Outcome, compare, differ, some_of
 from stochastic_depth.torch_private import buffer_dict, tree_leaves
 
 Pattern = Mapping[Key, "bool | Tensor | None"]
@@ -193,14 +193,12 @@ def _patterns(
     if len(keys) > 1:
         patterns.append(("with every second gate closed", {key: index % 2 == 0 for index, key in enumerate(keys)}))
     if num_samples is not None and num_samples > 1:
-        # About half of them, in no order that arguments may have too, nor the same backwards; and the other half, which
-        # has what is largest where the first has not.
-        golden = 0.618 * torch.arange(num_samples)
-        each = {key: (golden + 0.37 * index) % 1 < 0.5 for index, key in enumerate(keys)}
-        for gate in each.values():
-            gate[0], gate[-1] = True, False
-        patterns.append((_SOME, dict(each)))
-        patterns.append((_SOME, {key: ~gate for key, gate in each.items()}))
+        some = {key: some_of(num_samples, 0.37 * index) for index, key in enumerate(keys)}
+        # The other samples have what is largest where the first have not. And code may treat a single sample otherwise.
+        only = torch.arange(num_samples) == num_samples - 1
+        patterns.append((_SOME, dict(some)))
+        patterns.append((_SOME, {key: ~gate for key, gate in some.items()}))
+        patterns.append((_SOME, dict.fromkeys(keys, only)))
     return patterns
 
 

@@ -383,3 +383,91 @@ def test_a_whole_branch_in_a_child_that_is_given_its_shortcut() -> None:
         expected = tree.root(torch.cat([one + gates[1] * tree.two.branch(one), one], -1))
         with depth.gates(gates):
             torch.testing.assert_close(net(x), expected, rtol=1e-12, atol=1e-12)
+
+
+class Scan(nn.Module):
+    """A state space's: a sum of its own, which is no residual one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.skip = nn.Parameter(torch.rand(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.enter(x)
+        return self.leave(u.cumsum(0).tanh() + u * self.skip)
+
+
+class Pair(nn.Module):
+    """Returns its branch, which is not added yet, and the shortcut (Mamba)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mixer = nn.LayerNorm(WIDTH), Scan()
+
+    def forward(self, hidden: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        residual = (hidden + residual) if residual is not None else hidden
+        return self.mixer(self.norm(residual)), residual
+
+
+class Pairs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.layers = nn.Linear(WIDTH, WIDTH), nn.ModuleList(Pair() for _ in range(4))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, residual = self.stem(x), None
+        for layer in self.layers:
+            hidden, residual = layer(hidden, residual)
+        return self.head(self.norm(hidden + residual))
+
+
+@pytest.mark.parametrize("by_example", [False, True])
+def test_children_that_return_a_branch_and_its_shortcut(by_example: bool) -> None:
+    torch.manual_seed(0)
+    net, x = Pairs().double(), torch.randn(4, WIDTH, dtype=torch.float64)
+    reference = copy.deepcopy(net)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), inputs=[x] if by_example else None)
+    assert list(depth.names) == ["1", "2", "3", "4"]
+    for gates in ([True] * 4, [False] * 4, [True, False, True, False], [False, True, True, True]):
+        stream = reference.stem(x)
+        for layer, gate in zip(reference.layers, gates, strict=True):
+            stream = stream + gate * layer.mixer(layer.norm(stream))
+        expected = reference.head(reference.norm(stream))
+        net.zero_grad()
+        reference.zero_grad()
+        with depth.gates(gates):
+            output = net(x)
+        torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+        output.square().sum().backward()
+        expected.square().sum().backward()
+        for (name, own), other in zip(net.named_parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(own.grad, other.grad, rtol=1e-10, atol=1e-12, msg=name)
+
+
+class Heads(nn.Module):
+    """Two values, neither of which is the other's shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.deep = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.wide(x), self.deep(x.tanh()).tanh()
+
+
+class AddsHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = Heads()
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide, deep = self.heads(x)
+        return wide + deep
+
+
+@pytest.mark.parametrize("by_example", [False, True])
+def test_a_child_that_returns_two_heads_holds_no_branch(by_example: bool) -> None:
+    with pytest.raises(ValueError, match="No residual branch was found"):
+        sd.make_stochastic_(AddsHeads(), sd.uniform(0.5), inputs=[torch.randn(4, WIDTH)] if by_example else None)

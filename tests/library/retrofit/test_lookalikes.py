@@ -694,3 +694,81 @@ def test_a_projected_block_inside_a_sum_stays_a_branch() -> None:
     assert len(depth.names) == 2
     with depth.gates([False, True]):
         assert_same(net(x), x + net.out(net.skip(x).relu()))
+
+
+class Streams(nn.Module):
+    """A reversible block of two arguments, which have nothing in common."""
+
+    def __init__(self, *, in_a_tuple: bool) -> None:
+        super().__init__()
+        self.f, self.g, self.in_a_tuple = linear(), linear(), in_a_tuple
+
+    def forward(self, *streams: Any) -> tuple[Tensor, Tensor]:
+        a, b = streams[0] if self.in_a_tuple else streams
+        a = a + self.f(b).tanh()
+        b = self.g(a).tanh() + b
+        return a, b
+
+
+class StreamsNet(nn.Module):
+    def __init__(self, *, in_a_tuple: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Streams(in_a_tuple=in_a_tuple) for _ in range(2))
+        self.in_a_tuple = in_a_tuple
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        for block in self.blocks:
+            a, b = block((a, b)) if self.in_a_tuple else block(a, b)
+        return torch.cat([a, b], -1)
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+@pytest.mark.parametrize("in_a_tuple", [False, True])
+@pytest.mark.parametrize("by_example", [False, True])
+def test_streams_that_update_each_other_have_a_branch_each(
+    *, by_example: bool, in_a_tuple: bool, granularity: Any
+) -> None:
+    torch.manual_seed(0)
+    net, a, b = StreamsNet(in_a_tuple=in_a_tuple).double(), data(4), data(4, seed=1)
+    reference = copy.deepcopy(net)
+    depth = sd.make_stochastic_(
+        net, sd.uniform(0.5), granularity=granularity, inputs=[a, b] if by_example else None, seed=3
+    )
+    assert depth.names == ["blocks.0#1", "blocks.0#2", "blocks.1#1", "blocks.1#2"]
+    rows = 4 if granularity == "sample" else 1
+    for seed in range(4):
+        gates = torch.rand(4, rows, generator=torch.Generator().manual_seed(seed)) < 0.5
+        first, second = a, b
+        for index, block in enumerate(reference.blocks):
+            of_first, of_second = gates[2 * index, :, None], gates[2 * index + 1, :, None]
+            first = first + of_first * block.f(second).tanh()
+            second = second + of_second * block.g(first).tanh()
+        with depth.gates(gates if granularity == "sample" else gates[:, 0].tolist()):
+            y = net(a, b)
+        expected = torch.cat([first, second], -1)
+        assert_same(y, expected)
+        for model, output in ((net, y), (reference, expected)):
+            model.zero_grad()
+            output.square().sum().backward()
+        for own, other in zip(net.parameters(), reference.parameters(), strict=True):
+            assert_same(own.grad, other.grad)
+
+
+class Conditioned(nn.Module):
+    """What is computed from the hidden state is added to a condition, and ends there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = linear(), linear()
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        return x + self.g((condition + self.f(x)).relu())
+
+
+@pytest.mark.parametrize("by_example", [False, True])
+def test_a_condition_inside_a_branch_is_no_stream(*, by_example: bool) -> None:
+    net, inputs = Conditioned().double(), [data(4), data(4, seed=1)]
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), inputs=inputs if by_example else None)
+    assert depth.names == ["1"]
+    with depth.gates([False]):
+        assert_same(net(*inputs), inputs[0])
