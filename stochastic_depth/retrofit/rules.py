@@ -12,6 +12,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import FunctionType
 from typing import Any, NamedTuple, get_args
 from weakref import WeakKeyDictionary
 
@@ -22,7 +23,6 @@ from stochastic_depth.copies import plain_class
 from stochastic_depth.gate_draws import Granularity
 from stochastic_depth.random_states import same_random_states
 from stochastic_depth.residual import Rescale
-from stochastic_depth.retrofit.code.code_names import names_in_code
 from stochastic_depth.torch_private import without_torch_function
 
 _CLASS_NAMES = ("DropPath", "StochasticDepth")
@@ -140,9 +140,9 @@ def drop_path_rule(module: nn.Module) -> DropPathRule | None:
 def _unnamed_rule(module: nn.Module) -> DropPathRule | None:
     """The rule of a module that does what a drop path does, whatever it is called."""
     kind = plain_class(module)
-    if kind.__module__.startswith("torch.") or not _draws(kind):
-        return None
     if any(True for _ in module.children()) or any(True for _ in module.parameters()):
+        return None
+    if kind.__module__.startswith("torch.") or not _draws(kind):
         return None
     numbers = {name: value for name, value in vars(module).items() if isinstance(value, float)}
     if module not in _unnamed:
@@ -181,8 +181,19 @@ _unnamed: WeakKeyDictionary[nn.Module, _Unnamed | None] = WeakKeyDictionary()
 
 
 def _draws(kind: type[nn.Module]) -> bool:
-    """Whether the code of a class may draw random numbers."""
-    return any(part in name.lower() for name in names_in_code(kind)[0] for part in ("rand", "bernoulli", "uniform"))
+    """Whether the methods of a class, or functions that they call by name, may draw random numbers."""
+    classes = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    pending = [each for part in classes for each in vars(part).values() if isinstance(each, FunctionType)]
+    seen: set[FunctionType] = set()
+    while pending:
+        function = pending.pop()
+        names = function.__code__.co_names
+        if any(part in name.lower() for name in names for part in ("rand", "bernoulli", "uniform", "binomial")):
+            return True
+        seen.add(function)
+        called = [function.__globals__.get(name) for name in names]
+        pending += [each for each in called if isinstance(each, FunctionType) and each not in seen]
+    return False
 
 
 def _on_trial(module: nn.Module, numbers: Mapping[str, float]) -> _Unnamed | None:

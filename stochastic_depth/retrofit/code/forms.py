@@ -97,11 +97,19 @@ def form_of_leaves(leaves: Sequence[Any], called: Collection[type] = ()) -> tupl
     Args:
         leaves: the tensors and objects.
         called: classes of objects whose methods code calls without reading their content.
+
+    Raises:
+        RuntimeError: if one is a nested tensor, which has no sizes.
     """
+    if any(isinstance(leaf, Tensor) and leaf.is_nested for leaf in leaves):
+        raise RuntimeError(
+            "A block with gated branches is given a nested tensor. nn.TransformerEncoder makes one of a padded batch "
+            "in evaluation without gradients: set encoder.use_nested_tensor = False, or use layers=."
+        )
     return tuple(
         [
             (leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad, leaf.is_contiguous() or leaf.stride())
-            if (type(leaf) is Tensor or type(leaf) is nn.Parameter) and not leaf.__dict__ and not leaf.is_nested
+            if (type(leaf) is Tensor or type(leaf) is nn.Parameter) and not leaf.__dict__
             else (type(leaf), tuple([(n, v) for n, v in vars(leaf).items() if is_plain(v)]))
             if type(leaf) in called
             else form_of(leaf)

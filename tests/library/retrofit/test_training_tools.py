@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -200,3 +201,75 @@ def test_the_evaluated_model_gives_the_same_in_onnx(case: str, tmp_path: Path) -
     (output,) = session.run(None, {session.get_inputs()[0].name: images(2).numpy()})
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(output), model(images(2)), rtol=1e-4, atol=1e-4)
+
+
+def plain_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Sequential(*(sd.Residual(nn.Linear(6, 6)) for _ in range(3))))
+
+
+def test_a_copy_of_a_block_in_the_model_is_refused_in_training() -> None:
+    net, x = plain_net(), torch.randn(4, 6)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5))
+    stage = net[0]
+    assert isinstance(stage, nn.Sequential)
+    beside = copy.deepcopy(stage)
+    stage.append(copy.deepcopy(stage[2]))
+    with pytest.raises(RuntimeError, match=r"A copy of 0\.2 runs in the model that it was copied from"):
+        net(x)
+    with depth.gates([True] * 3):
+        pass
+    assert net.eval()(x).shape == x.shape
+    assert beside.train()(x).shape == x.shape  # a model of its own
+
+
+def test_a_traced_function_does_not_freeze_a_draw() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    net, x = plain_net(), torch.randn(4, 6)
+    sd.make_stochastic_(net, sd.uniform(0.5))
+    with pytest.raises(RuntimeError, match="A trace would freeze the gates"):
+        make_fx(net)(x)
+    torch.testing.assert_close(make_fx(net.eval())(x)(x), net(x))
+
+
+def test_gradients_of_single_samples_do_not_share_a_gate() -> None:
+    net, x = plain_net(), torch.randn(4, 6)
+    sd.make_stochastic_(net, sd.uniform(0.5), granularity="sample")
+    parameters = {name: parameter.detach() for name, parameter in net.named_parameters()}
+
+    def loss(values: dict[str, Tensor], sample: Tensor) -> Tensor:
+        return torch.func.functional_call(net, values, (sample[None],)).sum()
+
+    with pytest.raises(RuntimeError, match=r"torch\.vmap draws one gate for all that it maps"):
+        torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    sd.restore_(net)
+    sd.make_stochastic_(net, sd.uniform(0.5))
+    torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+
+
+def test_the_gates_after_an_empty_batch() -> None:
+    net = plain_net()
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), granularity="sample")
+    net(torch.randn(0, 6))
+    assert depth.last_gates == [0.0] * 3
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("rescale", ["eval", "train"])
+def test_an_evaluated_encoder_packs_a_padded_batch(rescale: Any) -> None:
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), 2).double()
+    x, padding = torch.randn(3, 5, 8, dtype=torch.float64), torch.zeros(3, 5, dtype=torch.bool)
+    padding[0, 3:] = True
+    sd.make_stochastic_(encoder, sd.uniform(0.5), rescale=rescale)
+    encoder(x, src_key_padding_mask=padding)
+    encoder.eval()
+    expected = encoder(x, src_key_padding_mask=padding).detach()
+    with torch.no_grad():
+        if rescale == "eval":
+            with pytest.raises(RuntimeError, match=r"set encoder\.use_nested_tensor = False"):
+                encoder(x, src_key_padding_mask=padding)
+            encoder.use_nested_tensor = False
+        found = encoder(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(found[~padding], expected[~padding])
