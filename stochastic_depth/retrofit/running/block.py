@@ -44,6 +44,7 @@ class StochasticBlock(nn.Module):
             with own_code(self, branches.of_drop_paths(self)):
                 return own(*args, **kwargs)
         if are_collected(self):
+            branches.mask_of_call = MASKED
             for use in prepared.uses:
                 branches.warn_of_mask(self, use.key, MASKED)
             return _masked_code(branches, self, prepared, args, kwargs, leaves)

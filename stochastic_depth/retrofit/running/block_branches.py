@@ -45,6 +45,7 @@ class BlockBranches:
         own_forms: the forms in which this block was called.
         reads: what the block's code may read besides its arguments; None before the first call.
         fingerprint: equal for blocks that share prepared code; None if it must be computed anew.
+        mask_of_call: why a call was masked whose code is proven; empty if there was none.
     """
 
     name: str
@@ -58,6 +59,7 @@ class BlockBranches:
     own_forms: dict[CallForm, Form] = field(default_factory=dict[Any, Form], repr=False)
     reads: Reads | None = field(default=None, repr=False)
     fingerprint: Any = field(default=None, repr=False)
+    mask_of_call: str = ""
     _own_forms_of_any_size: dict[CallForm, Form] = field(default_factory=dict[Any, Form], repr=False)
     _parts_on_paths: dict[Any, BranchParts] = field(default_factory=dict[Any, BranchParts], repr=False)
     _state_of_children: StateOfChildren | None = field(default=None, repr=False)
@@ -100,7 +102,8 @@ class BlockBranches:
 
     def cause_of_mask(self, key: Key) -> str:
         """Why a branch is masked in the calls so far; empty if it is skipped in all of them."""
-        return next((own.prepared.masked[key] for own in self.own_forms.values() if key in own.prepared.masked), "")
+        causes = (own.prepared.masked[key] for own in self.own_forms.values() if key in own.prepared.masked)
+        return next(causes, self.mask_of_call)
 
     @property
     def can_mask(self) -> bool:

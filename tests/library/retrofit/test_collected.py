@@ -55,6 +55,7 @@ def test_attention_maps_of_all_layers_and_samples(granularity: Any) -> None:
         torch.testing.assert_close(found, attention, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(outputs.last_hidden_state, expected, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(plain, expected, rtol=1e-10, atol=1e-12)
+    assert depth.verify(TOKENS, output_attentions=True).num_masked == 6
 
 
 @pytest.mark.parametrize("granularity", ["batch", "sample"])
