@@ -195,6 +195,7 @@ class CalledInTraining(Block):
         return x + y
 
 
+@pytest.mark.filterwarnings("ignore::stochastic_depth.MaskedBranchWarning")
 def test_a_masked_drop_path_that_evaluation_does_not_call_is_refused_there() -> None:
     net, x = nn.Sequential(CalledInTraining(SkipSample(0.2))).double(), data(4)
     depth = sd.make_stochastic_(net, sd.uniform(0.5))

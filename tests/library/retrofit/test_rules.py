@@ -201,7 +201,11 @@ def test_a_drop_path_of_any_rate_is_one(rate: float) -> None:
     [
         ({"drop_rate": -0.1}, ValueError, r"drop_rate must be in \[0, 1\], but is -0\.1"),
         ({"drop_rate": "a"}, TypeError, r"drop_rate must be a number in \[0, 1\], but is 'a'"),
-        ({"drop_rate": 0.1, "rescale": "eval"}, ValueError, "rescale must be 'train' or 'none', but is 'eval'"),
+        (
+            {"drop_rate": 0.1, "rescale": "both"},
+            ValueError,
+            "rescale must be one of 'eval', 'train', 'none', but is 'both'",
+        ),
         ({"drop_rate": 0.1, "granularity": "row"}, ValueError, "granularity must be 'batch' or 'sample', but is 'row'"),
     ],
 )
