@@ -18,6 +18,8 @@ DIGITS_RATES = (0.1, 0.05)
 """Constant and stochastic depth, 56 layers, 300 steps: see `learning-rates`."""
 CIFAR10_RATES = (0.1, 0.1)
 """Constant and stochastic depth, 32 layers, 1,000 steps: see `learning-rates-cifar10`. Both are the paper's rate."""
+DEEPER_RATES = {20: (0.2, 0.1), 56: (0.1, 0.05), 110: (0.005, 0.02), 302: (0.005, 0.005), 1202: (0.002, 0.002)}
+"""By layers, constant and stochastic depth: see `learning-rates-deeper`, which has a tenth of the steps."""
 
 
 def few(

@@ -245,11 +245,9 @@ DEPTH_SURVIVAL = Study(
 )
 
 # Huang et al. 2016: 1202 layers have 4.91 % with stochastic depth, 110 have 5.23 %; at constant depth 6.72 and 6.41 %.
-# The paper's schedule with its warm-up at a tenth of the rate, here for the first tenth of 2,000 steps; not tuned.
+# The paper's schedule with its warm-up at a tenth of the rate, here for the first tenth of 2,000 steps.
 # stochastic-depth reproduce deeper --scale small --out runs/deeper
 _DEEPER = (_DEPTHS[0], _DEPTHS[3], _CIFAR10_110, _CIFAR10_1202)
-# By layers, the rates that `learning-rates-deeper` chooses for constant and stochastic depth.
-DEEPER_RATES = {20: (0.1, 0.1), 56: (0.1, 0.1), 110: (0.1, 0.1), 302: (0.005, 0.005), 1202: (0.002, 0.002)}
 
 
 def _digits_deeper(num_layers: int, rates: tuple[float, float], steps: int, epochs: int, name: str = "") -> Pair:
@@ -258,7 +256,7 @@ def _digits_deeper(num_layers: int, rates: tuple[float, float], steps: int, epoc
     return few.few(name, few.digits(), num_layers, steps=steps, epochs=epochs, rates=rates, **settings)
 
 
-_DIGITS_DEEPER = tuple(_digits_deeper(num_layers, rates, 2000, 10) for num_layers, rates in DEEPER_RATES.items())
+_DIGITS_DEEPER = tuple(_digits_deeper(num_layers, rates, 2000, 10) for num_layers, rates in few.DEEPER_RATES.items())
 DEEPER = Study(
     "deeper",
     "Test error over depth, up to 1202 layers",
@@ -448,5 +446,5 @@ def _rate_grid_deeper(num_layers: int) -> tuple[Experiment, ...]:
 LEARNING_RATES_DEEPER = _learning_rates(
     "learning-rates-deeper",
     "20 to 1202 layers",
-    tuple(each for num_layers in DEEPER_RATES for each in _rate_grid_deeper(num_layers)),
+    tuple(each for num_layers in few.DEEPER_RATES for each in _rate_grid_deeper(num_layers)),
 )

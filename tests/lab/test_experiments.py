@@ -274,21 +274,23 @@ def test_a_small_form_has_few_images_and_fewer_layers():
 
 
 @pytest.mark.parametrize(
-    ("study", "rates"),
+    ("study", "num_layers", "rates"),
     [
-        ("learning-rates", few.DIGITS_RATES),
-        ("learning-rates-cifar10", few.CIFAR10_RATES),
+        ("learning-rates", 56, few.DIGITS_RATES),
+        ("learning-rates-cifar10", 32, few.CIFAR10_RATES),
+        *(("learning-rates-deeper", num_layers, rates) for num_layers, rates in few.DEEPER_RATES.items()),
     ],
 )
-def test_the_rates_are_those_that_validation_chooses(study, rates):
+def test_the_rates_are_those_that_validation_chooses(study, num_layers, rates):
     path = Path(__file__).parents[2] / "results" / study / "runs.jsonl"
     found = {}
     for line in path.read_text().splitlines():
         run = json.loads(line)
         config = from_json(run["config.json"])
-        errors = found.setdefault((config.depth is not None, config.recipe.learning_rate), {})
-        errors[config.seed] = run["metrics"][-1]["validation_error"]
-    assert len(found) == len(STUDIES[study].experiments)
+        if config.model.num_layers == num_layers:
+            errors = found.setdefault((config.depth is not None, config.recipe.learning_rate), {})
+            errors[config.seed] = run["metrics"][-1]["validation_error"]
+    assert len(found) == sum(each.model.num_layers == num_layers for each in STUDIES[study].experiments)
     for stochastic, rate in enumerate(rates):
         own = {each: errors for (kind, each), errors in found.items() if kind == bool(stochastic)}
         seeds = set.intersection(*map(set, own.values()))  # those that have the whole grid
