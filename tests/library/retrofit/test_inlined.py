@@ -451,10 +451,10 @@ class Heads(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.wide, self.deep = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.wide, self.deep, self.deeper = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.wide(x), self.deep(x.tanh()).tanh()
+        return self.wide(x), self.deeper(self.deep(x).tanh())
 
 
 class AddsHeads(nn.Module):
