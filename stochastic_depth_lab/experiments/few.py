@@ -19,8 +19,8 @@ DIGITS_RATES = (0.1, 0.05)
 CIFAR10_RATES = (0.1, 0.1)
 """Constant and stochastic depth, 32 layers, 1,000 steps: see `learning-rates-cifar10`. Both are the paper's rate."""
 DEEPER_RATES = {20: (0.1, 0.1), 56: (0.1, 0.1), 110: (0.1, 0.1), 302: (0.005, 0.005), 1202: (0.002, 0.002)}
-"""By layers, constant and stochastic depth. Up to 110 layers it is the paper's rate, at which 1202 do not train. Those of
-302 and 1202 are what `learning-rates-deeper` chooses with a tenth of the steps."""
+"""By layers, constant and stochastic depth. Up to 110 layers it is the paper's rate, at which 1202 layers do not train.
+Those of 302 and 1202 are what `learning-rates-deeper` chooses with a tenth of the steps."""
 
 
 def few(

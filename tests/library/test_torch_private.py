@@ -465,3 +465,22 @@ def test_keys_of_fsdp_and_running_ddp(tmp_path: Path) -> None:
         dist.destroy_process_group()
     assert seen == [wrapper]
     assert private.running_ddp() is None
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated")
+def test_is_traced_and_is_mapped() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    seen: list[tuple[bool, bool]] = []
+
+    def note(x: Tensor) -> Tensor:
+        seen.append((private.is_traced(), private.is_mapped()))
+        return x + 1
+
+    x = torch.ones(2)
+    note(x)
+    make_fx(note)(x)
+    torch.jit.trace(note, x, check_trace=False)
+    torch.vmap(note)(x)
+    torch.func.grad(lambda value: note(value).sum())(x)
+    assert seen == [(False, False), (True, False), (True, False), (False, True), (False, False)]

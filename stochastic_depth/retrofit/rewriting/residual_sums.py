@@ -95,7 +95,7 @@ def _of_streams(graph: fx.Graph, sums: Sequence[Sum], block: nn.Module) -> list[
                 each.shortcut in of_output - ancestors(shortcut)
                 and is_plain(each.shortcut, block)
                 and node in (inside := ancestors(each.output))
-                and any(user not in inside for user in node.users)
+                and any(user is not each.add and user not in inside for user in node.users)
                 for each in sums
             ):
                 found.append(Sum(node, shortcut, output))

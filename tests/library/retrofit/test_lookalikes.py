@@ -765,9 +765,17 @@ class Conditioned(nn.Module):
         return x + self.g((condition + self.f(x)).relu())
 
 
+class Controlled(Conditioned):
+    """The condition is added at the end of the branch."""
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        return x + (self.g(self.f(x).relu()) + condition)
+
+
+@pytest.mark.parametrize("make", [Conditioned, Controlled])
 @pytest.mark.parametrize("by_example", [False, True])
-def test_a_condition_inside_a_branch_is_no_stream(*, by_example: bool) -> None:
-    net, inputs = Conditioned().double(), [data(4), data(4, seed=1)]
+def test_a_condition_inside_a_branch_is_no_stream(make: type[nn.Module], *, by_example: bool) -> None:
+    net, inputs = make().double(), [data(4), data(4, seed=1)]
     depth = sd.make_stochastic_(net, sd.uniform(0.5), inputs=inputs if by_example else None)
     assert depth.names == ["1"]
     with depth.gates([False]):
