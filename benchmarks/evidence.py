@@ -57,14 +57,14 @@ PLAN: tuple[tuple[str, int, str], ...] = (
     ("table1", 5, "digits-*"),
     # Deep networks do not train at the paper's rate: theirs come first, then `deeper` with them.
     ("learning-rates-deeper", 1, "digits-1202-*"),
-    ("learning-rates-deeper", 2, "digits-302-*"),
-    ("learning-rates-deeper", 2, "digits-110-*"),
-    ("learning-rates-deeper", 2, "digits-??-*"),
     ("deeper", 1, "digits-1202-*"),
-    ("deeper", 1, "*"),
     ("payoff", 1, "cifar10-*"),
+    ("learning-rates-deeper", 1, "*"),
+    ("deeper", 1, "*"),
     ("depth-survival", 5, "*"),
-    ("deeper", 3, "*"),
+    ("deeper", 3, "digits-??-*"),
+    ("deeper", 3, "digits-110-*"),
+    ("deeper", 3, "digits-302-*"),
     ("payoff", 3, "cifar10-*"),
     ("payoff", 3, "*"),
     ("cifar10-all", 2, "*"),
@@ -73,6 +73,7 @@ PLAN: tuple[tuple[str, int, str], ...] = (
     ("deeper", 5, "digits-??-*"),
     ("deeper", 5, "digits-110-*"),
     ("deeper", 5, "digits-302-*"),
+    ("deeper", 3, "*"),
     ("learning-rates-deeper", 2, "*"),
 )
 """Studies, seeds of each, and which of their experiments; most valuable first. `plan` says how many hours they take."""
