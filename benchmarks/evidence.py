@@ -33,6 +33,7 @@ from stochastic_depth_lab.training import sweep
 ROOT = Path(os.environ.get("EVIDENCE_ROOT") or Path(__file__).parent.parent)
 RUNS = ROOT / "runs" / "evidence"
 RESULTS = ROOT / "results"
+PAGES = ROOT / "docs" / "results" / "few-images"
 PLAN: tuple[tuple[str, int, str], ...] = (
     ("digits", 3, "*"),
     ("learning-rates", 2, "*"),
@@ -203,60 +204,70 @@ def expected_s(experiment: Experiment) -> float:
 
 
 def report() -> None:
-    """Draw every study of the plan that has a finished run into `results`, and write `docs/results/few-images.md`."""
+    """Draw every study of the plan from its finished runs into `results`, and write its page of `docs/results`."""
+    restore()
+    PAGES.mkdir(parents=True, exist_ok=True)
+    for study in SEEDS:
+        write_whole(PAGES / f"{study}.md", page(study).encode())
+
+
+def page(study: str) -> str:
+    """A study's page, whose figures and tables are drawn into `results`."""
     from stochastic_depth_lab.after.baselines import baselines
     from stochastic_depth_lab.report import write_study  # every run imports this file: matplotlib takes seconds
     from stochastic_depth_lab.report.study.verdicts import RULE
 
-    restore()
-    sections: list[str] = []
-    machines: set[str] = set()
-    for study, num_seeds in sorted(SEEDS.items(), key=lambda item: list(STUDIES).index(item[0])):
-        runs = [(job.experiment, job.folder) for job in sweep.jobs_for(experiments(study, num_seeds), RUNS)]
-        finished = [(experiment, folder) for experiment, folder in runs if (folder / "result.json").exists()]
-        if not finished:
-            sections.append(
-                f"## {STUDIES[study].title}\n\n{STUDIES[study].claim}\n\nNot run yet.\n\n{command(study)}\n"
-            )
-            continue
-        written = write_study(
-            STUDIES[study],
-            runs,
-            RUNS.parent / "report",
-            baselines(experiment for experiment, _ in finished) if STUDIES[study].baselines else None,
-            run_pages=False,
-            width=140,
-        )
-        folder = RESULTS / study
-        folder.mkdir(parents=True, exist_ok=True)
-        made = written.page.with_suffix("")
-        figures = {f"{each.name}.svg": each for each in written.figures}
-        for path in (*(made / "data").glob("*.csv"), *(made / "figures" / name for name in figures)):
-            shutil.copy(path, folder)
-        machines |= {machine(records.read_json(folder / "environment.json")) for _, folder in finished}
-        images = "\n\n".join(
-            f"![{each.title}](../../results/{study}/{name})\n\n*{each.title}.* {each.caption}"
+    title, claim = STUDIES[study].title, STUDIES[study].claim
+    runs = [(job.experiment, job.folder) for job in sweep.jobs_for(experiments(study, SEEDS[study]), RUNS)]
+    finished = [(experiment, folder) for experiment, folder in runs if (folder / "result.json").exists()]
+    done = f"{len(finished)} of {len(runs)} runs done"
+    if not finished:
+        return f"# {title}\n\n{claim}\n\n{command(study)}, {done}.\n"
+    written = write_study(
+        STUDIES[study],
+        runs,
+        RUNS.parent / "report",
+        baselines(experiment for experiment, _ in finished) if STUDIES[study].baselines else None,
+        run_pages=False,
+        width=140,
+    )
+    made = written.page.with_suffix("")
+    figures = {f"{each.name}.svg": each for each in written.figures}
+    (RESULTS / study).mkdir(parents=True, exist_ok=True)
+    for path in (*(made / "data").glob("*.csv"), *(made / "figures" / name for name in figures)):
+        shutil.copy(path, RESULTS / study)
+    return PAGE.format(
+        title=title,
+        claim=claim,
+        command=command(study),
+        done=done,
+        table=written.text.split("\n", 1)[1].strip("\n"),  # without its title
+        figures="".join(
+            f"![{each.title}](../../../results/{study}/{name})\n\n*{each.title}.* {each.caption}\n\n"
             for name, each in figures.items()
-        )
-        table = written.text.split("\n", 1)[1].strip("\n")  # the title is the heading
-        sections.append(
-            f"## {STUDIES[study].title}\n\n{STUDIES[study].claim}\n\n{command(study)}, "
-            f"{len(finished)} of {len(runs)} runs done.\n\n```text\n{table}\n```\n\n{images}\n"
-        )
-    head = PAGE.format(rule=RULE, machines="; ".join(sorted(machines)))
-    (ROOT / "docs" / "results" / "few-images.md").write_text("\n".join([head, *sections]))
+        ),
+        rule=f" Verdicts are computed from runs paired by seed. {RULE}" if STUDIES[study].claims else "",
+        study=study,
+        machines="; ".join(sorted({machine(records.read_json(run / "environment.json")) for _, run in finished})),
+    )
 
 
 PAGE = """\
-# Few images: does stochastic depth help, and when?
+# {title}
 
-`python benchmarks/evidence.py report` writes this page from the runs in `results/*/runs.jsonl`; do not edit it.
+{claim}
 
-The setting: few training images, no augmentation, enough steps for a deep network to memorize them.
-[The small versions](../reproduce.md#the-small-versions) describes the runs, how their learning rates are chosen and
-which error is reported. Verdicts are computed from runs paired by seed. {rule}
+{command}, {done}.
 
-Machines: {machines}. Other jobs ran at the same time, so times are process times.
+```text
+{table}
+```
+
+{figures}[Few images](../few-images.md) says what follows, and [the small versions](../../reproduce.md#the-small-versions)
+which images, networks and learning rates these are.{rule}
+
+{machines}. Other jobs ran at the same time, so times are process times. `python benchmarks/evidence.py report` writes
+this page from `results/{study}/runs.jsonl`; do not edit it.
 """
 
 

@@ -359,8 +359,15 @@ REGULARIZERS = Study(
 _STEPS = (100, 300, 1000, 3000)
 
 
-def _payoff(name: str, data: Any, num_layers: int, images: Sequence[int], rates: tuple[float, float]) -> Iterator[Pair]:
-    for count, steps in product(images, _STEPS):
+def _payoff(
+    name: str,
+    data: Any,
+    num_layers: int,
+    images: Sequence[int],
+    rates: tuple[float, float],
+    numbers_of_steps: Sequence[int] = _STEPS,
+) -> Iterator[Pair]:
+    for count, steps in product(images, numbers_of_steps):
         passes = steps * few.BATCH_SIZE // (10 * count)
         epochs = max(number for number in range(1, 6) if passes % number == 0)
         pair = few.few(
@@ -370,7 +377,11 @@ def _payoff(name: str, data: Any, num_layers: int, images: Sequence[int], rates:
 
 
 _DIGITS_PAYOFF = tuple(_payoff("digits", few.digits, 56, (2, 5, 10, 20, 50, 100), few.DIGITS_RATES))
-_CIFAR10_PAYOFF = tuple(_payoff("cifar10", few.cifar10, 32, (10, 100, 500), few.CIFAR10_RATES))
+_CIFAR10_PAYOFF = (
+    *_payoff("cifar10", few.cifar10, 32, (10, 100, 500), few.CIFAR10_RATES),
+    # 3,000 steps are 30 passes over 5,000 images, too few for stochastic depth; these are 100.
+    *_payoff("cifar10", few.cifar10, 32, (500,), few.CIFAR10_RATES, (10_000,)),
+)
 PAYOFF = Study(
     "payoff",
     "When does stochastic depth help? Number of training steps and images",
