@@ -263,8 +263,8 @@ PAGE = """\
 {table}
 ```
 
-{figures}[Few images](../few-images.md) says what follows, and [the small versions](../../reproduce.md#the-small-versions)
-which images, networks and learning rates these are.{rule}
+{figures}[Few images](../few-images.md) says what follows,
+[the small versions](../../reproduce.md#the-small-versions) which images, networks and learning rates these are.{rule}
 
 {machines}. Other jobs ran at the same time, so times are process times. `python benchmarks/evidence.py report` writes
 this page from `results/{study}/runs.jsonl`; do not edit it.

@@ -15,11 +15,10 @@ from stochastic_depth_lab.report.study.figures import (
     gap,
     heat_map,
     rates,
-    split_by_loss,
     survival_curve,
-    threshold,
 )
 from stochastic_depth_lab.report.study.rows import Seeds
+from stochastic_depth_lab.report.study.rule_of_thumb import rule_of_thumb, sentences
 
 
 def _gap(rows: Sequence[Seeds]) -> list[Drawing]:
@@ -121,7 +120,7 @@ def _rates_of_a_network(rows: Sequence[Seeds]) -> Drawing:
 
 def _crossing(rows: Sequence[Seeds]) -> list[Drawing]:
     return [
-        draw(dataset, cells) for dataset, cells in _cells_by_dataset(rows).items() for draw in (crossing, threshold)
+        draw(dataset, cells) for dataset, cells in _cells_by_dataset(rows).items() for draw in (crossing, rule_of_thumb)
     ]
 
 
@@ -152,9 +151,10 @@ def _cells_by_dataset(rows: Sequence[Seeds]) -> dict[str, list[Cell]]:
                 for kind in (False, True)
             )
             if differences := [stochastic[seed] - constant[seed] for seed in constant if seed in stochastic]:
-                losses = [run.epochs[-1].train_loss for run in pair[False].runs]
+                loss = statistics.mean(run.epochs[-1].train_loss for run in pair[False].runs)
+                recipe = pair[False].experiment.recipe
                 cells.setdefault(dataset, []).append(
-                    Cell(num_images, num_steps, tuple(differences), statistics.mean(losses))
+                    Cell(num_images, num_steps, tuple(differences), loss, recipe.epochs * recipe.epoch_passes)
                 )
     return cells
 
@@ -183,23 +183,8 @@ def chosen_rates(study: Study, rows: Sequence[Seeds]) -> list[str]:
     return chosen
 
 
-def threshold_of_loss(study: Study, rows: Sequence[Seeds]) -> list[str]:
-    """The rule of thumb: the training loss of constant depth below which stochastic depth is better, if any."""
+def rules_of_thumb(study: Study, rows: Sequence[Seeds]) -> list[str]:
+    """What tells the settings in which stochastic depth is better from the others."""
     if "crossing" not in study.figures:
         return []
-    sentences: list[str] = []
-    for dataset, cells in _cells_by_dataset(rows).items():
-        loss = split_by_loss(cells)
-        if loss is None:
-            sentences.append(
-                f"{dataset}: stochastic depth has the lower mean error in {sum(c.mean < 0 for c in cells)} of "
-                f"{len(cells)} settings. No training loss of constant depth separates these from the others."
-            )
-            continue
-        below, above = ([c for c in cells if (c.train_loss < loss) == side] for side in (True, False))
-        sentences.append(
-            f"{dataset}: stochastic depth has the lower mean error in {sum(c.mean < 0 for c in below)} of "
-            f"{len(below)} settings in which the training loss of constant depth ends below {loss:.2g}, and in "
-            f"{sum(c.mean < 0 for c in above)} of {len(above)} others."
-        )
-    return sentences
+    return [each for dataset, cells in _cells_by_dataset(rows).items() for each in sentences(dataset, cells)]

@@ -5,14 +5,13 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter
 
 from stochastic_depth_lab.report.figures import Drawing, legend
 from stochastic_depth_lab.report.theme import INK, MUTED, SERIES
@@ -44,6 +43,8 @@ class Cell:
     """Test error of stochastic minus constant depth, in points, seed by seed."""
     train_loss: float
     """Training loss of constant depth in the last epoch, mean over the seeds."""
+    passes: float
+    """How often training shows each image."""
 
     @property
     def mean(self) -> float:
@@ -288,60 +289,5 @@ def crossing(dataset: str, cells: Sequence[Cell]) -> Drawing:
         f"When stochastic depth helps: {dataset}",
         "Blue: stochastic depth is better. Black line: break-even, interpolated between two numbers of steps. Mean "
         "over the seeds.",
-        figure,
-    )
-
-
-def split_by_loss(cells: Sequence[Cell]) -> float | None:
-    """The training loss of constant depth that best separates the cells: below it, stochastic depth is better.
-
-    It is the geometric mean of two neighboring losses, chosen so that the fewest cells are on the wrong side; the first
-    of equally good ones. None if no loss separates them better than none at all.
-    """
-    losses = sorted({cell.train_loss for cell in cells})
-
-    def num_wrong(bound: float) -> int:
-        return sum((cell.train_loss < bound) != (cell.mean < 0) for cell in cells)
-
-    bounds = [math.sqrt(a * b) for a, b in itertools.pairwise(losses)]
-    best = min(bounds, key=num_wrong, default=None)
-    trivial = min(num_wrong(0), num_wrong(math.inf))
-    return None if best is None or num_wrong(best) >= trivial else best
-
-
-def _short(value: float, _position: int) -> str:
-    return f"{value:g}"
-
-
-def threshold(dataset: str, cells: Sequence[Cell]) -> Drawing:
-    """The rule of thumb: the gain over the final training loss of constant depth."""
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
-    axes = figure.subplots()
-    entries: list[tuple[Line2D | Patch, str]] = []
-    images = sorted({cell.num_images for cell in cells})
-    for number, count in enumerate(images):
-        own = sorted((cell for cell in cells if cell.num_images == count), key=lambda cell: cell.train_loss)
-        look: dict[str, Any] = {
-            "color": SERIES[number % len(SERIES)],
-            "marker": "osD^vP"[number % 6],
-            "markersize": 5,
-            "linewidth": 0.8,
-        }
-        axes.plot([cell.train_loss for cell in own], [cell.mean for cell in own], **look)
-        entries.append((Line2D([], [], **look), f"{count:,} images"))
-    axes.axhline(0, color=MUTED, linestyle=":")
-    if (loss := split_by_loss(cells)) is not None:
-        axes.axvline(loss, color=INK, linestyle="--", linewidth=1.2)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(_short))
-    axes.set_xlabel("final training loss of constant depth")
-    axes.set_title(f"{dataset}: test error of stochastic minus constant depth, points")
-    legend(figure, entries)
-    return Drawing(
-        f"threshold-{dataset}",
-        "runs",
-        f"The rule of thumb: {dataset}",
-        "Below the dotted line, stochastic depth is better. Dashed, if there is one: the training loss that separates "
-        "gain from loss. Lines connect runs with the same number of images. Mean over the seeds.",
         figure,
     )

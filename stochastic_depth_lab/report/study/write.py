@@ -10,7 +10,7 @@ from stochastic_depth_lab.files import write_whole
 from stochastic_depth_lab.report.figures import Drawing, epochs_csv, save
 from stochastic_depth_lab.report.page import html_page, link_to_page
 from stochastic_depth_lab.report.study.claims import verdict_lines, verdicts_csv, verdicts_html, verdicts_on, wrapped
-from stochastic_depth_lab.report.study.drawings import DRAWINGS, chosen_rates, threshold_of_loss
+from stochastic_depth_lab.report.study.drawings import DRAWINGS, chosen_rates, rules_of_thumb
 from stochastic_depth_lab.report.study.rows import read_rows, seeds_sentence, setting_line
 from stochastic_depth_lab.report.study.table import cells_of, runs_csv, table_text
 from stochastic_depth_lab.report.table import sortable_table
@@ -56,7 +56,7 @@ def write_study(
     if not runs:
         raise ReportError(f"{study.name}: none of its {len(folders)} runs is finished")
     judged = verdicts_on(study, rows)
-    found = [*chosen_rates(study, rows), *threshold_of_loss(study, rows)]
+    found = [*chosen_rates(study, rows), *rules_of_thumb(study, rows)]
     others = {name: tuple(errors) for name, errors in (baselines or {}).items()}
     inner = out / study.name
     with figure_style():
