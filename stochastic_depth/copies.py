@@ -89,7 +89,7 @@ def plain_copy(
     with _copyable(module, memo):
         made = copy.deepcopy(module, memo)
     for part in made.modules():
-        part.__class__ = plain_class(part)
+        object.__setattr__(part, "__class__", plain_class(part))  # which a stochastic class refuses to others
     return made
 
 

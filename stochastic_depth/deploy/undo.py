@@ -39,7 +39,7 @@ class Snapshot:
         """Restore everything."""
         for owner, kind, attributes, contents in self._kept:
             if type(owner) is not kind:
-                owner.__class__ = kind
+                object.__setattr__(owner, "__class__", kind)  # `classes.set_class_`, for any object
             for name in owner.__dict__.keys() - attributes.keys():
                 del owner.__dict__[name]
             owner.__dict__.update(attributes)

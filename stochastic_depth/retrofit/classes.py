@@ -28,9 +28,18 @@ def stochastic_class(mixins: tuple[type[nn.Module], ...], plain: type[nn.Module]
         assert isinstance(reduced, tuple)
         return (_blank, (_recipe(stochastic),), *reduced[2:])
 
+    def set_attribute(self: nn.Module, name: str, value: Any) -> None:
+        if name == "__class__" and not issubclass(value, stochastic):
+            raise RuntimeError(
+                f"The class that you give a stochastic {plain.__name__} would remove its gates. Change it before "
+                "make_stochastic_, or call restore_(model) first."
+            )
+        super(stochastic, self).__setattr__(name, value)  # pyright: ignore
+
     bases = (Unannounced, *mixins, *(() if any(issubclass(mixin, plain) for mixin in mixins) else (plain,)))
     own = {
         "__reduce_ex__": reduce,
+        "__setattr__": set_attribute,
         "__module__": plain.__module__,
         "__qualname__": plain.__qualname__,
         "__doc__": plain.__doc__,
@@ -62,6 +71,11 @@ def _blank(recipe: Any) -> nn.Module:
     return kind.__new__(kind)
 
 
+def set_class_(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Give a module a class, which a stochastic one refuses to others."""
+    object.__setattr__(module, "__class__", kind)
+
+
 def swap_class_(module: nn.Module, mixin: type[nn.Module], *, joins: bool = False) -> None:
     """Give `module` the behavior of `mixin`.
 
@@ -72,14 +86,14 @@ def swap_class_(module: nn.Module, mixin: type[nn.Module], *, joins: bool = Fals
     """
     kind = cast(Any, type(module))
     if joins:
-        module.__class__ = stochastic_class((mixin, *kind._mixins), kind._plain_class)
+        set_class_(module, stochastic_class((mixin, *kind._mixins), kind._plain_class))
     else:
-        module.__class__ = stochastic_class((mixin,), kind)
+        set_class_(module, stochastic_class((mixin,), kind))
 
 
 def restore_class_(module: nn.Module) -> None:
     """Undo the latest `swap_class_` and all that joined it; later classes, such as FSDP2's, stay."""
-    module.__class__ = _restored(type(module))
+    set_class_(module, _restored(type(module)))
 
 
 @functools.cache

@@ -16,8 +16,9 @@ from stochastic_depth.copies import plain_class
 from stochastic_depth.retrofit.code.signatures import Opaque, flatten
 from stochastic_depth.retrofit.errors import TraceError
 from stochastic_depth.retrofit.finding.inlined import inlined_in
-from stochastic_depth.retrofit.recording.sizes import decide_by, is_size
+from stochastic_depth.retrofit.recording.sizes import decide_by
 from stochastic_depth.retrofit.recording.trace import record
+from stochastic_depth.retrofit.rewriting.operations import sources
 from stochastic_depth.retrofit.rewriting.sums import Sum, find_sums
 
 # What layers call their hidden states, also where these are not their first argument.
@@ -88,8 +89,8 @@ def continued_input(graph: fx.Graph, layer: nn.Module) -> int | None:
     while isinstance(node, (tuple, list)) and node:
         node = cast("Sequence[Any]", node)[0]
     while isinstance(node, fx.Node) and node.op != "placeholder":
-        sources = [source for source in node.all_input_nodes if not is_size(source) and source.op != "get_attr"]
-        node = shortcuts.get(node) or (sources[0] if len(sources) == 1 else None)
+        given = [source for source in sources(node) if source.op != "get_attr"]
+        node = shortcuts.get(node) or (given[0] if len(given) == 1 else None)
     if not isinstance(node, fx.Node):
         return None
     return [each for each in graph.nodes if each.op == "placeholder"].index(node)

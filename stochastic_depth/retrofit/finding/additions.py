@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from torch import nn
 
 from stochastic_depth.copies import plain_class
+from stochastic_depth.retrofit.code.other_methods import other_methods
 from stochastic_depth.retrofit.errors import TraceError
 from stochastic_depth.retrofit.finding.branches import CONTAINERS, Branch, Found, not_looked_into
 from stochastic_depth.retrofit.finding.inlined import inlined_in
@@ -57,6 +58,12 @@ def find_additions(model: nn.Module, found: Found) -> None:
             if not any(_lies_in(other, members) for other in around):
                 inside |= members
     for name, (block, inlined, readings) in blocks.items():
+        paths = [each.parts.paths for each in readings.values() if isinstance(each.parts, BranchParts)]
+        if others := other_methods(block, [path for each in paths for path in (*each.members, *each.direct)]):
+            found.notes.append(
+                f"{name or 'the model'} ({type(block).__name__}): {' and '.join(others)} "
+                f"{'use' if len(others) > 1 else 'uses'} its branches without gates, which only the forward has"
+            )
         if _lies_in(name, inside) and not any(reading.is_around for reading in readings.values()):
             # LoRA's product beside the base layer, the scan of a state space model: sums without a shortcut.
             found.notes.append(

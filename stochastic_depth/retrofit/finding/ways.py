@@ -20,13 +20,7 @@ from stochastic_depth.retrofit.errors import StoredError, TraceError
 from stochastic_depth.retrofit.finding.example import Example, Reading
 from stochastic_depth.retrofit.recording.sizes import is_size, may_be_size
 from stochastic_depth.retrofit.recording.trace import Recording, record
-from stochastic_depth.retrofit.rewriting.operations import (
-    LIKE_ANOTHER,
-    added,
-    ancestors,
-    is_cheap,
-    name_of,
-)
+from stochastic_depth.retrofit.rewriting.operations import added, ancestors, is_cheap, sources
 from stochastic_depth.torch_private import tree_leaves
 
 # A block whose control flow depends on sizes is recorded for at most this many combinations of its decisions.
@@ -218,12 +212,9 @@ def _uses_sizes_only(module: nn.Module) -> bool:
         node = pending.pop()
         if node.op == "placeholder":
             return False
-        if node not in seen and not is_size(node) and name_of(node) not in LIKE_ANOTHER:
+        if node not in seen and not is_size(node):
             seen.add(node)
-            is_form = name_of(node) in ("to", "type_as", "expand_as", "view_as")
-            pending += (
-                [each for each in node.args[:1] if isinstance(each, fx.Node)] if is_form else node.all_input_nodes
-            )
+            pending += sources(node)
     return True
 
 

@@ -20,7 +20,7 @@ from torch import fx, nn
 from stochastic_depth.retrofit.errors import TraceError
 from stochastic_depth.retrofit.recording.quiet import QUIETED
 from stochastic_depth.retrofit.recording.sizes import is_size
-from stochastic_depth.retrofit.rewriting.operations import SAME_MEMORY
+from stochastic_depth.retrofit.rewriting.operations import SAME_MEMORY, sources
 from stochastic_depth.retrofit.rewriting.plain_forms import name_values_changed_in_place, spell_out_additions
 from stochastic_depth.retrofit.rules import DropPathRule
 
@@ -263,16 +263,8 @@ def _values(node: fx.Node) -> Iterator[fx.Node]:
             continue
         seen.add(current)
         yield current
-        if _name(current) in _MAKES or _name(current) in ("rand", "rand_like"):
-            continue  # Its argument only provides form and device.
-        if _name(current) in _LIKE:
-            pending += [each for each in current.args[:1] if isinstance(each, fx.Node)]
-            continue
-        pending += [each for each in current.all_input_nodes if not is_size(each)]
-
-
-# Functions whose second argument only provides form, type or device.
-_LIKE = {"to", "type_as", "expand_as", "view_as"}
+        if _name(current) not in _MAKES | {"rand"}:
+            pending += sources(current)
 
 
 def _form_of_draw(draw: fx.Node) -> Any:

@@ -20,6 +20,7 @@ from stochastic_depth.retrofit.rewriting.operations import (
     is_computed,
     is_plain,
     name_of,
+    sources,
 )
 
 
@@ -137,11 +138,11 @@ _AFFINE = (
 
 def is_side_output(projection: Collection[fx.Node], of_output: Collection[fx.Node], before: Sequence[Sum]) -> bool:
     """Whether what looks like a shortcut begins inside an earlier residual branch, as the skip sum of WaveNet does."""
-    sources = {each for node in projection for each in node.all_input_nodes if each.op != "get_attr"} - {*projection}
+    begin = {each for node in projection for each in sources(node) if each.op != "get_attr"} - {*projection}
     inside = [
         ancestors(each.output) - ancestors(each.shortcut) for each in before if each.shortcut and each.add in of_output
     ]
-    return all(any(source in nodes for nodes in inside) for source in sources)
+    return all(any(each in nodes for nodes in inside) for each in begin)
 
 
 def is_side_input(inner: Sum, outer: Sum, block: nn.Module) -> bool:
@@ -191,12 +192,12 @@ def was_taken_out(shortcut: fx.Node) -> bool:
     """Whether a value was subtracted before, or takes no gradient, as the mean that models of time series add back."""
     node = shortcut
     while not node.meta.get("is_subtracted") and name_of(node) != "detach":
-        sources = [each for each in node.all_input_nodes if not is_size(each)]
-        if node.op not in ("call_function", "call_method") or len(sources) != 1:
+        given = sources(node)
+        if node.op not in ("call_function", "call_method") or len(given) != 1:
             return False
         if name_of(node) not in SAME_MEMORY | _REPEATING:
             return False
-        node = sources[0]
+        node = given[0]
     return True
 
 
@@ -221,11 +222,11 @@ _REDUCTIONS = {"mean", "std", "var", "amax", "amin", "norm", "median", "max", "m
 def _seen_through(node: fx.Node) -> fx.Node:
     """The node that another is a view of, or a function with numbers only."""
     while node.op in ("call_function", "call_method"):
-        sources = [each for each in node.all_input_nodes if not is_size(each)]
+        given = sources(node)
         is_view = node.target is operator.getitem and not isinstance(node.args[1], int)
-        if len(sources) != 1 or not (is_view or name_of(node) in SAME_MEMORY - {"getitem"} | _WITH_NUMBERS):
+        if len(given) != 1 or not (is_view or name_of(node) in SAME_MEMORY - {"getitem"} | _WITH_NUMBERS):
             break
-        node = sources[0]
+        node = given[0]
     return node
 
 
@@ -238,7 +239,7 @@ def is_modulation(shift: fx.Node, product: fx.Node, block: nn.Module) -> bool:
     Either both are parts of one tensor, or both are statistics of one, or `x` has nothing to do with `shift`.
     """
     product = _seen_through(product)
-    factors = [each for each in product.all_input_nodes if not is_size(each)]
+    factors = sources(product)
     if name_of(product) not in PRODUCTS or len(factors) != 2:
         return False
     shift = _seen_through(shift)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import cast
 
 import torch
@@ -146,14 +146,24 @@ def is_cheap(node: fx.Node) -> bool:
 
 PRODUCTS = {"mul", "imul", "multiply", "mul_"}
 """Names of functions and methods that multiply."""
-LIKE_ANOTHER = {f"{name}_like" for name in ("zeros", "ones", "empty", "full", "rand", "randn")} | {
-    f"new_{name}" for name in ("zeros", "ones", "empty", "full")
+_LIKE_ANOTHER = {f"{name}_like" for name in ("zeros", "ones", "empty", "full", "rand", "randn", "randint")} | {
+    f"new_{name}" for name in ("zeros", "ones", "empty", "full", "tensor")
 }
-"""Functions and methods that take a tensor for its shape and dtype only."""
+# Functions and methods that take another tensor for its shape, type or device.
+_AS_ANOTHER = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
+
+
+def sources(node: fx.Node) -> Sequence[fx.Node]:
+    """The values that a node is computed from, without sizes, and without tensors that only lend it their form."""
+    name = name_of(node)
+    if node.op in ("call_function", "call_method") and name in _LIKE_ANOTHER | _AS_ANOTHER:
+        given = node.args[1:] if name in _LIKE_ANOTHER else node.args[:1]
+        return [each for each in given if isinstance(each, fx.Node) and not is_size(each)]
+    return [each for each in node.all_input_nodes if not is_size(each)]
 
 
 def ancestors(node: fx.Node) -> set[fx.Node]:
-    """A node and all nodes that it is computed from; sizes of tensors do not count.
+    """A node and all nodes that it is computed from, see `sources`.
 
     Children that use their arguments for their sizes only, such as positions, are marked (`of_sizes`).
     """
@@ -164,20 +174,20 @@ def ancestors(node: fx.Node) -> set[fx.Node]:
         if current not in found:
             found.add(current)
             if not current.meta.get("of_sizes"):
-                pending.extend(argument for argument in current.all_input_nodes if not is_size(argument))
+                pending.extend(sources(current))
     return found
 
 
 def descendants(node: fx.Node) -> set[fx.Node]:
     """All nodes that are computed from a node."""
     found: set[fx.Node] = set()
-    pending = list(node.users)
+    pending = [node]
     while pending:
         current = pending.pop()
         if current not in found:
             found.add(current)
-            pending.extend(current.users)
-    return found
+            pending.extend(user for user in current.users if current in sources(user))
+    return found - {node}
 
 
 def name_of(node: fx.Node) -> str:

@@ -27,7 +27,6 @@ from stochastic_depth.retrofit.rewriting.lookalikes import (
     was_taken_out,
 )
 from stochastic_depth.retrofit.rewriting.operations import (
-    LIKE_ANOTHER,
     PRODUCTS,
     added,
     ancestors,
@@ -36,6 +35,7 @@ from stochastic_depth.retrofit.rewriting.operations import (
     is_computed,
     is_plain,
     name_of,
+    sources,
 )
 from stochastic_depth.torch_private import parameter_dict
 
@@ -181,7 +181,7 @@ def _is_common(
     """
     if node.op == "get_attr":
         return False
-    users = [user for user in node.users if name_of(user) not in LIKE_ANOTHER and not is_size(user)]
+    users = [user for user in node.users if node in sources(user) and not is_size(user)]
     used = [[user for user in users if user in values] for values in (of_shortcut, of_output)]
     if used[0] == used[1] or not all(used):
         return False  # They part later, or one of them has its shape only.

@@ -780,3 +780,111 @@ def test_a_condition_inside_a_branch_is_no_stream(make: type[nn.Module], *, by_e
     assert depth.names == ["1"]
     with depth.gates([False]):
         assert_same(net(*inputs), inputs[0])
+
+
+class Conditioning(nn.Module):
+    """Adds a condition in the form of the hidden state, and then has a branch."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.f, self.time, self.segment = linear(), linear(), nn.Embedding(2, D)
+        self.bias = nn.Parameter(torch.randn(D))
+        self.kind = kind
+
+    def condition(self, x: Tensor, time: Tensor) -> Tensor:
+        given = self.time(time)
+        return {
+            "plain": lambda: given,
+            "expand_as": lambda: given[:1].expand_as(x),
+            "type_as": lambda: given.type_as(x),
+            "to": lambda: given.to(x),
+            "view_as": lambda: given.view_as(x),
+            "segment": lambda: self.segment(torch.zeros_like(x[:, 0], dtype=torch.long)),
+            "new_zeros": lambda: self.segment(x.new_ones(x.shape[0], dtype=torch.long)),
+            "bias": lambda: self.bias.expand_as(x),
+        }[self.kind]()
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        x = x + self.condition(x, time)
+        return x + self.f(x)
+
+
+class ConditionedInside(Conditioning):
+    """Adds the condition inside the branch."""
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        h = x.tanh()
+        return x + self.f(h + self.condition(h, time))
+
+
+@pytest.mark.parametrize("make", [Conditioning, ConditionedInside])
+@pytest.mark.parametrize("by_example", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "expand_as", "type_as", "to", "view_as", "segment", "new_zeros", "bias"])
+def test_a_value_that_takes_the_form_of_the_stream_is_no_branch(
+    kind: str, make: type[Conditioning], *, by_example: bool
+) -> None:
+    torch.manual_seed(0)
+    net, x, time = make(kind).double(), data(4), data(4, seed=1)
+    before = x + net.condition(x, time) if make is Conditioning else x
+    inner = before if make is Conditioning else x.tanh() + net.condition(x, time)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), inputs=[x, time] if by_example else None)
+    assert len(depth) == 1
+    with depth.gates([False]):
+        assert_same(net(x, time), before)
+    assert_same(net.eval()(x, time), before + 0.5 * net.f(inner))
+
+
+class InTheFormOfTheBranch(nn.Module):
+    """The shortcut takes the branch's type: only the values of the branch depend on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = linear(), linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.f(x).relu()
+        return x.to(h) + self.g(h)
+
+
+@pytest.mark.parametrize("by_example", [False, True])
+def test_a_shortcut_in_the_form_of_its_branch(*, by_example: bool) -> None:
+    net, x = InTheFormOfTheBranch().double(), data(4)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), inputs=[x] if by_example else None)
+    with depth.gates([False]):
+        assert_same(net(x), x)
+    assert_same(net.eval()(x), x + 0.5 * net.g(net.f(x).relu()))
+
+
+class Streaming(nn.Module):
+    """A block with other ways to run its branch, and with methods that do something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+    def step(self, x: Tensor) -> Tensor:
+        return x.add(self.f(x))
+
+    def inverse(self, y: Tensor, times: int = 5) -> Tensor:
+        x = y
+        for _ in range(times):
+            x = y - self.f(x)
+        return x
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.f(x)
+
+    def num_outputs(self, extra: int = 0) -> int:
+        return self.f.out_features + extra
+
+    def clipped(self, x: Tensor) -> Tensor:
+        return x.clamp(-1, 1) + 1
+
+
+def test_methods_that_add_without_gates_are_told() -> None:
+    depth = sd.make_stochastic_(nn.Sequential(Streaming()).double(), sd.uniform(0.5))
+    note = "no branch: 0 (Streaming): step and inverse use its branches without gates, which only the forward has"
+    assert note in " ".join(str(depth).split())

@@ -937,6 +937,13 @@ def test_arguments_of_any_kind_are_part_of_the_form() -> None:
             assert_same(net(x, size), plain(x, size))
 
 
+class Doubled(Reads):
+    """What tools give to blocks that they patch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 2 * self.f(x)
+
+
 def test_a_forward_that_is_set_before_is_gated_and_one_that_bypasses_is_refused() -> None:
     def own(self: nn.Module, x: Tensor, size: tuple[int, int] = (2, 3)) -> Tensor:
         assert size
@@ -953,12 +960,17 @@ def test_a_forward_that_is_set_before_is_gated_and_one_that_bypasses_is_refused(
         assert torch.equal(net(x), x)
     with pytest.raises(RuntimeError, match="would bypass its gates"):
         net[0].forward = MethodType(own, net[0])
+    with pytest.raises(RuntimeError, match="would remove its gates"):
+        net[0].__class__ = Doubled
     before = net[0].forward
     net[0].forward = lambda x: before(x) + 1
     with depth.gates([False]):
         assert_same(net(x), x + 1)
     del net[0].forward
     sd.restore_(net)
+    assert_same(net(x), expected)
+    del net[0].forward
+    net[0].__class__ = Doubled
     assert_same(net(x), expected)
 
 
