@@ -6,6 +6,7 @@ import functools
 import inspect
 import operator
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, cast
 
 import torch
@@ -203,11 +204,13 @@ def _uses_sizes_only(module: nn.Module) -> bool:
     """Whether a module's output depends on the sizes of its arguments, not on their values."""
     if plain_class(module).__module__.startswith("torch.nn."):
         return False
-    try:
-        output = next(recordings(module, with_buffers=True)).graph.output_node()
-    except TraceError:
+    graph = None
+    for guess_sizes in (False, True):  # grids and ranges need numbers
+        with suppress(TraceError):
+            graph = graph or next(recordings(module, with_buffers=True, guess_sizes=guess_sizes)).graph
+    if graph is None:
         return False
-    pending, seen = [output], set[fx.Node]()
+    pending, seen = [graph.output_node()], set[fx.Node]()
     while pending:
         node = pending.pop()
         if node.op == "placeholder":

@@ -115,6 +115,7 @@ class Recorder(TorchFunctionMode):
         changed_by_children: attributes of the block and its children that calls of children have changed.
         constants: tensors that existed before and that other objects hold.
         asks_for_sizes: whether the code asked for the size of a value, or a child may have told it one.
+        telling: paths of the children that gave plain values.
         arguments: the arguments that are structures or objects.
         called_objects: the arguments whose methods are single calls.
     """
@@ -147,6 +148,7 @@ class Recorder(TorchFunctionMode):
         self.graph, self.called, self.constants = self._values.graph, self._values.called, self._values.constants
         self._valued: set[int] = set()
         self.asks_for_sizes = False
+        self.telling: set[str] = set()
         self._generators = generators_of(block, inlined, self._reads)
         self._device = "cpu"
         self.called_objects = [leaf for leaf in leaves if isinstance(leaf, Called)]
@@ -261,6 +263,8 @@ class Recorder(TorchFunctionMode):
             # A child may tell the block a size, in its output or in a list that it is given.
             is_told = _may_hold_numbers(output) or any(True for _ in containers_in((*given, *named.values())))
             self.asks_for_sizes |= bool(changed) or is_told
+            if any(isinstance(leaf, (bool, int, float, str)) for leaf in tree_leaves(output)):
+                self.telling.add(path)
             if computed := [name for name in sorted(changed) if _is_computed(self._block, name, after[name])]:
                 node.meta["stores"] = computed[0]
             elif self._intermediates.are_left((given, named), output, self._block, self.called_objects):

@@ -35,6 +35,7 @@ class Run:
         stores: plain numbers that the code set on the block.
         constants: tensors that existed before and that other objects hold.
         asks_for_sizes: whether the code asked for the size of a value, so that it may do something else for another.
+        telling: paths of the children that gave plain values, such as a factor or a size.
     """
 
     output: Any
@@ -43,6 +44,7 @@ class Run:
     stores: dict[str, Any]
     constants: list[Tensor]
     asks_for_sizes: bool
+    telling: set[str]
 
 
 def run_block(
@@ -81,7 +83,15 @@ def run_block(
     after = contents_of(block, (args, kwargs))
     check_arguments(before, after, list(containers_in((args, kwargs))))
     stores = stores_of(before, after, recorder.changed_by_children)
-    return Run(output, recorder.graph, recorder.called, stores, recorder.constants, recorder.asks_for_sizes)
+    return Run(
+        output,
+        recorder.graph,
+        recorder.called,
+        stores,
+        recorder.constants,
+        recorder.asks_for_sizes,
+        recorder.telling,
+    )
 
 
 def run_with_edits(

@@ -46,6 +46,7 @@ class BlockBranches:
         reads: what the block's code may read besides its arguments; None before the first call.
         fingerprint: equal for blocks that share prepared code; None if it must be computed anew.
         mask_of_call: why a call was masked whose code is proven; empty if there was none.
+        telling: paths of the children that have given the block's code plain values, which it has read by them.
     """
 
     name: str
@@ -60,6 +61,7 @@ class BlockBranches:
     reads: Reads | None = field(default=None, repr=False)
     fingerprint: Any = field(default=None, repr=False)
     mask_of_call: str = ""
+    telling: frozenset[str] = frozenset()
     _own_forms_of_any_size: dict[CallForm, Form] = field(default_factory=dict[Any, Form], repr=False)
     _parts_on_paths: dict[Any, BranchParts] = field(default_factory=dict[Any, BranchParts], repr=False)
     _state_of_children: StateOfChildren | None = field(default=None, repr=False)
@@ -176,7 +178,8 @@ class BlockBranches:
     def reads_with(self, block: nn.Module, leaves: Sequence[Any]) -> Reads:
         """The values that the block's code may read in a call with these arguments."""
         skipped = (Tensor, *self.forms.called)
-        return Reads(block, self.inlined, [leaf for leaf in leaves if not isinstance(leaf, skipped)])
+        arguments = [leaf for leaf in leaves if not isinstance(leaf, skipped)]
+        return Reads(block, (*self.inlined, *sorted(self.telling.difference(self.inlined))), arguments)
 
     def of_children(self) -> tuple[Any, ...]:
         """What of the children decides how they treat samples; empty with one gate per batch."""

@@ -99,6 +99,9 @@ def _proven(call: BlockCall) -> Prepared:
             raise StoredError(f"the forward stores {', '.join(whole.stores)} on the block")
         if [id(tensor) for tensor in again.constants] != [id(tensor) for tensor in whole.constants]:
             raise TraceError("the forward uses a tensor that cannot be traced (autograd.Function, another library)")
+    if not whole.telling <= branches.telling:
+        branches.telling |= whole.telling
+        branches.reads = branches.reads_with(block, call.leaves)
     exact = skeleton(whole.graph, with_numbers=True)
     few = call.generalize(trial, whole)
     own, fixed = _with_fixed_gates(branches, trial)

@@ -87,6 +87,10 @@ def sentences(dataset: str, cells: Sequence[Cell]) -> list[str]:
     return found
 
 
+def _short(value: float, _position: int) -> str:
+    return f"{value:g}"
+
+
 def rule_of_thumb(dataset: str, cells: Sequence[Cell]) -> Drawing:
     """The gain over each sign."""
     figure = Figure(figsize=(8, 3.6), layout="constrained")
@@ -107,7 +111,7 @@ def rule_of_thumb(dataset: str, cells: Sequence[Cell]) -> Drawing:
         if (bound := bound_of(sign, cells)) is not None:
             axes.axvline(bound, color=INK, linestyle="--", linewidth=1.2)
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_major_formatter(FuncFormatter(_short))
         axes.set_xlabel(sign.name)
     figure.suptitle(f"{dataset}: test error of stochastic minus constant depth, points")
     legend(figure, entries)

@@ -888,3 +888,58 @@ def test_methods_that_add_without_gates_are_told() -> None:
     depth = sd.make_stochastic_(nn.Sequential(Streaming()).double(), sd.uniform(0.5))
     note = "no branch: 0 (Streaming): step and inverse use its branches without gates, which only the forward has"
     assert note in " ".join(str(depth).split())
+
+
+class Grid(nn.Module):
+    """Coordinates through a layer, made from the size of a map and cast to its type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(2, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = torch.meshgrid(torch.linspace(0, 1, x.size(1)), torch.zeros(1), indexing="ij")
+        return self.f(torch.stack(grid, -1).flatten(0, 1).to(x))
+
+
+class Frequencies(nn.Module):
+    """Sines of positions with learned frequencies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frequencies = nn.Parameter(torch.rand(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.new_tensor(range(x.shape[1]))[:, None] * self.frequencies).sin()
+
+
+class Counted(nn.Module):
+    """Embedded positions, from a cumulative sum of ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Embedding(9, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(torch.ones_like(x[..., 0]).cumsum(1).long())
+
+
+class WithGrid(nn.Module):
+    def __init__(self, positions: nn.Module) -> None:
+        super().__init__()
+        self.positions, self.f = positions, linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.positions(x)
+        return x + self.f(x)
+
+
+@pytest.mark.parametrize("make", [Grid, Frequencies, Counted])
+@pytest.mark.parametrize("by_example", [False, True])
+def test_positions_in_the_form_of_the_stream_are_no_branch(make: type[nn.Module], *, by_example: bool) -> None:
+    net, x = WithGrid(make()).double(), data(4, 3)
+    expected = x + net.positions(x)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), inputs=[x] if by_example else None)
+    assert len(depth) == 1
+    with depth.gates([False]):
+        assert_same(net(x), expected)

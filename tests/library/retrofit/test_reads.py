@@ -947,3 +947,33 @@ class FarAway(nn.Module):
 
     def other(self, x: Tensor) -> Tensor:
         return x
+
+
+class Factor(nn.Module):
+    """Gives a number that a callback sets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = 1.0
+
+    def forward(self) -> float:
+        return self.value
+
+
+class WithFactor(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.factor = linear(), Factor()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.factor() * self.f(x)
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+def test_a_number_that_a_child_gives_is_followed_at_once(granularity: Any) -> None:
+    net, x = nn.Sequential(WithFactor()).double(), data(4)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), granularity=granularity)
+    for value in (1.0, 1.0, 3.0, 3.0, 1.0, 2.0):
+        net[0].factor.value = value
+        with depth.gates([True]):
+            assert_same(net(x), x + value * net[0].f(x))
