@@ -41,6 +41,7 @@ NAVIGATION = {
     "Results": [
         "RESULTS",
         "docs/results/few-images",
+        *sorted(f"docs/results/few-images/{page.stem}" for page in (ROOT / "docs/results/few-images").glob("*.md")),
         "docs/results/speed",
         "docs/results/memory",
         "docs/results/coverage",
