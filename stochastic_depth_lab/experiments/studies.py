@@ -448,14 +448,17 @@ LEARNING_RATES_CIFAR10 = _learning_rates(
 
 def _rate_grid_deeper(num_layers: int) -> tuple[Experiment, ...]:
     """With the steps of `deeper`, as shorter trials mislead; 1202 layers with a tenth: with all, each takes an hour."""
-    deep = {
+    rates = {
+        20: (0.02, 0.05, 0.1, 0.2, 0.4, 0.8),
+        56: (0.02, 0.05, 0.1, 0.2, 0.4),
         110: (0.01, 0.02, 0.05, 0.1, 0.2, 0.4),
         302: (0.005, 0.02, 0.05, 0.1),
         1202: (0.0005, 0.002, 0.005, 0.02, 0.1),
     }
-    rates = deep.get(num_layers, (0.02, 0.05, 0.1, 0.2, 0.4))
     steps, epochs = (200, 5) if num_layers == 1202 else (2000, 10)
-    return _grid({rate: _digits_deeper(num_layers, (rate, rate), steps, epochs, f"-rate-{rate}") for rate in rates})
+    return _grid(
+        {rate: _digits_deeper(num_layers, (rate, rate), steps, epochs, f"-rate-{rate}") for rate in rates[num_layers]}
+    )
 
 
 # stochastic-depth reproduce learning-rates-deeper --out runs/learning-rates
