@@ -449,7 +449,7 @@ LEARNING_RATES_CIFAR10 = _learning_rates(
 def _rate_grid_deeper(num_layers: int) -> tuple[Experiment, ...]:
     """With the steps of `deeper`, as shorter trials mislead; 1202 layers with a tenth: with all, each takes an hour."""
     rates = {
-        20: (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6),
+        20: (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2),
         56: (0.02, 0.05, 0.1, 0.2, 0.4),
         110: (0.01, 0.02, 0.05, 0.1, 0.2, 0.4),
         302: (0.005, 0.02, 0.05, 0.1),
