@@ -177,7 +177,9 @@ def chosen_rates(study: Study, rows: Sequence[Seeds]) -> list[str]:
                     )
                     for row in own
                 }
-                best.append(f"{name} {min(means, key=means.__getitem__)} (n = {len(common)})")
+                # The lowest of equally good ones, up to rounding.
+                chosen_rate = min(sorted(means), key=lambda rate: round(means[rate], 6))
+                best.append(f"{name} {chosen_rate} (n = {len(common)})")
         of = f" for {num_layers} layers" if len(groups) > 1 else ""
         chosen.append(f"Chosen{of} by the mean validation error: {', '.join(best)}.")
     return chosen
