@@ -243,6 +243,8 @@ def page(study: str) -> str:
     made = written.page.with_suffix("")
     figures = {f"{each.name}.svg": each for each in written.figures}
     (RESULTS / study).mkdir(parents=True, exist_ok=True)
+    for path in (*(RESULTS / study).glob("*.csv"), *(RESULTS / study).glob("*.svg")):
+        path.unlink()  # of an earlier form of the study
     for path in (*(made / "data").glob("*.csv"), *(made / "figures" / name for name in figures)):
         shutil.copy(path, RESULTS / study)
     return PAGE.format(

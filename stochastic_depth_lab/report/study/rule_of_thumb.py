@@ -113,7 +113,8 @@ def rule_of_thumb(dataset: str, cells: Sequence[Cell]) -> Drawing:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(_short))
         axes.set_xlabel(sign.name)
-    figure.suptitle(f"{dataset}: test error of stochastic minus constant depth, points")
+    figure.axes[0].set_title(f"{dataset}: test error")
+    figure.axes[0].set_ylabel("stochastic minus constant depth, points")
     legend(figure, entries)
     return Drawing(
         f"rule-of-thumb-{dataset}",
