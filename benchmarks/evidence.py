@@ -60,6 +60,9 @@ PLAN: tuple[tuple[str, int, str], ...] = (
     ("learning-rates-deeper", 1, "digits-1202-*"),
     ("deeper", 1, "digits-1202-*"),
     ("payoff", 1, "cifar10-*"),
+    # Another seed on both sides of the rule's edge: 50 and 15 passes over the images.
+    ("payoff", 2, "cifar10-100-images-1000-*"),
+    ("payoff", 2, "cifar10-100-images-300-*"),
     ("learning-rates-deeper", 1, "digits-??-*"),
     ("learning-rates-deeper", 1, "digits-110-*"),
     ("deeper", 1, "digits-??-*"),
@@ -242,11 +245,11 @@ def page(study: str) -> str:
     )
     made = written.page.with_suffix("")
     figures = {f"{each.name}.svg": each for each in written.figures}
+    drawn = [made / "figures" / name for name in figures]
     (RESULTS / study).mkdir(parents=True, exist_ok=True)
-    for path in (*(RESULTS / study).glob("*.csv"), *(RESULTS / study).glob("*.svg")):
+    new = [Path(shutil.copy(path, RESULTS / study)) for path in (*(made / "data").glob("*.csv"), *drawn)]
+    for path in {*(RESULTS / study).glob("*.csv"), *(RESULTS / study).glob("*.svg")}.difference(new):
         path.unlink()  # of an earlier form of the study
-    for path in (*(made / "data").glob("*.csv"), *(made / "figures" / name for name in figures)):
-        shutil.copy(path, RESULTS / study)
     return PAGE.format(
         title=title,
         claim=claim,

@@ -21,7 +21,7 @@ sys.path.pop(0)
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with this repository's runs of the demo and of the gradients, and no others."""
+    """A folder with this repository's runs of the gradients, and no others."""
     monkeypatch.setattr(evidence, "RUNS", tmp_path / "runs" / "evidence")
     monkeypatch.setattr(evidence, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(evidence, "PAGES", tmp_path / "docs" / "results" / "few-images")
@@ -69,7 +69,10 @@ def test_a_run_survives_the_loss_of_its_folder_and_is_archived_once(root: Path) 
 
 
 def test_the_page_of_a_study_has_the_means_of_its_runs(root: Path) -> None:
+    (root / "results" / "gradients" / "of-an-earlier-form.svg").touch()
     evidence.report()
+    made = {each.name for each in (root / "results" / "gradients").iterdir()}
+    assert made == {"runs.jsonl", "runs.csv", "epochs.csv", "verdicts.csv", "gradient.svg", "curves.svg"}
     page = (evidence.PAGES / "gradients.md").read_text()
     for kind in ("constant", "stochastic"):
         errors = [

@@ -25,20 +25,17 @@ def other_methods(block: nn.Module, paths: Collection[str]) -> list[str]:
         paths: the layers of its branches.
     """
     layers = {path.partition(".")[0] for path in paths}
-    found: dict[str, None] = {}
-    for kind in plain_class(block).__mro__:
-        if kind.__module__.partition(".")[0] == "torch":
-            break
-        for name, value in vars(kind).items():
-            function = inspect.unwrap(value) if callable(value) else None
-            if name == "forward" or name.startswith("_") or not isinstance(function, FunctionType):
-                continue
-            codes = list(_codes(function.__code__))
-            takes_input = function.__code__.co_argcount - len(function.__defaults__ or ()) > 1
-            names = {each for code in codes for each in code.co_names}
-            if takes_input and names & layers and any(map(_adds, codes)):
-                found[name] = None
-    return list(found)
+    found: list[str] = []
+    for name, value in inspect.getmembers_static(plain_class(block), inspect.isfunction):
+        function = inspect.unwrap(value)
+        if name == "forward" or name.startswith("_") or not isinstance(function, FunctionType):
+            continue
+        codes = list(_codes(function.__code__))
+        takes_input = function.__code__.co_argcount - len(function.__defaults__ or ()) > 1
+        names = {each for code in codes for each in code.co_names}
+        if takes_input and names & layers and any(map(_adds, codes)):
+            found.append(name)
+    return found
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:

@@ -855,7 +855,12 @@ def test_a_shortcut_in_the_form_of_its_branch(*, by_example: bool) -> None:
     assert_same(net.eval()(x), x + 0.5 * net.g(net.f(x).relu()))
 
 
-class Streaming(nn.Module):
+class WithMerge(nn.Module):
+    def merged(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+
+class Streaming(WithMerge):
     """A block with other ways to run its branch, and with methods that do something else."""
 
     def __init__(self) -> None:
@@ -877,6 +882,9 @@ class Streaming(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         return self.f(x)
 
+    def merged(self, x: Tensor) -> Tensor:
+        return self.f(x)
+
     def num_outputs(self, extra: int = 0) -> int:
         return self.f.out_features + extra
 
@@ -886,7 +894,7 @@ class Streaming(nn.Module):
 
 def test_methods_that_add_without_gates_are_told() -> None:
     depth = sd.make_stochastic_(nn.Sequential(Streaming()).double(), sd.uniform(0.5))
-    note = "no branch: 0 (Streaming): step and inverse use its branches without gates, which only the forward has"
+    note = "no branch: 0 (Streaming): inverse and step use its branches without gates, which only the forward has"
     assert note in " ".join(str(depth).split())
 
 
