@@ -278,11 +278,7 @@ def test_a_small_form_has_few_images_and_fewer_layers():
     [
         ("learning-rates", 56, few.DIGITS_RATES),
         ("learning-rates-cifar10", 32, few.CIFAR10_RATES),
-        *(("learning-rates-deeper", num_layers, few.DEEPER_RATES[num_layers]) for num_layers in (20, 56, 110, 1202)),
-        pytest.param(
-            *("learning-rates-deeper", 302, few.DEEPER_RATES[302]),
-            marks=pytest.mark.skip(reason="trials with all steps are not finished; the rates are from 200 steps"),
-        ),
+        *(("learning-rates-deeper", num_layers, rates) for num_layers, rates in few.DEEPER_RATES.items()),
     ],
 )
 def test_the_rates_are_those_that_validation_chooses(study, num_layers, rates):
