@@ -274,6 +274,17 @@ def is_traced() -> bool:
     return torch.jit.is_tracing() or mode is not None
 
 
+@contextmanager
+def outside_trace() -> Generator[None]:
+    """Context that `torch.jit.trace` does not record, where sizes are numbers."""
+    state = torch._C._get_tracing_state()  # pyright: ignore
+    torch._C._set_tracing_state(None)  # pyright: ignore
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)  # pyright: ignore
+
+
 def is_transformed(tensor: Tensor) -> bool:
     """Whether a tensor belongs to `torch.func` and has no memory of its own to copy."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore

@@ -184,7 +184,7 @@ def _last_child(value: fx.Node, consumer: fx.Node, block: nn.Module) -> tuple[nn
         if value.op == "call_module":
             child = block.get_submodule(cast(str, value.target))
             if not _passes_on(child):
-                _refuse_several_calls(value, child, block)
+                _refuse_several_uses(value, child, block)
                 return child, path
         elif function is operator.getitem and isinstance(value.args[1], int) and not path:
             path = (value.args[1],)
@@ -304,7 +304,7 @@ def _compensating_one(user: fx.Node, value: fx.Node, block: nn.Module) -> _Ends:
         child = block.get_submodule(cast(str, user.target))
         _refuse_customized(child)
         if plain_class(child).forward not in _HOMOGENEOUS:
-            _refuse_several_calls(user, child, block)
+            _refuse_several_uses(user, child, block)
             if plain_class(child).forward in _LINEAR:
                 return [Holder(child, holder.name, inverse=True) for holder in _weight_and_bias(child)[:1]]
             if plain_class(child).forward in _AFFINE:
@@ -335,7 +335,7 @@ def _of_call(call: fx.Node, block: nn.Module, path: tuple[int, ...]) -> _Ends:
     child = block.get_submodule(cast(str, call.target))
     if _passes_on(child):
         return _follow(cast(fx.Node, call.args[0]), call, block, path)
-    _refuse_several_calls(call, child, block)
+    _refuse_several_uses(call, child, block)
     ends: _Ends = []
     for end in _of_child(child, (call.args, dict(call.kwargs)), path):
         if not isinstance(end, _Passed):
@@ -347,10 +347,13 @@ def _of_call(call: fx.Node, block: nn.Module, path: tuple[int, ...]) -> _Ends:
     return ends
 
 
-def _refuse_several_calls(call: fx.Node, child: nn.Module, block: nn.Module) -> None:
+def _refuse_several_uses(call: fx.Node, child: nn.Module, block: nn.Module) -> None:
     calls = [node for node in call.graph.nodes if node.op == "call_module"]
     if sum(block.get_submodule(cast(str, node.target)) is child for node in calls) > 1:
         raise NotAffineError(f"{call.target} ({type(child).__name__}) is called several times")
+    read = [cast(str, node.target) for node in call.graph.nodes if node.op == "get_attr" and node.users]
+    if target := next((each for each in read if each.startswith(f"{call.target}.")), None):
+        raise NotAffineError(f"the code uses {target} beside the call of {call.target} ({type(child).__name__})")
 
 
 def _of_child(child: nn.Module, arguments: Any, path: tuple[int, ...]) -> _Ends:

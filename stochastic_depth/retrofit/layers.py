@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
-from stochastic_depth.compiling import eager
-from stochastic_depth.copies import plain_class, plain_copy, tensor_without_data
+from stochastic_depth.compiling import call_in_trace, eager
+from stochastic_depth.copies import plain_class, plain_copy, tensor_without_data, without_data
 from stochastic_depth.gate_draws import CLOSED, Gate
 from stochastic_depth.residual import GatedBranch, masks_only, outside_graph
 from stochastic_depth.retrofit.code.signatures import flatten, remember, unflatten
@@ -126,22 +126,43 @@ class GatedLayer(GatedBranch):
     def _structure_of(self, layer: nn.Module, signature: Any, leaves: Sequence[Any]) -> tuple[Recording | None, Any]:
         try:
             recording = record(layer, signature, len(leaves), functools.partial(decide_by, leaves))
-            *_, output = recording.graph.nodes
-            inputs = [node for node in recording.graph.nodes if node.op == "placeholder"]
-            number = {node: index for index, node in enumerate(inputs)}
-            return recording, fx.map_arg(
-                output.args[0], lambda node: cast(fx.Node, _Returned(number.get(cast(Any, node))))
-            )
         except TraceError:
-            # Only a run shows it, one for all sizes: without gradients, on a copy without hooks.
+            recording = None
+        if recording is not None:
+            *_, end = recording.graph.nodes
+            output = end.args[0]
+            values = recording.placeholder_values(leaves)
+            if not isinstance(output, fx.Node) or _is_tensor(output, values):
+                number = {node: index for index, node in enumerate(values)}
+                return recording, fx.map_arg(output, lambda node: cast(fx.Node, _Returned(number.get(cast(Any, node)))))
+        # Only a run shows it, such as whether the child of `return self.child(x)` returns a tuple.
+        try:
+            return recording, self._returned(without_data(layer), signature, [tensor_without_data(of) for of in leaves])
+        except Exception:  # Without data, other errors than with: its code may read values, or name a device.
+            copy = plain_copy(layer, Tensor.detach, Tensor.clone)
             copies = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            args, kwargs = unflatten(signature, copies)
-            with private(), torch.no_grad(), self.passes.dry_run():
-                copy = plain_copy(layer, Tensor.detach, Tensor.clone)
-                copy.train(layer.training)
-                output = copy(*args, **kwargs)
-            number = {id(leaf): index for index, leaf in enumerate(copies)}
-            return None, tree_map_only(Tensor, lambda value: _Returned(number.get(id(value))), output)
+            return recording, self._returned(copy, signature, copies)
+
+    def _returned(self, layer: nn.Module, signature: Any, leaves: Sequence[Any]) -> Any:
+        """What a private copy of the layer returns, with `_Returned` for each tensor."""
+        args, kwargs = unflatten(signature, leaves)
+        with private(), torch.no_grad(), self.passes.dry_run():
+            output = layer(*args, **kwargs)
+        number = {id(leaf): index for index, leaf in enumerate(leaves)}
+        return tree_map_only(Tensor, lambda value: _Returned(number.get(id(value))), output)
+
+
+def _is_tensor(node: fx.Node, values: Mapping[fx.Node, Any]) -> bool:
+    """Whether a recording shows that a value is a tensor; of a child's output or a part of it, it does not.
+
+    Args:
+        node: the value.
+        values: the opaque arguments.
+    """
+    if node.op == "placeholder":
+        return isinstance(values[node], Tensor)
+    operands = node.args if node.op in ("call_function", "call_method") else ()
+    return any(isinstance(each, fx.Node) and _is_tensor(each, values) for each in operands)
 
 
 @dataclass(frozen=True)
@@ -159,6 +180,10 @@ class StochasticLayer(nn.Module):
     @outside_graph
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's output, with its first value gated; further values are placeholders if it does not run."""
+        if not isinstance(self, StochasticLayer):  # restored; someone, such as a wrapper, has kept this method
+            return type(self).forward(self, *args, **kwargs)
+        if (call := call_in_trace(self, args, kwargs)) is not None:
+            return call
         gated = self._stochastic_depth_branch
         name = gated.passes.names[gated.index]
         leaves: list[Any] = []

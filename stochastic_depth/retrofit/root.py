@@ -28,6 +28,8 @@ class StochasticRoot(nn.Module):
     @partial(graph_break, recursive=False, exported=_plain_call)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the plain module; all calls inside belong to one pass."""
+        if not isinstance(self, StochasticRoot):  # restored; someone, such as torch.compile, has kept this method
+            return type(self).__call__(self, *args, **kwargs)
         scope = self._stochastic_depth.scope(self.training, self.__dict__.pop(_RESERVED, None))
         if scope is None:
             return super().__call__(*args, **kwargs)

@@ -27,6 +27,7 @@ from reference import (
     vectors,
 )
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import stochastic_depth as sd
 
@@ -697,3 +698,22 @@ def test_functional_transforms_give_the_same_gradients() -> None:
         functional = torch.func.grad(loss)(parameters)
         loss_of(net(x)).backward()
     assert_close(functional, gradients(net))
+
+
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_forward_mode_derivatives(*, gate: bool) -> None:
+    net = mlp(1)
+    reference = copied(net)
+    depth = sd.make_stochastic_(net, [0.5])
+    x, v = vectors(3), vectors(3, seed=2)
+    residual = reference.blocks[0].residual
+
+    def by_hand(x: Tensor) -> Tensor:
+        h = reference.stem(x)
+        return reference.head((h + gate * residual.branch(h)).relu())
+
+    with depth.gates([gate]), forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(net(forward_ad.make_dual(x, v))).tangent
+    jacobian = torch.autograd.functional.jvp(by_hand, x, v)[1]
+    torch.testing.assert_close(tangent, jacobian, rtol=1e-12, atol=1e-12)

@@ -61,8 +61,8 @@ def find_additions(model: nn.Module, found: Found) -> None:
         paths = [each.parts.paths for each in readings.values() if isinstance(each.parts, BranchParts)]
         if others := other_methods(block, [path for each in paths for path in (*each.members, *each.direct)]):
             found.notes.append(
-                f"{name or 'the model'} ({type(block).__name__}): {' and '.join(others)} "
-                f"{'use' if len(others) > 1 else 'uses'} its branches without gates, which only the forward has"
+                f"{name or 'the model'} ({type(block).__name__}): {' and '.join(others)}, if you call "
+                f"{'them' if len(others) > 1 else 'it'} yourself, run without gates, which only the forward has"
             )
         if _lies_in(name, inside) and not any(reading.is_around for reading in readings.values()):
             # LoRA's product beside the base layer, the scan of a state space model: sums without a shortcut.

@@ -138,6 +138,8 @@ def _traced(
         except Exception as error:  # The block's own code needs a value where there is a symbol.
             if "not supported in symbolic tracing" in str(error):  # whose advice is for users of torch.fx
                 raise TraceError("the code asks for the number of dimensions (as einops does)") from error
+            if "does not support item assignment" in str(error):
+                raise TraceError("the code assigns to a part of a value (x[i] = ...)") from error
             raise TraceError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
         if differ(before, outside()):
             raise TraceError("the forward draws random numbers itself, outside its children")

@@ -99,6 +99,32 @@ def becomes_a_gate(total: fx.Node, block: nn.Module) -> bool:
     return bool(total.users)
 
 
+def are_scores(total: fx.Node, block: nn.Module) -> bool:
+    """Whether a sum comes to a softmax without a layer or a norm between, as scores of attention do.
+
+    RealFormer also hands them to the next layer, which adds them to its own.
+    """
+    pending = [*total.users]
+    while pending:
+        node = pending.pop()
+        if _squashes(node, block, {"softmax"}):
+            if any(user.op != "output" for user in node.users):
+                return True
+        elif not is_size(node) and (is_cheap(node) or added(node) or name_of(node) in _MASKING):
+            pending += node.users
+    return False
+
+
+_MASKING = {"masked_fill", "masked_fill_", "where"}
+
+
+def is_one_number(node: fx.Node) -> bool:
+    """Whether a value is the sum or mean of a whole tensor, up to a factor: `0 * x.sum()`, in code for DDP."""
+    while name_of(node) in PRODUCTS | {"truediv", "div"} and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    return name_of(node) in ("sum", "mean") and node.op != "call_module" and len(node.args) == 1 and not node.kwargs
+
+
 def _squashes(node: fx.Node, block: nn.Module, names: Collection[str]) -> bool:
     if node.op == "call_module":
         module = block.get_submodule(cast(str, node.target))

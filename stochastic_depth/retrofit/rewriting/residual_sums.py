@@ -15,10 +15,12 @@ from stochastic_depth.retrofit.rewriting.cuts import Sum
 from stochastic_depth.retrofit.rewriting.lookalikes import (
     are_calls_of_one,
     are_same_items,
+    are_scores,
     becomes_a_gate,
     is_affine,
     is_merge,
     is_modulation,
+    is_one_number,
     is_recurrence,
     is_side_input,
     is_side_output,
@@ -53,7 +55,7 @@ def residual_sums(graph: fx.Graph, block: nn.Module) -> list[Sum]:
     bases: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         operands = added(node)
-        if operands is None or operands[0] is operands[1]:
+        if operands is None or operands[0] is operands[1] or any(map(is_one_number, operands)):
             continue
         for shortcut, output in (operands, operands[::-1]):
             base = bases.get(shortcut, shortcut)
@@ -83,45 +85,61 @@ def _of_streams(graph: fx.Graph, sums: Sequence[Sum], block: nn.Module) -> list[
     """Sums that add what is computed from one argument to another one, which is added to the first in turn.
 
     So do reversible blocks, whose two arguments have nothing in common: `a = a + f(b)`, `b = b + g(a)`, and both go on.
+    Others exchange at the same time: `a, b = a + f(b), b + g(a)`.
     """
     known = {each.add for each in sums}
-    found: list[Sum] = []
-    for node in graph.nodes:
-        for shortcut, output in itertools.permutations(added(node) or () if node not in known else (), 2):
-            of_output = ancestors(output)
-            if shortcut.op == "get_attr" or not is_plain(shortcut, block) or is_plain(output, block):
-                continue
-            if any(
-                each.shortcut in of_output - ancestors(shortcut)
-                and is_plain(each.shortcut, block)
-                and node in (inside := ancestors(each.output))
-                and any(user is not each.add and user not in inside for user in node.users)
-                for each in sums
-            ):
-                found.append(Sum(node, shortcut, output))
-    return found
+    candidates = [
+        Sum(node, shortcut, output)
+        for node in graph.nodes
+        for shortcut, output in itertools.permutations(added(node) or () if node not in known else (), 2)
+        if shortcut.op != "get_attr" and is_plain(shortcut, block) and not is_plain(output, block)
+        if not are_scores(node, block)
+    ]
+    exchanged = [
+        each
+        for each in candidates
+        if any(_adds_from(each, other) and _adds_from(other, each) for other in candidates if each is not other)
+    ]
+    return exchanged + [
+        each
+        for each in candidates
+        if each not in exchanged
+        and any(
+            _adds_from(each, other)
+            and is_plain(cast(fx.Node, other.shortcut), block)
+            and each.add in (inside := ancestors(other.output))
+            and any(user is not other.add and user not in inside for user in each.add.users)
+            for other in sums
+        )
+    ]
+
+
+def _adds_from(a: Sum, b: Sum) -> bool:
+    """Whether a sum adds what is computed from the shortcut of another one, which its own shortcut is not."""
+    return b.shortcut in ancestors(a.output) - ancestors(cast(fx.Node, a.shortcut))
 
 
 def _repeated(sums: Sequence[Sum]) -> Iterator[fx.Node]:
     """Sums that add one early value again and again to what a network makes of it, such as its embedded input.
 
     Each takes all that comes before for its branch (nanochat, GCNII, implicit layers). A skip around several blocks
-    shares its shortcut with the first of them too, but with no third sum.
+    shares its shortcut with the first of them too, but with no third sum. Neither does a stream that begins with the
+    early value, and is added to itself unscaled, count beside sums that scale it.
     """
-    of_early: dict[fx.Node, list[tuple[Sum, bool]]] = {}
+    of_early: dict[tuple[fx.Node, bool], list[Sum]] = {}
     for each in sums:
         early = value = cast(fx.Node, each.shortcut)
         while name_of(early) in PRODUCTS and len(computed := [x for x in early.all_input_nodes if is_computed(x)]) == 1:
             early = computed[0]
-        of_early.setdefault(early, []).append((each, early is not value))
-    for group in of_early.values():
+        of_early.setdefault((early, early is not value), []).append(each)
+    for (_, is_scaled), group in of_early.items():
         chain = [
-            (a, is_scaled)
-            for a, is_scaled in group
-            if any(a.add in ancestors(b.output) or b.add in ancestors(a.output) for b, _ in group if b is not a)
+            a.add
+            for a in group
+            if any(a.add in ancestors(b.output) or b.add in ancestors(a.output) for b in group if b is not a)
         ]
-        if len(chain) > 2 or (len(chain) == 2 and all(is_scaled for _, is_scaled in chain)):
-            yield from (each.add for each, _ in chain)
+        if len(chain) > (1 if is_scaled else 2):
+            yield from chain
 
 
 def _is_shortcut(shortcut: fx.Node, output: fx.Node, before: Sequence[Sum], block: nn.Module) -> bool:

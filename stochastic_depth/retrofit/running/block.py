@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.compiling import eager
+from stochastic_depth.compiling import call_in_trace, eager
 from stochastic_depth.copies import plain_class, way_around
 from stochastic_depth.residual import masks_only, outside_graph
 from stochastic_depth.retrofit.code.called import called
@@ -25,6 +25,7 @@ from stochastic_depth.retrofit.running.collected import MASKED, are_collected
 from stochastic_depth.retrofit.running.known_forms import Prepared
 from stochastic_depth.retrofit.running.masked_drop_path import own_code, passing_drop_paths
 from stochastic_depth.retrofit.running.preparation import check_again, prepare
+from stochastic_depth.torch_private import is_traced, outside_trace
 
 
 class StochasticBlock(nn.Module):
@@ -35,10 +36,14 @@ class StochasticBlock(nn.Module):
     @outside_graph
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The block's own forward, with its branches gated."""
+        if not isinstance(self, StochasticBlock):  # restored; someone, such as a wrapper, has kept this method
+            return type(self).forward(self, *args, **kwargs)
         branches = self._stochastic_depth_branch
         own = super().forward if branches.own_forward is None else branches.own_forward
         if branches.is_plain(self):
             return own(*args, **kwargs)
+        if (call := call_in_trace(self, args, kwargs)) is not None:
+            return call
         prepared, leaves = _prepared_for(branches, self, args, kwargs)
         if prepared.code is None:
             with own_code(self, branches.of_drop_paths(self)):
@@ -71,7 +76,7 @@ def _prepared_for(
     """
     leaves: list[Any] = []
     signature = flatten((args, kwargs), leaves)
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or is_traced():
         return _known_for_export(branches, block, leaves), leaves
     _refuse_ways_around(branches, block)
     reads = branches.reads
@@ -126,7 +131,8 @@ def _known_for_export(branches: BlockBranches, block: nn.Module, leaves: list[An
     """Code that was proven earlier in evaluation, because an export has no values for a proof."""
     for branch in branches.gated.values():
         branch.passes.gate(branch.index, 1, torch.device("cpu"), block.training)  # raises if gates would act
-    shapes = [leaf.shape[1:] if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves]
+    with outside_trace():
+        shapes = [leaf.shape[1:] if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves]
     for (_, of_leaves, _, state), own in branches.own_forms.items():
         known = [form[0][1:] if isinstance(form, tuple) and isinstance(form[0], tuple) else form for form in of_leaves]
         if own.prepared.code is not None and ("training", bool, False) in state[0] and known == shapes:

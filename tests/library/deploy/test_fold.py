@@ -163,8 +163,20 @@ class UsedTwice(nn.Module):
         return y * torch.sigmoid(y)
 
 
+class TiedWeights(nn.Module):
+    """The last map's weight is the first one's, transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(nn.functional.linear(x, self.f.weight.t()).relu())
+
+
 ENDS = {
     "used-twice": lambda: UsedTwice(),
+    "weights-used-twice": lambda: TiedWeights(),
     "gelu": lambda: nn.Sequential(nn.Linear(6, 6), nn.GELU()),
     "gate-behind-a-norm": lambda: nn.Sequential(nn.Linear(6, 6), Gated(nn.LayerNorm(6))),
     "gate-behind-a-sum": lambda: nn.Sequential(nn.Linear(6, 6), Gated(add=0.5)),

@@ -402,6 +402,56 @@ def test_a_closed_layer_whose_sizes_decide_what_it_returns() -> None:
     torch.save(model, io.BytesIO())
 
 
+class WithWeights(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.f(x), x.mean(-1)
+
+
+class LayerOfParts(nn.Module):
+    """Puts together what it returns as layers of transformers do, or returns what a child returns."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.child, self.way = WithWeights(), way
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...] | Tensor:
+        out = self.child(x)
+        if self.way == "sum of tuples":
+            return (x + out[0],) + out[1:]
+        if self.way == "one after the other":
+            outputs = (x + out[0],)
+            outputs += out[1:]
+            return outputs
+        if self.way == "unpacked":
+            return (x + out[0], *out[1:])
+        return out if self.way == "of a child" else x + out[0]
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+@pytest.mark.parametrize("way", ["sum of tuples", "one after the other", "unpacked", "of a child", "a tensor"])
+def test_a_closed_layer_returns_as_many_values_as_an_open_one(
+    way: str, granularity: Literal["batch", "sample"]
+) -> None:
+    model, x = nn.Sequential(LayerOfParts(way)), torch.randn(3, 5, 4)
+    depth = sd.make_stochastic_(model, [0.5], layers=["0"], granularity=granularity)
+    gates = [False] if granularity == "batch" else torch.tensor([[False, True, False]])
+    expected = model[0].child.f(x) if way == "of a child" else x + model[0].child.f(x)
+    for _ in range(2):
+        with depth.gates(gates):
+            output = model(x)
+        assert isinstance(output, Tensor if way == "a tensor" else tuple)
+        if way != "a tensor":
+            assert len(output) == 2
+            output = output[0]
+        for index in range(3):
+            is_open = granularity == "sample" and index == 1
+            torch.testing.assert_close(output[index], expected[index] if is_open else x[index])
+
+
 def test_bad_layers() -> None:
     for layers in ([], 5, [5]):
         with pytest.raises(

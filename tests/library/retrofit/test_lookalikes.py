@@ -894,7 +894,7 @@ class Streaming(WithMerge):
 
 def test_methods_that_add_without_gates_are_told() -> None:
     depth = sd.make_stochastic_(nn.Sequential(Streaming()).double(), sd.uniform(0.5))
-    note = "no branch: 0 (Streaming): inverse and step use its branches without gates, which only the forward has"
+    note = "no branch: 0 (Streaming): inverse and step, if you call them yourself, run without gates, which only the"
     assert note in " ".join(str(depth).split())
 
 
@@ -951,3 +951,136 @@ def test_positions_in_the_form_of_the_stream_are_no_branch(make: type[nn.Module]
     assert len(depth) == 1
     with depth.gates([False]):
         assert_same(net(x), expected)
+
+
+class ScoresAlong(nn.Module):
+    """RealFormer: the scores of attention are handed to the next layer, which adds them to its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.f = (linear() for _ in range(4))
+
+    def forward(self, x: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        scores = self.q(x) @ self.k(x).mT
+        if before is not None:
+            scores = scores + before
+        x = x + scores.softmax(-1) @ self.v(x)
+        return x + self.f(x).tanh(), scores
+
+
+class ScoresAlongNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(ScoresAlong() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = None
+        for layer in self.layers:
+            x, scores = layer(x, scores)
+        return x
+
+
+@pytest.mark.parametrize("by_example", [False, True])
+def test_scores_that_are_passed_along_the_layers_are_no_stream(*, by_example: bool) -> None:
+    torch.manual_seed(0)
+    net, x = ScoresAlongNet().double(), data(4, 3)
+    reference = copy.deepcopy(net)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), inputs=[x] if by_example else None)
+    assert depth.names == [f"layers.{index}#{number}" for index in range(3) for number in (1, 2)]
+    for seed in range(4):
+        gates = (torch.rand(6, generator=torch.Generator().manual_seed(seed)) < 0.5).tolist()
+        h, scores = x, None
+        for layer, attends, maps in zip(reference.layers, gates[::2], gates[1::2], strict=True):
+            own = layer.q(h) @ layer.k(h).mT
+            scores = own if scores is None else own + scores
+            h = h + attends * (scores.softmax(-1) @ layer.v(h))
+            h = h + maps * layer.f(h).tanh()
+        with depth.gates(gates):
+            assert_same(net(x), h)
+
+
+class Exchange(nn.Module):
+    """Two modalities are given what was computed of the other one, at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g, self.h = linear(), linear(), linear()
+
+    def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = a + self.f(b).tanh(), b + self.g(a).tanh()
+        return a + self.h(a).tanh(), b
+
+
+class ExchangeNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Exchange() for _ in range(2))
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        for block in self.blocks:
+            a, b = block(a, b)
+        return torch.cat([a, b], -1)
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+@pytest.mark.parametrize("by_example", [False, True])
+def test_streams_that_exchange_have_a_branch_each(*, by_example: bool, granularity: Any) -> None:
+    torch.manual_seed(0)
+    net, a, b = ExchangeNet().double(), data(4), data(4, seed=1)
+    reference = copy.deepcopy(net)
+    depth = sd.make_stochastic_(
+        net, sd.uniform(0.5), granularity=granularity, inputs=[a, b] if by_example else None, seed=3
+    )
+    assert depth.names == [f"blocks.{index}#{number}" for index in range(2) for number in (1, 2, 3)]
+    for seed in range(4):
+        gates = torch.rand(6, 4 if granularity == "sample" else 1, generator=torch.Generator().manual_seed(seed)) < 0.5
+        first, second = a, b
+        for block, (to_first, to_second, alone) in zip(reference.blocks, gates[..., None].split(3), strict=True):
+            first, second = (
+                first + to_first * block.f(second).tanh(),
+                second + to_second * block.g(first).tanh(),
+            )
+            first = first + alone * block.h(first).tanh()
+        with depth.gates(gates if granularity == "sample" else gates[:, 0].tolist()):
+            assert_same(net(a, b), torch.cat([first, second], -1))
+
+
+class Anchored(nn.Module):
+    """GCNII: the stream begins with a value that every layer is given again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.layers = linear(), nn.ModuleList(linear() for _ in range(3))
+        self.register_buffer("graph", torch.rand(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = start = self.first(x).relu()
+        for layer in self.layers:
+            h = h + layer(0.9 * self.graph @ h + 0.1 * start).relu()
+        return h
+
+
+class Touching(nn.Module):
+    """Adds 0 times all of its input, so that nothing is without a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = Anchored(), linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x)) + 0.0 * x.sum()
+
+
+@pytest.mark.parametrize("by_example", [False, True])
+def test_a_stream_that_begins_with_what_is_added_again_has_all_branches(*, by_example: bool) -> None:
+    torch.manual_seed(0)
+    net, x = Touching().double(), data(4)
+    body = copy.deepcopy(net.body)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), inputs=[x] if by_example else None)
+    assert depth.names == ["body#1", "body#2", "body#3"]
+    for gates in itertools.product([False, True], repeat=3):
+        h = start = body.first(x).relu()
+        for gate, layer in zip(gates, body.layers, strict=True):
+            h = h + gate * layer(0.9 * body.graph @ h + 0.1 * start).relu()
+        with depth.gates(gates):
+            assert_same(net(x), net.head(h))

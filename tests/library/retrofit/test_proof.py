@@ -1261,3 +1261,28 @@ def test_complex_values_have_the_tolerance_of_their_parts(granularity: Any) -> N
     with depth.gates(gates):
         torch.testing.assert_close(net(x), expected)
     depth.verify(x)
+
+
+class Attention(nn.Module):
+    """Attention whose key has a bias, of which nothing depends: its gradient is what rounding leaves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.q, self.k, self.v, self.o = nn.LayerNorm(16), *(nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (f(h).unflatten(-1, (2, 8)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        return x + self.o(((q @ k.mT / 3).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("rescale", ["train", "eval"])
+def test_a_gradient_of_rounding_is_no_difference_in_half_precision(rescale: Any, seed: int) -> None:
+    torch.manual_seed(seed)
+    net, x = nn.Sequential(*(Attention() for _ in range(3))), torch.randn(4, 6, 16)
+    depth = sd.make_stochastic_(net, sd.uniform(0.7), rescale=rescale)
+    with torch.autocast("cpu", torch.bfloat16):
+        net(x).sum().backward()
+        net.eval()(x)
+    assert depth.masked == []

@@ -1,6 +1,8 @@
 """Training tools with a retrofitted model: mixed precision, averaged copies, accumulation, compilation, export."""
 
 import copy
+import functools
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -273,3 +275,73 @@ def test_an_evaluated_encoder_packs_a_padded_batch(rescale: Any) -> None:
             encoder.use_nested_tensor = False
         found = encoder(x, src_key_padding_mask=padding)
     torch.testing.assert_close(found[~padding], expected[~padding])
+
+
+@pytest.mark.parametrize("undo", [sd.restore_, sd.fold_])
+@pytest.mark.parametrize("kind", ["residuals", "blocks"])
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_compiled_model_keeps_working_once_it_is_plain(undo: Any, kind: str) -> None:
+    torch.manual_seed(0)
+    parts = (sd.Residual(nn.Linear(6, 6)) if kind == "residuals" else Adding() for _ in range(2))
+    net, x = Stack(*parts).double().eval(), torch.randn(3, 6).double()
+    sd.make_stochastic_(net, [0.6, 0.3])
+    compiled = torch.compile(net, backend="eager")
+    compiled(x)
+    net.train()
+    compiled(x).sum().backward()
+    net.eval()
+    undo(net)
+    torch.testing.assert_close(compiled(x), net(x), rtol=1e-12, atol=1e-12)
+    torch._dynamo.reset()
+
+
+class Stack(nn.Module):
+    """A root that is no container of PyTorch."""
+
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+class Adding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+
+@pytest.mark.parametrize("kind", ["block", "layer", "residual"])
+@pytest.mark.parametrize("undo", [sd.restore_, sd.fold_])
+def test_a_wrapper_around_a_stochastic_forward_outlives_it(undo: Any, kind: str) -> None:
+    """Profilers and accelerate wrap the forward of a module and keep what they wrapped."""
+    torch.manual_seed(0)
+    module = sd.Residual(nn.Linear(6, 6)) if kind == "residual" else Adding()
+    net, x = nn.Sequential(module, nn.Linear(6, 6)).double().eval(), torch.randn(3, 6).double()
+    sd.make_stochastic_(net, [0.6], **({"layers": ["0"]} if kind == "layer" else {}))
+    inner, calls = module.forward, []
+
+    @functools.wraps(inner)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return inner(*args, **kwargs)
+
+    module.forward = wrapper
+    evaluated = net(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a layer, whose factor stays a scalar
+        undo(net)
+    before = len(calls)
+    f = module.branch if kind == "residual" else module.f
+    plain = net[1](x + f(x)) if kind != "layer" or undo is sd.restore_ else evaluated
+    torch.testing.assert_close(net(x), plain, rtol=1e-12, atol=1e-12)
+    assert len(calls) > before
+    if undo is sd.fold_:
+        torch.testing.assert_close(net(x), evaluated, rtol=1e-12, atol=1e-12)
