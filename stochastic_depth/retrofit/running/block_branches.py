@@ -232,7 +232,8 @@ class BlockBranches:
         if kind in self.forms.warned:
             return
         self.forms.warned.add(kind)
-        whole = f" layers=[{self.name!r}] runs it as a whole, if it does not mix samples." if self.name else ""
+        without = "if it mixes no samples and computes nothing for later layers besides its hidden states"
+        whole = f" layers=[{self.name!r}] runs it as a whole, {without}." if self.name else ""
         warnings.warn(
             f"The branch {branch.passes.names[branch.index]} is computed and masked, which saves nothing. "
             f"{self.described(block)}: {cause}. Other blocks of this class may be affected too.{whole}",
