@@ -484,3 +484,17 @@ def test_is_traced_and_is_mapped() -> None:
     torch.vmap(note)(x)
     torch.func.grad(lambda value: note(value).sum())(x)
     assert seen == [(False, False), (True, False), (True, False), (False, True), (False, False)]
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+def test_outside_trace() -> None:
+    sizes: list[list[type]] = []
+
+    def note(x: Tensor) -> Tensor:
+        with private.outside_trace():
+            sizes.append([type(size) for size in x.shape])
+        return x + x.shape[0]
+
+    traced = torch.jit.trace(note, torch.ones(2), check_trace=False)
+    assert sizes == [[int]]
+    assert torch.equal(traced(torch.ones(3)), torch.full((3,), 4.0))  # the rest is traced as before

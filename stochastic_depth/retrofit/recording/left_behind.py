@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -52,13 +52,18 @@ class Intermediates:
         known |= {id(base_of(tensor)) for tensor in outputs}
         known |= {id(value) for module in block.modules() for value in module.__dict__.values()}
         cached = {id(tensor) for each in objects for _, tensor in tensors_in(each, _MAX_DEPTH) if tensor.dim()}
-        if not self._held(known | cached):
-            return False
-        gc.collect()  # What only a cycle held.
-        held = self._held(known | cached)
-        needed = _ancestors(outputs) if held else set[Any]()
-        # What the output is computed from may be held by autograd too.
-        return any(value.grad_fn not in needed or _is_in_container(value) for value in held)
+        needed: set[Any] | None = None
+        for collects in (False, True):
+            if collects:
+                gc.collect()  # What only a cycle held. Rarely needed, and slow in a process with many objects.
+            held = self._held(known | cached)
+            if not held:
+                return False
+            needed = _ancestors(outputs) if needed is None else needed
+            # What the output is computed from may be held by autograd too.
+            if all(value.grad_fn in needed for value in held) and not _are_in_containers(held):
+                return False
+        return True
 
     def _held(self, known: set[int]) -> tuple[Tensor, ...]:
         values = [reference() for reference in self._values]
@@ -77,8 +82,8 @@ def _ancestors(outputs: Iterable[Tensor]) -> set[Any]:
     return found
 
 
-def _is_in_container(value: Tensor) -> bool:
-    """Whether a list, set or dictionary holds a value, other than the attributes of an autograd.Function."""
-    holders = [holder for holder in gc.get_referrers(value) if isinstance(holder, (list, set, deque, dict))]
+def _are_in_containers(values: Sequence[Tensor]) -> bool:
+    """Whether a list, set or dictionary holds one of them, other than the attributes of an autograd.Function."""
+    holders = [holder for holder in gc.get_referrers(*values) if isinstance(holder, (list, set, deque, dict))]
     of_autograd = torch.autograd.function.FunctionCtx
     return any(not any(isinstance(each, of_autograd) for each in gc.get_referrers(holder)) for holder in holders)
