@@ -52,22 +52,20 @@ class Intermediates:
         known |= {id(base_of(tensor)) for tensor in outputs}
         known |= {id(value) for module in block.modules() for value in module.__dict__.values()}
         cached = {id(tensor) for each in objects for _, tensor in tensors_in(each, _MAX_DEPTH) if tensor.dim()}
-        needed: set[Any] | None = None
-        for collects in (False, True):
-            if collects:
-                gc.collect()  # What only a cycle held. Rarely needed, and slow in a process with many objects.
-            held = self._held(known | cached)
-            if not held:
-                return False
-            needed = _ancestors(outputs) if needed is None else needed
-            # What the output is computed from may be held by autograd too.
-            if all(value.grad_fn in needed for value in held) and not _are_in_containers(held):
-                return False
-        return True
+        if not self._are_held(known | cached, outputs):
+            return False
+        gc.collect()  # What only a cycle held. It is slow in a process with many objects, and rarely needed.
+        return self._are_held(known | cached, outputs)
 
-    def _held(self, known: set[int]) -> tuple[Tensor, ...]:
-        values = [reference() for reference in self._values]
-        return tuple(value for value in values if value is not None and id(value) not in known)
+    def _are_held(self, known: set[int], outputs: Sequence[Tensor]) -> bool:
+        """Whether anything holds values that are not known; it holds none itself once it has returned."""
+        values = (reference() for reference in self._values)  # no list, which would be one of the holders
+        held = tuple(value for value in values if value is not None and id(value) not in known)
+        if not held:
+            return False
+        # What the output is computed from may be held by autograd too.
+        needed = _ancestors(outputs)
+        return any(value.grad_fn not in needed for value in held) or _are_in_containers(held)
 
 
 def _ancestors(outputs: Iterable[Tensor]) -> set[Any]:
