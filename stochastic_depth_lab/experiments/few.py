@@ -14,13 +14,13 @@ from stochastic_depth_lab.experiments.config import Data, Model, Recipe
 from stochastic_depth_lab.experiments.paper import Pair, pair
 
 BATCH_SIZE = 50
-DIGITS_RATES = (0.1, 0.05)
-"""Constant and stochastic depth, 56 layers, 300 steps: see `learning-rates`."""
-CIFAR10_RATES = (0.1, 0.1)
-"""Constant and stochastic depth, 32 layers, 1,000 steps: see `learning-rates-cifar10`. Both are the paper's rate."""
+DIGITS_RATES = {100: (0.1, 0.05), 300: (0.1, 0.05), 1000: (0.1, 0.05), 3000: (0.1, 0.05)}
+"""By steps, constant and stochastic depth, 56 layers: see `learning-rates`; of two that tie, the lower one."""
+CIFAR10_RATES = {100: (0.1, 0.1), 300: (0.1, 0.1), 1000: (0.1, 0.1), 3000: (0.1, 0.1)}
+"""By steps, constant and stochastic depth, 32 layers: see `learning-rates-cifar10`."""
 DEEPER_RATES = {20: (0.2, 0.1), 56: (0.4, 0.05), 110: (0.2, 0.02), 302: (0.05, 0.005), 1202: (0.002, 0.002)}
-"""By layers, constant and stochastic depth, 2,000 steps: see `learning-rates-deeper`; of two that tie, the lower
-one. Those of 1202 layers are from trials with a tenth of the steps."""
+"""By layers, constant and stochastic depth, 2,000 steps: see `learning-rates-deeper`. Those of 1202 layers are
+from trials with a tenth of the steps."""
 
 
 def few(
@@ -74,8 +74,6 @@ def titled(experiments: Pair, words: str) -> Pair:
 
 # The demo: 20 images of each class, 300 steps of 50. Both networks memorize their 200 images.
 # Command: stochastic-depth reproduce digits --out runs/digits
-DIGITS = few("digits", digits(), 56, steps=300, epochs=15, rates=DIGITS_RATES)
-# 110 layers on 200 digits. Command: stochastic-depth reproduce digits-110 --out runs/digits-110
-DIGITS_110 = few("digits-110", digits(), 110, steps=300, epochs=5, rates=DIGITS_RATES)
+DIGITS = few("digits", digits(), 56, steps=300, epochs=15, rates=DIGITS_RATES[300])
 # 1,000 images of CIFAR-10, 3,000 steps. Command: stochastic-depth reproduce cifar10-few-32 --out runs/cifar10-few-32
-CIFAR10_FEW_32 = few("cifar10-few-32", cifar10(), 32, steps=3000, epochs=10, rates=CIFAR10_RATES)
+CIFAR10_FEW_32 = few("cifar10-few-32", cifar10(), 32, steps=3000, epochs=10, rates=CIFAR10_RATES[3000])

@@ -58,8 +58,18 @@ _IMAGENET_152 = paper.IMAGENET_152
 _CURVES = (_CIFAR10_110, _CIFAR10_1202, _CIFAR100_110, _SVHN_152)
 _TABLE2 = (_CIFAR10_110, _CIFAR100_110, _SVHN_152)
 _DIGITS = few.DIGITS
-_DIGITS_110 = few.DIGITS_110
 _CIFAR10_FEW = few.CIFAR10_FEW_32
+
+
+def _digits_deeper(num_layers: int, rates: tuple[float, float], steps: int, epochs: int, name: str = "") -> Pair:
+    """The paper's schedule with its warm-up, on 200 digits: a tenth of the rate for the first tenth of the steps."""
+    settings: dict[str, Any] = {"lr_schedule": "step_text", "warmup_epochs": 1}
+    name = f"digits-{num_layers}-deeper{name}"
+    return few.few(name, few.digits(), num_layers, steps=steps, epochs=epochs, rates=rates, **settings)
+
+
+_DIGITS_DEEPER = {layers: _digits_deeper(layers, rates, 2000, 10) for layers, rates in few.DEEPER_RATES.items()}
+_DIGITS_110 = _DIGITS_DEEPER[110]
 _SMALL = (_DIGITS, _DIGITS_110, _CIFAR10_FEW)
 
 
@@ -115,13 +125,6 @@ TABLE2 = Study(
     claims=(Claim("The paper: training takes less time.", _less((*_TABLE2, *_SMALL), "process_s")),),
 )
 
-# The paper's schedule of the learning rate, in 1,000 steps on 200 digits: 0.1, a tenth of it after a half and three
-# quarters. The paper's rate, not tuned.
-_DIGITS_STEP = few.titled(
-    few.few("digits-56-step", few.digits(), 56, steps=1000, epochs=25, rates=(0.1, 0.1), lr_schedule="step_text"),
-    "step schedule",
-)
-
 # Huang et al. 2016, training loss and test error over the epochs for the runs of the first table.
 # stochastic-depth reproduce curves --out runs/paper
 # About 1,900 h on one core; not run.
@@ -130,18 +133,25 @@ CURVES = Study(
     "Training loss and test error over epochs",
     "The paper: the training loss is higher with stochastic depth, and the test error ends lower.",
     experiments=_runs(_CURVES),
-    small_experiments=_runs((_DIGITS_STEP, _CIFAR10_FEW)),
+    small_experiments=_runs((_DIGITS_110, _CIFAR10_FEW)),
     figures=("curves", "gradient"),
     claims=(
         Claim(
             "The paper: the test error ends lower with stochastic depth.",
-            _less((*_CURVES, _DIGITS_STEP, _CIFAR10_FEW)),
+            _less((*_CURVES, _DIGITS_110, _CIFAR10_FEW)),
         ),
         Claim(
             "The paper: the training loss ends higher with stochastic depth.",
-            _less([(s, c) for c, s in (*_CURVES, _DIGITS_STEP, _CIFAR10_FEW)], "train_loss"),
+            _less([(s, c) for c, s in (*_CURVES, _DIGITS_110, _CIFAR10_FEW)], "train_loss"),
         ),
     ),
+)
+
+# The paper's rate for both methods, so that no other rate explains another gradient: 1,000 steps on 200 digits, a tenth
+# of the rate after a half and three quarters.
+_DIGITS_STEP = few.titled(
+    few.few("digits-56-step", few.digits(), 56, steps=1000, epochs=25, rates=(0.1, 0.1), lr_schedule="step_text"),
+    "rate 0.1",
 )
 
 # Huang et al. 2016, mean gradient magnitude of the first convolution, CIFAR-10, 110 layers.
@@ -152,12 +162,12 @@ GRADIENTS = Study(
     "Gradient of the first convolution over epochs",
     "The paper: the gradient is larger with stochastic depth, especially after the learning rate drops.",
     experiments=_CIFAR10_110,
-    small_experiments=_DIGITS_STEP,
+    small_experiments=_runs((_DIGITS_110, _DIGITS_STEP)),
     figures=("gradient", "curves"),
     claims=(
         Claim(
             "The paper: after the learning rate drops the gradient is larger with stochastic depth.",
-            _less([(s, c) for c, s in (_CIFAR10_110, _DIGITS_STEP)], "late_gradient"),
+            _less([(s, c) for c, s in (_CIFAR10_110, _DIGITS_110, _DIGITS_STEP)], "late_gradient"),
         ),
     ),
 )
@@ -165,7 +175,7 @@ GRADIENTS = Study(
 # Huang et al. 2016, test error over p_L, CIFAR-10, 110 layers, linear decay and uniform, with constant depth as a line.
 # stochastic-depth reproduce survival --out runs/paper
 # About 900 h on one core; not run.
-_DIGITS_56 = few.few("digits-56", few.digits(), 56, steps=300, epochs=5, rates=few.DIGITS_RATES)
+_DIGITS_56 = few.few("digits-56", few.digits(), 56, steps=300, epochs=5, rates=few.DIGITS_RATES[300])
 
 
 def _survival_runs(pair: Pair, probs: Sequence[float]) -> tuple[Experiment, ...]:
@@ -222,10 +232,7 @@ _DEPTHS = (
     paper.CIFAR10_56,
     _CIFAR10_110,
 )
-_DIGITS_DEPTHS = tuple(
-    few.few(f"digits-{layers}-1000", few.digits(), layers, steps=1000, epochs=5, rates=few.DIGITS_RATES)
-    for layers in (20, 56, 110)
-)
+_DIGITS_DEPTHS = tuple(_DIGITS_DEEPER[num_layers] for num_layers in (20, 56, 110))
 DEPTH_SURVIVAL = Study(
     "depth-survival",
     "Test error over depth and survival probability",
@@ -245,34 +252,24 @@ DEPTH_SURVIVAL = Study(
 )
 
 # Huang et al. 2016: 1202 layers have 4.91 % with stochastic depth, 110 have 5.23 %; at constant depth 6.72 and 6.41 %.
-# The paper's schedule with its warm-up at a tenth of the rate, here for the first tenth of 2,000 steps.
 # stochastic-depth reproduce deeper --scale small --out runs/deeper
 _DEEPER = (_DEPTHS[0], _DEPTHS[3], _CIFAR10_110, _CIFAR10_1202)
-
-
-def _digits_deeper(num_layers: int, rates: tuple[float, float], steps: int, epochs: int, name: str = "") -> Pair:
-    settings: dict[str, Any] = {"lr_schedule": "step_text", "warmup_epochs": 1}
-    name = f"digits-{num_layers}-deeper{name}"
-    return few.few(name, few.digits(), num_layers, steps=steps, epochs=epochs, rates=rates, **settings)
-
-
-_DIGITS_DEEPER = tuple(_digits_deeper(num_layers, rates, 2000, 10) for num_layers, rates in few.DEEPER_RATES.items())
 DEEPER = Study(
     "deeper",
     "Test error over depth, up to 1202 layers",
     "The paper: with stochastic depth more layers still help, up to 1202; at constant depth they do not.",
     experiments=_runs(_DEEPER),
-    small_experiments=_runs(_DIGITS_DEEPER),
+    small_experiments=_runs(_DIGITS_DEEPER.values()),
     figures=("depth_curve",),
     claims=(
-        Claim("The paper: stochastic depth is better at every depth.", _less((*_DEEPER, *_DIGITS_DEEPER))),
+        Claim("The paper: stochastic depth is better at every depth.", _less((*_DEEPER, *_DIGITS_DEEPER.values()))),
         Claim(
             "The paper: with stochastic depth 1202 layers learn better than 110.",
-            _less([(_CIFAR10_110[1], _CIFAR10_1202[1]), (_DIGITS_DEEPER[2][1], _DIGITS_DEEPER[4][1])]),
+            _less([(_CIFAR10_110[1], _CIFAR10_1202[1]), (_DIGITS_110[1], _DIGITS_DEEPER[1202][1])]),
         ),
         Claim(
             "The paper: at constant depth 1202 layers learn worse than 110.",
-            _less([(_CIFAR10_1202[0], _CIFAR10_110[0]), (_DIGITS_DEEPER[4][0], _DIGITS_DEEPER[2][0])]),
+            _less([(_CIFAR10_1202[0], _CIFAR10_110[0]), (_DIGITS_DEEPER[1202][0], _DIGITS_110[0])]),
         ),
     ),
 )
@@ -354,24 +351,18 @@ REGULARIZERS = Study(
     ),
 )
 
+
 # Not in the paper: from how many steps, and up to how many images, is stochastic depth better?
 # stochastic-depth reproduce payoff --out runs/payoff --jobs 2
-_STEPS = (100, 300, 1000, 3000)
-
-
 def _payoff(
-    name: str,
-    data: Any,
-    num_layers: int,
-    images: Sequence[int],
-    rates: tuple[float, float],
-    numbers_of_steps: Sequence[int] = _STEPS,
+    name: str, data: Any, num_layers: int, images: Sequence[int], rates: Mapping[int, tuple[float, float]]
 ) -> Iterator[Pair]:
-    for count, steps in product(images, numbers_of_steps):
+    """Pairs by images of each class and by steps, with the rates of so many steps."""
+    for count, (steps, both) in product(images, rates.items()):
         passes = steps * few.BATCH_SIZE // (10 * count)
         epochs = max(number for number in range(1, 6) if passes % number == 0)
         pair = few.few(
-            f"{name}-{count}-images-{steps}-steps", data(count), num_layers, steps=steps, epochs=epochs, rates=rates
+            f"{name}-{count}-images-{steps}-steps", data(count), num_layers, steps=steps, epochs=epochs, rates=both
         )
         yield few.titled(pair, f"{10 * count:,} images, {steps:,} steps")
 
@@ -380,7 +371,7 @@ _DIGITS_PAYOFF = tuple(_payoff("digits", few.digits, 56, (2, 5, 10, 20, 50, 100)
 _CIFAR10_PAYOFF = (
     *_payoff("cifar10", few.cifar10, 32, (10, 100, 500), few.CIFAR10_RATES),
     # 3,000 steps are 30 passes over 5,000 images, too few for stochastic depth; these are 100.
-    *_payoff("cifar10", few.cifar10, 32, (500,), few.CIFAR10_RATES, (10_000,)),
+    *_payoff("cifar10", few.cifar10, 32, (500,), {10_000: few.CIFAR10_RATES[3000]}),
 )
 PAYOFF = Study(
     "payoff",
@@ -412,13 +403,27 @@ def _grid(pairs: Mapping[float, Pair]) -> tuple[Experiment, ...]:
     return (*(constant for constant, _ in titled), *(stochastic for _, stochastic in titled))
 
 
-def _rate_grid(name: str, data: Data, num_layers: int, steps: int) -> tuple[Experiment, ...]:
-    """A pair with every learning rate of the grid."""
-    return _grid(
-        {
-            rate: few.few(f"{name}-rate-{rate}", data, num_layers, steps=steps, epochs=5, rates=(rate, rate))
-            for rate in (0.02, 0.05, 0.1, 0.2)
-        }
+def _rate_grid(name: str, data: Data, num_layers: int, grids: Mapping[int, Sequence[float]]) -> tuple[Experiment, ...]:
+    """A pair with every learning rate of the grid, by steps."""
+    return tuple(
+        each
+        for steps, grid in grids.items()
+        for each in _grid(
+            {
+                rate: few.titled(
+                    few.few(
+                        f"{name}-{steps}-steps-rate-{rate}",
+                        data,
+                        num_layers,
+                        steps=steps,
+                        epochs=5,
+                        rates=(rate, rate),
+                    ),
+                    f"{steps:,} steps",
+                )
+                for rate in grid
+            }
+        )
     )
 
 
@@ -436,13 +441,33 @@ def _learning_rates(name: str, of: str, grid: tuple[Experiment, ...]) -> Study:
     )
 
 
-# Not in the paper: the runs that few.DIGITS_RATES and few.CIFAR10_RATES are chosen from; on CIFAR-10 with a third of
-# the steps of the runs that use them.
+# Not in the paper: the runs that few.DIGITS_RATES and few.CIFAR10_RATES are chosen from.
 # stochastic-depth reproduce learning-rates --out runs/learning-rates
-LEARNING_RATES = _learning_rates("learning-rates", "the digits", _rate_grid("digits-56", few.digits(), 56, steps=300))
+LEARNING_RATES = _learning_rates(
+    "learning-rates",
+    "the digits",
+    _rate_grid(
+        "digits-56",
+        few.digits(),
+        56,
+        {
+            100: (0.01, 0.02, 0.05, 0.1, 0.2),
+            300: (0.02, 0.05, 0.1, 0.2),
+            1000: (0.02, 0.05, 0.1, 0.2, 0.4, 0.8),
+            3000: (0.02, 0.05, 0.1, 0.2, 0.4, 0.8),
+        },
+    ),
+)
 # stochastic-depth reproduce learning-rates-cifar10 --out runs/learning-rates
 LEARNING_RATES_CIFAR10 = _learning_rates(
-    "learning-rates-cifar10", "CIFAR-10", _rate_grid("cifar10-32", few.cifar10(), 32, steps=1000)
+    "learning-rates-cifar10",
+    "CIFAR-10",
+    _rate_grid(
+        "cifar10-32",
+        few.cifar10(),
+        32,
+        dict.fromkeys((100, 300, 1000), (0.02, 0.05, 0.1, 0.2)) | {3000: (0.05, 0.1, 0.2, 0.4)},
+    ),
 )
 
 
