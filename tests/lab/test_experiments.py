@@ -273,24 +273,38 @@ def test_a_small_form_has_few_images_and_fewer_layers():
     assert small(find("cifar10-110-stochastic")).title == "CIFAR-10, 32 layers, stochastic depth"
 
 
-@pytest.mark.parametrize(
-    ("study", "num_layers", "rates"),
-    [
+def _chosen():
+    for layers, rates in few.DEEPER_RATES.items():
+        yield "learning-rates-deeper", layers, 200 if layers == 1202 else 2000, rates
+    for study, layers, by_steps in (
         ("learning-rates", 56, few.DIGITS_RATES),
         ("learning-rates-cifar10", 32, few.CIFAR10_RATES),
-        *(("learning-rates-deeper", num_layers, rates) for num_layers, rates in few.DEEPER_RATES.items()),
-    ],
-)
-def test_the_rates_are_those_that_validation_chooses(study, num_layers, rates):
+    ):
+        for steps, rates in by_steps.items():
+            yield study, layers, steps, rates
+
+
+def _num_steps(experiment) -> int:
+    recipe = experiment.recipe
+    num_images = 10 * experiment.data.images_per_class
+    return recipe.epochs * recipe.epoch_passes * num_images // recipe.batch_size
+
+
+@pytest.mark.parametrize(("study", "num_layers", "num_steps", "rates"), list(_chosen()))
+def test_the_rates_are_those_that_validation_chooses(study, num_layers, num_steps, rates):
     path = Path(__file__).parents[2] / "results" / study / "runs.jsonl"
-    found = {}
+    grid = [
+        (each.depth is not None, each.recipe.learning_rate)
+        for each in STUDIES[study].experiments
+        if (each.model.num_layers, _num_steps(each)) == (num_layers, num_steps)
+    ]
+    found = {setting: {} for setting in grid}
     for line in path.read_text().splitlines():
         run = json.loads(line)
         config = from_json(run["config.json"])
-        if config.model.num_layers == num_layers:
-            errors = found.setdefault((config.depth is not None, config.recipe.learning_rate), {})
+        if (config.model.num_layers, _num_steps(config)) == (num_layers, num_steps):
+            errors = found[config.depth is not None, config.recipe.learning_rate]
             errors[config.seed] = run["metrics"][-1]["validation_error"]
-    assert len(found) == sum(each.model.num_layers == num_layers for each in STUDIES[study].experiments)
     for stochastic, rate in enumerate(rates):
         own = {each: errors for (kind, each), errors in found.items() if kind == bool(stochastic)}
         seeds = set.intersection(*map(set, own.values()))  # those that have the whole grid

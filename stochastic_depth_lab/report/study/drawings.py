@@ -41,36 +41,50 @@ def _over_steps(run: Run) -> tuple[list[int], list[float]]:
 
 
 def _curves(rows: Sequence[Seeds]) -> list[Drawing]:
-    return _for_each_network(lambda group: curves(*_runs_and_names(group)), rows)
+    return _for_each_setting(lambda group: curves(*_runs_and_names(group)), rows)
 
 
 def _gradient(rows: Sequence[Seeds]) -> list[Drawing]:
-    return _for_each_network(lambda group: gradient(*_runs_and_names(group)), rows)
+    return _for_each_setting(lambda group: gradient(*_runs_and_names(group)), rows)
 
 
 def _runs_and_names(rows: Sequence[Seeds]) -> tuple[list[Run], list[str]]:
     return [run for row in rows for run in row.runs], [row.experiment.name for row in rows for _ in row.runs]
 
 
-def _by_network(rows: Sequence[Seeds]) -> dict[tuple[str, int], list[Seeds]]:
-    """Rows by data set and number of layers."""
-    groups: dict[tuple[str, int], list[Seeds]] = {}
+def _by_setting(rows: Sequence[Seeds]) -> dict[tuple[str | int, ...], list[Seeds]]:
+    """Rows that can be compared: by data set and number of layers, and by steps if these differ in one of them."""
+    steps: dict[tuple[str | int, ...], set[int]] = {}
     for row in rows:
-        groups.setdefault((row.experiment.data.dataset, row.experiment.model.num_layers), []).append(row)
+        steps.setdefault(_network(row), set()).add(row.runs[0].num_steps)
+    groups: dict[tuple[str | int, ...], list[Seeds]] = {}
+    for row in rows:
+        network = _network(row)
+        key = network if len(steps[network]) == 1 else (*network, row.runs[0].num_steps)
+        groups.setdefault(key, []).append(row)
     return groups
 
 
-def _for_each_network(draw: Callable[[Sequence[Seeds]], Drawing], rows: Sequence[Seeds]) -> list[Drawing]:
-    """A figure for each network and data set, whose rows can be compared."""
-    groups = _by_network(rows)
+def _network(row: Seeds) -> tuple[str | int, ...]:
+    return row.experiment.data.dataset, row.experiment.model.num_layers
+
+
+def _in_words(layers_and_steps: Sequence[str | int]) -> str:
+    units = ("layers", "steps")[: len(layers_and_steps)]
+    return ", ".join(f"{number:,} {unit}" for number, unit in zip(layers_and_steps, units, strict=True))
+
+
+def _for_each_setting(draw: Callable[[Sequence[Seeds]], Drawing], rows: Sequence[Seeds]) -> list[Drawing]:
+    """A figure for each setting."""
+    groups = _by_setting(rows)
     drawings: list[Drawing] = []
-    for (dataset, num_layers), group in groups.items():
+    for (dataset, *numbers), group in groups.items():
         drawing = draw(group)
         if len(groups) > 1:
             drawing = replace(
                 drawing,
-                name=f"{drawing.name}-{dataset}-{num_layers}",
-                title=f"{drawing.title}: {dataset}, {num_layers} layers",
+                name="-".join(map(str, (drawing.name, dataset, *numbers))),
+                title=f"{drawing.title}: {dataset}, {_in_words(numbers)}",
             )
         drawings.append(drawing)
     return drawings
@@ -107,10 +121,10 @@ def _depth_curve(rows: Sequence[Seeds]) -> list[Drawing]:
 
 
 def _rates(rows: Sequence[Seeds]) -> list[Drawing]:
-    return _for_each_network(_rates_of_a_network, rows)
+    return _for_each_setting(_rates_of_a_setting, rows)
 
 
-def _rates_of_a_network(rows: Sequence[Seeds]) -> Drawing:
+def _rates_of_a_setting(rows: Sequence[Seeds]) -> Drawing:
     errors: dict[bool, dict[float, Sequence[float]]] = {}
     for row in rows:
         by_rate = errors.setdefault(row.experiment.depth is not None, {})
@@ -160,12 +174,12 @@ def _cells_by_dataset(rows: Sequence[Seeds]) -> dict[str, list[Cell]]:
 
 
 def chosen_rates(study: Study, rows: Sequence[Seeds]) -> list[str]:
-    """The learning rates that tuning chooses for each network."""
+    """The learning rates that tuning chooses for each setting."""
     if "rates" not in study.figures:
         return []
     chosen: list[str] = []
-    groups = _by_network(rows)
-    for (_, num_layers), group in groups.items():
+    groups = _by_setting(rows)
+    for (_, *numbers), group in groups.items():
         best: list[str] = []
         for stochastic, name in ((False, "constant depth"), (True, "stochastic depth")):
             own = [row for row in group if (row.experiment.depth is not None) == stochastic]
@@ -180,7 +194,7 @@ def chosen_rates(study: Study, rows: Sequence[Seeds]) -> list[str]:
                 # The lowest of equally good ones, up to rounding.
                 chosen_rate = min(sorted(means), key=lambda rate: round(means[rate], 6))
                 best.append(f"{name} {chosen_rate} (n = {len(common)})")
-        of = f" for {num_layers} layers" if len(groups) > 1 else ""
+        of = f" for {_in_words(numbers)}" if len(groups) > 1 else ""
         chosen.append(f"Chosen{of} by the mean validation error: {', '.join(best)}.")
     return chosen
 

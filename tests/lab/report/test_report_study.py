@@ -190,6 +190,24 @@ def test_rates_are_chosen_for_each_network_on_the_seeds_that_all_its_rates_have(
     assert "Chosen by the mean validation error: constant depth 0.2 (n = 2)." in one.text
 
 
+def test_rates_are_chosen_for_each_number_of_steps(write_run, tmp_path):
+    folders = []
+    for num_steps, rate, error in ((60, 0.1, 2.0), (60, 0.2, 3.0), (1200, 0.1, 1.0), (1200, 0.2, 0.5)):
+        recipe = replace(CONSTANT.recipe, learning_rate=rate)
+        experiment = replace(CONSTANT, name=f"{num_steps}-{rate}", model=Model(20), recipe=recipe)
+        folder = write_run(experiment.name)
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        changed = [{**row, "num_steps": num_steps // len(rows), "validation_error": error} for row in rows]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
+        folders.append((experiment, folder))
+    text = write_study(replace(STUDY, figures=("rates",), claims=()), folders, tmp_path / "out").text
+    text = " ".join(text.split())
+    assert "Chosen for 20 layers, 60 steps by the mean validation error: constant depth 0.1 (n = 1)." in text
+    assert "Chosen for 20 layers, 1,200 steps by the mean validation error: constant depth 0.2 (n = 1)." in text
+    names = {path.name for path in (tmp_path / "out" / "table" / "figures").glob("*.png")}
+    assert names == {"rates-digits-20-60.png", "rates-digits-20-1200.png"}
+
+
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_a_wide_table_fits_the_terminal(folders, tmp_path, width):
     titles = {"constant": "CIFAR-10 without augmentation, constant depth", "linear-0.5": "CIFAR-10, linear, p_L = 0.5"}
