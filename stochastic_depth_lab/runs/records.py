@@ -5,7 +5,7 @@ import fcntl
 import itertools
 import json
 import os
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -132,21 +132,37 @@ class RunFolder:
 
 
 def folder_for(out: Path, experiment: Experiment) -> Path:
-    """The run folder of an experiment among many: the one that holds its configuration, or a new one.
+    """The run folder of an experiment among many: see `folders_for`."""
+    (folder,) = folders_for(out, [experiment])
+    return folder
+
+
+def folders_for(out: Path, experiments: Iterable[Experiment]) -> list[Path]:
+    """The run folders of experiments among many: those that hold their configurations, or new ones.
 
     Folders of other configurations are left alone, and so are those of versions that this one cannot read.
 
     Raises:
-        ValueError: if the experiment's name could lead out of `out`.
+        ValueError: if the name of an experiment could lead out of `out`.
     """
-    check(experiment)
-    ours = as_json(experiment)
+    known: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
     for config in sorted(out.glob("*/config.json")):
         with contextlib.suppress(ValueError):
             theirs = read_json(config)
-            # The seed first: comparing hundreds of runs with each other takes a minute.
-            if theirs.get("seed") == experiment.seed and not differences(ours, theirs):
-                return config.parent
+            # By seed: comparing hundreds of runs with each other takes a minute.
+            known.setdefault(repr(theirs.get("seed")), []).append((config.parent, theirs))
+    return [_folder_among(known, out, experiment) for experiment in experiments]
+
+
+def _folder_among(
+    known: Mapping[str, Sequence[tuple[Path, dict[str, Any]]]], out: Path, experiment: Experiment
+) -> Path:
+    check(experiment)
+    ours = as_json(experiment)
+    for folder, theirs in known.get(repr(experiment.seed), ()):
+        with contextlib.suppress(ValueError):
+            if not differences(ours, theirs):
+                return folder
     name = f"{experiment.name}-seed-{experiment.seed}"
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     return next(out / name for name in names if not (out / name / "config.json").exists())

@@ -57,7 +57,7 @@ def jobs_for(experiments: Sequence[Experiment], out: Path) -> list[Job]:
         experiments: the runs, all different.
         out: the folder of the run folders.
     """
-    jobs = [Job(experiment, records.folder_for(out, experiment)) for experiment in experiments]
+    jobs = list(map(Job, experiments, records.folders_for(out, experiments)))
     for job in jobs:
         if (job.folder / "result.json").exists():
             job.state = "done"
