@@ -56,8 +56,8 @@ PLAN: tuple[tuple[str, int, str], ...] = (
     ("gradients", 5, "*"),
     ("depth-survival", 5, "*"),
     # The best rate depends on the number of steps, so each has its own.
-    ("learning-rates", 2, "digits-56-100-*"),
-    ("learning-rates", 2, "digits-56-1000-*"),
+    ("learning-rates", 3, "digits-56-100-*"),
+    ("learning-rates", 3, "digits-56-1000-*"),
     ("learning-rates-cifar10", 1, "*"),
     ("learning-rates", 1, "*"),
     ("learning-rates-cifar10", 2, "cifar10-32-[13]00-*"),
