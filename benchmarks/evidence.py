@@ -58,8 +58,9 @@ PLAN: tuple[tuple[str, int, str], ...] = (
     # The best rate depends on the number of steps, so each has its own.
     ("learning-rates", 3, "digits-56-100-*"),
     ("learning-rates", 3, "digits-56-1000-*"),
-    ("learning-rates-cifar10", 1, "*"),
     ("learning-rates", 1, "*"),
+    ("payoff", 1, "digits-*"),
+    ("learning-rates-cifar10", 1, "*"),
     ("learning-rates-cifar10", 2, "cifar10-32-[13]00-*"),
     ("payoff", 1, "*"),
     # Another seed on both sides of the rule's edge: 50 and 15 passes over the images.
