@@ -52,11 +52,18 @@ def code_of(
         # A module that is held, but is no child, such as the model: its methods may be called.
         outside = [part for value in module.__dict__.values() for part in (value, *contents_of_value(value))]
         given.update((type(part), None) for part in outside if isinstance(part, nn.Module) and is_users(type(part)))
-        held = dict.fromkeys(each for value in module.__dict__.values() for each in _code_in(value))
+        held = dict.fromkeys(each for value in module.__dict__.values() for each in _code_held_as(value))
         own = names_in_code(plain_class(module), *held, *given, children=children)
         names |= own[0]
         functions.update(dict.fromkeys(own[1]))
     return frozenset(names), tuple(functions)
+
+
+def _code_held_as(value: Any) -> tuple[FunctionType | type, ...]:
+    """`_code_in` an attribute of a module, such as a config that many modules share."""
+    if isinstance(value, (nn.Module, Tensor, *PLAIN)):
+        return ()
+    return remembered(("code in", id(value)), lambda: tuple(_code_in(value)), value)
 
 
 def with_inlined(block: nn.Module, inlined: Collection[str]) -> list[nn.Module]:

@@ -6,7 +6,7 @@ import enum
 import random
 import sys
 import types
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.retrofit.code.called import Called
-from stochastic_depth.retrofit.code.code_names import code_of
 from stochastic_depth.retrofit.code.forms import items_of
 from stochastic_depth.retrofit.code.reads import Reads
 from stochastic_depth.retrofit.code.user_data import is_data, snapshot
 from stochastic_depth.retrofit.errors import StoredError
-from stochastic_depth.torch_private import BatchNorm
+from stochastic_depth.torch_private import HOOKS, MODULE_ATTRIBUTES, BatchNorm
 
 CONSTANTS = (
     type(None), bool, int, float, complex, str, bytes, type(...), torch.dtype, torch.device, torch.layout,
@@ -28,21 +27,33 @@ CONSTANTS = (
 
 
 def contents_of(block: nn.Module, arguments: Any) -> dict[str, Any]:
-    """Everything a forward could store on: attributes of the block and its children, and its arguments."""
+    """Everything a forward could store on: attributes of the block and its children, and its arguments.
+
+    What several of them hold, such as a config, has the name of the first.
+    """
     found: dict[str, Any] = {}
+    seen: set[int] = set()
     for path, module in block.named_modules():
-        for name, value in module.__dict__.items():
-            is_mode = name == "training" and isinstance(module, BatchNorm)  # A stand-in calls it in evaluation.
-            if not is_mode and name not in _NOT_STORED:
-                found[f"{path}.{name}".strip(".")] = snapshot(value)
+        start = f"{path}." if path else ""
+        state = module.__dict__
+        for name, value in state.items():
+            if name == "training":
+                if not isinstance(module, BatchNorm):  # A stand-in calls it in evaluation.
+                    found[start + name] = value
+            elif name not in MODULE_ATTRIBUTES:
+                found[start + name] = value if id(value) in seen else snapshot(value)
+                if not isinstance(value, (tuple, *CONSTANTS)):
+                    seen.add(id(value))
         for group in ("_parameters", "_buffers"):
-            found.update({f"{path}.{name}".strip("."): value for name, value in module.__dict__[group].items()})
+            found.update({start + name: value for name, value in state[group].items()})
+        found[start + "hooks"] = sum([len(state.get(name, ())) for name in _OTHER_HOOKS])
     for index, value in enumerate(containers_in(arguments)):
         found[f"argument {index}"] = snapshot(vars(value) if hasattr(value, "__dict__") else value)
     return found
 
 
-_NOT_STORED = {"_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"}
+# Those that a recording does not set itself.
+_OTHER_HOOKS = [name for name in HOOKS if name not in ("_forward_hooks", "_forward_pre_hooks")]
 
 
 def containers_in(value: Any) -> Iterator[Any]:
@@ -127,10 +138,9 @@ def is_same(a: Any, b: Any) -> bool:
     return isinstance(a, (bool, int, float, str, bytes, set)) and a == b
 
 
-def generators_of(block: nn.Module, inlined: Collection[str], reads: Reads) -> list[Any]:
+def generators_of(block: nn.Module, reads: Reads) -> list[Any]:
     """Random generators that a block's code may draw from, besides the global ones."""
-    names, _ = code_of(block, inlined)
-    values = [value for module in block.modules() for name, value in module.__dict__.items() if name in names]
+    values = [value for module in block.modules() for name, value in module.__dict__.items() if name in reads.names]
     values += [place() for place in reads.places]
     values += [part for value in values for _, part in parts_of(value)]
     return [value for value in values if _state_of(value) is not None]

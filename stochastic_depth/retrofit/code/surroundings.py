@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, fx, nn
 
-from stochastic_depth.retrofit.code.code_names import code_of
 from stochastic_depth.retrofit.code.effects import CONSTANTS, is_same
 from stochastic_depth.retrofit.code.forms import items_of
 from stochastic_depth.retrofit.code.places import Place
@@ -41,9 +40,8 @@ def unchanged_surroundings(
         TraceError: if it, or an attribute of the block, is an iterator: looking at it would change it.
     """
     reads = reads_of(block, inlined, arguments)
-    names, _ = code_of(block, inlined, arguments)
     values = [(place.description, place()) for place in reads.places]
-    for name, value in [*values, *(item for item in block.__dict__.items() if item[0] in names)]:
+    for name, value in [*values, *(item for item in block.__dict__.items() if item[0] in reads.names)]:
         if isinstance(value, Iterator):
             raise TraceError(f"the forward may advance the iterator {name}")
     seen: dict[int, int] = {}
@@ -57,7 +55,7 @@ def unchanged_surroundings(
         # What was put there says more than what holds it.
         moved.sort(key=lambda each: each.has_same)
         changed = moved[0].place.description if moved else None
-        if "environ" in names and environment != dict(os.environ):
+        if "environ" in reads.names and environment != dict(os.environ):
             changed = "the environment"
     finally:
         for each in (*own, *others):
@@ -97,7 +95,8 @@ def _keep(block: nn.Module, places: Iterable[Place], seen: dict[int, int]) -> li
     for place in places:
         value = place()
         if place.is_value and id(place.owner) not in modules and not isinstance(value, type):
-            kept.append(_KeptPlace(place, value, place.is_empty, Kept(value, seen)))
+            contents = _NOTHING if isinstance(value, CONSTANTS) else Kept(value, seen)
+            kept.append(_KeptPlace(place, value, value is None and place.is_empty, contents))
     return kept
 
 
@@ -168,6 +167,9 @@ class Kept:
         for value, contents in self._parts:
             if not _holds(value, contents):
                 _fill(value, contents)
+
+
+_NOTHING = Kept(None, {})
 
 
 def _contents_of(value: Any) -> Any:

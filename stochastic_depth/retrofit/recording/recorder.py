@@ -149,7 +149,7 @@ class Recorder(TorchFunctionMode):
         self._valued: set[int] = set()
         self.asks_for_sizes = False
         self.telling: set[str] = set()
-        self._generators = generators_of(block, inlined, self._reads)
+        self._generators = generators_of(block, self._reads)
         self._device = "cpu"
         self.called_objects = [leaf for leaf in leaves if isinstance(leaf, Called)]
         for index, leaf in enumerate(leaves):
