@@ -12,6 +12,7 @@ from torch import fx
 from torch.utils.checkpoint import checkpoint
 
 from stochastic_depth.retrofit.errors import TraceError
+from stochastic_depth.retrofit.recording.torch_calls import ReadValues
 from stochastic_depth.torch_private import current_dispatch_mode, innermost_checkpoint, top_saved_tensors_hooks
 
 _Compile = Callable[[fx.Graph, str], Callable[..., Any]]
@@ -39,7 +40,7 @@ class Regions:
         found = innermost_checkpoint()
         if found is None or found.repeats:
             raise TraceError("the forward sets its own hooks for saved tensors")
-        if current_dispatch_mode() is not None:
+        if not isinstance(current_dispatch_mode(), ReadValues):
             raise TraceError("a part of the forward runs inside a selective activation checkpoint")
         if not any(frame is found.frame for frame in self._frames):
             self._frames.append(found.frame)

@@ -31,11 +31,11 @@ from stochastic_depth.retrofit.recording.quiet import QUIETED
 from stochastic_depth.retrofit.recording.torch_calls import (
     ORIGIN,
     UNDONE_SETTINGS,
+    ReadValues,
     as_method,
-    gives_sizes_of_values,
-    is_size,
     is_structure,
     is_value,
+    may_size_by_values,
     name_of_function,
     named_call,
     operands_by_position,
@@ -80,6 +80,9 @@ def _may_hold_numbers(value: Any, depth: int = 5) -> bool:
     parts = [part for _, part in parts_of(value)]
     is_transparent = bool(parts) or isinstance(value, (tuple, list, Mapping))
     return not is_transparent or any(_may_hold_numbers(part, depth - 1) for part in parts)
+
+
+_SIZE_OF_VALUES = "the forward's control flow depends on a size that depends on the values of a tensor"
 
 
 def _after(value: Any, _change: Any) -> Any:
@@ -147,6 +150,7 @@ class Recorder(TorchFunctionMode):
         self._values = Values(block, inlined, self._reads)
         self.graph, self.called, self.constants = self._values.graph, self._values.called, self._values.constants
         self._valued: set[int] = set()
+        self._read_values = ReadValues()
         self.asks_for_sizes = False
         self.telling: set[str] = set()
         self._generators = generators_of(block, self._reads)
@@ -196,7 +200,7 @@ class Recorder(TorchFunctionMode):
                 handles.append(module.register_forward_hook(self._leaving(path), with_kwargs=True))
         self._first_contents = contents_of(block, ())
         try:
-            with self:
+            with self, self._read_values:
                 yield
         except (TraceError, KeyboardInterrupt, EndOfRecomputation):
             raise
@@ -240,6 +244,7 @@ class Recorder(TorchFunctionMode):
         if changed := _changed_in_children(self._first_contents, now, self.changed_by_children):
             raise TraceError(f"it changes {changed} and then calls its children")
         self._entered = [self._values.argument(args), self._values.argument(kwargs), now]
+        self._read_values.any = False
         return args, kwargs
 
     def _leaving(self, path: str) -> Callable[..., Any]:
@@ -247,6 +252,7 @@ class Recorder(TorchFunctionMode):
             if self._inside > 1:
                 self._inside -= 1
                 return None
+            has_read = self._read_values.any
             args, kwargs, before = self._entered
             self.called.add(path)
             context = self._context()
@@ -264,6 +270,8 @@ class Recorder(TorchFunctionMode):
             is_told = _may_hold_numbers(output) or any(True for _ in containers_in((*given, *named.values())))
             self.asks_for_sizes |= bool(changed) or is_told
             if any(isinstance(leaf, (bool, int, float, str)) for leaf in tree_leaves(output)):
+                if has_read or self._is_valued((given, named)):
+                    raise TraceError(f"{path} gives a number that may depend on the values of a tensor")
                 self.telling.add(path)
             if computed := [name for name in sorted(changed) if _is_computed(self._block, name, after[name])]:
                 node.meta["stores"] = computed[0]
@@ -271,6 +279,7 @@ class Recorder(TorchFunctionMode):
                 node.meta["stores"] = "a value that it computes"
             self._kept.close()
             output = self._result(node, output)
+            self._note_valued(output, (given, named), has_read=has_read)
             self._state = outside(self._generators)
             self._inside -= 1
             return output
@@ -288,13 +297,16 @@ class Recorder(TorchFunctionMode):
         try:
             self.check_outside()
             nodes, named = self._values.argument(tuple(args)), self._values.argument(dict(kwargs))
+            self._read_values.any = False
             output = method(*args, **kwargs)
+            has_read = self._read_values.any
             if is_value(output):
                 raise TraceError(
                     f"the forward's control flow depends on the content of a {type(value).__name__} ({name})"
                 )
             node = self.graph.call_function(method_of, (self._values.object_of(value), name, *nodes), named)
             output = self._result(node, output)
+            self._note_valued(output, (args, kwargs), has_read=has_read)
             self._state = outside(self._generators)
             return output
         finally:
@@ -322,9 +334,9 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)  # a mark for a profiler
         if tells_sizes(func) and not (args and self._values.is_held(args[0])):
             self.asks_for_sizes = True
+        if tells_sizes(func) and self._is_valued((args, kwargs)):
+            raise TraceError(_SIZE_OF_VALUES)
         if is_structure(func):
-            if args and id(args[0]) in self._valued and is_size(func):
-                raise TraceError("the forward's control flow depends on a size that depends on the values of a tensor")
             return func(*args, **kwargs)
         self._inside += 1
         try:
@@ -335,7 +347,11 @@ class Recorder(TorchFunctionMode):
                 op, target, given = named_call(func, args)
                 nodes, named = self._values.argument(tuple(given)), self._values.argument(dict(kwargs))
                 context = self._context()
+                self._read_values.any = False
                 output = func(*args, **kwargs)
+                has_read = self._read_values.any and may_size_by_values(func, args)
+            if has_read and tells_sizes(func):
+                raise TraceError(_SIZE_OF_VALUES)
             if not any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs, output))):
                 # Settings under which later calls are made, which these note; a recording does not set them.
                 if name_of_function(func) not in UNDONE_SETTINGS and output is None:
@@ -357,13 +373,19 @@ class Recorder(TorchFunctionMode):
             if context != self._base:
                 node.meta["settings"] = context
             result = self._result(node, output)
-            if gives_sizes_of_values(func, args, kwargs) or any(
-                id(leaf) in self._valued for leaf in tree_leaves((args, kwargs))
-            ):
-                self._valued.update(id(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+            self._note_valued(result, (args, kwargs), has_read=has_read)
         finally:
             self._inside -= 1
         return None if target is set_item else result
+
+    def _is_valued(self, given: Any) -> bool:
+        """Whether the sizes of a tensor in a structure may depend on the values of others."""
+        return bool(self._valued) and any(id(leaf) in self._valued for leaf in tree_leaves(given))
+
+    def _note_valued(self, result: Any, given: Any, *, has_read: bool) -> None:
+        """Note that the sizes of results may depend on values: the call has read some, or its arguments' sizes do."""
+        if has_read or self._is_valued(given):
+            self._valued.update(id(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
 
     def _result(self, node: fx.Node, output: Any) -> Any:
         """The result of a call, bound to its node."""

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from stochastic_depth.retrofit.errors import StoredError
+from stochastic_depth.torch_private import TorchDispatchMode
 
 # A tensor's memory address differs between calls of the same form.
-ORIGIN = {"storage_offset", "data_ptr", "untyped_storage", "is_set_to"}
+ORIGIN = {"storage_offset", "data_ptr", "untyped_storage", "is_set_to", "__dlpack__"}
 # Settings that `with` undoes, and calls that set nothing.
 UNDONE_SETTINGS = {"_set_grad_enabled", "_record_function_exit", "_assert", "_set_multithreading_enabled"}
 _STRUCTURE_METHODS = {
@@ -21,7 +22,7 @@ _STRUCTURE_METHODS = {
     "is_signed", "element_size", "get_device", "__len__", "ndimension", "is_same_size", "has_names", "type",
     "is_tensor", "result_type", "can_cast", "promote_types", "is_nonzero_size", "is_conj", "is_neg", "is_inference",
     "is_shared", "is_pinned", "__hash__", "is_storage", "numpy_dtype", "broadcast_shapes", "dim_order",
-    "has_torch_function", "__format__", "__repr__", "is_distributed",
+    "has_torch_function", "is_distributed",
 }  # fmt: skip
 _STRUCTURE_ATTRIBUTES = {
     "shape", "ndim", "dtype", "device", "is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "is_xla", "is_nested",
@@ -51,17 +52,9 @@ def is_structure(func: Any) -> bool:
     return name in _STRUCTURE_METHODS
 
 
-def is_size(func: Any) -> bool:
-    """Whether it returns its size."""
-    name = getattr(func, "__name__", "")
-    if name == "__get__":
-        return func.__self__.__name__ in ("shape", "nbytes")
-    return name in ("size", "numel", "nelement", "__len__", "stride", "broadcast_shapes")
-
-
 _SIZES = {
     "size", "shape", "numel", "nelement", "nbytes", "__len__", "stride", "is_contiguous", "is_same_size", "dim_order",
-    "broadcast_shapes", "__repr__", "__format__", "__iter__", "unbind", "chunk", "unsafe_chunk", "split",
+    "broadcast_shapes", "__iter__", "unbind", "chunk", "unsafe_chunk", "split",
     "unsafe_split", "split_with_sizes", "tensor_split", "hsplit", "vsplit", "dsplit",
 }  # fmt: skip
 
@@ -71,20 +64,45 @@ def tells_sizes(func: Any) -> bool:
     return name_of_function(func) in _SIZES
 
 
-def gives_sizes_of_values(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether the sizes of a function's result depend on values."""
-    name = getattr(func, "__name__", "")
+class ReadValues(TorchDispatchMode):
+    """Notices that functions have read values of tensors: that the sizes of their results may depend on them.
+
+    PyTorch marks the operations that do, among them the one that makes a number of a tensor, as `x[:length]` does.
+
+    Attributes:
+        any: whether it has happened since this was set to False.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.any = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.any and _reads_values(func, args):
+            self.any = True
+        return func(*args, **(kwargs or {}))
+
+
+def _reads_values(func: Any, args: Sequence[Any]) -> bool:
+    name = func.overloadpacket.__name__
+    if name == "index":
+        return any(isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8) for part in args[1])
+    return not _READING.isdisjoint(func.tags) or name in _READING_UNMARKED
+
+
+_READING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+_READING_UNMARKED = {"tensor_split", "_pack_padded_sequence", "_to_sparse", "_to_sparse_csr", "_to_sparse_csc"}
+# Of these, it is a value, and no size, that a tensor gives as a number.
+_NO_SIZES = {"full", "full_like", "new_full", "select", "fill_", "roll"}
+
+
+def may_size_by_values(func: Any, args: Sequence[Any]) -> bool:
+    """Whether the sizes of a function's results may depend on the values that it reads."""
+    name = name_of_function(func)
     if name == "__getitem__":
         parts = args[1] if isinstance(args[1], tuple) else (args[1],)
-        return any(isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8) for part in parts)
-    if name == "where":
-        return len(args) + len(kwargs) == 1
-    if name == "repeat_interleave":
-        return any(isinstance(part, Tensor) for part in (*args[1:], *kwargs.values()))
-    return name in (
-        "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount", "_unique2", "nonzero_numpy",
-        "histogram", "tensor_split",
-    )  # fmt: skip
+        return any(isinstance(part, slice) or (isinstance(part, Tensor) and part.dim()) for part in parts)
+    return name not in _NO_SIZES
 
 
 def is_value(output: Any) -> bool:

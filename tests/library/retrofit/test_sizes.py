@@ -1,13 +1,18 @@
 """Calls with arguments of sizes that never repeat, and arguments whose rows may be those of samples or not."""
 
 import copy
+import re
 import warnings
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from plain_blocks import D, assert_same, data, linear
+from plain_blocks import D, DropPath, assert_same, data, linear
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import stochastic_depth as sd
 
@@ -353,3 +358,72 @@ def test_modes_of_the_parts_of_a_scripted_child_stay() -> None:
     net(data(4))
     depth.verify(data(4))
     assert [module.training for module in net[0].inner.modules()] == [True, True, False, True]
+
+
+class Selecting(nn.Module):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x[mask]
+
+
+class CountingValues(nn.Module):
+    def forward(self, x: Tensor, mask: Tensor) -> int:
+        return x[mask].shape[0]
+
+
+class Scaled(nn.Module):
+    """Divides its branch by a number that depends on the values of its mask."""
+
+    def __init__(self, number: Callable[..., Any]) -> None:
+        super().__init__()
+        self.f, self.drop_path, self.number = linear(), DropPath(0.5), number
+        self.identity, self.select, self.count = nn.Identity(), Selecting(), CountingValues()
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x + self.drop_path(self.f(x) / (1 + self.number(self, x, mask)))
+
+
+def packed(_block: Scaled, x: Tensor, mask: Tensor) -> int:
+    lengths = mask.sum().expand(len(x))
+    return nn.utils.rnn.pack_padded_sequence(x[:, None].expand(-1, 6, -1), lengths, batch_first=True).data.shape[0]
+
+
+NUMBERS: dict[str, Callable[..., Any]] = {
+    "loop": lambda _block, _x, mask: sum(1 for _ in mask.cumsum(0).unique()),
+    "unbind": lambda _block, x, mask: len(x[mask].unbind()),
+    "chunk": lambda _block, x, mask: len(x[mask].split(1)),
+    "one_hot": lambda _block, _x, mask: F.one_hot(mask.long().cumsum(0)).shape[1],
+    "slice": lambda _block, x, mask: x[: mask.sum()].shape[0],
+    "slices": lambda _block, x, mask: x[:, : mask.sum()].numel(),
+    "arange": lambda _block, _x, mask: len(torch.arange(mask.sum())),
+    "zeros": lambda _block, _x, mask: torch.zeros(mask.sum(), 2).shape[0],
+    "expand": lambda _block, x, mask: x[:1].expand(mask.sum(), -1).shape[0],
+    "repeat": lambda _block, x, mask: x.repeat(mask.sum(), 1).shape[0],
+    "pad": lambda _block, x, mask: F.pad(x, (0, mask.sum())).shape[1],
+    "topk": lambda _block, x, mask: x.topk(mask.sum(), 0).values.shape[0],
+    "split": lambda _block, x, mask: len(x.split(mask.sum())),
+    "sparse": lambda _block, _x, mask: mask.double().to_sparse().indices().shape[1],
+    "packed": packed,
+    "after other functions": lambda _block, x, mask: torch.cat([x[mask] * 2, x]).T.shape[1],
+    "through a child": lambda block, x, mask: block.identity(x[mask]).shape[0],
+    "of a child": lambda block, x, mask: block.select(x, mask).shape[0],
+    "a child's number": lambda block, x, mask: block.count(x, mask),
+    "as text": lambda _block, _x, mask: float(f"{mask.sum().double():.1f}"),
+    "by way of NumPy": lambda _block, _x, mask: int(np.from_dlpack(mask.long()).sum()),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_that_depends_on_values_is_that_of_the_call(name: str) -> None:
+    torch.manual_seed(0)
+    block = Scaled(NUMBERS[name]).double()
+    reference = copy.deepcopy(block)
+    depth = sd.make_stochastic_(block, granularity="batch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", sd.MaskedBranchWarning)
+        for call, count in enumerate((3, 3, 4, 5, 4, 6, 1, 2)):
+            x, mask = data(6, seed=call), torch.arange(6) < count
+            with depth.gates([True]):
+                found = block(x, mask)
+            assert_same(found, x + 2 * reference.f(x) / (1 + NUMBERS[name](reference, x, mask)))
+    assert depth.masked
+    assert re.search("depends? on .*the values of|where a tensor is stored", str(depth))
