@@ -14,7 +14,7 @@ from stochastic_depth_lab.experiments.config import Data, Model, Recipe
 from stochastic_depth_lab.experiments.paper import Pair, pair
 
 BATCH_SIZE = 50
-DIGITS_RATES = {100: (0.05, 0.02), 300: (0.1, 0.05), 1000: (0.4, 0.05), 3000: (0.8, 0.05)}
+DIGITS_RATES = {100: (0.05, 0.02), 300: (0.1, 0.05), 1000: (0.4, 0.05), 3000: (0.8, 0.02)}
 """By steps, constant and stochastic depth, 56 layers: see `learning-rates`; of two that tie, the lower one."""
 CIFAR10_RATES = {100: (0.1, 0.1), 300: (0.1, 0.1), 1000: (0.1, 0.1), 3000: (0.1, 0.1)}
 """By steps, constant and stochastic depth, 32 layers: see `learning-rates-cifar10`."""
