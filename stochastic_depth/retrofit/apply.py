@@ -113,6 +113,7 @@ def make_stochastic_(
     if inputs is not None and not isinstance(inputs, (tuple, list, Mapping)):
         raise TypeError(f"inputs must be the arguments of a forward, such as inputs=[images], but is {inputs!r:.80}.")
     _refuse_wrapped(model)
+    _refuse_lazy(model)
     _refuse_stochastic(model)
     layers = [layers] if isinstance(layers, str) else layers
     if layers is not None and (
@@ -313,6 +314,12 @@ def _refuse_wrapped(model: nn.Module) -> None:
             raise ValueError(f"The model is wrapped in {kind}. {order}")
     if is_compiled(model):
         raise ValueError(f"The model is compiled. {order}")
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(value, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+            raise ValueError(f"{name} has no size yet: run the model once before make_stochastic_.")
 
 
 def _refuse_stochastic(model: nn.Module) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import types
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import contextmanager
@@ -128,14 +127,16 @@ def stand_in(
         new.__dict__["_modules"] = {
             name: None if value is None else module_of(value) for name, value in child_dict(module).items()
         }
-        for name, value in new.__dict__.items():
-            if isinstance(value, (types.MethodType, functools.partial)):
-                new.__dict__[name] = bound_anew(value, module, new)
         if hasattr(own, "own_forward"):
             new.__dict__["forward"] = own_forward(module, new)
         return new
 
-    return module_of(block)
+    root = module_of(block)
+    for new in made.values():
+        if not isinstance(new, Scripted):
+            own = new.__dict__
+            own.update({name: bound_anew(own[name], made) for name in own.keys() - _NOT_COPIED})
+    return root
 
 
 def _makes_weight(hook: Any, module: nn.Module) -> bool:

@@ -6,8 +6,9 @@ import operator
 from collections.abc import Collection, Sequence
 from typing import cast
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from stochastic_depth.retrofit.code.user_data import has_no_data
 from stochastic_depth.retrofit.recording.sizes import is_size
 from stochastic_depth.retrofit.rewriting.cuts import Sum
 from stochastic_depth.retrofit.rewriting.operations import (
@@ -55,6 +56,43 @@ def _terms(node: fx.Node, block: nn.Module) -> list[str | None]:
         factors = [each for each in node.all_input_nodes if not is_plain(each, block)]
         return _terms(factors[0], block) if len(factors) == 1 else [None]
     return [cast(str, node.target) if node.op == "call_module" else None]
+
+
+def are_complements(a: fx.Node, b: fx.Node) -> bool:
+    """Whether one value is multiplied by a mask and the other by what it leaves, `1 - mask`, as in a coupling."""
+    return any(_is_rest_of(mask, other) or _is_rest_of(other, mask) for mask in _factors(a) for other in _factors(b))
+
+
+def is_masked(value: fx.Node, block: nn.Module) -> bool:
+    """Whether a value is multiplied by a constant of the block that is zero in places: what a mask leaves of it."""
+    for factor in _factors(value):
+        if factor.op == "get_attr":
+            path, _, name = cast(str, factor.target).rpartition(".")
+            held = getattr(block.get_submodule(path), name, None)
+            if (
+                isinstance(held, Tensor)
+                and not held.requires_grad
+                and not has_no_data(held)
+                and bool((held == 0).any())
+            ):
+                return True
+    return False
+
+
+def _factors(value: fx.Node) -> list[fx.Node]:
+    value = _seen_through(value)
+    return value.all_input_nodes if name_of(value) in PRODUCTS else []
+
+
+def _is_rest_of(mask: fx.Node, rest: fx.Node) -> bool:
+    is_rest = name_of(rest) in _NEGATIONS or (name_of(rest) in _SUBTRACTIONS and 1 in rest.args)
+    of = rest.all_input_nodes if is_rest else []
+    # Each use of a buffer has a node of its own.
+    return any(each is mask or (each.op == mask.op == "get_attr" and each.target == mask.target) for each in of)
+
+
+_NEGATIONS = {"bitwise_not", "logical_not", "__invert__", "invert"}
+_SUBTRACTIONS = {"sub", "subtract", "rsub", "__sub__", "__rsub__"}
 
 
 def are_same_items(a: fx.Node, b: fx.Node) -> bool:

@@ -14,10 +14,12 @@ from stochastic_depth.retrofit.recording.sizes import is_size
 from stochastic_depth.retrofit.rewriting.cuts import Sum
 from stochastic_depth.retrofit.rewriting.lookalikes import (
     are_calls_of_one,
+    are_complements,
     are_same_items,
     are_scores,
     becomes_a_gate,
     is_affine,
+    is_masked,
     is_merge,
     is_modulation,
     is_one_number,
@@ -143,7 +145,13 @@ def _repeated(sums: Sequence[Sum]) -> Iterator[fx.Node]:
 
 
 def _is_shortcut(shortcut: fx.Node, output: fx.Node, before: Sequence[Sum], block: nn.Module) -> bool:
-    if was_taken_out(shortcut) or is_modulation(shortcut, output, block) or are_calls_of_one(shortcut, output, block):
+    if (
+        was_taken_out(shortcut)
+        or is_modulation(shortcut, output, block)
+        or are_calls_of_one(shortcut, output, block)
+        or are_complements(shortcut, output)
+        or is_masked(shortcut, block)
+    ):
         return False
     of_shortcut, of_output = ancestors(shortcut), ancestors(output)
     if not any(computes(node, block) for node in of_output - of_shortcut):

@@ -412,3 +412,89 @@ def test_drop_paths_that_the_code_does_not_call_are_warned_of() -> None:
     depth = sd.make_stochastic_(model, layers=["0"], granularity="batch")
     with depth.gates([True]), pytest.warns(UserWarning, match="layer 0 does not call its drop paths in training"):
         model(torch.randn(4, D))
+
+
+class HoldsInClosure(nn.Module):
+    """minGPT's: a function on the block whose closure holds its children."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(D)
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(D, 2 * D), "act": nn.GELU(), "c_proj": nn.Linear(2 * D, D)})
+        m = self.mlp
+        self.mlpf = lambda x: m.c_proj(m.act(m.c_fc(x)))
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.mlp.c_proj(self.mlp.act(self.mlp.c_fc(self.norm(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlpf(self.norm(x))
+
+
+class HoldsInList(nn.Module):
+    """The ECG networks': registered children that are called by way of a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_module("first", nn.Linear(D, D))
+        self.add_module("second", nn.Tanh())
+        self.layers, self.by_name = [self.first, self.second], {"norm": nn.LayerNorm(D)}
+        self.add_module("norm", self.by_name["norm"])
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.second(self.first(self.norm(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.by_name["norm"](x)
+        for layer in self.layers:
+            y = layer(y)
+        return x + y
+
+
+@pytest.mark.parametrize("kind", [HoldsInClosure, HoldsInList])
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+def test_children_that_are_called_by_way_of_what_a_block_holds(kind: type[nn.Module], granularity: str) -> None:
+    gates = [True, False] if granularity == "batch" else [data(3) > 0, torch.tensor([True, False, True])]
+    gates = [gate if isinstance(gate, bool) else gate[:, 0] if gate.dim() > 1 else gate for gate in gates]
+    x = data(3)
+    for example in with_and_without(x)[kind is HoldsInList :]:  # Without one, the loop cannot be read.
+        model = nn.Sequential(kind(), kind()).double()
+        reference = nn.Sequential(kind(), kind()).double()
+        reference.load_state_dict(model.state_dict())
+        depth = sd.make_stochastic_(model, sd.uniform(0.5), granularity=granularity, **example)
+        with depth.gates(gates):
+            output = model(x)
+        expected = x
+        for block, gate in zip(reference, gates, strict=True):
+            expected = expected + torch.as_tensor(gate).double().view(-1, 1) * block.branch(expected)
+        assert_same(output, expected)
+        assert depth.masked == []
+        depth.verify(x)
+
+
+class Coupling(nn.Module):
+    """RealNVP's: what its mask leaves is no shortcut."""
+
+    def __init__(self, flip: int) -> None:
+        super().__init__()
+        self.register_buffer("mask", (torch.arange(D) % 2 == flip).double())
+        self.scale, self.shift = linear(), linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = x * self.mask
+        return kept + (1 - self.mask) * (x * self.scale(kept).tanh().exp() + self.shift(kept))
+
+
+def test_a_masked_coupling_is_no_branch() -> None:
+    for example in with_and_without(data(3)):
+        model = nn.Sequential(Coupling(0), Block(), Coupling(1)).double()
+        assert sd.make_stochastic_(model, sd.uniform(0.5), **example).names == ["1#1"]
+
+
+def test_lazy_modules_want_a_forward_first() -> None:
+    model = nn.Sequential(Block(), nn.LazyLinear(D)).double()
+    for example in with_and_without(data(3)):
+        with pytest.raises(ValueError, match=r"1.weight has no size yet: run the model once before"):
+            sd.make_stochastic_(model, sd.uniform(0.5), **example)
+    model(data(3))
+    assert sd.make_stochastic_(model, sd.uniform(0.5)).names == ["0#1"]
