@@ -485,9 +485,23 @@ class Coupling(nn.Module):
         return kept + (1 - self.mask) * (x * self.scale(kept).tanh().exp() + self.shift(kept))
 
 
-def test_a_masked_coupling_is_no_branch() -> None:
+class InPaints(nn.Module):
+    """The same with a mask that is computed."""
+
+    def __init__(self, _flip: int) -> None:
+        super().__init__()
+        self.f = linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = (x > 0).to(x)
+        kept = x * mask
+        return kept + (1 - mask) * self.f(kept)
+
+
+@pytest.mark.parametrize("kind", [Coupling, InPaints])
+def test_a_masked_coupling_is_no_branch(kind: type[nn.Module]) -> None:
     for example in with_and_without(data(3)):
-        model = nn.Sequential(Coupling(0), Block(), Coupling(1)).double()
+        model = nn.Sequential(kind(0), Block(), kind(1)).double()
         assert sd.make_stochastic_(model, sd.uniform(0.5), **example).names == ["1#1"]
 
 
