@@ -325,6 +325,8 @@ def _check_samples(branch: CutBranch, shortcut: fx.Node) -> None:
     if shortcut.meta.get("shape", ())[:1] == (0,):
         return  # It runs on none.
     if "samples" not in shortcut.meta:
+        if not any("shape" in node.meta for node in shortcut.graph.find_nodes(op="placeholder")):
+            raise CutError("its samples are inside an object that it is given, of which no subset can be taken")
         raise CutError("its code changes with the number of samples")
     if not shortcut.meta["samples"]:
         raise CutError("the first dimension of the branch's shortcut is not the samples")

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -512,3 +513,25 @@ def test_lazy_modules_want_a_forward_first() -> None:
             sd.make_stochastic_(model, sd.uniform(0.5), **example)
     model(data(3))
     assert sd.make_stochastic_(model, sd.uniform(0.5)).names == ["0#1"]
+
+
+@dataclass
+class State:
+    x: Tensor
+
+
+class TakesState(Block):
+    def forward(self, state: State) -> State:
+        return State(state.x + self.branch(state.x))
+
+
+def test_samples_inside_an_object_are_refused_with_the_cause() -> None:
+    model = nn.Sequential(TakesState(), TakesState()).double()
+    plain, x = copy.deepcopy(model), data(3)
+    sd.make_stochastic_(model, sd.uniform(0.5), granularity="sample")
+    with pytest.raises(RuntimeError, match=r"samples are inside an object that .* Use granularity='batch'"):
+        model(State(x))
+    sd.restore_(model)
+    depth = sd.make_stochastic_(model, sd.uniform(0.5))
+    with depth.gates([False, True]):
+        assert_same(model(State(x)).x, plain[1](State(x)).x)
