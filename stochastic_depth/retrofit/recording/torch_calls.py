@@ -73,6 +73,8 @@ class ReadValues(TorchDispatchMode):
         any: whether it has happened since this was set to False.
     """
 
+    supports_higher_order_operators = True  # Without it, they raise.
+
     def __init__(self) -> None:
         super().__init__()
         self.any = False
@@ -84,6 +86,8 @@ class ReadValues(TorchDispatchMode):
 
 
 def _reads_values(func: Any, args: Sequence[Any]) -> bool:
+    if not hasattr(func, "overloadpacket"):
+        return False  # an operator of functions, such as `flex_attention`
     name = func.overloadpacket.__name__
     if name == "index":
         return any(isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8) for part in args[1])
