@@ -59,7 +59,10 @@ def _terms(node: fx.Node, block: nn.Module) -> list[str | None]:
 
 
 def are_complements(a: fx.Node, b: fx.Node) -> bool:
-    """Whether one value is multiplied by a mask and the other by what it leaves, `1 - mask`, as in a coupling."""
+    """Whether one value is multiplied by a computed mask and the other by what it leaves, `1 - mask`, as in a coupling.
+
+    Learned shares, which are computed from parameters alone, are gains.
+    """
     return any(_is_rest_of(mask, other) or _is_rest_of(other, mask) for mask in _factors(a) for other in _factors(b))
 
 
@@ -86,9 +89,7 @@ def _factors(value: fx.Node) -> list[fx.Node]:
 
 def _is_rest_of(mask: fx.Node, rest: fx.Node) -> bool:
     is_rest = name_of(rest) in _NEGATIONS or (name_of(rest) in _SUBTRACTIONS and 1 in rest.args)
-    of = rest.all_input_nodes if is_rest else []
-    # Each use of a buffer has a node of its own.
-    return any(each is mask or (each.op == mask.op == "get_attr" and each.target == mask.target) for each in of)
+    return is_rest and mask in rest.all_input_nodes and is_computed(mask)
 
 
 _NEGATIONS = {"bitwise_not", "logical_not", "__invert__", "invert"}
