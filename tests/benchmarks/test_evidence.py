@@ -81,9 +81,9 @@ def test_the_page_of_a_study_has_the_means_of_its_runs(root: Path) -> None:
             if run["config.json"]["name"].endswith(kind)
         ]
         assert len(errors) == 5
-        row = f"{kind} depth, step schedule +{statistics.mean(errors):.2f} ± {statistics.stdev(errors):.2f} "
+        row = rf"{kind} depth, rate 0\.1 +{statistics.mean(errors):.2f} ± {statistics.stdev(errors):.2f} "
         assert re.search(row, page)
-    assert "10 of 10 runs done" in page
+    assert "10 of 20 runs done" in page
     for figure in re.findall(r"!\[[^]]*\]\((.*?)\)", page):
         assert (evidence.PAGES / figure).resolve().is_file()
     assert "0 of 50 runs done" in (evidence.PAGES / "deeper.md").read_text()
