@@ -186,10 +186,10 @@ def _gradient_figure(series: Sequence[_Series], *, narrow: bool) -> Figure:
     figure = Figure(figsize=(_NARROW if narrow else _WIDE, 3.3), layout="constrained")
     axes = figure.subplots()
     _plot_epochs(axes, series, lambda e: e.first_conv_grad, log=True)
-    for place, _, after in _drops(series):
+    for place, after in _drops(series):
         # Curves fall at a drop: the space above and right of it is free.
         axes.annotate(
-            f"→ {_plain(float(f'{after:.3g}'))}",
+            f"→ {after}",
             (place, 1),
             xycoords=axes.get_xaxis_transform(),
             xytext=(4, -2),
@@ -347,7 +347,7 @@ def _plot_epochs(axes: Axes, series: Sequence[_Series], value: Callable[[Epoch],
     for s, line in zip(series, values, strict=True):
         marker = "o" if len(line) == 1 else None
         axes.plot(range(1, len(line) + 1), line, color=s.color, linestyle=s.dashes, marker=marker)
-    for place, *_ in _drops(series):
+    for place, _ in _drops(series):
         axes.axvline(place, color=MUTED, linewidth=1, linestyle=":", zorder=0.5)
     positive = [v for line in values for v in line if v > 0]
     if log and positive:
@@ -373,20 +373,20 @@ def _plain(value: float, _position: int | None = None) -> str:
     return f"{value:.10f}".rstrip("0").rstrip(".").replace("-", "\N{MINUS SIGN}")
 
 
-def _drops(series: Sequence[_Series]) -> list[tuple[float, float, float]]:
-    """Where the learning rate of any run drops by a step: (between which epochs, rate before, rate after).
+def _drops(series: Sequence[_Series]) -> list[tuple[float, str]]:
+    """Where the learning rate of any run drops by a step: (between which epochs, to what; with several, to each).
 
     A step at least halves the rate, and has a plateau before or after it; a cosine has no steps.
     """
-    found: set[tuple[float, float, float]] = set()
+    found: dict[float, set[float]] = {}
     for s in series:
         rates = [e.learning_rate for e in s.run.epochs]
         for i in range(1, len(rates)):
             before, after = rates[max(i - 2, 0) : i], rates[i : i + 2]
             plateau = len(set(before)) < len(before) or len(set(after)) < len(after)
             if plateau and after[0] <= before[-1] / 2:
-                found.add((i + 0.5, before[-1], after[0]))
-    return sorted(found)
+                found.setdefault(i + 0.5, set()).add(float(f"{after[0]:.3g}"))
+    return [(place, ", ".join(map(_plain, sorted(rates, reverse=True)))) for place, rates in sorted(found.items())]
 
 
 def _runs_legend(figure: Figure, series: Sequence[_Series]) -> None:

@@ -109,6 +109,24 @@ def test_steps_of_the_learning_rate(write_run, rates, labels):
     assert [text.get_text() for text in gradient.figure.axes[0].texts] == labels
 
 
+def test_rates_that_drop_at_one_time_share_a_label(write_run):
+    runs = []
+    for name, rates in (
+        ("a", (0.2, 0.2, 0.02, 0.02)),
+        ("b", (0.02, 0.02, 0.002, 0.002)),
+        ("c", (0.2, 0.2, 0.02, 0.02)),
+    ):
+        folder = write_run(name)
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        (folder / "metrics.jsonl").write_text(
+            "".join(json.dumps({**line, "learning_rate": rate}) + "\n" for line, rate in zip(lines, rates, strict=True))
+        )
+        runs.append(read_run(folder))
+    with figure_style():
+        gradient = drawings(runs)[1]
+    assert [text.get_text() for text in gradient.figure.axes[0].texts] == ["→ 0.02, 0.002"]
+
+
 @pytest.mark.parametrize(
     "unusual",
     [
