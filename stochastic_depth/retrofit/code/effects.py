@@ -46,7 +46,7 @@ def contents_of(block: nn.Module, arguments: Any) -> dict[str, Any]:
                     seen.add(id(value))
         for group in ("_parameters", "_buffers"):
             found.update({start + name: value for name, value in state[group].items()})
-        found[start + "hooks"] = sum([len(state.get(name, ())) for name in _OTHER_HOOKS])
+        found[start + "number of hooks"] = sum([len(state.get(name, ())) for name in _OTHER_HOOKS])
     for index, value in enumerate(containers_in(arguments)):
         found[f"argument {index}"] = snapshot(vars(value) if hasattr(value, "__dict__") else value)
     return found
