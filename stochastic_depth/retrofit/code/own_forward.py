@@ -27,7 +27,7 @@ def bound_anew(value: Any, stand_ins: Mapping[int, nn.Module], depth: int = 4) -
     """What a module holds, such as a method, a closure or a list of layers, holding stand-ins instead of modules.
 
     Args:
-        value: what it holds; lists and dictionaries change in place.
+        value: what it holds.
         stand_ins: by the identities of modules.
         depth: how far to look.
     """
@@ -49,20 +49,23 @@ def bound_anew(value: Any, stand_ins: Mapping[int, nn.Module], depth: int = 4) -
         )
     if isinstance(value, types.FunctionType) and value.__closure__:
         return _closed_anew(value, anew)
-    if type(value) is list:
-        value[:] = map(anew, cast("list[Any]", value))
-    elif type(value) is dict:
-        items = cast("dict[Any, Any]", value)
-        items.update({key: anew(item) for key, item in items.items()})
-    elif type(value) is tuple:
-        return tuple(map(anew, cast("tuple[Any, ...]", value)))
+    # New ones: what a tuple or a closure holds may belong to the module itself.
+    if type(value) in (list, tuple):
+        items = list(cast("list[Any]", value))
+        parts = [anew(item) for item in items]
+        if all(part is item for part, item in zip(parts, items, strict=True)):
+            return value
+        return parts if type(value) is list else tuple(parts)
+    if type(value) is dict:
+        entries = cast("dict[Any, Any]", value)
+        changed = {key: anew(item) for key, item in entries.items()}
+        return value if all(changed[key] is item for key, item in entries.items()) else changed
     return value
 
 
 def _closed_anew(function: types.FunctionType, anew: Callable[[Any], Any]) -> types.FunctionType:
     before = [content_of(cell, "") for cell in function.__closure__ or ()]
-    # What code may change by `nonlocal` stays in its own cell.
-    held = [part if isinstance(part, (list, dict)) else anew(part) for part in before]
+    held = [anew(part) for part in before]
     if all(part is own for part, own in zip(held, before, strict=True)):
         return function
     cells = [

@@ -439,7 +439,7 @@ class HoldsInList(nn.Module):
         super().__init__()
         self.add_module("first", nn.Linear(D, D))
         self.add_module("second", nn.Tanh())
-        self.layers, self.by_name = [self.first, self.second], {"norm": nn.LayerNorm(D)}
+        self.layers, self.by_name = ([self.first, self.second],), {"norm": nn.LayerNorm(D)}
         self.add_module("norm", self.by_name["norm"])
 
     def branch(self, x: Tensor) -> Tensor:
@@ -447,7 +447,7 @@ class HoldsInList(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.by_name["norm"](x)
-        for layer in self.layers:
+        for layer in self.layers[0]:
             y = layer(y)
         return x + y
 
@@ -471,6 +471,8 @@ def test_children_that_are_called_by_way_of_what_a_block_holds(kind: type[nn.Mod
         assert_same(output, expected)
         assert depth.masked == []
         depth.verify(x)
+        if kind is HoldsInList:
+            assert all(block.layers == ([block.first, block.second],) for block in model), "they stay its own"
 
 
 class Coupling(nn.Module):
