@@ -357,7 +357,7 @@ REGULARIZERS = Study(
 def _payoff(
     name: str, data: Any, num_layers: int, images: Sequence[int], rates: Mapping[int, tuple[float, float]]
 ) -> Iterator[Pair]:
-    """Pairs by images of each class and by steps, with the rates of so many steps."""
+    """Pairs by images of each class and by steps, with the rates for that number of steps."""
     for count, (steps, both) in product(images, rates.items()):
         passes = steps * few.BATCH_SIZE // (10 * count)
         epochs = max(number for number in range(1, 6) if passes % number == 0)
@@ -405,25 +405,14 @@ def _grid(pairs: Mapping[float, Pair]) -> tuple[Experiment, ...]:
 
 def _rate_grid(name: str, data: Data, num_layers: int, grids: Mapping[int, Sequence[float]]) -> tuple[Experiment, ...]:
     """A pair with every learning rate of the grid, by steps."""
+
+    def with_rate(rate: float, steps: int) -> Pair:
+        name_of_pair = f"{name}-{steps}-steps-rate-{rate}"
+        of_rate = few.few(name_of_pair, data, num_layers, steps=steps, epochs=5, rates=(rate, rate))
+        return few.titled(of_rate, f"{steps:,} steps")
+
     return tuple(
-        each
-        for steps, grid in grids.items()
-        for each in _grid(
-            {
-                rate: few.titled(
-                    few.few(
-                        f"{name}-{steps}-steps-rate-{rate}",
-                        data,
-                        num_layers,
-                        steps=steps,
-                        epochs=5,
-                        rates=(rate, rate),
-                    ),
-                    f"{steps:,} steps",
-                )
-                for rate in grid
-            }
-        )
+        each for steps, grid in grids.items() for each in _grid({rate: with_rate(rate, steps) for rate in grid})
     )
 
 

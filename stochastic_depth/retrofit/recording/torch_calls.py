@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stochastic_depth.retrofit.errors import StoredError
-from stochastic_depth.torch_private import TorchDispatchMode
+from stochastic_depth.torch_private import TorchDispatchMode, tree_leaves
 
 # A tensor's memory address differs between calls of the same form.
 ORIGIN = {"storage_offset", "data_ptr", "untyped_storage", "is_set_to", "__dlpack__"}
@@ -90,10 +90,13 @@ def _reads_values(func: Any, args: Sequence[Any]) -> bool:
         return False  # an operator of functions, such as `flex_attention`
     name = func.overloadpacket.__name__
     if name == "index":
-        return any(isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8) for part in args[1])
-    return not _READING.isdisjoint(func.tags) or name in _READING_UNMARKED
+        return any(isinstance(part, Tensor) and part.dtype in _MASKS for part in args[1])
+    # Extensions need not mark theirs: a search for neighbors gives as many as there are.
+    return func.namespace not in _OWN or not _READING.isdisjoint(func.tags) or name in _READING_UNMARKED
 
 
+_MASKS = (torch.bool, torch.uint8)
+_OWN = {"aten", "prim", "prims", "quantized", "c10d", "_c10d_functional"}
 _READING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _READING_UNMARKED = {"tensor_split", "_pack_padded_sequence", "_to_sparse", "_to_sparse_csr", "_to_sparse_csc"}
 # Of these, it is a value, and no size, that a tensor gives as a number.
@@ -104,8 +107,10 @@ def may_size_by_values(func: Any, args: Sequence[Any]) -> bool:
     """Whether the sizes of a function's results may depend on the values that it reads."""
     name = name_of_function(func)
     if name == "__getitem__":
-        parts = args[1] if isinstance(args[1], tuple) else (args[1],)
-        return any(isinstance(part, slice) or (isinstance(part, Tensor) and part.dim()) for part in parts)
+        return any(
+            isinstance(part, slice) or (isinstance(part, Tensor) and (part.dim() or part.dtype in _MASKS))
+            for part in tree_leaves(args[1])
+        )
     return name not in _NO_SIZES
 
 

@@ -387,6 +387,17 @@ def packed(_block: Scaled, x: Tensor, mask: Tensor) -> int:
     return nn.utils.rnn.pack_padded_sequence(x[:, None].expand(-1, 6, -1), lengths, batch_first=True).data.shape[0]
 
 
+@torch.library.custom_op("stochastic_depth_tests::selected", mutates_args=())
+def selected(x: Tensor, mask: Tensor) -> Tensor:
+    """An operator of an extension, which does not say that it reads values."""
+    return x[mask]
+
+
+@selected.register_fake
+def _(x: Tensor, _mask: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
 NUMBERS: dict[str, Callable[..., Any]] = {
     "loop": lambda _block, _x, mask: sum(1 for _ in mask.cumsum(0).unique()),
     "unbind": lambda _block, x, mask: len(x[mask].unbind()),
@@ -404,6 +415,8 @@ NUMBERS: dict[str, Callable[..., Any]] = {
     "sparse": lambda _block, _x, mask: mask.double().to_sparse().indices().shape[1],
     "packed": packed,
     "after other functions": lambda _block, x, mask: torch.cat([x[mask] * 2, x]).T.shape[1],
+    "one mask": lambda _block, x, mask: x[mask.sum() > 3].shape[0],
+    "an extension": lambda _block, x, mask: selected(x.detach(), mask).shape[0],
     "through a child": lambda block, x, mask: block.identity(x[mask]).shape[0],
     "of a child": lambda block, x, mask: block.select(x, mask).shape[0],
     "a child's number": lambda block, x, mask: block.count(x, mask),
