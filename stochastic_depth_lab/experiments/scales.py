@@ -12,9 +12,13 @@ def quick(experiment: Experiment) -> Experiment:
     a proportionally lower rate (Goyal et al. 2017): 1202 layers overflow at a rate of 0.1 on a few images.
     """
     recipe = experiment.recipe
-    limit = max(8, (32_000 if experiment.data.dataset == "digits" else 1000) // experiment.model.num_layers)
+    num_images = max(8, (32_000 if experiment.data.dataset == "digits" else 1000) // experiment.model.num_layers)
+    data = replace(_small_pictures(experiment.data, num_workers=0), limit=num_images)
+    if data.images_per_class is not None:
+        data = replace(data, images_per_class=min(data.images_per_class, 2), num_validation=None)
+        num_images = min(num_images, 20)  # of ten classes
     # At least two batches, the last of which may be shorter.
-    batch_size = min(recipe.batch_size, limit // 2 + 1)
+    batch_size = min(recipe.batch_size, num_images // 2 + 1)
     recipe = replace(
         recipe,
         epochs=5,
@@ -25,9 +29,6 @@ def quick(experiment: Experiment) -> Experiment:
         warmup_epochs=min(recipe.warmup_epochs, 1),
         validate_every=recipe.validate_every and 3,
     )
-    data = replace(_small_pictures(experiment.data, num_workers=0), limit=limit)
-    if data.images_per_class is not None:
-        data = replace(data, images_per_class=min(data.images_per_class, 2), num_validation=None)
     return replace(experiment, data=data, recipe=recipe, published=None)
 
 
