@@ -11,7 +11,7 @@ from torch import nn
 
 from stochastic_depth.copies import plain_class
 
-_ADDITIONS = {"add", "add_", "sub", "sub_", "addcmul", "lerp"}
+_ADDITIONS = {"add", "add_", "sub", "sub_", "addcmul", "addmm", "baddbmm", "lerp"}
 
 
 def other_methods(block: nn.Module, paths: Collection[str]) -> list[str]:

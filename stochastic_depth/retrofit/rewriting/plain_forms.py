@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, cast
 
 import torch
@@ -12,7 +12,14 @@ from torch import fx, nn
 from stochastic_depth.copies import has_hooks, plain_class
 from stochastic_depth.retrofit.recording.sizes import is_size
 from stochastic_depth.retrofit.recording.torch_calls import SUBTRACTIONS, SUMS, operands_by_position
-from stochastic_depth.retrofit.rewriting.operations import SAME_MEMORY, added, computes, name_of, writes_in_place
+from stochastic_depth.retrofit.rewriting.operations import (
+    SAME_MEMORY,
+    added,
+    ancestors,
+    computes,
+    name_of,
+    writes_in_place,
+)
 from stochastic_depth.retrofit.rewriting.residual_sums import are_parallel
 
 
@@ -24,7 +31,7 @@ def remove_unused_views(graph: fx.Graph) -> None:
 
 
 def spell_out_additions(graph: fx.Graph, block: nn.Module) -> None:
-    """Replace other forms of an addition by a plain one: `alpha=`, `addcmul`, `lerp`, a minus, a module that adds."""
+    """Replace other forms of an addition by a plain one: `alpha=`, `addcmul`, `addmm`, `lerp`, a minus, a module."""
     for node in list(graph.nodes):
         name = name_of(node)
         if name in SUMS:
@@ -37,6 +44,8 @@ def spell_out_additions(graph: fx.Graph, block: nn.Module) -> None:
             if [factor.meta.get("shape") == node.meta.get("shape") for factor in factors] == [False, True]:
                 node.meta["operand"] = 2  # The first factor is a gain, which has no samples.
             _add(node, factors, node.args[0])
+        elif name in _PRODUCTS and len(node.args) == 3 and not node.kwargs:
+            _add(node, node.args[1:], node.args[0], _PRODUCTS[name])
         elif name in SUBTRACTIONS and len(node.args) == 2 and set(node.kwargs) <= {"alpha"}:
             if all(isinstance(argument, fx.Node) and not is_size(argument) for argument in node.args):
                 _add(node, (node.args[1], -1 if alpha is None else -alpha), node.args[0])
@@ -52,9 +61,14 @@ def spell_out_additions(graph: fx.Graph, block: nn.Module) -> None:
             node.op, node.target = "call_function", operator.add
 
 
-def _add(node: fx.Node, factors: tuple[Any, Any], shortcut: Any) -> None:
+_PRODUCTS = {"addmm": torch.mm, "addmm_": torch.mm, "baddbmm": torch.bmm, "baddbmm_": torch.bmm}
+
+
+def _add(
+    node: fx.Node, factors: tuple[Any, ...], shortcut: Any, multiply: Callable[[Any, Any], Any] = operator.mul
+) -> None:
     with node.graph.inserting_before(node):
-        product = node.graph.call_function(operator.mul, factors)
+        product = node.graph.call_function(multiply, factors)
     product.meta.update(_of_value(node))
     node.op, node.target, node.args, node.kwargs = "call_function", operator.add, (shortcut, product), {}
 
@@ -89,32 +103,55 @@ def _adds(node: fx.Node, block: nn.Module) -> bool:
 def put_in_a_row(graph: fx.Graph, block: nn.Module, drop_paths: Collection[fx.Node] | None = None) -> None:
     """Replace `x + (a + b)` by `(x + a) + b` if a and b are parallel branches, so that each has its own sum.
 
-    With drop paths, only where a and b are calls of these.
+    With drop paths, only where all branches are calls of these.
 
     The metadata of the new sums says which operand of which call in the block's own code their branch is (`operand`,
     `call`).
     """
-    position = {node: index for index, node in enumerate(graph.nodes)}
     for outer in list(graph.nodes):
         operands = added(outer) or ()
         for shortcut, inner in (operands, operands[::-1]) if operands else ():
-            parts = added(inner)
-            if parts is None or list(inner.users) != [outer] or not are_parallel(shortcut, *parts, block):
+            branches = _parallel_branches(inner, outer, shortcut, block)
+            if not branches or writes_in_place(outer, block):
                 continue
-            if drop_paths is not None and not set(parts) <= set(drop_paths):
+            if drop_paths is not None and not set(branches) <= set(drop_paths):
                 continue
-            if any(writes_in_place(node, block) for node in (inner, outer)):
-                continue
-            sums = [outer]
             with graph.inserting_before(outer):
-                sums.insert(0, graph.call_function(operator.add))
-            for node, part in zip(sums, sorted(parts, key=position.__getitem__), strict=True):
-                meta = {**outer.meta, "operand": inner.args.index(part), "call": inner.meta.get("call")}
-                node.op, node.target, node.args, node.kwargs = "call_function", operator.add, (shortcut, part), {}
+                sums = [*(graph.call_function(operator.add) for _ in range(len(branches) - 1)), outer]
+            of_outer, in_order = dict(outer.meta), sorted(branches, key=lambda branch: _position(branch, block))
+            for node, branch in zip(sums, in_order, strict=True):
+                old = branches[branch]
+                meta = {**of_outer, "operand": old.args.index(branch), "call": old.meta.get("call")}
+                node.op, node.target, node.args, node.kwargs = "call_function", operator.add, (shortcut, branch), {}
                 node.meta = meta
                 shortcut = node
-            graph.erase_node(inner)
+            _erase_unused_sums(inner)
             break
+
+
+def _parallel_branches(value: fx.Node, user: fx.Node, shortcut: fx.Node, block: nn.Module) -> dict[fx.Node, fx.Node]:
+    """The parallel branches that a value adds up, each with its sum; empty for any other value."""
+    parts = added(value)
+    if parts is None or list(value.users) != [user] or writes_in_place(value, block):
+        return {}
+    if not are_parallel(shortcut, *parts, block):
+        return {}
+    inner = [_parallel_branches(part, value, shortcut, block) for part in parts]
+    return {part: value for part, deeper in zip(parts, inner, strict=True) if not deeper} | inner[0] | inner[1]
+
+
+def _position(branch: fx.Node, block: nn.Module) -> int:
+    """Where the last layer of a branch is called; what is done with its output may come later."""
+    path = ancestors(branch)
+    return max(index for index, node in enumerate(branch.graph.nodes) if node in path and computes(node, block))
+
+
+def _erase_unused_sums(value: fx.Node) -> None:
+    operands = added(value)
+    if operands and not value.users:
+        value.graph.erase_node(value)
+        for operand in operands:
+            _erase_unused_sums(operand)
 
 
 def move_behind_what_commutes(drop_path: fx.Node, block: nn.Module) -> None:

@@ -246,8 +246,15 @@ def are_parallel(shortcut: fx.Node, a: fx.Node, b: fx.Node, block: nn.Module) ->
     kept, of_a, of_b = ancestors(shortcut), ancestors(a), ancestors(b)
     if shortcut.op == "get_attr" or shortcut not in of_a & of_b or starts_at_zeros(a) or starts_at_zeros(b):
         return False
+    if _addends(a) & of_b or _addends(b) & of_a:  # One of them is the shortcut of the other: x + (a + f(a) + g(a)).
+        return False
     own = (of_a - of_b - kept, of_b - of_a - kept)
     return all(any(computes(node, block) for node in nodes) for nodes in own)
+
+
+def _addends(value: fx.Node) -> set[fx.Node]:
+    """The values that a sum of sums adds up; a value that is no sum itself."""
+    return {value} if (operands := added(value)) is None else _addends(operands[0]) | _addends(operands[1])
 
 
 def _num_computing(nodes: Collection[fx.Node], block: nn.Module) -> int:

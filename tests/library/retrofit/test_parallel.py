@@ -1,6 +1,7 @@
 """Parallel branches that are added to each other before they are added to the shortcut: each has a gate."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -90,6 +91,71 @@ def test_a_sum_within_a_branch_keeps_its_shortcut() -> None:
     with depth.gates([False, True]):
         assert_same(model, multiplied(original, ["0.inner"], [False]), features())
     with depth.gates([True, False]):
+        torch.testing.assert_close(model(features()), features(), rtol=0, atol=0)
+
+
+class Several(nn.Module):
+    """Adds four parallel branches in some order."""
+
+    def __init__(self, total: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.paths = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.total = total
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.total([path(x).tanh() for path in self.paths])
+
+
+@pytest.mark.parametrize(
+    "total",
+    [
+        sum,
+        lambda p: p[0] + (p[1] + (p[2] + p[3])),
+        lambda p: (p[3] + p[1]) + (p[0] + p[2]),
+        lambda p: torch.add(p[0], p[1] + p[2]).add(p[3]),
+    ],
+)
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+def test_each_of_several_parallel_branches_has_a_gate(total: Callable[..., Tensor], granularity: str) -> None:
+    model = awake(nn.Sequential(Several(total), Several(total))).train()
+    plain, x = copy.deepcopy(model), features()
+    depth = sd.make_stochastic_(model, sd.uniform(0.5), granularity=granularity, rescale="none")
+    assert depth.names == [f"{block}#{branch}" for block in range(2) for branch in range(1, 5)]
+    some = torch.tensor([[(row + index) % 3 > 0 for row in range(len(x))] for index in range(8)])
+    gates = some if granularity == "sample" else some[:, :1].expand_as(some)
+    expected = x
+    for block, own in zip(plain, gates.view(2, 4, -1), strict=True):
+        assert isinstance(block, Several)
+        terms = [path(expected).tanh() for path in block.paths]
+        expected = expected + sum(term * gate[:, None, None] for term, gate in zip(terms, own, strict=True))
+    with depth.gates([gate if granularity == "sample" else bool(gate[0]) for gate in gates]):
+        torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-12)
+    assert depth.masked == []
+    assert calls_when_closed(model, depth, [x]) == []
+
+
+class BranchesInABranch(nn.Module):
+    """Two parallel branches of a value that is itself part of a branch: they are not parallel to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer, self.a, self.b = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.outer(x)
+        return x + (y + (self.a(y) + self.b(y)))
+
+
+def test_parallel_branches_in_a_branch_keep_their_shortcut() -> None:
+    original = awake(nn.Sequential(BranchesInABranch())).train()
+    model = copy.deepcopy(original)
+    depth = sd.make_stochastic_(model, sd.uniform(0.5), inputs=[features()])
+    for index, end in enumerate(["0.a", "0.b"]):
+        model.zero_grad()
+        gates = [number != index for number in range(3)]
+        with depth.gates(gates):
+            assert_same(model, multiplied(original, [end], [False]), features())
+    with depth.gates([True, True, False]):
         torch.testing.assert_close(model(features()), features(), rtol=0, atol=0)
 
 

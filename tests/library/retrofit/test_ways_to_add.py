@@ -93,6 +93,77 @@ def test_a_sum_in_other_words_is_a_branch(formula: Callable[..., Tensor], granul
         assert_same(zeros if mine.grad is None else mine.grad, zeros if its.grad is None else its.grad)
 
 
+def in_one_matrix(f: Tensor, other: Tensor, x: Tensor) -> Tensor:
+    return torch.addmm(x, f, other)
+
+
+def in_one_matrix_in_place(f: Tensor, other: Tensor, x: Tensor) -> Tensor:
+    return x.clone().addmm_(f, other)
+
+
+def batch_of_matrices(f: Tensor, other: Tensor, x: Tensor) -> Tensor:
+    return torch.baddbmm(x, f, other)
+
+
+class AddsAProduct(nn.Module):
+    """Adds a product of matrices in the same call."""
+
+    def __init__(self, formula: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.norm, self.weight, self.formula = nn.LayerNorm(D), nn.Parameter(torch.randn(D, D)), formula
+
+    def factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        f = self.norm(x).tanh()
+        return (f, self.weight) if x.ndim == 2 else (f, f.mT @ f @ self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.formula(*self.factors(x), x)
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+@pytest.mark.parametrize("formula", [in_one_matrix, in_one_matrix_in_place, batch_of_matrices])
+def test_a_product_that_is_added_in_the_same_call_is_a_branch(
+    formula: Callable[[Tensor, Tensor, Tensor], Tensor], granularity: str
+) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(AddsAProduct(formula), AddsAProduct(formula)).double()
+    plain, x = copy.deepcopy(net), torch.randn(*((4, 3) if formula is batch_of_matrices else (4,)), D).double()
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), granularity=granularity, rescale="none")
+    assert depth.names == ["0#1", "1#1"]
+    some = torch.tensor([[1, 0, 1, 1], [0, 0, 1, 0]]).bool()
+    gates = some if granularity == "sample" else torch.tensor([[False] * 4, [True] * 4])
+    expected = x
+    for block, gate in zip(plain, gates, strict=True):
+        assert isinstance(block, AddsAProduct)
+        f, other = block.factors(expected)
+        expected = expected + gate.view(-1, *[1] * (x.ndim - 1)) * (f @ other)
+    with depth.gates([gate if granularity == "sample" else bool(gate[0]) for gate in gates]):
+        actual = net(x)
+    assert_same(actual, expected)
+    actual.square().sum().backward()
+    expected.square().sum().backward()
+    for mine, its in zip(net.parameters(), plain.parameters(), strict=True):
+        zeros = torch.zeros_like(mine)
+        assert_same(zeros if mine.grad is None else mine.grad, zeros if its.grad is None else its.grad)
+    assert depth.masked == []
+
+
+class OwnLinear(nn.Module):
+    """What `addmm` usually is: a linear map, whose bias is no shortcut (GPT-2's Conv1D)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.weight = nn.Parameter(torch.randn(D)), nn.Parameter(torch.randn(D, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.addmm(self.bias, x, self.weight).tanh()
+
+
+def test_a_bias_is_no_shortcut() -> None:
+    net = nn.Sequential(OwnLinear(), OwnLinear()).double()
+    assert sd.make_stochastic_(net, sd.uniform(0.5)).names == ["0#1", "1#1"]
+
+
 def reversed_minus(_block: Adding, x: Tensor, f: Tensor) -> Tensor:
     return f - x
 
