@@ -175,3 +175,8 @@ def make_mask(key: Key, gates: BlockGates, *, is_evaluated: bool = False) -> Cod
 
     gated_output.__name__ = f"gated_output_{list(gates.known).index(key)}"
     return gated_output
+
+
+def write_back(argument: Tensor, result: Tensor) -> Tensor:
+    """Change an argument of a block as the block's own sum does, in place: its caller may use it again."""
+    return argument if result is argument else argument.copy_(result)

@@ -210,12 +210,22 @@ def _call_children(call: fx.Node, sequential: nn.Sequential) -> None:
 
 
 def name_values_changed_in_place(graph: fx.Graph, block: nn.Module) -> None:
-    """Let all later users of a value that was changed in place use the result of the change, the same tensor."""
+    """Let all later users of a value that was changed in place use the result of the change, the same tensor.
+
+    Changes of the block's arguments, which its caller sees, are marked (`changes_argument`).
+    """
     position = {node: index for index, node in enumerate(graph.nodes)}
+    given = set(graph.find_nodes(op="placeholder"))
     for node in graph.nodes:
-        if _gives_what_it_changes(node, block) and isinstance(node.args[0], fx.Node):
+        source = node.args[0] if node.args else None
+        if isinstance(source, fx.Node) and source in given and name_of(node) in SAME_MEMORY:
+            given.add(node)
+        if _gives_what_it_changes(node, block) and isinstance(source, fx.Node):
+            if source in given:
+                given.add(node)
+                node.meta["changes_argument"] = True
             after = position[node]
-            node.args[0].replace_all_uses_with(node, delete_user_cb=lambda user: position[user] > after)  # noqa: B023  # pyright: ignore
+            source.replace_all_uses_with(node, delete_user_cb=lambda user: position[user] > after)  # noqa: B023  # pyright: ignore
 
 
 def _gives_what_it_changes(node: fx.Node, block: nn.Module) -> bool:

@@ -24,6 +24,7 @@ from stochastic_depth.retrofit.rewriting.gated_calls import (
     make_gated_sum_and_maps,
     make_gated_value,
     make_mask,
+    write_back,
 )
 from stochastic_depth.retrofit.rewriting.generated_code import Code, compiled
 from stochastic_depth.retrofit.rewriting.operations import ancestors
@@ -306,6 +307,10 @@ def _gate(
     if residual.shortcut is None and order is not None:
         with graph.inserting_before(residual.add):
             result = graph.call_function(in_order, (result, order))
+        result.meta.update(residual.add.meta)
+    if residual.add.meta.get("changes_argument") and residual.shortcut is residual.add.args[0]:
+        with graph.inserting_before(residual.add):
+            result = graph.call_function(write_back, (residual.shortcut, result))
         result.meta.update(residual.add.meta)
     residual.add.replace_all_uses_with(result)
     graph.erase_node(residual.add)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,20 @@ from stochastic_depth.retrofit.recording.layouts import order_of
 from stochastic_depth.retrofit.recording.maps import NotComputed
 from stochastic_depth.torch_private import tree_leaves
 
-Outcome = tuple[list[Any], "list[Tensor | None] | None"]
-"""Outcome of a run: outputs, and gradients, or None if its backward fails."""
+
+class Outcome(NamedTuple):
+    """Outcome of a run.
+
+    Attributes:
+        outputs: what it returns.
+        gradients: those of inputs and parameters; None if its backward fails.
+        arguments: the tensors that it was given, as it leaves them.
+    """
+
+    outputs: list[Any]
+    gradients: list[Tensor | None] | None
+    arguments: list[Tensor]
+
 
 _TOLERANCES = {
     torch.float64: 1e-9,
@@ -42,7 +54,7 @@ def compare(
     Raises:
         ProofError: if they differ.
     """
-    outputs, others = expected[0], actual[0]
+    outputs, others = expected.outputs, actual.outputs
     if len(outputs) != len(others):
         raise ProofError(f"{name} it returns {len(others)} values, not {len(outputs)}")
     for index, (a, b) in enumerate(zip(outputs, others, strict=True)):
@@ -58,12 +70,15 @@ def compare(
                 raise ProofError(f"{name} the dimensions of output {index} lie in another order in memory")
         elif isinstance(a, Tensor) or isinstance(b, Tensor) or (type(a) is not type(b)):
             raise ProofError(f"{name} output {index} is a {type(b).__name__}, not a {type(a).__name__}")
-    if expected[1] is None:
+    for a, b in zip(expected.arguments, actual.arguments, strict=True):
+        if deviation(a, b) > tolerance(a, computed_in):
+            raise ProofError(f"{name} an argument that its own code changes in place is left with other values")
+    if expected.gradients is None:
         return  # The block's own code has no backward.
-    if actual[1] is None:
+    if actual.gradients is None:
         raise ProofError(f"{name} its backward fails")
-    largest = max((size_of(a) for a in expected[1] if a is not None), default=0.0)
-    for a, b in zip(expected[1], actual[1], strict=True):
+    largest = max((size_of(a) for a in expected.gradients if a is not None), default=0.0)
+    for a, b in zip(expected.gradients, actual.gradients, strict=True):
         if a is None or (b is None and not zero_gradients and not size_of(a)):
             continue
         if b is None:

@@ -128,7 +128,7 @@ def prove(
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError, AssertionError) as error:
             first = (str(error).splitlines() or [""])[0]
             raise ProofError(f"{name} it fails ({type(error).__name__}: {first}){mixes}") from error
-        absent = {index for index, output in enumerate(actual[0]) if isinstance(output, NotComputed)}
+        absent = {index for index, output in enumerate(actual.outputs) if isinstance(output, NotComputed)}
         rewind()
         expected = _own_outcome(block, call, edits, inlined, absent)
         zero = name != _SOME and all(branch.skipped_grad == "zero" for branch in gated.values())
@@ -138,7 +138,7 @@ def prove(
             rewind()
             with CoarsestType(torch.float32) as coarsest:
                 again = _own_outcome(block, call, edits, inlined, absent)
-            if any(differ(a, b) for a, b in zip(expected[0], again[0], strict=False)):
+            if any(differ(a, b) for a, b in zip(expected.outputs, again.outputs, strict=False)):
                 mixes = ": its own code gives something else in each run, so it keeps a state"
             try:
                 compare(expected, actual, name, zero_gradients=zero, computed_in=coarsest.found)
@@ -212,7 +212,7 @@ def _weights(gate: bool | Tensor | None, branch: GatedBranch, scale: float) -> f
 def _with_gradients(
     block: nn.Module, leaves: Sequence[Any], run: Callable[[list[Any]], Any], absent: Collection[int] = ()
 ) -> Outcome:
-    """Outputs of a run, and gradients of its inputs and of the block's parameters, of all outputs but `absent`."""
+    """The outcome of a run, with gradients of all outputs but `absent`."""
     # Not the leaves themselves, which in-place code could not change.
     anew = {id(leaf): anew_of(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad}
     given = [anew.get(id(leaf), leaf) for leaf in leaves]
@@ -228,12 +228,15 @@ def _with_gradients(
         if isinstance(out, Tensor) and out.requires_grad and index not in absent
     ]
     outputs = [out.detach() if isinstance(out, Tensor) else out for out in outputs]
+    left = [leaf.detach() for leaf in given if isinstance(leaf, Tensor)]
     if not ends or not sources:
         no_gradients: list[Tensor | None] = [None] * len(sources)
-        return outputs, no_gradients
+        return Outcome(outputs, no_gradients, left)
     generator = torch.Generator().manual_seed(1)
     weights = [(uniform(end.shape, generator) - 0.5).to(end.device, end.dtype) for end in ends]
+    gradients: list[Tensor | None] | None
     try:
-        return outputs, list(torch.autograd.grad(ends, sources, weights, allow_unused=True))
+        gradients = list(torch.autograd.grad(ends, sources, weights, allow_unused=True))
     except RuntimeError:
-        return outputs, None
+        gradients = None
+    return Outcome(outputs, gradients, left)

@@ -322,3 +322,66 @@ def test_an_expanded_branch_may_come_first_in_the_sum(order: tuple[int, ...], gr
             actual = net(x)
         assert_same(actual, plain(x) if is_open else x)
         assert actual.stride() == plain(x).stride()
+
+
+def add_in_place(_block: Adding, x: Tensor, f: Tensor) -> Tensor:
+    x += f
+    return x
+
+
+def add_to_a_view(_block: Adding, x: Tensor, f: Tensor) -> Tensor:
+    x.view(-1, D).add_(f)
+    return x
+
+
+def add_product_in_place(block: Adding, x: Tensor, f: Tensor) -> Tensor:
+    return x.addcmul_(f, block.a)
+
+
+class AddingInPlace(Adding):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.formula(self, x, self.f(x.tanh()))  # Not of the norm, whose backward needs x as it was.
+
+
+class KeepsStates(nn.Module):
+    """Keeps the tensors that its blocks change, and uses one block for that change only."""
+
+    def __init__(self, formula: Callable[[Adding, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.stem, self.blocks = linear(), nn.ModuleList(AddingInPlace(formula) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = x = self.stem(x)
+        x = self.blocks[0](x)
+        self.blocks[1](x)
+        x = self.blocks[2](x * 2)
+        return torch.stack([first, x])
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+@pytest.mark.parametrize("formula", [add_in_place, add_to_a_view, add_product_in_place])
+def test_the_caller_of_a_block_sees_what_is_added_in_place(formula: Callable[..., Tensor], granularity: str) -> None:
+    torch.manual_seed(0)
+    net, x = KeepsStates(formula).double(), data(4)
+    plain = copy.deepcopy(net)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), granularity=granularity, rescale="none")
+    some = torch.tensor([[1, 0, 1, 1], [0, 0, 1, 0], [0, 1, 1, 0]]).bool()
+    for gates in (some, ~some, torch.ones_like(some)):
+        gates = gates if granularity == "sample" else gates[:, :1].expand_as(gates)
+        with depth.gates([gate if granularity == "sample" else bool(gate[0]) for gate in gates]):
+            actual = net(x)
+        first = value = plain.stem(x)
+        for index, (block, gate) in enumerate(zip(plain.blocks, gates, strict=True)):
+            value = value * 2 if index == 2 else value
+            value = block.formula(block, value, gate[:, None] * block.f(value.tanh()))
+        expected = torch.stack([first, value])
+        assert_same(actual, expected)
+        for each in (net, plain):
+            each.zero_grad()
+        actual.square().sum().backward()
+        expected.square().sum().backward()
+        for mine, its in zip(net.parameters(), plain.parameters(), strict=True):
+            zeros = torch.zeros_like(mine)
+            assert_same(zeros if mine.grad is None else mine.grad, zeros if its.grad is None else its.grad)
+    assert depth.masked == []
+    depth.verify(x)
