@@ -141,9 +141,9 @@ def rewrite(graph: fx.Graph, block: nn.Module, gates: BlockGates, granularity: s
     if missing:
         members = {path for key in missing for path in gates.known[key]}
         changing = [node for node in graph.nodes if node.op == "call_module" and node.meta.get("writes")]
-        why = next(
-            (f": {node.target} changes what it is given in place" for node in changing if node.target in members), ""
-        )
+        reasons = [f"{node.target} changes what it is given in place" for node in changing if node.target in members]
+        reasons += [str(error) for error in sums.values() if isinstance(error, CutError)]
+        why = f": {reasons[0]}" if reasons else ""
         raise CutError(
             f"the branch of {_names(missing, gates)} is computed, but not added in a way that can be gated{why}"
         )

@@ -115,8 +115,11 @@ def find_sums(graph: fx.Graph, block: nn.Module, drop_paths: Sequence[str]) -> d
     spell_out_additions(graph, block)
     if not drop_paths:
         put_in_a_row(graph, block)
-        additions = [residual for residual in residual_sums(graph, block) if not _broadcasts(residual)]
-        return {("", index): _separable(residual, block) for index, residual in enumerate(additions)}
+        additions = sorted(residual_sums(graph, block), key=_broadcasts)
+        return {
+            ("", index): CutError(_BROADCASTS) if _broadcasts(residual) else _separable(residual, block)
+            for index, residual in enumerate(additions)
+        }
     found: dict[Key, Sum | CutError] = {}
     for call in calls_of(graph, drop_paths).values():
         move_behind_what_commutes(call, block)
@@ -127,6 +130,9 @@ def find_sums(graph: fx.Graph, block: nn.Module, drop_paths: Sequence[str]) -> d
         except CutError as error:
             found[key] = error
     return found
+
+
+_BROADCASTS = "the sum has another shape than its shortcut"
 
 
 def _broadcasts(residual: Sum) -> bool:

@@ -385,3 +385,26 @@ def test_the_caller_of_a_block_sees_what_is_added_in_place(formula: Callable[...
             assert_same(zeros if mine.grad is None else mine.grad, zeros if its.grad is None else its.grad)
     assert depth.masked == []
     depth.verify(x)
+
+
+class OfTheMean(nn.Module):
+    """Adds a branch of several rows to a shortcut of one row, which therefore cannot take the place of the sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.rows = linear(), nn.Parameter(torch.randn(5, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(1, keepdim=True)
+        return mean + self.f(mean * self.rows)
+
+
+def test_a_sum_that_is_larger_than_its_shortcut_is_named() -> None:
+    net, x = nn.Sequential(OfTheMean(), Same(D)), torch.randn(4, 3, D)
+    depth = sd.make_stochastic_(copy.deepcopy(net), sd.uniform(0.5), inputs=[x])
+    assert depth.names == ["1#1"]
+    why = "the sum has another shape than its shortcut"
+    assert f"no branch: 0 (OfTheMean): an addition has no gate, {why}" in str(depth)
+    sd.make_stochastic_(net, sd.uniform(0.5))  # Without an example, shapes are not known.
+    with pytest.raises(RuntimeError, match=why):
+        net(x)
