@@ -174,8 +174,15 @@ def _make_stochastic(branch: Branch, gated: GatedBranch, found: Found, forms: Kn
     block, path = branch.module, branch.key[0]
     if _BRANCH not in block.__dict__:
         swap_class_(block, StochasticBlock)
-        setattr(block, _BRANCH, BlockBranches(branch.block_name, found.drop_paths[block], found.known[block], forms))
-        getattr(block, _BRANCH).own_forward = block.__dict__.pop("forward", None)
+        own = BlockBranches(
+            branch.block_name,
+            found.drop_paths[block],
+            found.known[block],
+            forms,
+            own_forward=block.__dict__.pop("forward", None),
+            by_example=found.example is not None,
+        )
+        setattr(block, _BRANCH, own)
     own: BlockBranches = getattr(block, _BRANCH)
     own.add_branch(branch.key, gated, branch.parts)
     if own_rate and branch.rule is not None:

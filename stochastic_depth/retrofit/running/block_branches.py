@@ -45,6 +45,7 @@ class BlockBranches:
         own_forms: the forms in which this block was called.
         reads: what the block's code may read besides its arguments; None before the first call.
         fingerprint: equal for blocks that share prepared code; None if it must be computed anew.
+        by_example: whether they were found by an example.
         mask_of_call: why a call was masked whose code is proven; empty if there was none.
         telling: paths of the children that have given the block's code plain values, which it has read by them.
     """
@@ -60,6 +61,7 @@ class BlockBranches:
     own_forms: dict[CallForm, Form] = field(default_factory=dict[Any, Form], repr=False)
     reads: Reads | None = field(default=None, repr=False)
     fingerprint: Any = field(default=None, repr=False)
+    by_example: bool = False
     mask_of_call: str = ""
     telling: frozenset[str] = frozenset()
     _own_forms_of_any_size: dict[CallForm, Form] = field(default_factory=dict[Any, Form], repr=False)
@@ -218,11 +220,11 @@ class BlockBranches:
         """The message of the error if the block's additions cannot be gated."""
         names = ", ".join(branch.passes.names[branch.index] for branch in self.gated.values())
         other = "granularity='batch', " if self.granularity == "sample" else ""
+        example = "" if self.by_example else "inputs=[...] to find its branches on an example, "
         whole = f"layers=[{self.name!r}] for the whole layer, " if self.name else ""
         return (
             f"{self.described(block)} cannot be gated here ({names}): {error}. "
-            f"Use {other}inputs=[...] to find its branches on an example, {whole}where= to leave it out, or write the "
-            "sum as stochastic_depth.Residual."
+            f"Use {other}{example}{whole}where= to leave it out, or write the sum as stochastic_depth.Residual."
         )
 
     def warn_of_mask(self, block: nn.Module, key: Key, cause: str) -> None:

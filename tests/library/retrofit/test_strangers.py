@@ -692,10 +692,12 @@ def test_a_branch_that_mixes_samples_is_refused_with_a_schedule() -> None:
             return x + self.f(x - x.mean(0, keepdim=True))
 
     net = nn.Sequential(Mixing()).double()
-    sd.make_stochastic_(net, sd.uniform(0.5), granularity="sample")
-    with pytest.raises(RuntimeError, match=r"The block 0 \(Mixing\) cannot be gated here .*granularity='batch'"):
-        net(data(4))
-    sd.restore_(net)
+    for example, advice in ((None, ", inputs="), ([data(4)], ", layers=")):
+        sd.make_stochastic_(net, sd.uniform(0.5), granularity="sample", inputs=example)
+        message = rf"The block 0 \(Mixing\) cannot be gated here .*Use granularity='batch'{advice}"
+        with pytest.raises(RuntimeError, match=message):
+            net(data(4))
+        sd.restore_(net)
     depth = sd.make_stochastic_(net, sd.uniform(0.5))
     with depth.gates([False]):
         assert_same(net(data(4)), data(4))
