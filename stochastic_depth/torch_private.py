@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
@@ -241,6 +242,21 @@ def is_compiled_wrapper(module: nn.Module) -> bool:
 
 current_dispatch_mode = cast("Callable[[], object]", _get_current_dispatch_mode)
 """The innermost mode that sees operations; None without one. Without it, a selective checkpoint would look plain."""
+
+
+@contextmanager
+def without_parametrizations_cached() -> Generator[None]:
+    """Context in which `torch.nn.utils.parametrize.cached` has no effect.
+
+    It caches weights by modules, and a stand-in's would be those of the module that it stands for.
+    """
+    before = parametrize._cache_enabled, parametrize._cache
+    parametrize._cache_enabled, parametrize._cache = 0, {}
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled, parametrize._cache = before
+
 
 disable_current_modes = cast("Callable[[], Any]", _disable_current_modes)
 """Context in which no FLOP counter or other dispatch mode sees operations. Without it, dry runs would be counted."""

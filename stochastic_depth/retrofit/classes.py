@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Callable
+from contextlib import suppress
+from types import FunctionType
 from typing import Any, cast
 
 from torch import nn
@@ -46,6 +50,9 @@ def stochastic_class(mixins: tuple[type[nn.Module], ...], plain: type[nn.Module]
         "_mixins": mixins,
         "_plain_class": plain,
     }
+    forward = next((vars(mixin)["forward"] for mixin in mixins if "forward" in vars(mixin)), None)
+    if forward is not None:
+        own["forward"] = _with_signature(forward, plain.forward)
     stochastic = type(plain.__name__, bases, own)
     for base in plain.__mro__:
         if "gradient_checkpointing" in vars(base) and "__init_subclass__" in vars(base):
@@ -54,6 +61,19 @@ def stochastic_class(mixins: tuple[type[nn.Module], ...], plain: type[nn.Module]
             vars(base)["__init_subclass__"].__func__(stochastic)
             break
     return stochastic
+
+
+def _with_signature(function: FunctionType, like: Callable[..., Any]) -> FunctionType:
+    """A function with the signature of another one, which models and trainers ask for the arguments that it takes."""
+    new = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    new.__kwdefaults__ = function.__kwdefaults__
+    new.__dict__.update(function.__dict__)
+    new.__doc__, new.__qualname__, new.__module__ = function.__doc__, function.__qualname__, function.__module__
+    with suppress(TypeError, ValueError):  # It may have none.
+        new.__dict__["__signature__"] = inspect.signature(like)
+    return new
 
 
 def _recipe(kind: type[nn.Module]) -> Any:

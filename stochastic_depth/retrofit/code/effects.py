@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import random
 import sys
 import types
@@ -16,14 +15,9 @@ from torch import Tensor, nn
 from stochastic_depth.retrofit.code.called import Called
 from stochastic_depth.retrofit.code.forms import items_of
 from stochastic_depth.retrofit.code.reads import Reads
-from stochastic_depth.retrofit.code.user_data import is_data, snapshot
+from stochastic_depth.retrofit.code.user_data import CONSTANTS, is_data, snapshot
 from stochastic_depth.retrofit.errors import StoredError
 from stochastic_depth.torch_private import HOOKS, MODULE_ATTRIBUTES, BatchNorm
-
-CONSTANTS = (
-    type(None), bool, int, float, complex, str, bytes, type(...), torch.dtype, torch.device, torch.layout,
-    torch.memory_format, enum.Enum, type, range, types.FunctionType, types.BuiltinFunctionType, torch.Generator,
-)  # fmt: skip
 
 
 def contents_of(block: nn.Module, arguments: Any) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stochastic_depth.retrofit.code.effects import CONSTANTS, parts_of
+from stochastic_depth.retrofit.code.effects import parts_of
 from stochastic_depth.retrofit.code.places import Place
+from stochastic_depth.retrofit.code.user_data import CONSTANTS
 from stochastic_depth.torch_private import TENSORS_AND_CHILDREN, buffer_dict, parameter_dict
 
 Step = tuple[str, Any]

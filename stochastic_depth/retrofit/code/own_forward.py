@@ -58,8 +58,9 @@ def bound_anew(value: Any, stand_ins: Mapping[int, nn.Module], depth: int = 4) -
         return parts if type(value) is list else tuple(parts)
     if type(value) is dict:
         entries = cast("dict[Any, Any]", value)
-        changed = {key: anew(item) for key, item in entries.items()}
-        return value if all(changed[key] is item for key, item in entries.items()) else changed
+        changed = [(anew(key), anew(item)) for key, item in entries.items()]
+        before = zip(changed, entries.items(), strict=True)
+        return value if all(a is b and c is d for (a, c), (b, d) in before) else dict(changed)
     return value
 
 

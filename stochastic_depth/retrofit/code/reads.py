@@ -35,6 +35,7 @@ from stochastic_depth.retrofit.code.code_names import (
 )
 from stochastic_depth.retrofit.code.for_now import remembered
 from stochastic_depth.retrofit.code.forms import NOT_CONFIGURATION, PLAIN, Same, form_of, is_plain
+from stochastic_depth.retrofit.code.itself import asks_for_itself
 from stochastic_depth.retrofit.code.places import (
     Place,
     attribute_of,
@@ -60,6 +61,7 @@ class Reads:
         names: all names in the code.
         places: their places.
         children: the modules that the block's code calls.
+        asks_for_itself: whether the code asks which module it runs on.
         may_cache: whether any of them is a cached function (`functools.cache`).
     """
 
@@ -67,6 +69,7 @@ class Reads:
         names, functions = code_of(block, inlined, arguments)
         modules = with_inlined(block, inlined)
         self.names = names
+        self.asks_for_itself = any(asks_for_itself(module, names) for module in modules)
         walk = _Walk(names)
         # A name that code computes at run time may be any name.
         is_any = COMPUTED in names
@@ -80,6 +83,9 @@ class Reads:
         self._gives_tensors = is_any or not names.isdisjoint(_GIVING_TENSORS)
         for name in self._own:
             walk.enter(block.__dict__[name])
+        for name, value in (*parameter_dict(block).items(), *buffer_dict(block).items()):
+            if name in names:
+                walk.enter(value)
         for value in arguments:
             if isinstance(value, nn.Module) or callable(value):
                 walk.enter(value)
@@ -232,7 +238,7 @@ class _Walk:
     def enter_function(self, function: FunctionType) -> None:
         """Visit the values that a function reads: globals, its closure, and mutable defaults."""
         for name in imports_of(function.__code__):
-            if name not in function.__globals__ and is_users_module(sys.modules.get(name)):
+            if is_users_module(sys.modules.get(name)):
                 self.enter(sys.modules[name])  # imported inside the function
         for name in globals_of(function.__code__):
             # Also what is not there yet.
@@ -254,13 +260,13 @@ class _Walk:
 
     def enter(self, value: Any, depth: int = _MAX_DEPTH) -> None:
         """Look at what can be reached from a value."""
-        is_plain = isinstance(value, (Tensor, *PLAIN)) and not isinstance(value, enum.Enum)
+        is_plain = isinstance(value, PLAIN) and not isinstance(value, enum.Enum)
         # A logger leads to all others, and to the files that they write.
         is_log = type(value).__module__ == "logging"
         if depth == 0 or is_plain or is_log or id(value) in self._seen:
             return
         self._seen[id(value)] = value
-        if isinstance(value, FunctionType):
+        if isinstance(value, (FunctionType, Tensor)):
             for name in vars(value):
                 if name in self._names and name != "__wrapped__":
                     self._read(Place(attribute_of, value, name), attribute_of(value, name), depth - 1)

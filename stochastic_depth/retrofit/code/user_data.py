@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import enum
+import io
 import random
 import types
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, cast
 
 import torch
@@ -16,6 +18,11 @@ from torch import Tensor, nn
 from stochastic_depth.retrofit.code.called import Called
 from stochastic_depth.retrofit.code.forms import items_of
 from stochastic_depth.torch_private import is_fake, is_transformed
+
+CONSTANTS = (
+    type(None), bool, int, float, complex, str, bytes, type(...), torch.dtype, torch.device, torch.layout,
+    torch.memory_format, enum.Enum, type, range, types.FunctionType, types.BuiltinFunctionType, torch.Generator,
+)  # fmt: skip
 
 
 def copied(attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,13 +52,19 @@ def private_copy(value: Any, memo: dict[int, Any], depth: int = 4) -> Any:
             items.update({key: private_copy(item, memo, depth - 1) for key, item in items.items()})
         elif isinstance(made, list):
             made[:] = [private_copy(item, memo, depth - 1) for item in cast("list[Any]", made)]
-    elif depth and is_data(value):
+    elif depth and is_data(value) and not _is_shared(value):
         try:
-            made = memo[id(value)] = copy.copy(value)
+            made = copy.copy(value)
         except Exception:  # A socket or a process cannot be copied and is used as it is.
             return value
+        if made is value:  # the only one of its class
+            return value
+        memo[id(value)] = made
         for name, item in vars(value).items():
             object.__setattr__(made, name, private_copy(item, memo, depth - 1))
+    elif isinstance(value, Iterator) and not isinstance(value, (io.IOBase, Tensor)):
+        with suppress(TypeError):  # A generator cannot be copied.
+            made = memo[id(value)] = copy.deepcopy(value)
     return made
 
 
@@ -69,6 +82,43 @@ def is_data(value: Any) -> bool:
         and not hasattr(kind, "__copy__")
         and kind.__module__.partition(".")[0] not in _NO_DATA
     )
+
+
+class _Plain:
+    """An object that holds nothing but its attributes."""
+
+
+def _is_shared(value: Any, depth: int = 4) -> bool:
+    """Whether a user's object itself is used where code is tried, and put back (`kept_objects`), instead of a copy.
+
+    Code may ask which object it is, as of a sentinel or a kind of its own. And the end of a copy would close what it
+    shares with its original.
+    """
+    kind = cast("type[Any]", type(value))
+    if kind.__basicsize__ != _Plain.__basicsize__:
+        return False  # It holds more than its attributes, as a dictionary or a buffer of text does.
+    return hasattr(kind, "__del__") or all(
+        isinstance(item, CONSTANTS) or (depth > 0 and is_data(item) and _is_shared(item, depth - 1))
+        for item in vars(value).values()
+    )
+
+
+def shared_objects(value: Any, seen: set[int], depth: int = 4) -> Iterator[Any]:
+    """The objects in a value, or the value, of which `private_copy` makes no copies."""
+    if id(value) in seen or not depth or isinstance(value, CONSTANTS):
+        return
+    seen.add(id(value))
+    items: Iterable[Any] = ()
+    if type(value) in (list, deque):
+        items = value
+    elif isinstance(value, dict):
+        items = [item for _, item in items_of(cast("dict[Any, Any]", value))]
+    elif is_data(value):
+        if _is_shared(value):
+            yield value
+        items = vars(value).values()
+    for item in items:
+        yield from shared_objects(item, seen, depth - 1)
 
 
 def snapshot(value: Any, depth: int = 4) -> Any:

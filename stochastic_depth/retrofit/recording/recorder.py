@@ -12,7 +12,6 @@ from torch.overrides import TorchFunctionMode
 
 from stochastic_depth.retrofit.code.called import Called, method_of
 from stochastic_depth.retrofit.code.effects import (
-    CONSTANTS,
     containers_in,
     contents_of,
     differ,
@@ -23,6 +22,7 @@ from stochastic_depth.retrofit.code.effects import (
 )
 from stochastic_depth.retrofit.code.forms import is_plain
 from stochastic_depth.retrofit.code.reads import reads_of
+from stochastic_depth.retrofit.code.user_data import CONSTANTS
 from stochastic_depth.retrofit.errors import GivenCodeError, StoredError, TraceError
 from stochastic_depth.retrofit.recording.checkpoints import Regions, kept
 from stochastic_depth.retrofit.recording.edits import Edits
@@ -140,6 +140,7 @@ class Recorder(TorchFunctionMode):
         self._inlined = inlined
         self._num_calls = 0
         self._inside = 0
+        self._refusal: TraceError | None = None
         self._entered: list[Any] = []
         self._intermediates = Intermediates()
         self._first_contents: dict[str, Any] = {}
@@ -147,6 +148,8 @@ class Recorder(TorchFunctionMode):
         self._kept = ExitStack()
         self.arguments = [leaf for leaf in leaves if not isinstance(leaf, (Tensor, Called))]
         self._reads = reads_of(block, inlined, self.arguments)
+        if is_recording and self._reads.asks_for_itself:
+            raise TraceError("its code asks which module it runs on (`self is …`, or a dictionary of modules)")
         self._values = Values(block, inlined, self._reads)
         self.graph, self.called, self.constants = self._values.graph, self._values.called, self._values.constants
         self._valued: set[int] = set()
@@ -202,6 +205,8 @@ class Recorder(TorchFunctionMode):
         try:
             with self, self._read_values:
                 yield
+            if self._refusal is not None:
+                raise self._refusal
         except (TraceError, KeyboardInterrupt, EndOfRecomputation):
             raise
         except Exception as error:
@@ -227,7 +232,7 @@ class Recorder(TorchFunctionMode):
             except GivenCodeError as error:
                 raise GivenCodeError(error.value, path) from None
 
-        return enter
+        return self._noting_refusals()(enter)
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         self._inside += 1  # Code that runs here is not part of the block's code either.
@@ -284,7 +289,16 @@ class Recorder(TorchFunctionMode):
             self._inside -= 1
             return output
 
-        return leave
+        return self._noting_refusals()(leave)
+
+    @contextmanager
+    def _noting_refusals(self) -> Generator[None]:
+        """Context whose refusals are raised again at the end: the block's code may catch every `Exception`."""
+        try:
+            yield
+        except TraceError as error:
+            self._refusal = self._refusal or error
+            raise
 
     @property
     def is_inside(self) -> bool:
@@ -293,6 +307,10 @@ class Recorder(TorchFunctionMode):
 
     def call_of_object(self, value: Any, name: str, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Record a method call on one of the block's arguments."""
+        with self._noting_refusals():
+            return self._called(value, name, method, args, kwargs)
+
+    def _called(self, value: Any, name: str, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self._inside += 1
         try:
             self.check_outside()
@@ -328,6 +346,11 @@ class Recorder(TorchFunctionMode):
             if self._is_recording:
                 self._intermediates.note(result)
             return result
+        with self._noting_refusals():
+            return self._recorded(func, args, kwargs)
+
+    def _recorded(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The result of a function of PyTorch, which is recorded."""
         if name_of_function(func) in ORIGIN:
             raise TraceError(f"the forward reads where a tensor is stored ({name_of_function(func)})")
         if name_of_function(func).startswith("_record_function"):

@@ -12,7 +12,8 @@ import functools
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from types import GeneratorType
 from typing import Any, cast
 
 import torch
@@ -21,11 +22,12 @@ from torch import Tensor, nn
 from stochastic_depth.copies import own_class
 from stochastic_depth.random_states import seed_everything
 from stochastic_depth.retrofit.classes import Unannounced
-from stochastic_depth.retrofit.code.code_names import with_inlined
+from stochastic_depth.retrofit.code.code_names import names_in_code, with_inlined
 from stochastic_depth.retrofit.code.own_forward import bound_anew, own_forward
 from stochastic_depth.retrofit.code.places import attribute_of
 from stochastic_depth.retrofit.code.reads import written_parameters
 from stochastic_depth.retrofit.code.user_data import copied, has_no_data, private_copy
+from stochastic_depth.retrofit.errors import TraceError
 from stochastic_depth.retrofit.recording.layouts import in_order, order_of
 from stochastic_depth.retrofit.recording.scripted import Scripted
 from stochastic_depth.retrofit.rules import is_drop_path
@@ -67,16 +69,12 @@ def stand_in(
 
     def parameter_of(parameter: nn.Parameter) -> Tensor:
         if id(parameter) not in tensors:
-            tensors[id(parameter)] = (
-                parameter
-                if own_parameters
-                else nn.Parameter(
-                    _data_of(parameter, clone=id(parameter) in written)
-                    if own_values
-                    else _awake(_data_of(parameter, clone=id(parameter) in written), generator),
-                    requires_grad=parameter.requires_grad,
-                )
-            )
+            made = parameter
+            if not own_parameters:
+                data = _data_of(parameter, clone=id(parameter) in written)
+                made = nn.Parameter(data if own_values else _awake(data, generator), parameter.requires_grad)
+                _tell_as(made, parameter)
+            tensors[id(parameter)] = made
         return cast(Tensor, tensors[id(parameter)])
 
     def buffer_of(buffer: Tensor) -> Tensor:
@@ -84,6 +82,7 @@ def stand_in(
             data = torch.zeros(buffer.shape, dtype=buffer.dtype) if has_no_data(buffer) else buffer.detach().clone()
             if not (own_parameters or own_values) and data.is_floating_point() and not data.any():
                 data = uniform(data.shape, generator).to(data.device, data.dtype)
+            _tell_as(data, buffer)
             tensors[id(buffer)] = data
         return cast(Tensor, tensors[id(buffer)])
 
@@ -100,6 +99,11 @@ def stand_in(
         kind = _passing(plain) if is_drop_path(module) else plain
         new = made[id(module)] = object.__new__(kind)
         new.__dict__.update(copied(module.__dict__))
+        for name, value in new.__dict__.items():
+            if isinstance(value, GeneratorType) and name in names_in_code(plain)[0]:
+                raise TraceError(
+                    f"it may advance the generator {name} of a {plain.__name__}, of which there is no copy"
+                )
         own = new.__dict__.pop("_stochastic_depth_branch", None)
         if own is not None:
             # Rewritten code asks for it.
@@ -195,6 +199,14 @@ def _data_of(parameter: nn.Parameter, *, clone: bool) -> Tensor:
     return parameter.detach().clone() if clone else parameter.detach()
 
 
+def _tell_as(new: Tensor, original: Tensor) -> None:
+    """Give a tensor what code may have set on another one, and its class of parameters."""
+    vars(new).update(vars(original))
+    if isinstance(original, nn.Parameter) and type(new) is nn.Parameter is not type(original):
+        with suppress(TypeError):  # of another layout, as classes of quantized weights
+            new.__class__ = type(original)
+
+
 def _awake(tensor: Tensor, generator: torch.Generator) -> Tensor:
     """Random values with a parameter's form; the parameter's own values if it is large and not zero."""
     plain = type(tensor) is Tensor and not has_no_data(tensor)
@@ -230,11 +242,17 @@ def sample_leaf(value: Any, rows: Tensor | None) -> Any:
         value_like = data.to(value.dtype)
         return value_like.requires_grad_(value.requires_grad)
     data = value.detach()
-    data = data.clone() if rows is None else _different(data.index_select(0, rows.to(data.device)))
+    data = data.clone() if rows is None else _different(_numbers(data.index_select(0, rows.to(data.device))))
     if rows is not None and (order := order_of(value)) is not None:
         data = in_order(data, order)  # Sums have the order of their first operand.
     vars(data).update(vars(value))
     return data.requires_grad_(value.requires_grad) if data.is_floating_point() or data.is_complex() else data
+
+
+def _numbers(samples: Tensor) -> Tensor:
+    """The samples, with 0 for NaN: a mask does not remove those of a bad sample."""
+    is_plain = samples.layout is torch.strided and (samples.is_floating_point() or samples.is_complex())
+    return samples.masked_fill(samples.isnan(), 0) if is_plain else samples
 
 
 def _different(samples: Tensor) -> Tensor:

@@ -98,9 +98,12 @@ def _reads_values(func: Any, args: Sequence[Any]) -> bool:
 _MASKS = (torch.bool, torch.uint8)
 _OWN = {"aten", "prim", "prims", "quantized", "c10d", "_c10d_functional"}
 _READING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-_READING_UNMARKED = {"tensor_split", "_pack_padded_sequence", "_to_sparse", "_to_sparse_csr", "_to_sparse_csc"}
+_READING_UNMARKED = {
+    "tensor_split", "_pack_padded_sequence", "_to_sparse", "_to_sparse_csr", "_to_sparse_csc", "_to_sparse_bsr",
+    "_to_sparse_bsc",
+}  # fmt: skip
 # Of these, it is a value, and no size, that a tensor gives as a number.
-_NO_SIZES = {"full", "full_like", "new_full", "select", "fill_", "roll"}
+_NO_SIZES = {"full_like", "select", "fill_", "roll"}
 
 
 def may_size_by_values(func: Any, args: Sequence[Any]) -> bool:
@@ -111,6 +114,9 @@ def may_size_by_values(func: Any, args: Sequence[Any]) -> bool:
             isinstance(part, slice) or (isinstance(part, Tensor) and (part.dim() or part.dtype in _MASKS))
             for part in tree_leaves(args[1])
         )
+    if name in ("full", "new_full"):
+        size = args[:1] if name == "full" else args[1:2]
+        return not size or any(isinstance(part, Tensor) for part in tree_leaves(size))
     return name not in _NO_SIZES
 
 

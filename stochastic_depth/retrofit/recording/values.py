@@ -12,9 +12,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from stochastic_depth.retrofit.code.effects import CONSTANTS, parts_of
+from stochastic_depth.retrofit.code.effects import parts_of
 from stochastic_depth.retrofit.code.held import Cached, Outside, held_tensors, name_of, tensors_in
 from stochastic_depth.retrofit.code.reads import Reads
+from stochastic_depth.retrofit.code.user_data import CONSTANTS
 from stochastic_depth.retrofit.errors import GivenCodeError, TraceError
 from stochastic_depth.retrofit.recording.layouts import order_of
 from stochastic_depth.retrofit.recording.maps import is_attention_map

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 from torch import fx, nn
 
@@ -130,18 +130,30 @@ def _repeated(sums: Sequence[Sum]) -> Iterator[fx.Node]:
     """
     of_early: dict[tuple[fx.Node, bool], list[Sum]] = {}
     for each in sums:
-        early = value = cast(fx.Node, each.shortcut)
-        while name_of(early) in PRODUCTS and len(computed := [x for x in early.all_input_nodes if is_computed(x)]) == 1:
-            early = computed[0]
-        of_early.setdefault((early, early is not value), []).append(each)
-    for (_, is_scaled), group in of_early.items():
+        first = value = cast(fx.Node, each.shortcut)
+        while name_of(first) in PRODUCTS and len(computed := [x for x in first.all_input_nodes if is_computed(x)]) == 1:
+            first = computed[0]
+        of_early.setdefault((first, first is not value), []).append(each)
+    for (early, is_scaled), group in of_early.items():
         chain = [
             a.add
             for a in group
             if any(a.add in ancestors(b.output) or b.add in ancestors(a.output) for b in group if b is not a)
         ]
-        if len(chain) > (1 if is_scaled else 2):
+        if len(chain) > (1 if is_scaled else 2) or (not is_scaled and _num_in_a_row(early, group) > 2):
             yield from chain
+
+
+def _num_in_a_row(early: fx.Node, sums: Sequence[Sum]) -> int:
+    """How often a value is added in a row, also to what is not computed from it, such as positions to their tokens."""
+    known = {each.add for each in sums}
+    lengths: dict[fx.Node, int] = {}
+    for node in early.users:
+        others = [operand for operand in added(node) or () if operand is not early]
+        if node in known or (others and early not in ancestors(others[0])):
+            inside = ancestors(node)
+            lengths[node] = 1 + max((length for other, length in lengths.items() if other in inside), default=0)
+    return max(lengths.values(), default=0)
 
 
 def _is_shortcut(shortcut: fx.Node, output: fx.Node, before: Sequence[Sum], block: nn.Module) -> bool:
@@ -211,6 +223,9 @@ def _is_common(
     used = [[user for user in users if user in values] for values in (of_shortcut, of_output)]
     if used[0] == used[1] or not all(used):
         return False  # They part later, or one of them has its shape only.
+    is_projected = any(computes(each, block) for each in of_shortcut if each not in of_output)
+    if is_projected and not any(_may_overlap(a, b) for a in used[0] for b in used[1]):
+        return False  # Two inputs in one tensor, each with layers of its own.
     items = [[_item(user) for user in users] for users in used]
     if name_of(node) in _HALVES or None in items[0] + items[1]:
         return True
@@ -236,6 +251,30 @@ def _item(user: fx.Node) -> dict[int, int | str] | None:
 
 def _may_be_same(a: Mapping[int, int | str], b: Mapping[int, int | str]) -> bool:
     return all(a[dim] == b[dim] for dim in a.keys() & b.keys())
+
+
+def _may_overlap(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two nodes may take the same part of a value; what follows it, as in `x[:3]` and `x[3:]`, is another."""
+    if a.target is not operator.getitem or b.target is not operator.getitem:
+        return True
+    given = [each.args[1] if isinstance(each.args[1], tuple) else (each.args[1],) for each in (a, b)]
+    indices = [[part for part in index if part is not None] for index in given]
+    return len(indices[0]) != len(indices[1]) or not any(
+        _lies_before(x, y) or _lies_before(y, x) for x, y in zip(*indices, strict=True)
+    )
+
+
+def _lies_before(a: Any, b: Any) -> bool:
+    """Whether all that one index takes of a dimension comes before what the other takes, or is another item."""
+    if isinstance(a, slice):
+        return a.stop is not None and not _is_negative(a.stop) and a.stop == (b.start if isinstance(b, slice) else b)
+    if isinstance(b, slice):
+        return isinstance(a, int) and isinstance(b.start, int) and 0 <= a < b.start
+    return isinstance(a, (int, str)) and isinstance(b, (int, str)) and a != b
+
+
+def _is_negative(value: Any) -> bool:
+    return isinstance(value, int) and value < 0
 
 
 _HALVES = {"chunk", "split", "tensor_split", "unsafe_chunk", "split_with_sizes"}

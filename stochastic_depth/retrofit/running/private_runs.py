@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from stochastic_depth.retrofit.recording.quiet import quiet
-from stochastic_depth.torch_private import disable_current_modes, outside_transforms, version_of, without_torch_function
+from stochastic_depth.torch_private import (
+    disable_current_modes,
+    outside_transforms,
+    version_of,
+    without_parametrizations_cached,
+    without_torch_function,
+)
 
 
 @contextmanager
@@ -23,6 +29,7 @@ def private() -> Generator[None]:
         disable_current_modes(),
         torch.autograd.graph.saved_tensors_hooks(_pack, _unpack),
         _without_autocast_cache(),
+        without_parametrizations_cached(),
         quiet(),
     ):
         yield

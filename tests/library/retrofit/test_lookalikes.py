@@ -229,9 +229,62 @@ class Parallel(nn.Module):
         return y.relu()
 
 
+class TwoInputs(nn.Module):
+    """Positions and features of points in one tensor, each with layers of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(D - 2, D), nn.Sequential(nn.Linear(2, D), nn.Tanh(), linear())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x[..., 2:]) + self.second(x[..., :2])
+
+
+class TwoInputsSplit(TwoInputs):
+    def forward(self, x: Tensor) -> Tensor:
+        second, first = x.split([2, D - 2], dim=-1)
+        return self.first(first) + self.second(second)
+
+
+class ItemAndRest(TwoInputs):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(1, D), nn.Sequential(nn.Linear(D - 1, D), nn.Tanh(), linear())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x[..., 0, None]) + self.second(x[..., 1:])
+
+
+class WithPositions(nn.Module):
+    """Positions that are added before each of three layers, as in Point-MAE."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Linear(2, D), nn.Linear(D - 2, D)
+        self.encoder = PositionsAgain()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encoder(self.tokens(x[..., :2]), self.positions(x[..., 2:]))
+
+
+class PositionsAgain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(linear(), nn.Tanh(), linear()) for _ in range(3))
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x + positions)
+        return x
+
+
 @pytest.mark.parametrize(
     "kind",
     [
+        TwoInputs,
+        TwoInputsSplit,
+        ItemAndRest,
+        WithPositions,
         Recurrent,
         RecurrentAhead,
         RecurrentOfOneInput,

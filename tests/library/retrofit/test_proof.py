@@ -349,11 +349,13 @@ class Adding(nn.Module):
 
 
 @pytest.mark.parametrize("by_example", [False, True])
-def test_a_block_that_returns_nothing_is_no_silent_matter(*, by_example: bool) -> None:
+def test_a_block_that_returns_nothing_changes_its_argument(*, by_example: bool) -> None:
     net, x = Adding().double(), data(4)
-    sd.make_stochastic_(net, sd.uniform(0.5), inputs=[x] if by_example else None)
-    with torch.no_grad(), pytest.raises(RuntimeError, match="cannot be gated here"):
-        net(x)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), inputs=[x] if by_example else None, rescale="none")
+    for is_open in (True, False):
+        with torch.no_grad(), depth.gates([is_open]):
+            assert_same(net(x), x + is_open * net.block.f(x))
+    assert depth.masked == []
 
 
 def profiled(y: Tensor) -> Tensor:

@@ -407,6 +407,8 @@ NUMBERS: dict[str, Callable[..., Any]] = {
     "slices": lambda _block, x, mask: x[:, : mask.sum()].numel(),
     "arange": lambda _block, _x, mask: len(torch.arange(mask.sum())),
     "zeros": lambda _block, _x, mask: torch.zeros(mask.sum(), 2).shape[0],
+    "full": lambda _block, _x, mask: len(torch.full((mask.sum(),), 0.5)),
+    "new_full": lambda _block, x, mask: x.new_full((mask.sum(), 2), 0.5).shape[0],
     "expand": lambda _block, x, mask: x[:1].expand(mask.sum(), -1).shape[0],
     "repeat": lambda _block, x, mask: x.repeat(mask.sum(), 1).shape[0],
     "pad": lambda _block, x, mask: F.pad(x, (0, mask.sum())).shape[1],
