@@ -6,7 +6,7 @@ import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Collection, Generator, Iterable, Iterator
+from collections.abc import Collection, Generator, Iterable
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -17,7 +17,7 @@ from stochastic_depth.retrofit.code.effects import is_same
 from stochastic_depth.retrofit.code.forms import items_of
 from stochastic_depth.retrofit.code.places import Place
 from stochastic_depth.retrofit.code.reads import Reads, places_of_children, reads_of, written_parameters
-from stochastic_depth.retrofit.code.user_data import CONSTANTS, is_data, shared_objects
+from stochastic_depth.retrofit.code.user_data import CONSTANTS, is_data, is_iterator, shared_objects
 from stochastic_depth.retrofit.errors import StoredError, TraceError
 from stochastic_depth.torch_private import MODULE_ATTRIBUTES, TENSORS_AND_CHILDREN, buffer_dict, is_fake, tree_leaves
 
@@ -42,7 +42,7 @@ def unchanged_surroundings(
     reads = reads_of(block, inlined, arguments)
     values = [(place.description, place()) for place in reads.places]
     for name, value in [*values, *(item for item in block.__dict__.items() if item[0] in reads.names)]:
-        if isinstance(value, Iterator):
+        if is_iterator(value):
             raise TraceError(f"the forward may advance the iterator {name}")
     seen: dict[int, int] = {}
     own = _keep(block, reads.places, seen)

@@ -7,6 +7,7 @@ import enum
 import io
 import random
 import types
+import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -62,7 +63,7 @@ def private_copy(value: Any, memo: dict[int, Any], depth: int = 4) -> Any:
         memo[id(value)] = made
         for name, item in vars(value).items():
             object.__setattr__(made, name, private_copy(item, memo, depth - 1))
-    elif isinstance(value, Iterator) and not isinstance(value, (io.IOBase, Tensor)):
+    elif is_iterator(value) and not isinstance(value, (io.IOBase, Tensor)):
         with suppress(TypeError):  # A generator cannot be copied.
             made = memo[id(value)] = copy.deepcopy(value)
     return made
@@ -77,11 +78,17 @@ def is_data(value: Any) -> bool:
     kind = cast("type[Any]", type(value))
     return (
         hasattr(value, "__dict__")
+        and type(value) not in weakref.ProxyTypes
         and not isinstance(value, (Tensor, nn.Module, type, types.ModuleType, enum.Enum, Called))
         and not callable(value)
         and not hasattr(kind, "__copy__")
         and kind.__module__.partition(".")[0] not in _NO_DATA
     )
+
+
+def is_iterator(value: Any) -> bool:
+    """Whether a value is an iterator; a proxy of any object looks like one."""
+    return isinstance(value, Iterator) and type(value) not in weakref.ProxyTypes
 
 
 class _Plain:

@@ -359,7 +359,7 @@ class Recorder(TorchFunctionMode):
             self.asks_for_sizes = True
         if tells_sizes(func) and self._is_valued((args, kwargs)):
             raise TraceError(_SIZE_OF_VALUES)
-        if is_structure(func):
+        if is_structure(func, args, kwargs):
             return func(*args, **kwargs)
         self._inside += 1
         try:

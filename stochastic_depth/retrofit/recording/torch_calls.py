@@ -44,12 +44,12 @@ def name_of_function(func: Any) -> str:
     return getattr(getattr(func, "__self__", None), "__name__", "") if name == "__get__" else name
 
 
-def is_structure(func: Any) -> bool:
-    """Whether a function returns the form of a tensor, not its values."""
+def is_structure(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a function returns the form of a tensor, not its values, as `x.type()` does and `x.type(dtype)` not."""
     name = getattr(func, "__name__", "")
     if name == "__get__":
         return getattr(getattr(func, "__self__", None), "__name__", "") in _STRUCTURE_ATTRIBUTES
-    return name in _STRUCTURE_METHODS
+    return name in _STRUCTURE_METHODS and (name != "type" or len(args) + len(kwargs) == 1)
 
 
 _SIZES = {

@@ -374,6 +374,22 @@ def test_a_generator_of_a_child_masks() -> None:
     assert block.f.seen == [0]  # pyright: ignore[reportAttributeAccessIssue]
 
 
+class Trainer:
+    factor = 3.0
+
+
+TRAINER = Trainer()
+
+
+def test_a_proxy_of_a_trainer_is_no_iterator() -> None:
+    block = Block(lambda block, _x: block.trainer.factor, trainer=weakref.proxy(TRAINER))
+    assert same_with_open_gates([block]).masked == []
+
+
+def test_a_change_of_type_by_its_old_name_is_recorded() -> None:
+    assert same_with_open_gates([Block(lambda _block, x: (x > 0).type(x.dtype))]).masked == []
+
+
 class Checking(nn.Module):
     """Raises an error for a bad batch."""
 
