@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stochastic_depth.cost import Meter, observed, undisturbed
 from stochastic_depth.gate_draws import GateDraws
 from stochastic_depth.residual import SkippedGrad, masks_only
-from stochastic_depth.retrofit.code.surroundings import kept_objects, kept_surroundings
+from stochastic_depth.retrofit.code.surroundings import kept_surroundings
 from stochastic_depth.retrofit.finding.branches import Branch
 from stochastic_depth.retrofit.recording.maps import NotComputed
 from stochastic_depth.retrofit.recording.quiet import NOISY, without_noise
@@ -120,7 +120,7 @@ def verify(
 @contextmanager
 def _private(root: nn.Module) -> Generator[None]:
     """Within, the model runs without traces: not in itself, not in what lies around it."""
-    with undisturbed(root), untouched(root), kept_objects(root), kept_surroundings(root):
+    with undisturbed(root), untouched(root), kept_surroundings(root):
         yield
 
 

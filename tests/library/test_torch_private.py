@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import weight_norm
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
@@ -282,6 +284,18 @@ def test_without_torch_function() -> None:
         with private.without_torch_function():
             own = torch.ones(2)
     assert (replaced.tolist(), own.tolist()) == ([0, 0], [1, 1])
+
+
+def test_without_parametrizations_cached() -> None:
+    layer = weight_norm(nn.Linear(2, 3))
+    with parametrize.cached():
+        cached = layer.weight
+        with private.without_parametrizations_cached():
+            anew = layer.weight
+            assert anew is not cached
+            assert layer.weight is not anew
+        assert layer.weight is cached
+    assert layer.weight is not cached
 
 
 def test_outside_transforms_and_is_transformed() -> None:

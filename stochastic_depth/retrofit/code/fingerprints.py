@@ -29,7 +29,13 @@ def fingerprint(block: nn.Module, *, of_samples: bool = False) -> tuple[Any, ...
             ()
             if is_drop_path(module)
             else _configuration(module, names_in_code(plain_class(module))[0] if of_samples and path else ()),
-            tuple((name, None if tensor is None else _form_of(tensor)) for name, tensor in _tensors(module)),
+            tuple(
+                (
+                    name,
+                    None if tensor is None else (type(tensor), tuple(tensor.shape), tensor.dtype, tensor.requires_grad),
+                )
+                for name, tensor in _tensors(module)
+            ),
         )
         for path, module in block.named_modules()
     )
@@ -47,11 +53,6 @@ _POSITIONS = {"layer_idx", "layer_id", "layer_index", "layer_number"}
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor | None]]:
     return [*parameter_dict(module).items(), *buffer_dict(module).items()]
-
-
-def _form_of(tensor: Tensor) -> tuple[Any, ...]:
-    attributes = tuple(sorted((name, repr(value)) for name, value in vars(tensor).items() if is_plain(value)))
-    return type(tensor), tuple(tensor.shape), tensor.dtype, tensor.requires_grad, attributes
 
 
 def _identity_of(value: Any) -> str:

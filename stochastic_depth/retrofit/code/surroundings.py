@@ -17,9 +17,9 @@ from stochastic_depth.retrofit.code.effects import is_same
 from stochastic_depth.retrofit.code.forms import items_of
 from stochastic_depth.retrofit.code.places import Place
 from stochastic_depth.retrofit.code.reads import Reads, places_of_children, reads_of, written_parameters
-from stochastic_depth.retrofit.code.user_data import CONSTANTS, is_data, is_iterator, shared_objects
+from stochastic_depth.retrofit.code.user_data import CONSTANTS, is_data, is_iterator
 from stochastic_depth.retrofit.errors import StoredError, TraceError
-from stochastic_depth.torch_private import MODULE_ATTRIBUTES, TENSORS_AND_CHILDREN, buffer_dict, is_fake, tree_leaves
+from stochastic_depth.torch_private import TENSORS_AND_CHILDREN, buffer_dict, is_fake, tree_leaves
 
 _MAX_DEPTH = 5
 # Nobody counts in more objects than this, or in larger tensors; a whole application may be reached from a global.
@@ -80,18 +80,6 @@ def kept_surroundings(model: nn.Module) -> Generator[None]:
         for parameter, before in parameters:
             if not torch.equal(parameter.detach(), before):
                 parameter.data.copy_(before)
-
-
-@contextmanager
-def kept_objects(root: nn.Module) -> Generator[None]:
-    """Within, code may change those plain objects on modules of which a trial makes no copies; they are put back."""
-    seen: set[int] = set()
-    own = [item for module in root.modules() for name, item in vars(module).items() if name not in MODULE_ATTRIBUTES]
-    kept = Kept([each for item in own for each in shared_objects(item, seen)], {})
-    try:
-        yield
-    finally:
-        kept.put_back()
 
 
 def _put_environment(environment: dict[str, str]) -> None:

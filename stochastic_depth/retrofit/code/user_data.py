@@ -9,7 +9,7 @@ import random
 import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any, cast
 
@@ -96,7 +96,7 @@ class _Plain:
 
 
 def _is_shared(value: Any, depth: int = 4) -> bool:
-    """Whether a user's object itself is used where code is tried, and put back (`kept_objects`), instead of a copy.
+    """Whether a user's object itself is used where code is tried, instead of a copy; `surroundings` puts it back.
 
     Code may ask which object it is, as of a sentinel or a kind of its own. And the end of a copy would close what it
     shares with its original.
@@ -108,24 +108,6 @@ def _is_shared(value: Any, depth: int = 4) -> bool:
         isinstance(item, CONSTANTS) or (depth > 0 and is_data(item) and _is_shared(item, depth - 1))
         for item in vars(value).values()
     )
-
-
-def shared_objects(value: Any, seen: set[int], depth: int = 4) -> Iterator[Any]:
-    """The objects in a value, or the value, of which `private_copy` makes no copies."""
-    if id(value) in seen or not depth or isinstance(value, CONSTANTS):
-        return
-    seen.add(id(value))
-    items: Iterable[Any] = ()
-    if type(value) in (list, deque):
-        items = value
-    elif isinstance(value, dict):
-        items = [item for _, item in items_of(cast("dict[Any, Any]", value))]
-    elif is_data(value):
-        if _is_shared(value):
-            yield value
-        items = vars(value).values()
-    for item in items:
-        yield from shared_objects(item, seen, depth - 1)
 
 
 def snapshot(value: Any, depth: int = 4) -> Any:

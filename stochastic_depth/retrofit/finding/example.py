@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from stochastic_depth.cost import undisturbed
 from stochastic_depth.retrofit.code.effects import ChangedObjectError
 from stochastic_depth.retrofit.code.signatures import flatten
-from stochastic_depth.retrofit.code.surroundings import kept_objects, kept_surroundings
+from stochastic_depth.retrofit.code.surroundings import kept_surroundings
 from stochastic_depth.retrofit.errors import TraceError
 from stochastic_depth.retrofit.recording.quiet import without_noise
 from stochastic_depth.retrofit.recording.run import run_block
@@ -63,13 +63,7 @@ class Example:
             if not isinstance(module, torch.jit.ScriptModule)  # which allows none
         ]
         try:
-            with (
-                undisturbed(model),
-                untouched(model),
-                kept_objects(model),
-                kept_surroundings(model),
-                torch.enable_grad(),
-            ):
+            with undisturbed(model), untouched(model), kept_surroundings(model), torch.enable_grad():
                 for training in (True, False):
                     for module in modes:
                         module.training = training
@@ -132,7 +126,7 @@ def _recorded(block: nn.Module, arguments: Arguments, inlined: Collection[str], 
         args, kwargs, own = behind_nodes(arguments_anew(signature, leaves, {}, called))
         return run_block(trial, args, kwargs, own, inlined=inlined).graph
 
-    with private(), kept_objects(block):
+    with private():
         try:
             return run(set())
         except ChangedObjectError as error:

@@ -16,7 +16,7 @@ from stochastic_depth.copies import plain_class
 from stochastic_depth.retrofit.code.for_now import remembered
 from stochastic_depth.retrofit.code.own_forward import own_forward
 from stochastic_depth.retrofit.code.signatures import OPAQUE, flatten
-from stochastic_depth.retrofit.code.surroundings import kept_objects, unchanged_surroundings
+from stochastic_depth.retrofit.code.surroundings import unchanged_surroundings
 from stochastic_depth.retrofit.errors import StoredError, TraceError
 from stochastic_depth.retrofit.finding.example import Example, Reading
 from stochastic_depth.retrofit.recording.sizes import is_size, may_be_size
@@ -133,7 +133,7 @@ def recordings(
         taken: list[bool] = []
         try:
             decide = functools.partial(_explore, decisions, taken)
-            with unchanged_surroundings(block, inlined), kept_objects(block):
+            with unchanged_surroundings(block, inlined):
                 recording = record(
                     block,
                     signature,

@@ -250,9 +250,9 @@ def sample_leaf(value: Any, rows: Tensor | None) -> Any:
 
 
 def _numbers(samples: Tensor) -> Tensor:
-    """The samples, with 0 for NaN: a mask does not remove those of a bad sample."""
-    is_plain = samples.layout is torch.strided and (samples.is_floating_point() or samples.is_complex())
-    return samples.masked_fill(samples.isnan(), 0) if is_plain else samples
+    """The samples, with 0 for NaN and infinity: a mask does not remove those of a bad sample. Masks have -infinity."""
+    is_plain = samples.layout is torch.strided and samples.is_floating_point()
+    return samples.masked_fill(samples.isnan() | samples.isposinf(), 0) if is_plain else samples
 
 
 def _different(samples: Tensor) -> Tensor:

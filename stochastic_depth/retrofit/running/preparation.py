@@ -14,7 +14,6 @@ from stochastic_depth.copies import plain_class
 from stochastic_depth.retrofit.code.code_names import names_in_code
 from stochastic_depth.retrofit.code.effects import ChangedObjectError
 from stochastic_depth.retrofit.code.for_now import remembering
-from stochastic_depth.retrofit.code.surroundings import kept_objects
 from stochastic_depth.retrofit.errors import CutError, ProofError, StoredError, TraceError
 from stochastic_depth.retrofit.recording.quiet import drawn_for_samples
 from stochastic_depth.retrofit.recording.stand_in import stand_in
@@ -46,7 +45,7 @@ def prepare(call: BlockCall) -> Prepared:
     for key in branches.gated:
         in_training(block, key)  # raises if its drop path was replaced
     try:
-        with private(), remembering(), kept_objects(block):
+        with private(), remembering():
             prepared = _proven_with_tables(call)
     except (TraceError, CutError, ProofError) as error:
         if not branches.can_mask:
@@ -165,7 +164,7 @@ def check_again(call: BlockCall, prepared: Prepared) -> None:
 
     def now(rows: Mapping[int, Tensor] = rows) -> Any:
         try:
-            with private(), remembering(), kept_objects(block):
+            with private(), remembering():
                 run = call.record(stand_in(block, branches.inlined), rows)
         except TraceError as error:
             if error.__cause__ is not None and not isinstance(error.__cause__, torch.OutOfMemoryError):
@@ -196,15 +195,13 @@ def _mixing_now(call: BlockCall, prepared: Prepared) -> ProofError | None:
     """Why the proof for some of the samples fails now: a child may mix samples since then."""
     if prepared.code is None or prepared.of_subset is None or not prepared.uses:
         return None
-    if not all(bool(leaf.isfinite().all()) for leaf in call.leaves if isinstance(leaf, Tensor)):
-        return None  # A mask gives NaN for a bad sample, also where its gate is closed.
     branches, block = call.branches, call.block
     num, rows = prepared.of_subset
     trial = stand_in(block, branches.inlined, own_values=True)  # Those that training has led to.
     own, fixed = _with_fixed_gates(branches, trial)
     copied = call.copied(rows)
     try:
-        with private(), remembering(), kept_objects(block):
+        with private(), remembering():
             branches.forms.num_runs += prove(
                 trial,
                 prepared.code,

@@ -190,8 +190,9 @@ class OwnParameter(nn.Parameter):
     pass
 
 
+@pytest.mark.parametrize("what", ["attribute", "class"])
 @pytest.mark.parametrize("by_example", [False, True])
-def test_parameters_keep_attributes_and_class(*, by_example: bool) -> None:
+def test_parameters_keep_attributes_and_class(what: str, *, by_example: bool) -> None:
     def factor(block: Block, _x: Tensor) -> float:
         return getattr(block.f.weight, "scale", 1.0) + isinstance(block.f.weight, OwnParameter)
 
@@ -199,10 +200,10 @@ def test_parameters_keep_attributes_and_class(*, by_example: bool) -> None:
     for index, block in enumerate(blocks):
         assert isinstance(block, Block)
         block.double()
-        if index == 2:
-            block.f.weight = OwnParameter(block.f.weight.data)
-        else:
+        if what == "attribute":
             block.f.weight.scale = index + 2.0  # pyright: ignore[reportAttributeAccessIssue]
+        elif index == 1:
+            block.f.weight = OwnParameter(block.f.weight.data)
     depth = same_with_open_gates(blocks, inputs=[data(4)] if by_example else None)
     assert depth.masked == []
 
@@ -362,6 +363,7 @@ def test_iterators_of_children_are_not_advanced_by_trials(factors: Callable[...,
         with depth.gates([True]):
             net(data(4))
     assert block.f.seen == list(itertools.islice(factors(), 4))  # pyright: ignore[reportAttributeAccessIssue]
+    assert depth.masked == []
 
 
 def test_a_generator_of_a_child_masks() -> None:
@@ -420,13 +422,14 @@ def test_the_error_of_a_bad_batch_is_the_users_own(bad: int, granularity: str) -
 
 
 @pytest.mark.parametrize("bad", [1, 4, 8])
-def test_a_sample_of_nan_is_no_sign_that_samples_are_mixed(bad: int) -> None:
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_bad_sample_is_no_sign_that_samples_are_mixed(value: str, bad: int) -> None:
     net = nn.Sequential(Block(lambda _block, _x: 1.0)).double()
     depth = sd.make_stochastic_(net)
     for call in range(1, 10):
         x = data(6, seed=call)
         if call == bad:
-            x[2] = float("nan")
+            x[2] = float(value)
         with depth.gates([torch.tensor([True, False] * 3)]):
             found = net(x)
         assert torch.equal(found[1::2], x[1::2])
