@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
 from contextlib import suppress
 from types import FunctionType
 from typing import Any, cast
@@ -52,7 +51,7 @@ def stochastic_class(mixins: tuple[type[nn.Module], ...], plain: type[nn.Module]
     }
     forward = next((vars(mixin)["forward"] for mixin in mixins if "forward" in vars(mixin)), None)
     if forward is not None:
-        own["forward"] = _with_signature(forward, plain.forward)
+        own["forward"] = _with_signature(forward, plain)
     stochastic = type(plain.__name__, bases, own)
     for base in plain.__mro__:
         if "gradient_checkpointing" in vars(base) and "__init_subclass__" in vars(base):
@@ -63,16 +62,16 @@ def stochastic_class(mixins: tuple[type[nn.Module], ...], plain: type[nn.Module]
     return stochastic
 
 
-def _with_signature(function: FunctionType, like: Callable[..., Any]) -> FunctionType:
-    """A function with the signature of another one, which models and trainers ask for the arguments that it takes."""
+def _with_signature(function: FunctionType, plain: type[nn.Module]) -> FunctionType:
+    """A forward with the signature of the plain one, which models and trainers ask for the arguments that it takes."""
     new = FunctionType(
         function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
     )
     new.__kwdefaults__ = function.__kwdefaults__
     new.__dict__.update(function.__dict__)
     new.__doc__, new.__qualname__, new.__module__ = function.__doc__, function.__qualname__, function.__module__
-    with suppress(TypeError, ValueError):  # It may have none.
-        new.__dict__["__signature__"] = inspect.signature(like)
+    with suppress(TypeError, ValueError, AttributeError):  # It may have none.
+        new.__dict__["__signature__"] = inspect.signature(plain.forward)
     return new
 
 

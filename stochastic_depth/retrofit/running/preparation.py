@@ -167,17 +167,20 @@ def check_again(call: BlockCall, prepared: Prepared) -> None:
             with private(), remembering():
                 run = call.record(stand_in(block, branches.inlined), rows)
         except TraceError as error:
-            if error.__cause__ is not None and not isinstance(error.__cause__, torch.OutOfMemoryError):
-                raise error.__cause__ from None  # The block's own code raises it, as for a bad batch.
-            return None
+            return error
         return skeleton(run.graph, with_numbers=True)
 
     changed = now()
-    # Objects that differ between recordings do not count, and neither do a few samples that do not fit a full cache.
+    # A few samples may not fit a full cache.
+    whole = now({}) if isinstance(changed, TraceError) else changed
     error: Exception | None = None
     if changed == before:
         error = _mixing_now(call, prepared)
-    elif changed == now() and (changed is not None or now({}) is None):
+    elif isinstance(whole, TraceError) and whole.__cause__ is not None:
+        if isinstance(whole.__cause__, torch.OutOfMemoryError):
+            return
+        raise whole.__cause__  # The block's own code raises it, as for a bad batch.
+    elif isinstance(whole, TraceError) or changed == now():  # Objects that differ between recordings do not count.
         error = TraceError(
             "its code does something else than in an earlier call, because of values read from elsewhere"
         )
