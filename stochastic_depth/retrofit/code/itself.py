@@ -6,6 +6,7 @@ import dis
 import functools
 from collections.abc import Collection, Sequence
 from types import CodeType, FunctionType
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -30,18 +31,40 @@ def asks_for_itself(module: nn.Module, names: frozenset[str]) -> bool:
     )
 
 
+class _Step(NamedTuple):
+    """An instruction: its name, its argument, the sign of an operator, and its effect on the stack."""
+
+    name: str
+    value: Any
+    operator: str
+    effect: int
+
+
+def _steps(code: CodeType) -> list[_Step]:
+    steps: list[_Step] = []
+    for each in dis.get_instructions(code):
+        if each.opname in ("CACHE", "PRECALL", "RESUME"):
+            continue
+        if each.opname.startswith("LOAD_FAST") and isinstance(each.argval, tuple):  # since Python 3.13, two at once
+            steps += [_Step("LOAD_FAST", name, "", 1) for name in each.argval]
+            continue
+        effect = dis.stack_effect(each.opcode, each.arg, jump=False)
+        steps.append(_Step(each.opname, each.argval, each.argrepr, effect))
+    return steps
+
+
 @functools.cache
 def _asks(code: CodeType, itself: str, children: frozenset[str], *, meets_itself: bool = False) -> bool:
-    instructions = [each for each in dis.get_instructions(code) if each.opname not in ("CACHE", "PRECALL", "RESUME")]
+    steps = _steps(code)
     meets_itself |= not {"modules", "named_modules"}.isdisjoint(code.co_names)
     comparisons = set[str]() if meets_itself else {"IS_OP", "COMPARE_OP"}
-    for index in range(len(instructions)):
-        end = _end_of_module(instructions, index, itself, children)
+    for index in range(len(steps)):
+        end = _end_of_module(steps, index, itself, children)
         if end is None:
             continue
         # A child is compared with others that are in the module too.
         counted = comparisons if end == index + 1 else set[str]()
-        if _is_key(instructions, index, end, counted) or _is_compared(instructions, end, {*counted, "CONTAINS_OP"}):
+        if _is_key(steps, index, end, counted) or _is_compared(steps, end, {*counted, "CONTAINS_OP"}):
             return True
     return any(
         _asks(constant, itself, children, meets_itself=meets_itself)
@@ -50,58 +73,49 @@ def _asks(code: CodeType, itself: str, children: frozenset[str], *, meets_itself
     )
 
 
-def _loaded(instruction: dis.Instruction) -> tuple[str, ...]:
-    """The variables that an instruction loads; since Python 3.13, one may load two."""
-    if not instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
-        return ()
-    value = instruction.argval
-    return value if isinstance(value, tuple) else (str(value),)
-
-
-def _end_of_module(
-    instructions: Sequence[dis.Instruction], index: int, itself: str, children: frozenset[str]
-) -> int | None:
-    """Index behind the instructions that load the module, or a child of it, and begin here; None if they do not."""
-    if _loaded(instructions[index])[-1:] != (itself,):
+def _end_of_module(steps: Sequence[_Step], index: int, itself: str, children: frozenset[str]) -> int | None:
+    """Index behind the steps that load the module, or a child of it, and begin here; None if they do not."""
+    if not steps[index].name.startswith(("LOAD_FAST", "LOAD_DEREF")) or steps[index].value != itself:
         return None
-    after = instructions[index + 1 : index + 2]
-    if after and after[0].opname == "LOAD_ATTR" and after[0].argval in children:
-        return index + 2
-    return index + 1
+    is_child = any(after.name == "LOAD_ATTR" and after.value in children for after in steps[index + 1 : index + 2])
+    return index + 1 + is_child
 
 
-def _is_key(instructions: Sequence[dis.Instruction], start: int, end: int, comparisons: Collection[str]) -> bool:
+def _is_key(steps: Sequence[_Step], start: int, end: int, comparisons: Collection[str]) -> bool:
     """Whether a value is the second operand of a comparison, a key, or what a method of a container looks for."""
-    after, before = instructions[end : end + 1], instructions[max(start - 1, 0) : start]
-    if after and (after[0].opname in comparisons or _is_subscript(after[0])):
-        return not (before and before[0].opname == "LOAD_CONST" and before[0].argval is None)
-    is_argument = bool(before) and before[0].opname.startswith(("LOAD_METHOD", "LOAD_ATTR", "LOAD_GLOBAL"))
-    return is_argument and before[0].argval in _LOOKING_UP and not _is_attribute(after)
+    after, before = steps[end : end + 1], steps[max(start - 1, 0) : start]
+    if after and (after[0].name in comparisons or _is_subscript(after[0])):
+        return not (before and _is_none(before[0]))
+    is_argument = bool(before) and before[0].name.startswith(("LOAD_METHOD", "LOAD_ATTR", "LOAD_GLOBAL"))
+    return is_argument and before[0].value in _LOOKING_UP and not any(map(_is_attribute, after))
 
 
-def _is_compared(instructions: Sequence[dis.Instruction], end: int, comparisons: Collection[str]) -> bool:
+def _is_compared(steps: Sequence[_Step], end: int, comparisons: Collection[str]) -> bool:
     """Whether a value is the first operand of a comparison, other than with None."""
     depth = 1
-    for index, each in enumerate(instructions[end:], end):
-        if depth == 2 and each.opname in comparisons:
-            other = instructions[index - 1]
-            return not (other.opname == "LOAD_CONST" and other.argval is None)
-        if depth == 1 and not (each.opname.startswith("LOAD_") and not _is_attribute([each])):
+    for index, step in enumerate(steps[end:], end):
+        if depth == 2 and step.name in comparisons:
+            return not _is_none(steps[index - 1])
+        if depth == 1 and (not step.name.startswith("LOAD_") or _is_attribute(step)):
             return False
-        if depth == 2 and each.opname.startswith(_TAKING):
+        if depth == 2 and step.name.startswith(_TAKING):
             return False
-        depth += dis.stack_effect(each.opcode, each.arg, jump=False)
+        depth += step.effect
         if depth < 1:
             return False
     return False
 
 
-def _is_attribute(after: Sequence[dis.Instruction]) -> bool:
-    return bool(after) and after[0].opname.startswith(("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"))
+def _is_none(step: _Step) -> bool:
+    return step.name == "LOAD_CONST" and step.value is None
 
 
-def _is_subscript(instruction: dis.Instruction) -> bool:
-    return instruction.opname == "BINARY_SUBSCR" or (instruction.opname == "BINARY_OP" and instruction.argrepr == "[]")
+def _is_attribute(step: _Step) -> bool:
+    return step.name.startswith(("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"))
+
+
+def _is_subscript(step: _Step) -> bool:
+    return step.name == "BINARY_SUBSCR" or (step.name == "BINARY_OP" and step.operator == "[]")
 
 
 _TAKING = ("BINARY_", "IS_OP", "COMPARE_OP", "CONTAINS_OP", "CALL", "FORMAT", "BUILD", "STORE", "RETURN")

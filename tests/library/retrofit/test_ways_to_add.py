@@ -28,6 +28,18 @@ class Adding(nn.Module):
         return self.formula(self, x, self.f(self.norm(x)))
 
 
+def assert_same_with_gradients(net: nn.Module, actual: Tensor, plain: nn.Module, expected: Tensor) -> None:
+    """Compare outputs, and the gradients of parameters, where none is what a closed gate may leave instead of zeros."""
+    assert_same(actual, expected)
+    for module, output in ((net, actual), (plain, expected)):
+        module.zero_grad()
+        output.square().sum().backward()
+    for mine, its in zip(net.parameters(), plain.parameters(), strict=True):
+        assert (mine.grad is None) <= (its.grad is None)
+        zeros = torch.zeros_like(mine)
+        assert_same(zeros if mine.grad is None else mine.grad, zeros if its.grad is None else its.grad)
+
+
 def minus(_block: Adding, x: Tensor, f: Tensor) -> Tensor:
     return x - f
 
@@ -84,13 +96,7 @@ def test_a_sum_in_other_words_is_a_branch(formula: Callable[..., Tensor], granul
     for block, gate in zip(plain, gates, strict=True):
         assert isinstance(block, Adding)
         expected = formula(block, expected, gate[:, None] * block.f(block.norm(expected)))
-    assert_same(actual, expected)
-    actual.square().sum().backward()
-    expected.square().sum().backward()
-    for mine, its in zip(net.parameters(), plain.parameters(), strict=True):
-        assert (mine.grad is None) <= (its.grad is None)
-        zeros = torch.zeros_like(mine)
-        assert_same(zeros if mine.grad is None else mine.grad, zeros if its.grad is None else its.grad)
+    assert_same_with_gradients(net, actual, plain, expected)
 
 
 def in_one_matrix(f: Tensor, other: Tensor, x: Tensor) -> Tensor:
@@ -103,6 +109,10 @@ def in_one_matrix_in_place(f: Tensor, other: Tensor, x: Tensor) -> Tensor:
 
 def batch_of_matrices(f: Tensor, other: Tensor, x: Tensor) -> Tensor:
     return torch.baddbmm(x, f, other)
+
+
+def batch_of_matrices_in_place(f: Tensor, other: Tensor, x: Tensor) -> Tensor:
+    return x.clone().baddbmm_(f, other)
 
 
 class AddsAProduct(nn.Module):
@@ -121,13 +131,15 @@ class AddsAProduct(nn.Module):
 
 
 @pytest.mark.parametrize("granularity", ["batch", "sample"])
-@pytest.mark.parametrize("formula", [in_one_matrix, in_one_matrix_in_place, batch_of_matrices])
+@pytest.mark.parametrize(
+    "formula", [in_one_matrix, in_one_matrix_in_place, batch_of_matrices, batch_of_matrices_in_place]
+)
 def test_a_product_that_is_added_in_the_same_call_is_a_branch(
     formula: Callable[[Tensor, Tensor, Tensor], Tensor], granularity: str
 ) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(AddsAProduct(formula), AddsAProduct(formula)).double()
-    plain, x = copy.deepcopy(net), torch.randn(*((4, 3) if formula is batch_of_matrices else (4,)), D).double()
+    plain, x = copy.deepcopy(net), torch.randn(*((4, 3) if "batch" in formula.__name__ else (4,)), D).double()
     depth = sd.make_stochastic_(net, sd.uniform(0.5), granularity=granularity, rescale="none")
     assert depth.names == ["0#1", "1#1"]
     some = torch.tensor([[1, 0, 1, 1], [0, 0, 1, 0]]).bool()
@@ -139,12 +151,7 @@ def test_a_product_that_is_added_in_the_same_call_is_a_branch(
         expected = expected + gate.view(-1, *[1] * (x.ndim - 1)) * (f @ other)
     with depth.gates([gate if granularity == "sample" else bool(gate[0]) for gate in gates]):
         actual = net(x)
-    assert_same(actual, expected)
-    actual.square().sum().backward()
-    expected.square().sum().backward()
-    for mine, its in zip(net.parameters(), plain.parameters(), strict=True):
-        zeros = torch.zeros_like(mine)
-        assert_same(zeros if mine.grad is None else mine.grad, zeros if its.grad is None else its.grad)
+    assert_same_with_gradients(net, actual, plain, expected)
     assert depth.masked == []
 
 
@@ -375,14 +382,7 @@ def test_the_caller_of_a_block_sees_what_is_added_in_place(formula: Callable[...
             value = value * 2 if index == 2 else value
             value = block.formula(block, value, gate[:, None] * block.f(value.tanh()))
         expected = torch.stack([first, value])
-        assert_same(actual, expected)
-        for each in (net, plain):
-            each.zero_grad()
-        actual.square().sum().backward()
-        expected.square().sum().backward()
-        for mine, its in zip(net.parameters(), plain.parameters(), strict=True):
-            zeros = torch.zeros_like(mine)
-            assert_same(zeros if mine.grad is None else mine.grad, zeros if its.grad is None else its.grad)
+        assert_same_with_gradients(net, actual, plain, expected)
     assert depth.masked == []
     depth.verify(x)
 
