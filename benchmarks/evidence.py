@@ -66,6 +66,7 @@ PLAN: tuple[tuple[str, int, str], ...] = (
     # Another seed on both sides of the rule's edge: 50 and 15 passes over the images.
     ("payoff", 2, "cifar10-100-images-1000-*"),
     ("payoff", 2, "cifar10-100-images-300-*"),
+    ("learning-rates-cifar10", 2, "*"),
     ("payoff", 2, "digits-*"),
     ("learning-rates-deeper", 2, "digits-302-*"),
     ("learning-rates", 2, "*"),
@@ -80,7 +81,6 @@ PLAN: tuple[tuple[str, int, str], ...] = (
     ("deeper", 3, "*"),
     ("learning-rates-deeper", 2, "*"),
     ("learning-rates", 3, "*"),
-    ("learning-rates-cifar10", 2, "*"),
 )
 """Studies, seeds of each, and which of their experiments; most valuable first. `plan` says how many hours they take."""
 SEEDS = {study: max(seeds for name, seeds, _ in PLAN if name == study) for study, *_ in PLAN}
