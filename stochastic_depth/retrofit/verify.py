@@ -325,7 +325,7 @@ class _Watch:
 
     def __enter__(self) -> _Watch:
         self._hooks = [
-            module.register_forward_pre_hook(self._called)
+            module.register_forward_pre_hook(self._called, with_kwargs=True)
             for module in self._owner
             if not isinstance(module, torch.jit.ScriptModule)  # which takes no hooks
         ]
@@ -338,8 +338,10 @@ class _Watch:
         for hook in self._hooks:
             hook.remove()
 
-    def _called(self, module: nn.Module, _args: Any) -> None:
-        self._ran.add(self._owner[module])
+    def _called(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        # A child without parameters that is given nothing, such as a schedule of a gain, may run without its branch.
+        if tree_leaves((args, kwargs)) or next(module.parameters(), None) is not None:
+            self._ran.add(self._owner[module])
 
     def _run_branch(self, index: int, branch: Callable[[Any], Any], x: Any) -> Any:
         self._ran.add(index)

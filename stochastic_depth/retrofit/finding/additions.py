@@ -41,7 +41,9 @@ def find_additions(model: nn.Module, found: Found) -> None:
             blocks[name] = block, inlined, readings
     around = [name for name, (_, _, readings) in blocks.items() if any(each.is_around for each in readings.values())]
     for name, (block, _, readings) in blocks.items():
-        for key in [key for key, reading in readings.items() if _adds_outputs(name, reading, blocks, around)]:
+        if not any(_adds_outputs(name, reading, blocks, around) for reading in readings.values()):
+            continue
+        for key in [key for key, reading in readings.items() if reading.is_projected]:
             del readings[key]
             found.notes.append(
                 f"{name or 'the model'} ({type(block).__name__}): an addition has no gate, it joins outputs of layers "
@@ -105,7 +107,8 @@ def _adds_outputs(name: str, reading: BranchReading, blocks: Collection[str], ar
 
     The side with fewer layers looks like the projection of a shortcut. But beside a projection there are a few layers,
     with at most one addition somewhere in them (EfficientFormerV2's queries), no network of residual blocks. And the
-    last sum of a model that has its blocks elsewhere is none of them.
+    last sum of a model that has its blocks elsewhere is none of them. Where one sum joins outputs, those with other
+    projections do too: in a recommender, several parts make one score.
     """
     if not reading.is_projected:
         return False

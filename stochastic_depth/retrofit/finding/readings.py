@@ -11,7 +11,7 @@ from torch import fx, nn
 from stochastic_depth.retrofit.errors import CutError
 from stochastic_depth.retrofit.finding.example import Example
 from stochastic_depth.retrofit.finding.ways import ways
-from stochastic_depth.retrofit.rewriting.cuts import cut
+from stochastic_depth.retrofit.rewriting.cuts import Sum, cut
 from stochastic_depth.retrofit.rewriting.functional import FUNCTIONAL, put_functional, scaled_value
 from stochastic_depth.retrofit.rewriting.operations import (
     computes,
@@ -30,6 +30,7 @@ from stochastic_depth.retrofit.rewriting.sums import (
     match,
     paths_of,
 )
+from stochastic_depth.retrofit.rewriting.unclear_sums import unclear_sums
 from stochastic_depth.retrofit.rules import DropPathRule
 
 
@@ -81,6 +82,10 @@ def read(
         calls = calls_of(recording.graph, drop_paths)
         identities = {key: identity(residual, block) for key, residual in sums.items()}
         branches = {key: cut(each, block) for key, each in sums.items() if not isinstance(each, CutError)}
+        if left is not None and not drop_paths:
+            gated = {node for branch in branches.values() for node in branch.nodes}
+            gated |= {each.add for each in sums.values() if isinstance(each, Sum)}
+            left.update(dict.fromkeys(unclear_sums(recording.graph, block, gated)))
         paths = paths_of(branches)
         matched = match(identities, {key: reading.identity for key, reading in readings.items()})
         for key, residual in sums.items():

@@ -38,12 +38,28 @@ def are_calls_of_one(shortcut: fx.Node, output: fx.Node, block: nn.Module) -> bo
 
 
 def is_stage(inner: Sum, outer: Sum, block: nn.Module) -> bool:
-    """Whether a sum is a point at which a Runge-Kutta method calls a child, on its way to the outer sum."""
+    """Whether a sum is a point at which a Runge-Kutta method calls a child, on its way to the outer sum.
+
+    The method calls the child on the point itself, and scales or adds up what it gives. An implicit layer, which repeats
+    `z = tanh(u + f(z))`, does not.
+    """
+    terms = _terms(outer.output, block)
     return (
         inner.shortcut is outer.shortcut
         and inner.add in ancestors(outer.output)
         and None not in _terms(inner.output, block)
-        and len({*_terms(inner.output, block), *_terms(outer.output, block)}) == 1
+        and len({*_terms(inner.output, block), *terms}) == 1
+        and (len(terms) > 1 or inner.output.op != "call_module")
+        and _is_handed_to(inner.add, cast(str, terms[0]))
+    )
+
+
+def _is_handed_to(value: fx.Node, child: str) -> bool:
+    """Whether a child is called on a value, or on a view of it."""
+    return any(
+        (user.op == "call_module" and user.target == child)
+        or (user.op in ("call_function", "call_method") and is_cheap(user) and _is_handed_to(user, child))
+        for user in value.users
     )
 
 
@@ -67,7 +83,7 @@ def are_complements(a: fx.Node, b: fx.Node) -> bool:
 
 
 def is_masked(value: fx.Node, block: nn.Module) -> bool:
-    """Whether a value is multiplied by a constant of the block that is zero in places: what a mask leaves of it."""
+    """Whether a value is multiplied by a constant of the block that is 0 or 1 everywhere: what a mask leaves of it."""
     for factor in _factors(value):
         if factor.op == "get_attr":
             path, _, name = cast(str, factor.target).rpartition(".")
@@ -76,7 +92,7 @@ def is_masked(value: fx.Node, block: nn.Module) -> bool:
                 isinstance(held, Tensor)
                 and not held.requires_grad
                 and not has_no_data(held)
-                and bool((held == 0).any())
+                and {0, 1} == {*held.unique().tolist()}
             ):
                 return True
     return False
@@ -113,6 +129,20 @@ def is_recurrence(projection: Collection[fx.Node], branch: Collection[fx.Node], 
         for nodes in (projection, branch)
     ]
     return any(not _is_norm(block.get_submodule(target)) for target in called[0] & called[1])
+
+
+def is_network(projection: Sequence[fx.Node], block: nn.Module) -> bool:
+    """Whether what looks like a projection has layers with an activation between them, such as an MLP."""
+    leaves = [
+        module
+        for node in projection
+        if node.op == "call_module"
+        for module in block.get_submodule(cast(str, node.target)).modules()
+        if next(module.children(), None) is None
+    ]
+    layers = [index for index, leaf in enumerate(leaves) if any(value.dim() > 1 for value in leaf.parameters())]
+    between = leaves[layers[0] : layers[-1]] if layers else []
+    return any(type(leaf).__module__ == nn.ReLU.__module__ for leaf in between)
 
 
 def becomes_a_gate(total: fx.Node, block: nn.Module) -> bool:

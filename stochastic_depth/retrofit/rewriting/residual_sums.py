@@ -22,6 +22,7 @@ from stochastic_depth.retrofit.rewriting.lookalikes import (
     is_masked,
     is_merge,
     is_modulation,
+    is_network,
     is_one_number,
     is_recurrence,
     is_side_input,
@@ -177,13 +178,14 @@ def _is_shortcut(shortcut: fx.Node, output: fx.Node, before: Sequence[Sum], bloc
     if not any(_is_common(node, shortcut, of_shortcut, of_output, block) for node in of_shortcut & of_output):
         return False
     projection = of_shortcut - of_output
-    if any(_is_no_projection(node) for node in projection):
+    if any(ends_a_shortcut(node, projection, block) for node in projection):
         return False
     branch = of_output - of_shortcut
     if (
         is_recurrence(projection, branch, block)
         or is_affine(projection, branch, block)
         or is_side_output(projection, of_output, before)
+        or is_network([node for node in shortcut.graph.nodes if node in projection], block)
     ):
         return False
     # Layers, or the children that contain them: a branch may be one child, and so may a projection.
@@ -193,13 +195,20 @@ def _is_shortcut(shortcut: fx.Node, output: fx.Node, before: Sequence[Sum], bloc
 
 
 def _is_projected(shortcut: fx.Node, output: fx.Node, block: nn.Module) -> bool:
-    """Whether layers compute a shortcut that the branch does not begin with."""
+    """Whether layers, or other children with code of their own, compute a shortcut that the branch does not begin with."""
     of_output = ancestors(output)
-    return shortcut not in of_output and any(computes(node, block) for node in ancestors(shortcut) - of_output)
+    return shortcut not in of_output and any(
+        computes(node, block) or _is_foreign(node, block) for node in ancestors(shortcut) - of_output
+    )
 
 
-def _is_no_projection(node: fx.Node) -> bool:
-    """Whether a value is no shortcut any more after this node: a function, or a product or sum of two values."""
+def ends_a_shortcut(node: fx.Node, projection: Collection[fx.Node], block: nn.Module) -> bool:
+    """Whether a value is no shortcut any more after this node: a function, or a product or sum of two values.
+
+    A mask that no layer computes may multiply a shortcut without a projection: `x * mask + f(x) * mask`.
+    """
+    if name_of(node) in PRODUCTS and any(is_plain(each, block) for each in sources(node)):
+        return any(computes(each, block) for each in ancestors(node) if each in projection)
     is_function = node.op == "call_function" or name_of(node) in PRODUCTS or added(node) is not None
     return is_function and is_computed(node) and not is_cheap(node)
 
@@ -229,13 +238,13 @@ def _is_common(
     items = [[_item(user) for user in users] for users in used]
     if name_of(node) in _HALVES or None in items[0] + items[1]:
         return True
-    if shortcut in used[0] and isinstance(shortcut.args[1], (int, str)) and _returns_several(node, block):
+    if shortcut in used[0] and isinstance(shortcut.args[1], (int, str)) and _is_foreign(node, block):
         return True
     return any(_may_be_same(a, b) for a in items[0] for b in items[1] if a and b)
 
 
-def _returns_several(node: fx.Node, block: nn.Module) -> bool:
-    """Whether a child may return several values: one of another library, as most of PyTorch's return one tensor."""
+def _is_foreign(node: fx.Node, block: nn.Module) -> bool:
+    """Whether a child has code of its own. It may return several values, while most of PyTorch's return one tensor."""
     if node.op != "call_module":
         return False
     return not plain_class(block.get_submodule(cast(str, node.target))).__module__.startswith("torch.nn.")

@@ -95,6 +95,9 @@ def _prepared_for(
         prepared = branches.shared_code(block, form, leaves)
         if prepared is None:
             prepared = prepare(BlockCall(branches, block, signature, leaves))
+            if branches.reads is not None and branches.reads is not reads:
+                # A child told a value: an equal block may take this code only where its child tells the same.
+                form = (signature, of_leaves, set_to, branches.reads.now(block))
         own = branches.add_form(form, leaves, prepared)
     own.num_calls += 1
     if own.is_its_turn():

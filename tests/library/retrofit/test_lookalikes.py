@@ -409,6 +409,40 @@ def test_a_runge_kutta_step_is_one_branch(method: str, *, by_example: bool) -> N
         assert_same(net(x), expected)
 
 
+class Implicit(nn.Module):
+    """The same layer again and again, on what it gave before and on the embedded input."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.first, self.f, self.kind = linear(), linear(), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.first(x)
+        z = torch.zeros_like(u)
+        for _ in range(4):
+            if self.kind == "tanh":
+                z = torch.tanh(self.f(z) + u)
+            elif self.kind == "damped":
+                z = torch.tanh(u + 0.9 * self.f(z))
+            elif self.kind == "linear":
+                z = u + self.f(z)
+            else:
+                v = u + self.f(z)
+                z = v.sign() * (v.abs() - 0.1).relu()
+        return z
+
+
+@pytest.mark.parametrize("kind", ["tanh", "damped", "linear", "shrinkage"])
+@pytest.mark.parametrize("by_example", [False, True])
+def test_the_iterations_of_an_implicit_layer_are_no_branches(kind: str, *, by_example: bool) -> None:
+    net, x = nn.Sequential(Implicit(kind), Block()).double(), data(4)
+    expected = net[0](x)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), inputs=[x] if by_example else None)
+    assert depth.names == ["1#1"]
+    with depth.gates([False]):
+        assert_same(net(x), expected)
+
+
 class WideAndDeep(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -441,8 +475,39 @@ class Lookback(nn.Module):
         return self.head(self.deep(x)) + self.lookback(x)
 
 
+class Interactions(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.sum(-1, keepdim=True) ** 2 - (x**2).sum(-1, keepdim=True)) / 2
+
+
+class Prediction(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(x + self.bias)
+
+
+class Recommender(nn.Module):
+    """DeepFM: three parts make one score, one of them without layers of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.interactions = linear(), Interactions()
+        self.linear = nn.Sequential(linear(), nn.ReLU(), linear())
+        self.deep, self.score, self.prediction = Block(), linear(), Prediction()
+
+    def forward(self, x: Tensor) -> Tensor:
+        e = self.first(x)
+        score = self.linear(x)
+        score = score + self.interactions(e)
+        score = score + self.score(self.deep(e))
+        return self.prediction(score)
+
+
 @pytest.mark.parametrize("by_example", [False, True])
-@pytest.mark.parametrize("kind", [WideAndDeep, SideOutputs, Lookback])
+@pytest.mark.parametrize("kind", [WideAndDeep, SideOutputs, Lookback, Recommender])
 def test_a_sum_of_outputs_is_no_residual_addition(kind: type[nn.Module], *, by_example: bool) -> None:
     net, x = kind().double(), data(4)
     plain = copy.deepcopy(net)
@@ -454,6 +519,28 @@ def test_a_sum_of_outputs_is_no_residual_addition(kind: type[nn.Module], *, by_e
         plain.get_submodule(name).g = Zero()
     with depth.gates([False] * len(blocks)):
         assert_same(net(x), plain(x))
+
+
+class PositionsOfPoints(nn.Module):
+    """Point-MAE: an MLP embeds where a point lies, and is added to what a network makes of its neighbors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Sequential(linear(), nn.GELU(), linear())
+        self.deep, self.block = nn.Sequential(linear(), nn.ReLU(), linear(), nn.ReLU(), linear(), linear()), Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.deep(x - x[:1]) + self.positions(x))
+
+
+@pytest.mark.parametrize("by_example", [False, True])
+def test_an_mlp_is_no_projection(*, by_example: bool) -> None:
+    net, x = PositionsOfPoints().double(), data(4)
+    expected = net.deep(x - x[:1]) + net.positions(x)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), inputs=[x] if by_example else None)
+    assert depth.names == ["block#1"]
+    with depth.gates([False]):
+        assert_same(net(x), expected)
 
 
 class Zero(nn.Module):
@@ -1137,3 +1224,77 @@ def test_a_stream_that_begins_with_what_is_added_again_has_all_branches(*, by_ex
             h = h + gate * layer(0.9 * body.graph @ h + 0.1 * start).relu()
         with depth.gates(gates):
             assert_same(net(x), net.head(h))
+
+
+class Padded(nn.Module):
+    """A block that multiplies its shortcut by a mask, or a window."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.first, self.f, self.g, self.kind = linear(), linear(), linear(), kind
+        self.register_buffer("window", torch.linspace(0, 1, D))
+
+    def f_of(self, x: Tensor) -> Tensor:
+        return self.g(self.f(x).relu())
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        if self.kind == "of argument":
+            return x * mask + self.f_of(x)
+        h = self.first(x)
+        if self.kind == "both":
+            return h * mask + self.f_of(h) * mask
+        if self.kind == "input":
+            return h * mask + self.f_of(h * mask)
+        return h * self.window + self.f_of(h)
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+@pytest.mark.parametrize("kind", ["both", "input", "of argument", "window"])
+@pytest.mark.parametrize("by_example", [False, True])
+def test_a_shortcut_may_be_masked(kind: str, granularity: Any, *, by_example: bool) -> None:
+    torch.manual_seed(0)
+    net, x, mask = Padded(kind).double(), data(4), torch.tensor([[1.0], [0.0], [1.0], [1.0]]).double()
+    depth = sd.make_stochastic_(
+        net, sd.uniform(0.5), granularity=granularity, rescale="none", inputs=[x, mask] if by_example else None
+    )
+    assert depth.names == ["1"]
+    h = x if kind == "of argument" else net.first(x)
+    shortcut = h * (net.window if kind == "window" else mask)
+    branch = net.f_of(h * mask if kind == "input" else h) * (mask if kind == "both" else 1)
+    gates = torch.tensor([True, False, False, True]) if granularity == "sample" else torch.tensor([False])
+    with depth.gates(gates[None] if granularity == "sample" else [False]):
+        assert_same(net(x, mask), shortcut + gates[:, None] * branch)
+    with depth.gates([True]):
+        assert_same(net(x, mask), shortcut + branch)
+
+
+class Unclear(nn.Module):
+    """Adds what layers compute to a value that was changed, or at some positions."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.f, self.kind = linear(), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "relu":
+            return torch.relu(x) + self.f(x)
+        if self.kind == "index_add":
+            return x.index_add(0, torch.arange(2), self.f(x[:2]))
+        index = torch.zeros(1, D, dtype=torch.long)
+        return torch.scatter_add(x, 0, index, self.f(x[:1]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("relu", "its shortcut passes relu"),
+        ("index_add", "it is a call of index_add, which adds to some positions only"),
+        ("scatter_add", "it is a call of scatter_add, which adds to some positions only"),
+    ],
+)
+@pytest.mark.parametrize("by_example", [False, True])
+def test_what_may_be_a_residual_addition_is_named(kind: str, reason: str, *, by_example: bool) -> None:
+    net, x = nn.Sequential(Block(), Unclear(kind)).double(), data(4)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), inputs=[x] if by_example else None)
+    assert depth.names == ["0#1"]
+    assert f"1 (Unclear): an addition has no gate, {reason}" in " ".join(str(depth).split())

@@ -977,3 +977,59 @@ def test_a_number_that_a_child_gives_is_followed_at_once(granularity: Any) -> No
         net[0].factor.value = value
         with depth.gates([True]):
             assert_same(net(x), x + value * net[0].f(x))
+
+
+class GainSchedule(nn.Module):
+    """Gives the gain of an epoch, which a trainer sets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.epoch = 0
+
+    def forward(self) -> float:
+        return (1 + self.epoch) / 4
+
+
+class FeaturesAndGain(nn.Module):
+    """Gives features and their gain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.epoch = linear(), 0
+
+    def forward(self, x: Tensor) -> tuple[Tensor, float]:
+        return self.f(x), (1 + self.epoch) / 4
+
+
+class ToldGain(nn.Module):
+    """A block whose gain a child tells."""
+
+    def __init__(self, *, with_features: bool) -> None:
+        super().__init__()
+        self.f, self.child = linear(), FeaturesAndGain() if with_features else GainSchedule()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.child, FeaturesAndGain):
+            h, gain = self.child(torch.tanh(self.f(x)))
+            return x + gain * h
+        return x + torch.tanh(self.f(x)) * self.child()
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+@pytest.mark.parametrize("with_features", [False, True])
+@pytest.mark.parametrize("by_example", [False, True])
+def test_a_number_that_a_child_tells_is_that_of_now_in_equal_blocks(
+    granularity: Any, *, with_features: bool, by_example: bool
+) -> None:
+    plain = nn.Sequential(*(ToldGain(with_features=with_features) for _ in range(3))).double()
+    net = copy.deepcopy(plain)
+    depth = sd.make_stochastic_(
+        net, sd.uniform(0.5), granularity=granularity, inputs=[data(4)] if by_example else None
+    )
+    for step in range(8):
+        for module in (*plain.modules(), *net.modules()):
+            if hasattr(module, "epoch"):
+                module.epoch = step // 3
+        with depth.gates([True] * 3):
+            assert_same(net(data(4)), plain(data(4)))
+    depth.verify(data(4))
