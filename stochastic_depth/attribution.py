@@ -188,6 +188,32 @@ class _ThreadState(threading.local):
         self.gate_read_at = 0
 
 
+class _Unclaimed(threading.local):
+    """The latest autograd nodes of a thread that no extent may claim: numbers of the first, and of the one behind."""
+
+    def __init__(self) -> None:
+        self.begin = self.end = -1
+
+
+_unclaimed = _Unclaimed()
+
+
+@contextmanager
+def unclaimed_nodes() -> Generator[None]:
+    """Context whose autograd nodes belong to no forward: proofs run between a checkpoint's node and its function."""
+    begin = _next_claimable()
+    try:
+        yield
+    finally:
+        _unclaimed.begin, _unclaimed.end = begin, next_node()
+
+
+def _next_claimable() -> int:
+    """Number of the next autograd node of this thread, or of the first of those that an extent may not claim."""
+    number = next_node()
+    return _unclaimed.begin if number == _unclaimed.end else number
+
+
 # Marks a checkpoint in which several extents began.
 _SEVERAL = Extent(None)
 
@@ -233,7 +259,7 @@ class Attribution:
         here = self._here
         first, claims_previous = here.unclaimed_from, False
         if first is None:
-            first = next_node()
+            first = _next_claimable()
             # Reentrant checkpointing creates its node just before it runs the function without gradients. Such a node
             # belongs to this extent unless a branch of the previous extent has run since.
             claims_previous = not torch.is_grad_enabled() and here.gate_read_at < first

@@ -1,5 +1,6 @@
 """Reasons why a block's code cannot be gated. Users see the messages in warnings and errors that name the block."""
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -41,3 +42,13 @@ class UnusedError(CutError):
 
 class ProofError(Exception):
     """Rewritten code computes something else than the block's own."""
+
+
+def why_it_failed(error: Exception, names: Collection[str]) -> str:
+    """Why code that uses these names cannot be recorded, if it fails with symbols or while it is recorded."""
+    if not _PACKS.isdisjoint(names):
+        return "it packs sequences of different lengths, which only a child, such as one around the RNN, may do"
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+_PACKS = {"pack_padded_sequence", "pack_sequence", "pad_packed_sequence", "PackedSequence"}

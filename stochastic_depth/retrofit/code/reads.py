@@ -12,10 +12,10 @@ import functools
 import os
 import sys
 import weakref
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import ChainMap, Counter, OrderedDict, UserDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterator
 from contextvars import ContextVar
-from types import FunctionType, MethodType, ModuleType
+from types import FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any, cast
 
 import torch
@@ -50,7 +50,8 @@ from stochastic_depth.retrofit.code.places import (
 from stochastic_depth.retrofit.rules import is_drop_path
 from stochastic_depth.torch_private import buffer_dict, parameter_dict
 
-_MAX_DEPTH = 4
+_MAX_DEPTH = 8
+_MAX_DEPTH_OF_CONTENT = 4
 _Cached = type(functools.cache(len))
 
 
@@ -175,6 +176,9 @@ _FLAGS: dict[str, Callable[[], Any]] = {
         torch.backends.mkldnn.enabled,  # pyright: ignore
     ),
     "get_num_threads": torch.get_num_threads,
+    "flash_sdp_enabled": torch.backends.cuda.flash_sdp_enabled,
+    "mem_efficient_sdp_enabled": torch.backends.cuda.mem_efficient_sdp_enabled,
+    "math_sdp_enabled": torch.backends.cuda.math_sdp_enabled,
 }
 
 
@@ -184,8 +188,8 @@ def _quick(value: Any) -> Any:
         return value
     if isinstance(value, Tensor):
         return value.dtype, value.shape, value.device, value.requires_grad
-    if isinstance(value, (list, tuple, dict, set, deque)):
-        return form_of(value, _MAX_DEPTH)
+    if isinstance(value, _HOLDING_VALUES):
+        return form_of(value, _MAX_DEPTH_OF_CONTENT)
     if isinstance(value, nn.Module):
         return id(value)
     if type(value).__module__ == "numpy" and getattr(value, "nbytes", _MAX_BYTES) < _MAX_BYTES:
@@ -194,6 +198,7 @@ def _quick(value: Any) -> Any:
 
 
 _MAX_BYTES = 2**16
+_HOLDING_VALUES = (list, tuple, dict, set, deque, MappingProxyType, ChainMap, UserDict, functools.partial)
 
 
 class StateOfChildren:
@@ -263,7 +268,7 @@ class _Walk:
         is_plain = isinstance(value, PLAIN) and not isinstance(value, enum.Enum)
         # A logger leads to all others, and to the files that they write.
         is_log = type(value).__module__ == "logging"
-        if depth == 0 or is_plain or is_log or id(value) in self._seen:
+        if depth <= 0 or is_plain or is_log or id(value) in self._seen:
             return
         self._seen[id(value)] = value
         if isinstance(value, (FunctionType, Tensor)):
@@ -279,7 +284,7 @@ class _Walk:
             if is_users(type(value)) or depth == _MAX_DEPTH or isinstance(value, _HOLDING):
                 self.found[Place(number_in, value, "")] = None
             for child in value.children():
-                self.enter(child, depth - 1)
+                self.enter(child, depth - 2)
         elif isinstance(value, (type, ModuleType)):
             for part in value.__mro__ if isinstance(value, type) else (value,):
                 for name in list(vars(part)) if is_users(part) else ():

@@ -23,7 +23,7 @@ from stochastic_depth.retrofit.code.effects import (
 from stochastic_depth.retrofit.code.forms import is_plain
 from stochastic_depth.retrofit.code.reads import reads_of
 from stochastic_depth.retrofit.code.user_data import CONSTANTS
-from stochastic_depth.retrofit.errors import GivenCodeError, StoredError, TraceError
+from stochastic_depth.retrofit.errors import GivenCodeError, StoredError, TraceError, why_it_failed
 from stochastic_depth.retrofit.recording.checkpoints import Regions, kept
 from stochastic_depth.retrofit.recording.edits import Edits
 from stochastic_depth.retrofit.recording.left_behind import Intermediates
@@ -210,7 +210,7 @@ class Recorder(TorchFunctionMode):
         except (TraceError, KeyboardInterrupt, EndOfRecomputation):
             raise
         except Exception as error:
-            raise TraceError(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error
+            raise TraceError(why_it_failed(error, self._reads.names)) from error
         finally:
             self._kept.close()
             for handle in handles:
@@ -366,12 +366,15 @@ class Recorder(TorchFunctionMode):
             self.check_outside()
             with self._keep():
                 args, kwargs = operands_by_position(name_of_function(func), args, kwargs)
+                first = args[0] if args else None
                 args, kwargs = self._edited(self._num_calls, args, kwargs)
                 op, target, given = named_call(func, args)
                 nodes, named = self._values.argument(tuple(given)), self._values.argument(dict(kwargs))
                 context = self._context()
                 self._read_values.any = False
                 output = func(*args, **kwargs)
+                if args and output is args[0] is not first:
+                    output = first.copy_(output)  # After `y.add_(x)` the code goes on with y.
                 has_read = self._read_values.any and may_size_by_values(func, args)
             if has_read and tells_sizes(func):
                 raise TraceError(_SIZE_OF_VALUES)

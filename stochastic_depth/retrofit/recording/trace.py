@@ -24,9 +24,10 @@ from stochastic_depth.random_states import same_random_states
 from stochastic_depth.retrofit.classes import Unannounced
 from stochastic_depth.retrofit.code.effects import differ, outside
 from stochastic_depth.retrofit.code.own_forward import own_forward
+from stochastic_depth.retrofit.code.reads import reads_of
 from stochastic_depth.retrofit.code.signatures import PLAIN_TYPES, unflatten
 from stochastic_depth.retrofit.code.user_data import copied
-from stochastic_depth.retrofit.errors import GivenCodeError, StoredError, TraceError
+from stochastic_depth.retrofit.errors import GivenCodeError, StoredError, TraceError, why_it_failed
 from stochastic_depth.retrofit.recording.sizes import may_be_size, size_value
 from stochastic_depth.retrofit.recording.symbols import BlockTracer, Decide, SymbolsForNoise, context
 from stochastic_depth.torch_private import (
@@ -140,7 +141,7 @@ def _traced(
                 raise TraceError("the code asks for the number of dimensions (as einops does)") from error
             if "does not support item assignment" in str(error):
                 raise TraceError("the code assigns to a part of a value (x[i] = ...)") from error
-            raise TraceError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+            raise TraceError(why_it_failed(error, reads_of(call.original, call.inlined).names)) from error
         if differ(before, outside()):
             raise TraceError("the forward draws random numbers itself, outside its children")
     return tracer.graph, conditions

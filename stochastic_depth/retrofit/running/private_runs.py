@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from stochastic_depth.attribution import unclaimed_nodes
 from stochastic_depth.retrofit.recording.quiet import quiet
 from stochastic_depth.torch_private import (
     disable_current_modes,
@@ -23,6 +24,7 @@ def private() -> Generator[None]:
     """Context without lasting effects on random states or on other code's autograd graphs."""
     grad = torch.is_grad_enabled()
     with (
+        unclaimed_nodes(),
         outside_transforms(),
         torch.inference_mode(False),
         torch.set_grad_enabled(grad),

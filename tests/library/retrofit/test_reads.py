@@ -9,6 +9,7 @@ import functools
 import sys
 import types
 import weakref
+from collections import ChainMap
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -137,6 +138,13 @@ class Kind(enum.Enum):
 ITEMS, LISTED = Items(), Listed()
 ITEMS.scale = LISTED.scale = Kind.A.scale = 1.0  # type: ignore[attr-defined]
 DEFAULT = {"scale": 1.0}
+
+
+VIEW, CHAIN = types.MappingProxyType(DEFAULT), ChainMap({}, DEFAULT)
+OF_DEFAULT = functools.partial(dict.get, DEFAULT)
+DEEP = types.SimpleNamespace(scale=1.0)
+for level in "edcba":
+    DEEP = types.SimpleNamespace(**{level: DEEP})
 
 
 def with_default(table: dict[str, float] = DEFAULT, *, named: dict[str, float] = DEFAULT) -> float:
@@ -271,6 +279,17 @@ PLACES: dict[str, tuple[Callable[[Far], Any], Callable[[Far], Any]]] = {
         lambda block: getattr(block.annealed, "late", 1.0),
         lambda block: setattr(block.annealed, "late", 3.0),
     ),
+    "view of a dict": (lambda _: VIEW["scale"], lambda _: DEFAULT.update(scale=3.0)),
+    "chain of dicts": (lambda _: CHAIN["scale"], lambda _: DEFAULT.update(scale=3.0)),
+    "item by a partial function": (lambda _: OF_DEFAULT("scale"), lambda _: DEFAULT.update(scale=3.0)),
+    "deep in objects": (
+        lambda _: DEEP.a.b.c.d.e.scale,
+        lambda _: setattr(DEEP.a.b.c.d.e, "scale", 3.0),
+    ),
+    "choice of attention": (
+        lambda _: 1.0 if torch.backends.cuda.flash_sdp_enabled() else 3.0,
+        lambda _: torch.backends.cuda.enable_flash_sdp(False),
+    ),
     "flag of PyTorch": (
         lambda _: 3.0 if torch.are_deterministic_algorithms_enabled() else 1.0,
         lambda _: torch.use_deterministic_algorithms(True),
@@ -291,6 +310,8 @@ def as_before():
     with_attribute.scale = 1.0  # type: ignore[attr-defined]
     globals().update(LATER=None)
     torch.use_deterministic_algorithms(False)
+    torch.backends.cuda.enable_flash_sdp(True)
+    DEEP.a.b.c.d.e.scale = 1.0
 
 
 @pytest.mark.usefixtures("as_before")
@@ -1023,9 +1044,7 @@ def test_a_number_that_a_child_tells_is_that_of_now_in_equal_blocks(
 ) -> None:
     plain = nn.Sequential(*(ToldGain(with_features=with_features) for _ in range(3))).double()
     net = copy.deepcopy(plain)
-    depth = sd.make_stochastic_(
-        net, sd.uniform(0.5), granularity=granularity, inputs=[data(4)] if by_example else None
-    )
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), granularity=granularity, inputs=[data(4)] if by_example else None)
     for step in range(8):
         for module in (*plain.modules(), *net.modules()):
             if hasattr(module, "epoch"):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from plain_blocks import DropPath, assert_same, data, linear
+from plain_blocks import D, DropPath, assert_same, data, linear
 from torch import Tensor, nn
 
 import stochastic_depth as sd
@@ -335,3 +335,23 @@ def test_an_autograd_function_is_masked_with_its_name_and_skipped_in_a_child(*, 
     named = [each for each in caught if "calls _Swish, an autograd.Function" in str(each.message)]
     assert len(named) == len(caught) == (0 if in_child else 1)
     assert depth.verify(x).num_masked == (0 if in_child else 1)
+
+
+class Packing(nn.Module):
+    """An RNN over sequences of different lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = nn.GRU(D, D, batch_first=True), linear()
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        h, _ = nn.utils.rnn.pad_packed_sequence(self.f(packed)[0], batch_first=True)
+        return x + self.g(h)
+
+
+@pytest.mark.parametrize("by_example", [False, True])
+def test_packed_sequences_are_refused_in_their_own_words(*, by_example: bool) -> None:
+    x, lengths = torch.randn(3, 4, D), torch.tensor([4, 1, 2])
+    with pytest.raises(ValueError, match="it packs sequences of different lengths, which only a child, such as"):
+        sd.make_stochastic_(Packing(), sd.uniform(0.5), inputs=[x, lengths] if by_example else None)

@@ -167,6 +167,37 @@ def test_checkpointing_gives_the_same_gradients(use_reentrant: bool) -> None:
         torch.testing.assert_close(parameter.grad, theirs[name.replace("blocks.blocks", "blocks")].grad)
 
 
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.f(x)
+
+
+def test_parts_that_are_checkpointed_have_their_own_gates_where_code_is_proven_in_between() -> None:
+    torch.manual_seed(0)
+    net = nn.ModuleList(Plain() for _ in range(2)).double()
+    plain = copy.deepcopy(net)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), granularity="sample", rescale="none")
+    for step in range(8):  # Code is proven in the first step and for new sizes, and recorded again in others.
+        x = torch.randn(6 + step // 5, 4, dtype=torch.float64, requires_grad=True)
+        gates = torch.rand(2, len(x)) < 0.5
+        actual = expected = x
+        with depth.gates(gates):
+            for block in net:
+                actual = checkpoint(block, actual, use_reentrant=True)
+        for block, gate in zip(plain, gates, strict=True):
+            expected = expected + gate[:, None] * block.f(expected)
+        for output, module in ((actual, net), (expected, plain)):
+            module.zero_grad()
+            output.sin().sum().backward()
+        torch.testing.assert_close(actual, expected)
+        for mine, its in zip(net.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, its.grad)
+
+
 class Runner(nn.Module):
     def __init__(self, run: object, blocks: nn.Module) -> None:
         super().__init__()

@@ -50,6 +50,17 @@ def minus_in_place(_block: Adding, x: Tensor, f: Tensor) -> Tensor:
     return x
 
 
+def branch_changed_in_place(_block: Adding, x: Tensor, f: Tensor) -> Tensor:
+    f.add_(x)
+    return f
+
+
+def shortcut_changed_in_place(_block: Adding, x: Tensor, f: Tensor) -> Tensor:
+    x = x.clone()
+    x.add_(f)
+    return x.tanh()
+
+
 def sub_with_alpha(_block: Adding, x: Tensor, f: Tensor) -> Tensor:
     return torch.sub(x, f, alpha=0.25)
 
@@ -78,7 +89,10 @@ def learned_shares(block: Adding, x: Tensor, f: Tensor) -> Tensor:
 @pytest.mark.parametrize("granularity", ["batch", "sample"])
 @pytest.mark.parametrize(
     "formula",
-    [minus, minus_in_place, sub_with_alpha, by_name, all_by_name, magnitude_preserving, learned_lerp, learned_shares],
+    [
+        *(minus, minus_in_place, branch_changed_in_place, shortcut_changed_in_place, sub_with_alpha, by_name),
+        *(all_by_name, magnitude_preserving, learned_lerp, learned_shares),
+    ],
 )
 def test_a_sum_in_other_words_is_a_branch(formula: Callable[..., Tensor], granularity: str) -> None:
     torch.manual_seed(0)
