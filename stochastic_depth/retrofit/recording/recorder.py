@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, cast
@@ -182,7 +183,8 @@ class Recorder(TorchFunctionMode):
         """Raise if a random state has changed since the last recorded call."""
         now = outside(self._generators)
         if differ(self._state, now):
-            raise TraceError("the forward draws random numbers itself, outside its children")
+            by_others = ", or another thread does" if threading.active_count() > 1 else ""
+            raise TraceError(f"the forward draws random numbers itself, outside its children{by_others}")
 
     def _keep(self) -> AbstractContextManager[None]:
         """Context that records the checkpoint of the next call and keeps its saved tensors."""
@@ -374,7 +376,7 @@ class Recorder(TorchFunctionMode):
                 self._read_values.any = False
                 output = func(*args, **kwargs)
                 if args and output is args[0] is not first:
-                    output = first.copy_(output)  # After `y.add_(x)` the code goes on with y.
+                    output = cast(Tensor, first).copy_(output)  # After `y.add_(x)` the code goes on with y.
                 has_read = self._read_values.any and may_size_by_values(func, args)
             if has_read and tells_sizes(func):
                 raise TraceError(_SIZE_OF_VALUES)

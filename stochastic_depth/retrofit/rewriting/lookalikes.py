@@ -40,8 +40,8 @@ def are_calls_of_one(shortcut: fx.Node, output: fx.Node, block: nn.Module) -> bo
 def is_stage(inner: Sum, outer: Sum, block: nn.Module) -> bool:
     """Whether a sum is a point at which a Runge-Kutta method calls a child, on its way to the outer sum.
 
-    The method calls the child on the point itself, and scales or adds up what it gives. An implicit layer, which repeats
-    `z = tanh(u + f(z))`, does not.
+    The method calls the child on the point itself, and scales or adds up what it gives. An implicit layer, which
+    repeats `z = tanh(u + f(z))`, does not.
     """
     terms = _terms(outer.output, block)
     return (

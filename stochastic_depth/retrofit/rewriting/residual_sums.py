@@ -195,7 +195,7 @@ def _is_shortcut(shortcut: fx.Node, output: fx.Node, before: Sequence[Sum], bloc
 
 
 def _is_projected(shortcut: fx.Node, output: fx.Node, block: nn.Module) -> bool:
-    """Whether layers, or other children with code of their own, compute a shortcut that the branch does not begin with."""
+    """Whether layers, or children with code of their own, compute a shortcut that the branch does not begin with."""
     of_output = ancestors(output)
     return shortcut not in of_output and any(
         computes(node, block) or _is_foreign(node, block) for node in ancestors(shortcut) - of_output
