@@ -224,9 +224,16 @@ def _outcome(root: nn.Module, call: Call, absent: set[int]) -> _Outcome:
             return _Outcome([leaf.detach() for leaf in outputs], {}, [])
         generator = torch.Generator().manual_seed(1)
         weights = [(uniform(end.shape, generator) - 0.5).to(end.device, end.dtype) for end in ends]
-        found = dict(
-            zip(named, torch.autograd.grad(ends, list(named.values()), weights, allow_unused=True), strict=True)
-        )
+        try:
+            gradients = torch.autograd.grad(ends, list(named.values()), weights, allow_unused=True)
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            raise RuntimeError(
+                "verify computes gradients in a way that reentrant activation checkpoints do not support: use "
+                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or no checkpoints while you verify."
+            ) from None
+        found = dict(zip(named, gradients, strict=True))
     found = cast("dict[str, Tensor | None]", found)
     return _Outcome(
         [leaf.detach() for leaf in outputs],

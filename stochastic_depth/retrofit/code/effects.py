@@ -132,10 +132,10 @@ def is_same(a: Any, b: Any) -> bool:
     return isinstance(a, (bool, int, float, str, bytes, set)) and a == b
 
 
-def generators_of(block: nn.Module, reads: Reads) -> list[Any]:
+def generators_of(block: nn.Module, reads: Reads, arguments: Sequence[Any] = ()) -> list[Any]:
     """Random generators that a block's code may draw from, besides the global ones."""
     values = [value for module in block.modules() for name, value in module.__dict__.items() if name in reads.names]
-    values += [place() for place in reads.places]
+    values += [*(place() for place in reads.places), *arguments]
     values += [part for value in values for _, part in parts_of(value)]
     return [value for value in values if _state_of(value) is not None]
 

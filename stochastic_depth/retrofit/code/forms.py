@@ -109,7 +109,7 @@ def form_of_leaves(leaves: Sequence[Any], called: Collection[type] = ()) -> tupl
     return tuple(
         [
             (leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad, leaf.is_contiguous() or leaf.stride())
-            if (type(leaf) is Tensor or type(leaf) is nn.Parameter) and not leaf.__dict__
+            if type(leaf) is Tensor and not leaf.__dict__
             else (type(leaf), tuple([(n, v) for n, v in vars(leaf).items() if is_plain(v)]))
             if type(leaf) in called
             else form_of(leaf)

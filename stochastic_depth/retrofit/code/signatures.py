@@ -39,7 +39,7 @@ def flatten(value: Any, leaves: list[Any]) -> Any:
     if isinstance(value, PLAIN_TYPES):
         return type(value), value
     if type(value) in (tuple, list, torch.Size):
-        return (list if type(value) is list else tuple, tuple(flatten(item, leaves) for item in value))
+        return (type(value), tuple(flatten(item, leaves) for item in value))
     if type(value) is dict:
         return (dict, tuple((key, flatten(item, leaves)) for key, item in cast("dict[Any, Any]", value).items()))
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -59,7 +59,7 @@ def _unflatten(signature: Any, leaves: Any) -> Any:
     kind, value = signature
     if kind is dict:
         return {key: _unflatten(item, leaves) for key, item in value}
-    if kind in (tuple, list):
+    if kind in (tuple, list, torch.Size):
         return kind([_unflatten(item, leaves) for item in value])
     if hasattr(kind, "_fields"):
         return kind(*[_unflatten(item, leaves) for item in value])

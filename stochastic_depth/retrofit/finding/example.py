@@ -55,7 +55,7 @@ class Example:
             self._num_calls[module] += training
             self._places.setdefault(module, len(self._places))
             if (module, training) not in self._calls:
-                self._calls[module, training] = tree_map(copy_of_object, (args, kwargs))
+                self._calls[module, training] = _copies((args, kwargs))
 
         hooks = [
             module.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
@@ -67,7 +67,7 @@ class Example:
                 for training in (True, False):
                     for module in modes:
                         module.training = training
-                    given, given_named = tree_map(copy_of_object, (args, named))
+                    given, given_named = _copies((args, named))
                     with without_noise(model):
                         model(*given, **given_named)
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError, AssertionError) as error:
@@ -133,6 +133,11 @@ def _recorded(block: nn.Module, arguments: Arguments, inlined: Collection[str], 
             if not error.kinds:
                 raise
             return run(error.kinds)
+
+
+def _copies(arguments: Any) -> Any:
+    # PyTorch would make a tuple of a `torch.Size`.
+    return tree_map(copy_of_object, arguments, is_leaf=lambda value: isinstance(value, torch.Size))
 
 
 def _told_apart(leaves: Sequence[Any]) -> list[Any]:

@@ -157,7 +157,7 @@ class Recorder(TorchFunctionMode):
         self._read_values = ReadValues()
         self.asks_for_sizes = False
         self.telling: set[str] = set()
-        self._generators = generators_of(block, self._reads)
+        self._generators = generators_of(block, self._reads, self.arguments)
         self._device = "cpu"
         self.called_objects = [leaf for leaf in leaves if isinstance(leaf, Called)]
         for index, leaf in enumerate(leaves):
@@ -334,7 +334,8 @@ class Recorder(TorchFunctionMode):
 
     def _edited(self, number: int, args: Any, kwargs: Any) -> tuple[Any, Any]:
         for edit in self._edits.get(number, ()):
-            if edit.operand is not None:
+            # A setting, such as the end of `with torch.enable_grad():`, is no call that counts.
+            if edit.operand is not None and any(isinstance(leaf, Tensor) for leaf in tree_leaves(args)):
                 before = args[edit.operand]
                 after = edit.of(before)
                 self._values.replace(before, after)

@@ -245,7 +245,9 @@ def sample_leaf(value: Any, rows: Tensor | None) -> Any:
     data = data.clone() if rows is None else _different(_numbers(data.index_select(0, rows.to(data.device))))
     if rows is not None and (order := order_of(value)) is not None:
         data = in_order(data, order)  # Sums have the order of their first operand.
-    vars(data).update(vars(value))
+    if isinstance(value, nn.Parameter):
+        data = nn.Parameter(data, requires_grad=False)
+    _tell_as(data, value)
     return data.requires_grad_(value.requires_grad) if data.is_floating_point() or data.is_complex() else data
 
 

@@ -60,7 +60,12 @@ def behind_nodes(call: MakesArguments) -> tuple[Any, Any, list[Any]]:
 
 
 def anew_of(leaf: Tensor) -> Tensor:
-    """The same tensor behind a node of autograd, with the attributes that somebody has set on it."""
+    """The same tensor behind a node of autograd, with the attributes that somebody has set on it.
+
+    Parameters, which no code changes in place where gradients are computed, stay as they are.
+    """
+    if isinstance(leaf, nn.Parameter):
+        return leaf
     new = leaf.clone()
     vars(new).update(vars(leaf))
     return new

@@ -184,14 +184,13 @@ class BlockBranches:
         return Reads(block, (*self.inlined, *sorted(self.telling.difference(self.inlined))), arguments)
 
     def of_children(self) -> tuple[Any, ...]:
-        """What of the children decides how they treat samples; empty with one gate per batch."""
+        """What of the children decides what they give, and how they treat samples; empty before the first call."""
         return () if self._state_of_children is None else self._state_of_children.now()
 
     def look_again(self, block: nn.Module, leaves: Sequence[Any]) -> Reads:
         """Read the block again after its children changed: adapters, conversions, a copy."""
         self.reads, self.fingerprint = self.reads_with(block, leaves), None
-        if self.granularity == "sample":
-            self._state_of_children = StateOfChildren(block)
+        self._state_of_children = StateOfChildren(block)
         self.own_forms, self._own_forms_of_any_size, self._parts_on_paths = {}, {}, {}
         for parts in self.parts.values():
             if isinstance(parts, BranchParts):

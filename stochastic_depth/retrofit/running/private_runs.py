@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from stochastic_depth.attribution import unclaimed_nodes
 from stochastic_depth.retrofit.recording.quiet import quiet
 from stochastic_depth.torch_private import (
     disable_current_modes,
     outside_transforms,
+    top_saved_tensors_hooks,
     version_of,
     without_parametrizations_cached,
     without_torch_function,
@@ -29,12 +31,17 @@ def private() -> Generator[None]:
         torch.inference_mode(False),
         torch.set_grad_enabled(grad),
         disable_current_modes(),
-        torch.autograd.graph.saved_tensors_hooks(_pack, _unpack),
+        _without_saved_tensors_hooks(),
         _without_autocast_cache(),
         without_parametrizations_cached(),
         quiet(),
     ):
         yield
+
+
+def _without_saved_tensors_hooks() -> AbstractContextManager[None]:
+    # Code that uses torch.func allows no hooks at all.
+    return nullcontext() if top_saved_tensors_hooks(True) is None else saved_tensors_hooks(_pack, _unpack)
 
 
 def _pack(tensor: Tensor) -> tuple[Tensor, int]:

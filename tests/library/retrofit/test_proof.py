@@ -1288,3 +1288,59 @@ def test_a_gradient_of_rounding_is_no_difference_in_half_precision(rescale: Any,
         net(x).sum().backward()
         net.eval()(x)
     assert depth.masked == []
+
+
+class Reentrant(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.block, x, use_reentrant=True)
+
+
+def test_verify_says_that_reentrant_checkpoints_stand_in_its_way() -> None:
+    net = nn.Sequential(linear(), Reentrant()).double()
+    depth = sd.make_stochastic_(net, sd.uniform(0.5))
+    with pytest.raises(
+        RuntimeError, match=r"^verify computes gradients in a way that reentrant .* do not support: use "
+    ):
+        depth.verify(data(4))
+
+
+class Force(nn.Module):
+    """The gradient of an energy, by a transform that allows no hooks on saved tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.energy = nn.Sequential(linear(), nn.Tanh(), nn.Linear(D, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.func.vmap(torch.func.grad(lambda row: self.energy(row).sum()))(x)
+
+
+class Moved(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.force, self.f = Force(), linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(self.force(x))
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+def test_a_child_may_differentiate_by_a_transform(granularity: Any) -> None:
+    net, x = nn.Sequential(Moved()).double(), data(4)
+    plain = copy.deepcopy(net)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), granularity=granularity, rescale="none")
+    with depth.gates([True]):
+        actual = net(x)
+    assert_same(actual, plain(x))
+    actual.square().sum().backward()
+    plain(x).square().sum().backward()
+    for mine, its in zip(net.parameters(), plain.parameters(), strict=True):
+        assert (mine.grad is None) == (its.grad is None)
+        if its.grad is not None:
+            assert_same(mine.grad, its.grad)
+    with depth.gates([False]):
+        assert_same(net(x), x)

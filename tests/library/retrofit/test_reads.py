@@ -6,6 +6,7 @@ The reference is the block's own code, called again after what it reads has chan
 import copy
 import enum
 import functools
+import random
 import sys
 import types
 import weakref
@@ -1052,3 +1053,138 @@ def test_a_number_that_a_child_tells_is_that_of_now_in_equal_blocks(
         with depth.gates([True] * 3):
             assert_same(net(data(4)), plain(data(4)))
     depth.verify(data(4))
+
+
+class Flagged(nn.Module):
+    """Gives more, or something else, if a flag is set."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.f, self.kind, self.more = linear(), kind, False
+
+    def forward(self, x: Tensor) -> Any:
+        h = torch.tanh(self.f(x))
+        if self.kind == "tuple":
+            return (h, h.mean()) if self.more else h
+        if self.kind == "dict":
+            return {"h": h, "gate": h.sigmoid()} if self.more else {"h": h}
+        if self.kind == "list":
+            return [h, h * 2] if self.more else [h]
+        if self.kind == "none":
+            return h, (h.sigmoid() if self.more else None)
+        return h.float() if self.more else h
+
+
+class Asking(nn.Module):
+    """Asks what its child has given."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.child = Flagged(kind)
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = self.child(x)
+        if self.child.kind == "tuple":
+            return x + (2 * given[0] if isinstance(given, tuple) else given)
+        if self.child.kind == "dict":
+            return x + (given["h"] * given["gate"] if "gate" in given else given["h"])
+        if self.child.kind == "list":
+            return x + sum(given)
+        if self.child.kind == "none":
+            return x + (given[0] if given[1] is None else given[0] * given[1])
+        return x + (given if given.dtype is torch.float64 else 2 * given.double())
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+@pytest.mark.parametrize("kind", ["tuple", "dict", "list", "none", "dtype"])
+def test_what_a_child_gives_may_change_with_its_flags(kind: str, granularity: Any) -> None:
+    plain = nn.Sequential(Asking(kind), Asking(kind)).double()
+    net = copy.deepcopy(plain)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), granularity=granularity, inputs=[data(4)])
+    for step in range(8):
+        for block in (*plain, *net):
+            block.child.more = step in (2, 4, 5, 6)
+        with depth.gates([True, True]):
+            assert_same(net(data(4)), plain(data(4)))
+
+
+class AskingWhatItIsGiven(nn.Module):
+    """Treats parameters and sizes in ways of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = linear()
+
+    def forward(self, x: Tensor, given: Any) -> Tensor:
+        gain = 2.0 if isinstance(given, nn.Parameter) else 1 / given.numel() if isinstance(given, torch.Size) else 1.0
+        return x + gain * torch.tanh(self.f(x))
+
+
+class Giving(nn.Module):
+    """Gives its blocks a parameter, a tensor of the same form, or a size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.prompt = AskingWhatItIsGiven(), nn.Parameter(torch.ones(4, D))
+
+    def forward(self, x: Tensor, kind: str) -> Tensor:
+        return self.block(x, {"parameter": self.prompt, "tensor": self.prompt + 0.0, "size": x.shape}[kind])
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+@pytest.mark.parametrize("by_example", [False, True])
+def test_arguments_keep_their_types(granularity: Any, *, by_example: bool) -> None:
+    plain = Giving().double()
+    net, x = copy.deepcopy(plain), data(4)
+    inputs = [x, "size"] if by_example else None
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), granularity=granularity, inputs=inputs)
+    with depth.gates([True]):
+        for kind in ("size", "parameter", "tensor", "parameter"):
+            assert_same(net(x, kind), plain(x, kind))
+    depth.verify(x, "parameter")
+
+
+class Drawing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = linear()
+
+    def forward(self, x: Tensor, generator: random.Random) -> Tensor:
+        return x + self.f(x) * generator.random()
+
+
+def test_a_generator_that_a_block_is_given_is_refused() -> None:
+    net = Drawing()
+    sd.make_stochastic_(net, sd.uniform(0.5))
+    with pytest.raises(RuntimeError, match="draws random numbers itself"):
+        net(data(4).float(), random.Random(0))
+
+
+class WithGradients(nn.Module):
+    """Turns gradients on, where they are on anyway."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.f, self.kind = linear(), kind
+
+    @torch.enable_grad()
+    def branch(self, x: Tensor) -> Tensor:
+        return self.f(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "decorator":
+            return x + self.branch(x)
+        with torch.enable_grad() if self.kind == "context" else torch.set_grad_enabled(self.training):
+            h = self.f(x)
+        return x + h
+
+
+@pytest.mark.parametrize("kind", ["decorator", "context", "mode"])
+@pytest.mark.parametrize("by_example", [False, True])
+def test_a_block_may_turn_gradients_on(kind: str, *, by_example: bool) -> None:
+    net, x = nn.Sequential(WithGradients(kind)).double(), data(4)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), rescale="none", inputs=[x] if by_example else None)
+    with depth.gates([True]):
+        assert_same(net(x), x + net[0].f(x))
+    with depth.gates([False]):
+        assert_same(net(x), x)
