@@ -441,7 +441,7 @@ tree_leaves: Callable[[Any], list[Any]] = _pytree.tree_leaves
 PyTorch's own function, because models register their output classes there; the public one came after PyTorch 2.8.
 """
 
-tree_map: Callable[[Callable[[Any], Any], Any], Any] = _pytree.tree_map
+tree_map: Callable[..., Any] = _pytree.tree_map
 """The same structure with a function of each leaf, see `tree_leaves`."""
 
 tree_map_only: Callable[[type, Callable[[Any], Any], Any], Any] = _pytree.tree_map_only

@@ -136,8 +136,12 @@ def _recorded(block: nn.Module, arguments: Arguments, inlined: Collection[str], 
 
 
 def _copies(arguments: Any) -> Any:
-    # PyTorch would make a tuple of a `torch.Size`.
-    return tree_map(copy_of_object, arguments, is_leaf=lambda value: isinstance(value, torch.Size))
+    return tree_map(copy_of_object, arguments, is_leaf=_is_size)
+
+
+def _is_size(value: Any) -> bool:
+    # PyTorch would make a tuple of it.
+    return isinstance(value, torch.Size)
 
 
 def _told_apart(leaves: Sequence[Any]) -> list[Any]:
