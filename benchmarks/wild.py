@@ -9,8 +9,8 @@ with both granularities. Each entry runs in a process of its own.
 
     python benchmarks/wild.py [--only NAME ...] [--list] [--out FILE [--keep]] [--time-limit SECONDS]
 
-Packages: `pip install -e '.[wild]'` and `pip install --no-deps dinov2`. Entries whose packages are missing are skipped and named. `--out results/wild`
-writes results/wild.json and results/wild.md.
+Packages: `pip install -e '.[wild]'` and `pip install --no-deps dinov2`. Entries whose packages are missing are skipped
+and named. `--out results/wild` writes results/wild.json and results/wild.md.
 """
 
 from __future__ import annotations
