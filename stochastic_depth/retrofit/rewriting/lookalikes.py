@@ -92,7 +92,7 @@ def is_masked(value: fx.Node, block: nn.Module) -> bool:
                 isinstance(held, Tensor)
                 and not held.requires_grad
                 and not has_no_data(held)
-                and {0, 1} == {*held.unique().tolist()}
+                and bool((held == 0).any() and (held == 1).any() and ((held == 0) | (held == 1)).all())
             ):
                 return True
     return False
@@ -104,8 +104,12 @@ def _factors(value: fx.Node) -> list[fx.Node]:
 
 
 def _is_rest_of(mask: fx.Node, rest: fx.Node) -> bool:
-    is_rest = name_of(rest) in _NEGATIONS or (name_of(rest) in _SUBTRACTIONS and 1 in rest.args)
-    return is_rest and mask in rest.all_input_nodes and is_computed(mask)
+    return is_negation(rest) and mask in rest.all_input_nodes and is_computed(mask)
+
+
+def is_negation(node: fx.Node) -> bool:
+    """Whether a node gives what a mask leaves: `~mask`, `1 - mask`."""
+    return name_of(node) in _NEGATIONS or (name_of(node) in _SUBTRACTIONS and 1 in node.args)
 
 
 _NEGATIONS = {"bitwise_not", "logical_not", "__invert__", "invert"}

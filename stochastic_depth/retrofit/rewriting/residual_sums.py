@@ -22,6 +22,7 @@ from stochastic_depth.retrofit.rewriting.lookalikes import (
     is_masked,
     is_merge,
     is_modulation,
+    is_negation,
     is_network,
     is_one_number,
     is_recurrence,
@@ -205,12 +206,26 @@ def _is_projected(shortcut: fx.Node, output: fx.Node, block: nn.Module) -> bool:
 def ends_a_shortcut(node: fx.Node, projection: Collection[fx.Node], block: nn.Module) -> bool:
     """Whether a value is no shortcut any more after this node: a function, or a product or sum of two values.
 
-    A mask that no layer computes may multiply a shortcut without a projection: `x * mask + f(x) * mask`.
+    A mask may multiply a shortcut without a projection, if the block is given the mask or the branch uses it too: `x *
+    mask + f(x) * mask`. Coefficients that the block computes for the shortcut, as those of EDM's denoisers, may not.
     """
-    if name_of(node) in PRODUCTS and any(is_plain(each, block) for each in sources(node)):
+    factors = sources(node) if name_of(node) in PRODUCTS else []
+    if any(is_plain(each, block) for each in factors) and all(_is_given(each, projection, block) for each in factors):
         return any(computes(each, block) for each in ancestors(node) if each in projection)
     is_function = node.op == "call_function" or name_of(node) in PRODUCTS or added(node) is not None
     return is_function and is_computed(node) and not is_cheap(node)
+
+
+def _is_given(factor: fx.Node, projection: Collection[fx.Node], block: nn.Module) -> bool:
+    """Whether a factor of a shortcut is a value of the stream or of the branch, or what the block is given."""
+    return (
+        not is_plain(factor, block)
+        or factor not in projection
+        or all(
+            each.op in ("placeholder", "get_attr") or is_cheap(each) or is_negation(each) or name_of(each) in PRODUCTS
+            for each in ancestors(factor)
+        )
+    )
 
 
 def _is_common(

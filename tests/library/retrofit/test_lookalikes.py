@@ -1268,6 +1268,26 @@ def test_a_shortcut_may_be_masked(kind: str, granularity: Any, *, by_example: bo
         assert_same(net(x, mask), shortcut + branch)
 
 
+class Denoiser(nn.Module):
+    """EDM: the image and what a network says of it, each with a coefficient of the noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(linear(), Block(), Block(), linear())
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        sigma = sigma[:, None]
+        skip, out = 1 / (sigma**2 + 1), sigma / (sigma**2 + 1).sqrt()
+        return skip * x + out * self.net(x * out)
+
+
+@pytest.mark.parametrize("by_example", [False, True])
+def test_the_coefficients_of_a_denoiser_make_no_branch(*, by_example: bool) -> None:
+    net, x, sigma = Denoiser().double(), data(4), torch.rand(4, dtype=torch.float64)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), inputs=[x, sigma] if by_example else None)
+    assert depth.names == ["net.1#1", "net.2#1"]
+
+
 class Unclear(nn.Module):
     """Adds what layers compute to a value that was changed, or at some positions."""
 
