@@ -158,11 +158,11 @@ class BlockTracer(GraphAppendingTracer):
             return cast(fx.Proxy, _GUESS)
         return _Symbol(node, self)
 
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         """A new node, which records the inlined children that it was created in."""
-        if self.expected_state and context() != self.expected_state:
-            raise TraceError("a part of the forward runs under its own autocast or gradient settings")
-        node = super().create_node(*args, **kwargs)
+        if kind == "call_module" and context() != self.expected_state:
+            raise TraceError(f"{args[0]} runs under its own gradient or autocast settings")
+        node = super().create_node(kind, *args, **kwargs)
         if self.inside:
             node.meta["inlined"] = self.inside
         return node

@@ -355,3 +355,31 @@ def test_packed_sequences_are_refused_in_their_own_words(*, by_example: bool) ->
     x, lengths = torch.randn(3, 4, D), torch.tensor([4, 1, 2])
     with pytest.raises(ValueError, match="it packs sequences of different lengths, which only a child, such as"):
         sd.make_stochastic_(Packing(), sd.uniform(0.5), inputs=[x, lengths] if by_example else None)
+
+
+class WithoutAutocast(nn.Module):
+    """Computes a part without autocast, on the device of its input."""
+
+    def __init__(self, device: str | None) -> None:
+        super().__init__()
+        self.f, self.device = linear(), device
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(device_type=self.device or x.device.type, enabled=False):
+            h = torch.tanh(x)
+        return x + self.f(h)
+
+
+@pytest.mark.parametrize("device", ["cpu", None])
+@pytest.mark.parametrize("by_example", [False, True])
+def test_a_part_may_run_without_autocast(device: str | None, *, by_example: bool) -> None:
+    net, x = nn.Sequential(WithoutAutocast(device)).double(), data(4)
+    depth = sd.make_stochastic_(net, sd.uniform(0.5), rescale="none", inputs=[x] if by_example else None)
+    with depth.gates([True]):
+        assert_same(net(x), x + net[0].f(torch.tanh(x)))
+    with depth.gates([False]):
+        assert_same(net(x), x)
+    single = net.float()
+    with torch.autocast("cpu", torch.bfloat16), depth.gates([True]):
+        actual = single(x.float())
+        assert torch.equal(actual, x.float() + single[0].f(torch.tanh(x.float())))
