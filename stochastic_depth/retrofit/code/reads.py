@@ -204,10 +204,12 @@ _HOLDING_VALUES = (list, tuple, dict, set, deque, MappingProxyType, ChainMap, Us
 class StateOfChildren:
     """What of the children of a block decides what they do, such as their modes: by the names that are there now.
 
-    How they treat samples is proven for this state. A number counts by whether it is 0, 1 or -1: it may be a counter.
+    What they give is recorded for this state. Numbers, which may be counters, count only where it is proven how they
+    treat samples, by whether they are 0, 1 or -1.
     """
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, *, of_samples: bool) -> None:
+        self._kind = _kind if of_samples else _kind_of_flag
         self._parts = [
             (vars(child), name)
             for child in block.modules()
@@ -218,7 +220,12 @@ class StateOfChildren:
 
     def now(self) -> tuple[Any, ...]:
         """What it is now."""
-        return tuple([_kind(attributes.get(name)) for attributes, name in self._parts])
+        kind = self._kind
+        return tuple([kind(attributes.get(name)) for attributes, name in self._parts])
+
+
+def _kind_of_flag(value: Any) -> Any:
+    return value if value is None or isinstance(value, (bool, str)) else type(value)
 
 
 def _kind(value: Any) -> Any:

@@ -190,7 +190,7 @@ class BlockBranches:
     def look_again(self, block: nn.Module, leaves: Sequence[Any]) -> Reads:
         """Read the block again after its children changed: adapters, conversions, a copy."""
         self.reads, self.fingerprint = self.reads_with(block, leaves), None
-        self._state_of_children = StateOfChildren(block)
+        self._state_of_children = StateOfChildren(block, of_samples=self.granularity == "sample")
         self.own_forms, self._own_forms_of_any_size, self._parts_on_paths = {}, {}, {}
         for parts in self.parts.values():
             if isinstance(parts, BranchParts):
