@@ -17,7 +17,8 @@ BATCH_SIZE = 50
 DIGITS_RATES = {100: (0.05, 0.02), 300: (0.1, 0.05), 1000: (0.4, 0.05), 3000: (0.8, 0.02)}
 """By steps, constant and stochastic depth, 56 layers: see `learning-rates`; of two that tie, the lower one."""
 CIFAR10_RATES = {100: (0.02, 0.05), 300: (0.1, 0.02), 1000: (0.1, 0.1), 3000: (0.4, 0.2)}
-"""By steps, constant and stochastic depth, 32 layers: see `learning-rates-cifar10`."""
+"""By steps, constant and stochastic depth, 32 layers: see `learning-rates-cifar10`; those for 3,000 steps by the errors
+of the same trials on more images (benchmarks/further_validation.py)."""
 DEEPER_RATES = {20: (0.2, 0.1), 56: (0.4, 0.05), 110: (0.2, 0.02), 302: (0.05, 0.005), 1202: (0.002, 0.002)}
 """By layers, constant and stochastic depth, 2,000 steps: see `learning-rates-deeper`. Those of 1202 layers are
 from trials with a tenth of the steps."""
