@@ -5,7 +5,8 @@
 The 1,000 validation images of a trial tell rates apart to about 1.6 points. Here the networks of finished trials, with
 their last weights, are evaluated on 10,000 of the other training images of CIFAR-10, which the trials neither train nor
 validate with. Trials are those of `benchmarks/evidence.py` in `runs/evidence`, which keeps their weights. Errors in
-percent, by run, go into results/learning-rates-cifar10/further-images.json; runs that are there are not repeated.
+percent, by run, go into results/learning-rates-cifar10/further-images.json; runs that are there are not repeated. To
+repeat one, remove it there and train it (`benchmarks/evidence.py run`, without its line in runs.jsonl).
 """
 
 import json
@@ -37,10 +38,15 @@ def main() -> None:
     path = RESULTS / STUDY / "further-images.json"
     errors: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
     trials = sweep.jobs_for(experiments(STUDY, NUM_SEEDS, PATTERN), RUNS)
+    missing = [job for job in trials if job.folder.name not in errors]
+    ready = [job for job in missing if job.state == "done"]
+    print(
+        f"{len(trials) - len(missing)} of {len(trials)} trials are in {path.name}, {len(ready)} more are trained here"
+    )
+    if not ready:
+        return
     images = unseen({job.experiment.seed for job in trials})
-    for job in trials:
-        if job.state != "done" or job.folder.name in errors:
-            continue
+    for job in ready:
         state, _ = checkpoint.load(job.folder / "checkpoints", as_json(job.experiment))
         if state is None:
             print(f"{job.folder.name}: its weights are gone", flush=True)

@@ -46,7 +46,7 @@ class ProofError(Exception):
 
 def why_it_failed(error: Exception, names: Collection[str]) -> str:
     """Why code that uses these names cannot be recorded, if it fails with symbols or while it is recorded."""
-    if not _PACKS.isdisjoint(names):
+    if isinstance(error, (TypeError, AttributeError)) and not _PACKS.isdisjoint(names):
         return "it packs sequences of different lengths, which only a child, such as one around the RNN, may do"
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 

@@ -14,7 +14,8 @@ from stochastic_depth.copies import plain_class
 from stochastic_depth.residual import GatedBranch
 from stochastic_depth.retrofit.code.fingerprints import fingerprint
 from stochastic_depth.retrofit.code.forms import form_of_any_size
-from stochastic_depth.retrofit.code.reads import Reads, StateOfChildren
+from stochastic_depth.retrofit.code.reads import Reads
+from stochastic_depth.retrofit.code.state_of_children import StateOfChildren
 from stochastic_depth.retrofit.rewriting.functional import FUNCTIONAL
 from stochastic_depth.retrofit.rewriting.gated_calls import in_training
 from stochastic_depth.retrofit.rewriting.sums import BranchParts, DropPaths, Identity, Key, Paths
